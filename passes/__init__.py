@@ -1,0 +1,1 @@
+"""The passes of bnqat: one pass, one file, one class."""

@@ -1,0 +1,249 @@
+"""The batch norms of a model, where they are computed, and from which variables."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from os.path import commonprefix
+from typing import Any
+
+import numpy as np
+from tensorflow.python.framework import tensor_util
+
+from rewriter import ops
+from rewriter.dataflow import Constant, Origin, VariableKey, bindings, call_graph
+from rewriter.expr import Expr, constant
+from rewriter.ir import Edge, Graph, Model, Node, Value
+
+GAMMA, BETA, MEAN, VARIANCE = ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
+"""What a batch norm's variables are for; role i enters the fused kernel at input i + 1."""
+
+STATISTICS = {MEAN: 1, VARIANCE: 2}
+"""The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
+
+FUSED = "FusedBatchNormV3"
+OLDER = ("FusedBatchNorm", "FusedBatchNormV2")
+TAG = "_bnqat"
+"""Attribute of the node that selects a quantised value: JSON with role, scheme, bits, range, batch_norm."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """One fused node that computes a batch norm.
+
+    Attributes:
+        training: whether it normalises with the batch's statistics.
+        factor: weight of the batch's statistics in the kernel's own moving average; 1 where the kernel
+            keeps none.
+        origins: for each way to call the site, where gamma, beta, moving mean and moving variance come
+            from. More than one where several batch norms share one function.
+        parameters: the edges that bring variables to the kernel, by role.
+        statistics: in training, the uses of the batch's statistics, by role.
+        quantized: the tags of quantisers found on its parameters and statistics.
+        reason: why it cannot be rewritten; empty where it can.
+    """
+
+    graph: str
+    node: str
+    training: bool
+    epsilon: float
+    factor: float
+    origins: frozenset[tuple[Origin, ...]]
+    parameters: Mapping[str, Edge]
+    statistics: Mapping[str, tuple[Edge, ...]]
+    quantized: tuple[Mapping[str, Any], ...]
+    reason: str
+
+    @property
+    def status(self) -> str:
+        """One of ``float``, ``quantised`` and ``skipped``."""
+        if self.quantized:
+            return "quantised"
+        return "skipped" if self.reason else "float"
+
+    @property
+    def kernel_average(self) -> bool:
+        """Whether the kernel itself computes the moving average."""
+        return self.training and self.factor != 1.0
+
+
+@dataclass(frozen=True)
+class BatchNorm:
+    """One logical layer: the variables' checkpoint keys by role, and the sites that compute it.
+
+    A role is absent where the layer has no such variable (no scale, no centre).
+    """
+
+    name: str
+    variables: Mapping[str, str]
+    sites: tuple[Site, ...] = field(default=())
+
+    @property
+    def epsilons(self) -> tuple[float, ...]:
+        """The epsilon of its sites; normally one."""
+        return tuple(sorted({s.epsilon for s in self.sites}))
+
+    @property
+    def factor(self) -> float | None:
+        """The weight of the batch's statistics in training, where a site's kernel says so."""
+        return next((s.factor for s in self.sites if s.kernel_average), None)
+
+
+def sites(model: Model) -> tuple[Site, ...]:
+    """All sites, in the order of graphs and nodes."""
+    return tuple(_sites(model))
+
+
+def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
+    """All batch norms, in the order in which they are first met. A site without variables is one of its own."""
+    groups: dict[tuple[str | None, ...], list[Site]] = {}
+    for site in model.analysis(sites):
+        for origin in sorted(site.origins, key=str):
+            key = tuple(o.key if isinstance(o, VariableKey) else None for o in origin)
+            groups.setdefault(key if any(key) else (None, None, None, None, site.graph, site.node), []).append(site)
+    for key in [k for k in groups if any(k[:2]) and not any(k[2:])]:
+        # A training site whose averages are kept elsewhere belongs to the layer with its gamma and beta.
+        whole = [k for k in groups if k[:2] == key[:2] and k[2] is not None]
+        if whole:
+            groups[whole[0]].extend(groups.pop(key))
+    names = _names(model, list(groups))
+    return tuple(
+        BatchNorm(name, {r: k for r, k in zip(ROLES, key, strict=False) if k}, tuple(found))
+        for name, (key, found) in zip(names, groups.items(), strict=True)
+    )
+
+
+def names_of_sites(model: Model) -> Mapping[tuple[str, str], str]:
+    """(graph, node) -> the names of the batch norms computed there, joined where there are several."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for bn in model.analysis(batch_norms):
+        for site in bn.sites:
+            found.setdefault((site.graph, site.node), []).append(bn.name)
+    return {key: "+".join(dict.fromkeys(names)) for key, names in found.items()}
+
+
+def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
+    """The only form of update that is ever emitted: ``old * (1 - f) + batch * f``, f in float32."""
+    f = np.float32(factor)
+    return old * constant(np.float32(1) - f, "float32") + batch * constant(f, "float32")
+
+
+def unquantized(graph: Graph, value: Value) -> tuple[Value, Mapping[str, Any] | None]:
+    """The value that a quantiser was given, and the quantiser's tag; the value itself where there is none."""
+    node = graph.nodes[value.node]
+    if TAG not in node.attrs:
+        return value, None
+    return node.inputs[2], json.loads(node.attrs[TAG].s)
+
+
+def _sites(model: Model) -> Iterator[Site]:
+    for graph in model.graphs.values():
+        found = [n for n in graph.nodes.values() if n.op == FUSED or n.op in OLDER]
+        if found:
+            consumers = graph.consumers()
+            for node in found:
+                yield _site(model, graph, node, consumers)
+
+
+def _site(model: Model, graph: Graph, node: Node, consumers: Mapping[Value, list[Edge]]) -> Site:
+    get = partial(ops.get, model, node)
+    training = bool(get("is_training"))
+    factor = float(np.float32(get("exponential_avg_factor"))) if node.op == FUSED else 1.0
+    sources = [unquantized(graph, v) for v in node.inputs[1:5]]
+    found = bindings(model, graph.name, tuple(value for value, _ in sources))
+    tags = [tag for _, tag in sources if tag is not None]
+    variable = [all(isinstance(b[i], VariableKey) for b in found) for i in range(4)]
+    statistics = {}
+    if training:
+        statistics = {r: tuple(consumers.get(Value(node.name, p), ())) for r, p in STATISTICS.items()}
+        tags += _tags_below(graph, consumers, node)
+    return Site(
+        graph.name,
+        node.name,
+        training,
+        float(np.float32(get("epsilon"))),
+        factor,
+        found,
+        {
+            r: Edge(graph.name, node.name, i + 1)
+            for i, r in enumerate(ROLES)
+            if variable[i] and not (training and r in STATISTICS)
+        },
+        statistics,
+        tuple(tags),
+        _reason(model, graph, node, training, found),
+    )
+
+
+def _tags_below(graph: Graph, consumers: Mapping[Value, list[Edge]], node: Node) -> list[Mapping[str, Any]]:
+    """Tags of quantisers that a site's batch statistics pass through."""
+    tags, seen = [], set()
+    waiting = [Value(node.name, port) for port in STATISTICS.values()]
+    while waiting:
+        for edge in consumers.get(waiting.pop(), ()):
+            user = graph.nodes.get(edge.node)
+            if user is None or user.name in seen or user.op.startswith("Assign"):
+                continue
+            seen.add(user.name)
+            if TAG in user.attrs:
+                tags.append(json.loads(user.attrs[TAG].s))
+            else:
+                waiting.append(Value(user.name))
+    return tags
+
+
+def _reason(model: Model, graph: Graph, node: Node, training: bool, found: frozenset[tuple[Origin, ...]]) -> str:
+    if node.op in OLDER:
+        return f"the op is {node.op}; only {FUSED} is supported"
+    if graph.name in model.analysis(call_graph).opaque:
+        return "its function is used by an op other than a call, so the switch cannot be brought to it"
+    for index, role in enumerate(ROLES):
+        for origin in sorted({b[index] for b in found}, key=str):
+            if isinstance(origin, VariableKey):
+                continue
+            if isinstance(origin, Constant) and (role in (GAMMA, BETA) or (training and _empty(model, origin))):
+                continue
+            return f"its {role.replace('_', ' ')} is {_described(origin)}, not a variable"
+    return ""
+
+
+def _described(origin: Origin) -> str:
+    if isinstance(origin, Constant):
+        return f"the constant {origin.node}"
+    op = getattr(origin, "op", None)
+    return f"computed by {origin.node} ({op})" if op else "an input of its function"
+
+
+def _empty(model: Model, origin: Constant) -> bool:
+    tensor = model.graphs[origin.graph].nodes[origin.node].attrs["value"].tensor
+    return int(tensor_util.MakeNdarray(tensor).size) == 0
+
+
+def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
+    """Layer names: what the variables' names have in common, made unique."""
+    names: list[str] = []
+    for key in keys:
+        variables = [model.variables[k].name for k in key[:4] if k]
+        common = commonprefix([v.rpartition("/")[0] + "/" for v in variables]).rpartition("/")[0]
+        name = base = common or "batch_norm"
+        count = 0
+        while name in names:
+            count += 1
+            name = f"{base}_{count}"
+        names.append(name)
+    return names
+
+
+def moving_resource(model: Model, graph: Graph, value: Value) -> Value | None:
+    """The resource that a moving statistic is read from, in the same graph; None where it is read elsewhere."""
+    while True:
+        node = graph.nodes[value.node]
+        if node.op == "ReadVariableOp":
+            return node.inputs[0]
+        if node.op not in ops.FORWARDS:
+            return None
+        value = node.inputs[ops.FORWARDS[node.op]]
+
+

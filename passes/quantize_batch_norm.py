@@ -1,0 +1,160 @@
+"""Quantisers on the batch norms' variables and on the statistics that enter their moving averages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from passes.batch_norm import (
+    MEAN,
+    ROLES,
+    STATISTICS,
+    TAG,
+    VARIANCE,
+    Site,
+    moving_average,
+    names_of_sites,
+    sites,
+)
+from passes.derive_training import ON_WRITE, ONLY_FIRST_REPLICA, STEP
+from passes.quantizers import FLOAT, Affine, Log, Quantizer, straight_through
+from rewriter.edit import AddVariable, Edit, Rewire, SetAttr, Skip
+from rewriter.expr import Expr, Use, per_call, read, tagged
+from rewriter.ir import Error, Model, Value, Variable
+
+
+def start_step(initial: int) -> Variable:
+    """The variable that says from which step on quantisers act."""
+    return Variable(
+        "quantization/start_step/.ATTRIBUTES/VARIABLE_VALUE",
+        "quantization/start_step",
+        "int64",
+        (),
+        synchronization=ON_WRITE,
+        aggregation=ONLY_FIRST_REPLICA,
+        path="quantization.start_step",
+        initial=initial,
+    )
+
+
+@dataclass(frozen=True)
+class QuantizeBatchNorm:
+    """Pass every batch norm's variables and moving-average updates through switchable quantisers.
+
+    Quantisers act from the step on that `quantization.start_step` holds, in training and inference alike;
+    before it, every value passes unchanged, bit for bit.
+
+    Attributes:
+        gamma, beta, moving_mean, moving_variance: the quantiser of each role.
+        average: what happens to a batch's statistics before they enter the moving averages: "statistic"
+            quantises them, "none" leaves them. The average itself stays float and is quantised where it is
+            read.
+        start_step: the first step at which quantisers act; the variable's initial value.
+
+    Raises:
+        Error: `start_step` is negative, or `average` is neither of the two.
+    """
+
+    gamma: Quantizer = field(default_factory=Affine)
+    beta: Quantizer = field(default_factory=Affine)
+    moving_mean: Quantizer = field(default_factory=Affine)
+    moving_variance: Quantizer = field(default_factory=Log)
+    average: Literal["statistic", "none"] = "statistic"
+    start_step: int = 0
+
+    def __post_init__(self) -> None:
+        if self.start_step < 0:
+            raise Error(f"start step {self.start_step}: it is 0 or more")
+        if self.average not in ("statistic", "none"):
+            raise Error(f"average {self.average!r}: it is 'statistic' or 'none'")
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Quantisers for every site that has none and can have them; a `Skip` with the reason for the others."""
+        todo: list[Site] = []
+        for site in model.analysis(sites):
+            if site.quantized:
+                yield Skip(site.graph, site.node, "already quantised")
+            elif site.reason:
+                yield Skip(site.graph, site.node, site.reason)
+            else:
+                todo.append(site)
+        if not todo:
+            return
+        start = start_step(self.start_step)
+        yield AddVariable(start)
+        if STEP.key not in model.variables:
+            yield AddVariable(STEP)
+        active = per_call("quantizers_active", read(STEP) >= read(start))
+        names = model.analysis(names_of_sites)
+        for site in todo:
+            place = _Place(site, names.get((site.graph, site.node), site.node), active)
+            yield from self._parameters(model, place)
+            yield from self._statistics(model, place)
+
+    def _parameters(self, model: Model, place: _Place) -> Iterator[Edit]:
+        """Quantise what the kernel normalises with; never the base of its moving average."""
+        site = place.site
+        node = model.graphs[site.graph].nodes[site.node]
+        for role, edge in site.parameters.items():
+            value = Use(FLOAT, node.inputs[edge.index])
+            yield Rewire(edge, place.quantized(getattr(self, role), role, value), place.scope(role))
+
+    def _statistics(self, model: Model, place: _Place) -> Iterator[Edit]:
+        """Quantise the batch's statistics where they are used, and take the average out of the kernel.
+
+        The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
+        """
+        site = place.site
+        if not site.training:
+            return
+        node = model.graphs[site.graph].nodes[site.node]
+        if site.kernel_average:
+            yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
+        for role, edges in site.statistics.items():
+            batch: Expr = Use(FLOAT, Value(site.node, STATISTICS[role]))
+            if self.average == "statistic":
+                batch = place.quantized(getattr(self, role), role, batch)
+            if site.kernel_average:
+                old = Use(FLOAT, node.inputs[{MEAN: 3, VARIANCE: 4}[role]])
+                batch = moving_average(old, batch, site.factor)
+            for edge in edges:
+                yield Rewire(edge, batch, place.scope(role))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A site under a batch norm's name, and the switch."""
+
+    site: Site
+    name: str
+    active: Expr
+
+    def scope(self, role: str) -> str:
+        """Where new nodes are named."""
+        return f"{self.site.node}/bnqat/{role}"
+
+    def quantized(self, quantizer: Quantizer, role: str, value: Expr) -> Expr:
+        """The value, quantised while the switch is on; tagged, so that inspection needs no log."""
+        result = straight_through(quantizer(value, self.site.epsilon), value, self.active)
+        tag: Mapping[str, str | int] = {
+            "role": role,
+            "scheme": quantizer.scheme,
+            "bits": quantizer.bits,
+            "range": "dynamic",
+            "batch_norm": self.name,
+        }
+        return tagged(result, "quantized", **{TAG: json.dumps(tag, sort_keys=True)})
+
+
+def with_bits(bits: Mapping[str, int]) -> dict[str, Quantizer]:
+    """The default quantisers with these widths, by role.
+
+    Raises:
+        Error: a role that does not exist, or a width out of range.
+    """
+    unknown = set(bits) - set(ROLES)
+    if unknown:
+        raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
+    return {role: Log(n) if role == VARIANCE else Affine(n) for role, n in bits.items()}

@@ -1,0 +1,133 @@
+"""Quantisers: how one role's values are rounded to few levels.
+
+A quantiser is a frozen dataclass; called with a float32 vector, it gives the quantised vector and where
+that is defined. Ranges are over the last axis and follow the values (dynamic). All arithmetic is float32,
+without a division by a constant, which Grappler and XLA would change into a product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from rewriter.expr import Expr, constant, op, select, stop_gradient
+from rewriter.ir import Error
+
+FLOAT = "float32"
+TINY = float(np.finfo(np.float32).tiny)
+HUGE = float(np.finfo(np.float32).max)
+
+
+class Quantized(NamedTuple):
+    """A quantised vector; where `defined` is false, the value itself is to be kept."""
+
+    value: Expr
+    defined: Expr
+
+
+class Quantizer(Protocol):
+    """Rounds a vector of one role's values."""
+
+    @property
+    def bits(self) -> int:
+        """Width of a code, 2 to 16."""
+        ...
+
+    @property
+    def scheme(self) -> str:
+        """Name of the scheme."""
+        ...
+
+    def __call__(self, value: Expr, epsilon: float) -> Quantized:
+        """Quantise a float32 vector [..., C]; `epsilon` is that of the batch norm."""
+        ...
+
+
+def _check_bits(bits: int) -> None:
+    if not 2 <= bits <= 16:
+        raise Error(f"{bits} bits: a width is from 2 to 16")
+
+
+def _reduce(name: str, value: Expr) -> Expr:
+    return op(name, value, constant(-1, "int32"), keep_dims=True)
+
+
+def _or_one(scale: Expr) -> Expr:
+    """The scale, or 1 where it is zero or subnormal: then every code is zero."""
+    return select(scale >= TINY, scale, constant(1.0, FLOAT))
+
+
+def _clip(code: Expr, top: int) -> Expr:
+    return op("Minimum", op("Maximum", code, 0.0), float(top))
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Equally spaced levels from min(v, 0) to max(v, 0), with zero among them.
+
+    r = float32(1 / (2^bits - 1)); s = (hi - lo) r; z = round(-lo / s); q = clip(round(v / s) + z, 0, 2^bits - 1);
+    v' = (q - z) s. Rounding is half to even. NaN and infinities are kept and do not count for the range.
+
+    Raises:
+        Error: `bits` is not from 2 to 16.
+    """
+
+    bits: int = 8
+    scheme: ClassVar[str] = "affine"
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+
+    def __call__(self, value: Expr, epsilon: float) -> Quantized:
+        """Quantise a float32 vector [..., C]; `epsilon` has no influence."""
+        top = 2**self.bits - 1
+        finite = op("IsFinite", value)
+        known = select(finite, value, constant(0.0, FLOAT))
+        low = op("Minimum", _reduce("Min", known), 0.0)
+        high = op("Maximum", _reduce("Max", known), 0.0)
+        scale = _or_one((high - low) * constant(np.float32(1 / top), FLOAT))
+        zero = op("Round", -low / scale)
+        code = _clip(op("Round", value / scale) + zero, top)
+        return Quantized((code - zero) * scale, finite)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Levels equally spaced in log(v + epsilon), for variances: what matters is 1 / sqrt(v + epsilon).
+
+    u = v + epsilon; s = log(max u / min u) float32(1 / (2^bits - 1)); q = clip(round(log(u / min u) / s), 0,
+    2^bits - 1); v' = max(exp(q s) min u - epsilon, 0). The least value is kept (zero stays exactly zero).
+    NaN, infinities and negative values are kept and do not count for the range.
+
+    Raises:
+        Error: `bits` is not from 2 to 16.
+    """
+
+    bits: int = 8
+    scheme: ClassVar[str] = "log"
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+
+    def __call__(self, value: Expr, epsilon: float) -> Quantized:
+        """Quantise a float32 vector [..., C] of variances."""
+        top = 2**self.bits - 1
+        defined = (value >= 0.0) & (value < float("inf"))
+        shifted = value + epsilon
+        low = _reduce("Min", select(defined, shifted, constant(HUGE, FLOAT)))
+        high = _reduce("Max", select(defined, shifted, constant(0.0, FLOAT)))
+        scale = _or_one(op("Log", high / low) * constant(np.float32(1 / top), FLOAT))
+        code = _clip(op("Round", op("Log", shifted / low) / scale), top)
+        return Quantized(op("Maximum", op("Exp", code * scale) * low - epsilon, 0.0), defined)
+
+
+def straight_through(quantized: Quantized, value: Expr, active: Expr) -> Expr:
+    """The quantised value while `active`, with the gradient of the value itself; else the value.
+
+    ``sg(q) + (v - sg(v))`` is q exactly, with gradient 1. What is selected is the result, so that switched
+    off the value itself passes, bit for bit.
+    """
+    through = stop_gradient(quantized.value) + (value - stop_gradient(value))
+    return select(active & quantized.defined, through, value)

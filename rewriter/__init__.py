@@ -1,0 +1,1 @@
+"""The engine: graphs and SavedModels, and nothing about batch normalisation."""

@@ -1,0 +1,186 @@
+"""``bnqat.inspect`` and ``bnqat.rewrite``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from passes.batch_norm import ROLES, BatchNorm, Site, batch_norms, sites
+from passes.derive_training import DeriveTraining
+from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
+from rewriter.ir import Error, Model
+from rewriter.pipeline import Observer, Pass, Pipeline, Step, load_pass
+from rewriter.report import (
+    BatchNormReport,
+    Changed,
+    Inspection,
+    RewriteReport,
+    SignatureReport,
+    SiteReport,
+    Skipped,
+    Tensor,
+)
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.staging import refuse_existing
+from rewriter.savedmodel.write import save
+
+
+class NothingToRewrite(Error):
+    """The model holds nothing that the passes could change."""
+
+
+def inspect(model: str | Path) -> Inspection:
+    """The signatures and batch norms of a SavedModel. Nothing in the model is executed.
+
+    Raises:
+        Error: the model cannot be read.
+    """
+    read = load(model)
+    signatures = {
+        name: SignatureReport(
+            [Tensor.of(n, s) for n, s in zip(sig.inputs, read.entries[sig.entry].inputs, strict=True)],
+            [Tensor.of(n, s) for n, s in zip(sig.outputs, read.entries[sig.entry].outputs, strict=True)],
+        )
+        for name, sig in read.signatures.items()
+    }
+    return Inspection(signatures, [_describe(read, bn) for bn in read.analysis(batch_norms)])
+
+
+def _describe(model: Model, bn: BatchNorm) -> BatchNormReport:
+    names = {role: model.variables[key].name for role, key in bn.variables.items()}
+    momentum = None if bn.factor is None else round(1 - bn.factor, 9)
+    return BatchNormReport(bn.name, names, bn.sites[0].epsilon, momentum, [_describe_site(s) for s in bn.sites])
+
+
+def _describe_site(site: Site) -> SiteReport:
+    mode = "training" if site.training else "inference"
+    reason = "" if site.quantized else site.reason
+    tags = [dict(tag) for tag in site.quantized]
+    return SiteReport(site.graph, site.node, "fused", mode, site.status, reason, tags)
+
+
+def rewrite(
+    source: str | Path,
+    target: str | Path,
+    *,
+    bits: int | Mapping[str, int] = 8,
+    start_step: int = 0,
+    momentum: float | None = None,
+    quantize_average: Literal["statistic", "none"] = "statistic",
+    passes: Sequence[Pass | str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    observers: Sequence[Observer] = (),
+) -> RewriteReport:
+    """Write a fine-tunable SavedModel whose batch norms are quantised. Nothing in the model is executed.
+
+    Args:
+        source: a directory with a SavedModel; it is not changed.
+        target: where to write; it must not exist, unless `overwrite` is given.
+        bits: the width of every role's codes, 2 to 16, or widths by role (8 for those not named).
+        start_step: the first step at which quantisers act.
+        momentum: of derived training, where the source does not say it.
+        quantize_average: whether a batch's statistics are quantised before they enter the moving averages.
+        passes: passes to run instead of the default ones, as objects or by name: ``derive-training``,
+            ``quantize-batch-norm``, or ``module:Class``.
+        dry_run: run the passes and report, write nothing.
+        observers: called after each pass.
+
+    Raises:
+        NothingToRewrite: no pass changed anything; the message says why.
+        Error: the model cannot be read or written, or an option is out of range.
+    """
+    widths = dict.fromkeys(ROLES, bits) if isinstance(bits, int) else dict(bits)
+    known: dict[str, Pass] = {
+        "derive-training": DeriveTraining(momentum),
+        "quantize-batch-norm": QuantizeBatchNorm(
+            **with_bits(widths), average=quantize_average, start_step=start_step
+        ),
+    }
+    chosen = [_named(p, known) if isinstance(p, str) else p for p in (known if passes is None else passes)]
+    target = Path(target)
+    if not dry_run:
+        refuse_existing(target, overwrite)
+    before = load(source)
+    after, steps = Pipeline(chosen, observers).run(before)
+    if after.graphs == before.graphs and after.attributes == before.attributes:
+        raise NothingToRewrite(_why_nothing(source, before, steps))
+    report = _report(before, after, steps)
+    if dry_run:
+        return report
+
+    def log(changes: list[str]) -> Mapping[str, Any]:
+        found = [_describe(before, bn) for bn in before.analysis(batch_norms)]
+        return {**asdict(replace(report, other_changes=changes)), "batch_norms": [asdict(bn) for bn in found]}
+
+    return replace(report, other_changes=save(after, target, overwrite, log))
+
+
+def _named(name: str, known: Mapping[str, Pass]) -> Pass:
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise Error(f"there is no pass {name!r}; there are {', '.join(known)}, and your own as module:Class")
+    return load_pass(name)
+
+
+def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
+    found = model.analysis(sites)
+    if not found:
+        return (
+            f"{source} holds no fused batch norm (FusedBatchNormV3), so there is nothing to rewrite; "
+            "Keras 3 exports batch norm in single ops, which is not supported"
+        )
+    if all(s.quantized for s in found):
+        return f"all {len(found)} batch-norm sites of {source} are quantised already; there is nothing to add"
+    skipped = [s for step in steps for s in step.skipped]
+    if not skipped:
+        return f"the passes changed nothing in {source}"
+    reasons = sorted({s.reason for s in skipped})
+    more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+    return f"none of the {len(found)} batch-norm sites of {source} can be rewritten: {reasons[0]}{more}"
+
+
+def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
+    found = {(s.graph, s.node): s for s in before.analysis(sites)}
+    now = {(s.graph, s.node): s for s in after.analysis(sites)}
+    rewritten = [k for k, s in found.items() if not s.quantized and k in now and now[k].quantized]
+    reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
+    left = [Skipped(*k, reasons.get(k, s.reason or "no pass changed it")) for k, s in found.items() if k not in rewritten]
+    return RewriteReport(
+        sites_found=len(found),
+        sites_rewritten=len(rewritten),
+        sites_added=sum(1 for k, s in now.items() if k not in found and s.quantized),
+        skipped=left,
+        variables_added=[v.name for k, v in after.variables.items() if k not in before.variables],
+        notes=[note for step in steps for note in step.notes],
+        other_changes=[],
+        changes=[change for step in steps for change in _changes(step)],
+        options={type(p).__name__: repr(p) for p in (step.by for step in steps)},
+        versions=_versions(),
+    )
+
+
+def _changes(step: Step) -> Iterator[Changed]:
+    """What a pass changed, by comparison."""
+    for name, graph in step.after.graphs.items():
+        old = step.before.graphs.get(name)
+        if old is graph:
+            continue
+        nodes = old.nodes if old is not None else {}
+        added = sum(1 for n in graph.nodes if n not in nodes)
+        removed = sum(1 for n in nodes if n not in graph.nodes)
+        changed = sum(1 for n, node in graph.nodes.items() if n in nodes and nodes[n] != node)
+        if added or removed or changed:
+            yield Changed(step.name, name, added, removed, changed)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("bnqat")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"bnqat": own, "tensorflow": version("tensorflow")}

@@ -1,0 +1,76 @@
+"""Is a model well-formed: do all references lead somewhere, does every call fit what it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import networkx as nx
+
+from rewriter import ops
+from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
+
+
+def check(model: Model, before: Model | None = None) -> None:
+    """Check the graphs of a model; with `before`, only those that are not the same objects there.
+
+    Raises:
+        Error: names the graph, the node and what is wrong with it.
+    """
+    for graph in model.graphs.values():
+        if before is None or before.graphs.get(graph.name) is not graph:
+            for problem in problems(model, graph):
+                raise Error(f"in {graph.name or 'the main graph'}: {problem}")
+    for entry in model.entries.values():
+        if entry.function not in model.graphs:
+            raise Error(f"the concrete function {entry.function} has no graph")
+        count = len(model.graphs[entry.function].arguments)
+        if count != len(entry.inputs) + len(entry.captures):
+            given = f"{len(entry.inputs)} inputs and {len(entry.captures)} captures"
+            raise Error(f"the concrete function {entry.function} has {count} arguments for {given}")
+
+
+def problems(model: Model, graph: Graph) -> Iterator[str]:
+    """What is wrong with a graph, one sentence each."""
+    for node in graph.nodes.values():
+        for value in node.inputs:
+            source = graph.nodes.get(value.node)
+            if source is None:
+                yield f"{node.name} uses {value.node}, which does not exist"
+            elif value.port and value.port >= ops.output_count(model, source):
+                yield f"{node.name} uses output {value.port} of {value.node} ({source.op}), which has fewer"
+        for name in node.after:
+            if name not in graph.nodes:
+                yield f"{node.name} runs after {name}, which does not exist"
+        yield from _call_problems(model, node)
+    for result in graph.results:
+        if result.value.node not in graph.nodes:
+            yield f"the result {result.name} is {result.value.node}, which does not exist"
+    for effect in graph.effects:
+        if effect.node not in graph.nodes:
+            yield f"the effect {effect.name} is {effect.node}, which does not exist"
+    for name in graph.arguments:
+        if name not in graph.nodes or graph.nodes[name].op != ARG:
+            yield f"the argument {name} has no node"
+    if graph.name != MAIN:
+        yield from _cycles(graph)
+
+
+def _call_problems(model: Model, node: Node) -> Iterator[str]:
+    form = ops.call_form(model, node)
+    if form is None:
+        return
+    passed = len(node.inputs) - form.first
+    if form.types is not None and len(node.attrs[form.types].list.type) != passed:
+        yield f"{node.name} passes {passed} inputs but {form.types} lists {len(node.attrs[form.types].list.type)}"
+    for callee in ops.callees(model, node):
+        if callee not in model.graphs:
+            yield f"{node.name} calls {callee}, which does not exist"
+        elif len(model.graphs[callee].arguments) != passed:
+            yield f"{node.name} passes {passed} inputs to {callee}, which has {len(model.graphs[callee].arguments)}"
+
+
+def _cycles(graph: Graph) -> Iterator[str]:
+    sources = {n.name: {v.node for v in n.inputs} | set(n.after) for n in graph.nodes.values()}
+    digraph: nx.DiGraph[str] = nx.DiGraph((s, n) for n, before in sources.items() for s in before)
+    if not nx.is_directed_acyclic_graph(digraph):
+        yield f"{nx.find_cycle(digraph)[0][0]} depends on itself"

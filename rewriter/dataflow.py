@@ -1,0 +1,212 @@
+"""Who calls whom, and where a value comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import networkx as nx
+
+from rewriter import ops
+from rewriter.ir import ARG, MAIN, Entry, Error, Graph, Model, Node, Value
+
+
+class Call(NamedTuple):
+    """One node that calls one function. A node with several callees gives several calls."""
+
+    graph: str
+    node: str
+    callee: str
+    first: int
+
+
+class Constant(NamedTuple):
+    """Origin: a constant in the graph, by its node."""
+
+    graph: str
+    node: str
+
+
+class Argument(NamedTuple):
+    """Origin: an argument of a graph; as a final origin, one that a caller of the model supplies."""
+
+    graph: str
+    index: int
+
+
+class Computed(NamedTuple):
+    """Origin: the output of an op that computes something."""
+
+    graph: str
+    node: str
+    op: str
+
+
+class Captured(NamedTuple):
+    """Origin: a captured object other than a variable, by its number in the object graph."""
+
+    number: int
+
+
+class VariableKey(NamedTuple):
+    """Origin: a variable, by its checkpoint key."""
+
+    key: str
+
+
+Origin = VariableKey | Constant | Argument | Computed | Captured
+
+
+@dataclass(frozen=True)
+class CallGraph:
+    """All calls of a model.
+
+    Attributes:
+        callers: calls by callee.
+        calls: calls by calling graph.
+        opaque: functions that an op other than a call refers to (a dataset's map function, say): they
+            cannot be given further arguments.
+        digraph: calling graph -> callee.
+    """
+
+    callers: Mapping[str, list[Call]]
+    calls: Mapping[str, list[Call]]
+    opaque: frozenset[str]
+    digraph: nx.DiGraph[str]
+
+    def reached(self, graph: str) -> set[str]:
+        """This graph and all that it calls, directly or not."""
+        return {graph} | nx.descendants(self.digraph, graph)
+
+    def reaching(self, graph: str) -> set[str]:
+        """All graphs that call this one, directly or not."""
+        found: set[str] = nx.ancestors(self.digraph, graph)
+        return found
+
+
+def call_graph(model: Model) -> CallGraph:
+    """The call graph of a model.
+
+    Raises:
+        Error: a function calls itself, directly or not.
+    """
+    digraph: nx.DiGraph[str] = nx.DiGraph()
+    digraph.add_nodes_from(model.graphs)
+    callers: dict[str, list[Call]] = {}
+    calls: dict[str, list[Call]] = {}
+    opaque: set[str] = set()
+    for graph in model.graphs.values():
+        for node in graph.nodes.values():
+            form = ops.call_form(model, node)
+            if form is None:
+                opaque.update(f for a in node.attrs.values() for f in ops.functions_in(a))
+                continue
+            for callee in ops.callees(model, node):
+                if callee not in model.graphs:
+                    raise Error(f"node {node.name} calls the function {callee}, which the model does not hold")
+                call = Call(graph.name, node.name, callee, form.first)
+                callers.setdefault(callee, []).append(call)
+                calls.setdefault(graph.name, []).append(call)
+                digraph.add_edge(graph.name, callee)
+    if not nx.is_directed_acyclic_graph(digraph):
+        cycle = nx.find_cycle(digraph)
+        raise Error(f"the function {cycle[0][0]} calls itself; recursive functions are not supported")
+    for name in list(opaque & set(digraph)):
+        opaque |= nx.descendants(digraph, name)
+    return CallGraph(callers, calls, frozenset(opaque), digraph)
+
+
+def follow(model: Model, graph: Graph, value: Value) -> Origin:
+    """Where a value comes from within its graph; through forwarding ops, and through calls and back."""
+    while True:
+        node = graph.nodes[value.node]
+        if node.op == ARG:
+            return Argument(graph.name, graph.arguments.index(node.name))
+        if node.op in ops.FORWARDS and value.port == 0:
+            value = node.inputs[ops.FORWARDS[node.op]]
+            continue
+        if node.op == "Const":
+            return Constant(graph.name, node.name)
+        if node.op == "VarHandleOp":
+            return _handle_origin(model, graph, node)
+        form = ops.call_form(model, node)
+        if form is None or len(ops.callees(model, node)) != 1:
+            return Computed(graph.name, node.name, node.op)
+        callee = model.graphs[ops.callees(model, node)[0]]
+        inside = follow(model, callee, callee.results[value.port].value)
+        if not isinstance(inside, Argument):
+            return inside
+        value = node.inputs[form.first + inside.index]
+
+
+def _handle_origin(model: Model, graph: Graph, node: Node) -> Origin:
+    """A VarHandleOp is the variable that concrete functions bind where the main graph passes it."""
+    found = model.analysis(_variables_of_handles).get(node.name)
+    return VariableKey(found) if found and graph.name == MAIN else Computed(graph.name, node.name, node.op)
+
+
+def _variables_of_handles(model: Model) -> Mapping[str, str]:
+    found = {}
+    main = model.graphs[MAIN]
+    for call in model.analysis(call_graph).calls.get(MAIN, []):
+        entry = model.entries.get(call.callee)
+        if entry is not None:
+            bound = main.nodes[call.node].inputs[call.first + len(entry.inputs) :]
+            for value, capture in zip(bound, entry.captures, strict=True):
+                if isinstance(capture, str):
+                    found[value.node] = capture
+    return found
+
+
+def bindings(model: Model, graph: str, values: tuple[Value, ...]) -> frozenset[tuple[Origin, ...]]:
+    """Where several values of one graph come from, together: one tuple for each way to get there.
+
+    A function that is called with different variables has as many tuples; each keeps the variables of one
+    call together, which the sets of `origins` would mix.
+    """
+    return _resolve(model, graph, tuple(follow(model, model.graphs[graph], v) for v in values), {})
+
+
+Origins = tuple[Origin, ...]
+
+
+def _resolve(
+    model: Model, graph: str, local: Origins, memo: dict[tuple[str, Origins], frozenset[Origins]]
+) -> frozenset[Origins]:
+    if not any(isinstance(o, Argument) for o in local):
+        return frozenset([local])
+    key = (graph, local)
+    if key in memo:
+        return memo[key]
+    found: set[Origins] = set()
+    entry = model.entries.get(graph)
+    if entry is not None:
+        found.add(tuple(_bound(entry, o) if isinstance(o, Argument) else o for o in local))
+    for call in model.analysis(call_graph).callers.get(graph, []):
+        if entry is not None and call.graph == MAIN:
+            continue  # the main graph binds what the concrete function binds
+        outer = model.graphs[call.graph]
+        node = outer.nodes[call.node]
+        found |= _resolve(
+            model,
+            call.graph,
+            tuple(
+                follow(model, outer, node.inputs[call.first + o.index]) if isinstance(o, Argument) else o for o in local
+            ),
+            memo,
+        )
+    memo[key] = frozenset(found or {local})
+    return memo[key]
+
+
+def _bound(entry: Entry, argument: Argument) -> Origin:
+    if argument.index < len(entry.inputs):
+        return argument
+    capture = entry.captures[argument.index - len(entry.inputs)]
+    return VariableKey(capture) if isinstance(capture, str) else Captured(capture)
+
+
+def origins(model: Model, graph: str, value: Value) -> frozenset[Origin]:
+    """Where one value may come from."""
+    return frozenset(o for (o,) in bindings(model, graph, (value,)))

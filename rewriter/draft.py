@@ -1,0 +1,192 @@
+"""A graph that is being edited: the one mutable thing, alive only inside `edit.apply`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from rewriter.expr import Apply, Expr, Handle, PerCall, Use
+from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value
+from rewriter.ops import Dtype, attr
+
+Need = Handle | PerCall
+"""What a function may need from its callers."""
+
+
+class Draft:
+    """Collects the changes to one graph.
+
+    Attributes:
+        entry: whether calls enter the model here, so that per-call values are computed here.
+        needs: what the function takes from its callers, and the argument that carries it.
+    """
+
+    def __init__(self, graph: Graph, entry: bool) -> None:
+        self.graph = graph
+        self.entry = entry
+        self.nodes = dict(graph.nodes)
+        self.results = list(graph.results)
+        self.effects = list(graph.effects)
+        self.needs: dict[Need, str] = {}
+        self.stateful = graph.stateful
+        self._placed: dict[Expr, Value] = {}
+        self._minted: dict[str, int] = {}
+        self._last: list[str] = []
+
+    def mint(self, hint: str) -> str:
+        """A node name that the graph does not have, like `hint`."""
+        name, count = hint, self._minted.get(hint, 0)
+        while name in self.nodes:
+            count += 1
+            name = f"{hint}_{count}"
+        self._minted[hint] = count
+        return name
+
+    def place(self, expr: Expr, scope: str) -> Value:
+        """The value of an expression in this graph. What was placed before is used again."""
+        stack = [expr]
+        while stack:
+            e = stack[-1]
+            waiting = [] if e in self._placed else [i for i in self._operands(e) if i not in self._placed]
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            stack.pop()
+            if e not in self._placed:
+                self._placed[e] = self._place(e, scope)
+        return self._placed[expr]
+
+    def _operands(self, expr: Expr) -> tuple[Expr, ...]:
+        if isinstance(expr, Apply):
+            return expr.inputs
+        return (expr.inner,) if isinstance(expr, PerCall) and self.entry else ()
+
+    def _place(self, expr: Expr, scope: str) -> Value:
+        match expr:
+            case Use(value=value):
+                return value
+            case PerCall(inner=inner) if self.entry:
+                return self._placed[inner]
+            case Handle() if self.graph.name == MAIN:
+                return self._var_handle(expr)
+            case Handle() | PerCall():
+                return Value(self.need(expr))
+            case Apply():
+                return Value(self._add_op(expr, scope))
+        raise AssertionError(expr)
+
+    def _add_op(self, expr: Apply, scope: str) -> str:
+        name = self.mint(f"{scope}/{expr.name or expr.op}")
+        inputs = tuple(self._placed[i] for i in expr.inputs)
+        self.nodes[name] = Node(name, expr.op, inputs, (), dict(expr.attrs))
+        return name
+
+    def need(self, need: Need) -> str:
+        """The argument that carries what callers must supply; added if there is none yet."""
+        if need not in self.needs:
+            name = self.mint(need.label)
+            self.nodes[name] = Node(name, ARG, attrs={"T": attr(Dtype(need.dtype))})
+            self.needs[need] = name
+            self._placed[need] = Value(name)
+        return self.needs[need]
+
+    def _var_handle(self, need: Handle) -> Value:
+        """The main graph makes the resources that others are given."""
+        variable = need.variable
+        for node in self.nodes.values():
+            if node.op == "VarHandleOp" and node.name == variable.name:
+                return Value(node.name)
+        node = var_handle(self.mint(variable.name), variable.name, variable.dtype, variable.shape or ())
+        self.nodes[node.name] = node
+        return Value(node.name)
+
+    def rewire(self, edge: Edge, value: Expr, scope: str) -> None:
+        """Let one edge use another value."""
+        new = self.place(value, scope)
+        if not edge.node:
+            self.results[edge.index] = self.results[edge.index]._replace(value=new)
+            return
+        node = self._node(edge.node)
+        inputs = list(node.inputs)
+        inputs[edge.index] = new
+        self.nodes[edge.node] = replace(node, inputs=tuple(inputs))
+
+    def run(self, value: Expr, scope: str, last: bool) -> None:
+        """Place an op and run it whenever the graph runs."""
+        name = self.place(value, scope).node
+        self.add_effect(name)
+        if last:
+            self._last.append(name)
+
+    def add_effect(self, node: str) -> None:
+        """Let a node run whenever the graph does."""
+        if self.graph.name != MAIN and all(e.node != node for e in self.effects):
+            taken = {e.name for e in self.effects}
+            name, count = node, 0
+            while name in taken:
+                count += 1
+                name = f"{node}_{count}"
+            self.effects.append(Effect(name, node))
+            self.stateful = True
+
+    def run_after(self, name: str, others: tuple[str, ...]) -> None:
+        """Let a node run after others."""
+        node = self._node(name)
+        self.nodes[name] = replace(node, after=tuple(dict.fromkeys((*node.after, *others))))
+
+    def set_attr(self, node: str, name: str, value: Any) -> None:
+        """Set or, with None, remove an attribute of a node."""
+        self.nodes[node] = self._node(node).with_attrs(**{name: value})
+
+    def set_node(self, node: Node) -> None:
+        """Put a node in place of the one of the same name."""
+        self.nodes[node.name] = node
+
+    def add_result(self, name: str, value: Value, dtype: str) -> None:
+        """Return one more value."""
+        taken = {r.name for r in self.results}
+        fresh, count = name, 0
+        while fresh in taken:
+            count += 1
+            fresh = f"{name}_{count}"
+        self.results.append(Result(fresh, value, dtype))
+
+    def _node(self, name: str) -> Node:
+        if name not in self.nodes:
+            raise Error(f"there is no node {name} in {self.graph.name or 'the main graph'} to edit")
+        return self.nodes[name]
+
+    def finish(self) -> Graph:
+        """The edited graph."""
+        for name in self._last:
+            before = {r.value.node for r in self.results} | {e.node for e in self.effects if e.node not in self._last}
+            arguments = {n for n in before if self.nodes[n].op == ARG}
+            self.nodes[name] = replace(self.nodes[name], after=tuple(sorted(before - arguments)))
+        added = tuple(self.needs.values())
+        attrs = dict(self.graph.attrs)
+        if added and "_input_shapes" in attrs:
+            # One entry per argument, or the function cannot be loaded; resources and bools are scalars.
+            shapes = type(attrs["_input_shapes"])()
+            shapes.CopyFrom(attrs["_input_shapes"])
+            for _ in added:
+                shapes.list.shape.add()
+            attrs["_input_shapes"] = shapes
+        return replace(
+            self.graph,
+            nodes=self.nodes,
+            arguments=(*self.graph.arguments, *added),
+            results=tuple(self.results),
+            effects=tuple(self.effects),
+            attrs=attrs,
+            stateful=self.stateful,
+        )
+
+
+def var_handle(name: str, shared_name: str, dtype: str, shape: tuple[int, ...]) -> Node:
+    """A VarHandleOp: the resource of a variable, found by its shared name."""
+    proto = type(attr(0))()
+    proto.shape.SetInParent()
+    for size in shape:
+        proto.shape.dim.add().size = size
+    attrs = {"dtype": attr(Dtype(dtype)), "shape": proto, "shared_name": attr(shared_name)}
+    return Node(name, "VarHandleOp", attrs=attrs)

@@ -1,0 +1,215 @@
+"""The closed set of edits, and their application.
+
+Passes yield edits; only `apply` changes anything. It places expressions, mints names, and brings the
+variables and per-call values that expressions need to every graph and every caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from rewriter.draft import Draft
+from rewriter.expr import Expr
+from rewriter.ir import MAIN, Edge, Endpoint, Error, Exposed, Model, Variable
+from rewriter.lift import lift, make_stateful
+from rewriter.ops import Func, attr
+
+
+@dataclass(frozen=True)
+class Rewire:
+    """Let `edge` use `value` instead. New nodes are named below `scope`."""
+
+    edge: Edge
+    value: Expr
+    scope: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """Run an op for its effect whenever `graph` runs, and make the effect known to every caller.
+
+    With `last`, it runs after everything that the graph's results and other effects need.
+    """
+
+    graph: str
+    value: Expr
+    scope: str
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class RunAfter:
+    """Let a node run after others."""
+
+    graph: str
+    node: str
+    others: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SetAttr:
+    """Set an attribute of a node; None returns it to its op definition's default."""
+
+    graph: str
+    node: str
+    name: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Clone:
+    """Add a copy of a function under a new name, with calls redirected. Edits of the copy may follow."""
+
+    graph: str
+    name: str
+    callees: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class AddVariable:
+    """Add a variable and expose it at its `path`."""
+
+    variable: Variable
+
+
+@dataclass(frozen=True)
+class Expose:
+    """Make a function, a variable or a list of variables an attribute of the root, by dotted path."""
+
+    path: str
+    value: Exposed
+
+
+@dataclass(frozen=True)
+class AddSignature:
+    """Make a function a signature."""
+
+    name: str
+    value: Endpoint
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Leave a node as it is, and say why."""
+
+    graph: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something that the user should know about the result, in a sentence."""
+
+    text: str
+
+
+Edit = Rewire | Run | RunAfter | SetAttr | Clone | AddVariable | Expose | AddSignature | Skip | Note
+
+
+def apply(model: Model, edits: Iterable[Edit]) -> Model:
+    """A model with the edits made, all in one batch: each one refers to the graphs as they were.
+
+    Graphs that no edit concerns are the same objects in the result.
+
+    Raises:
+        Error: an edit refers to something that is not there, or a value is needed in a function that
+            cannot be given another argument.
+    """
+    batch = list(edits)
+    model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
+    model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
+    model = _expose(model, batch)
+    drafts = _Drafts(model)
+    for edit in batch:
+        match edit:
+            case Rewire(edge, value, scope):
+                drafts[edge.graph].rewire(edge, value, scope)
+            case Run(graph, value, scope, last):
+                drafts[graph].run(value, scope, last)
+            case RunAfter(graph, node, others):
+                drafts[graph].run_after(node, others)
+            case SetAttr(graph, node, name, proto):
+                drafts[graph].set_attr(node, name, proto)
+            case _:
+                pass
+    make_stateful(model, drafts)
+    return lift(model, drafts)
+
+
+class _Drafts(dict[str, Draft]):
+    """Drafts by graph, opened when first asked for."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def __missing__(self, name: str) -> Draft:
+        if name not in self.model.graphs:
+            raise Error(f"there is no graph {name!r} to edit")
+        draft = Draft(self.model.graphs[name], entry=name == MAIN or name in self.model.entries)
+        self[name] = draft
+        return draft
+
+
+def _add_variables(model: Model, variables: list[Variable]) -> Model:
+    for variable in variables:
+        if variable.key in model.variables:
+            raise Error(f"the model has a variable {variable.key} already")
+    paths = {v.path: v for v in variables}
+    return replace(
+        model,
+        variables={**model.variables, **{v.key: v for v in variables}},
+        attributes={**model.attributes, **paths},
+    )
+
+
+def _add_clones(model: Model, clones: list[Clone]) -> Model:
+    if not clones:
+        return model
+    graphs = dict(model.graphs)
+    for clone in clones:
+        if clone.name in graphs:
+            raise Error(f"the model has a function {clone.name} already")
+        source = model.graphs[clone.graph]
+        nodes = source.nodes
+        if clone.callees:
+            nodes = {
+                n.name: replace(n, attrs={k: _renamed(v, clone.callees) for k, v in n.attrs.items()})
+                for n in source.nodes.values()
+            }
+        graphs[clone.name] = replace(source, name=clone.name, nodes=nodes)
+    return replace(model, graphs=graphs)
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    """A function attribute with the function's name replaced; other attributes as they are."""
+    if value.WhichOneof("value") == "func" and value.func.name in names:
+        return attr(Func(names[value.func.name]))
+    return value
+
+
+def _expose(model: Model, batch: list[Edit]) -> Model:
+    exposed = {e.path: e.value for e in batch if isinstance(e, Expose)}
+    signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature)}
+    if not exposed and not signatures:
+        return model
+    entries = dict(model.entries)
+    for value in (*exposed.values(), *signatures.values()):
+        if isinstance(value, Endpoint):
+            like, bound = model.entries[value.like], model.entries[value.bound]
+            entries[value.function] = replace(like, function=value.function, captures=bound.captures, paths=())
+    for path, value in exposed.items():
+        if isinstance(value, Endpoint):
+            entry = entries[value.function]
+            entries[value.function] = replace(entry, paths=(*entry.paths, path))
+    return replace(
+        model,
+        entries=entries,
+        attributes={**model.attributes, **exposed},
+        new_signatures={**model.new_signatures, **signatures},
+    )
+
+

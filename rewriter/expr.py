@@ -1,0 +1,193 @@
+"""Expressions: values that are not placed in a graph yet.
+
+A pass writes ``quantised = (q - z) * s``; the engine places it in a graph when it applies the edit that
+uses it. An expression is placed once per graph, however often it is used: identity, not equality, decides
+what is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from rewriter import ops
+from rewriter.ir import Error, Value, Variable
+
+
+@dataclass(frozen=True, eq=False)
+class Expr:
+    """A value to be computed; arithmetic on expressions makes expressions. `dtype` is its dtype's name."""
+
+    dtype: str
+
+    def __add__(self, other: Operand) -> Expr:
+        return op("AddV2", self, other)
+
+    def __sub__(self, other: Operand) -> Expr:
+        return op("Sub", self, other)
+
+    def __mul__(self, other: Operand) -> Expr:
+        return op("Mul", self, other)
+
+    def __truediv__(self, other: Expr) -> Expr:
+        """Division by another expression; a constant divisor would be turned into a product by Grappler."""
+        return op("RealDiv", self, other)
+
+    def __neg__(self) -> Expr:
+        return op("Neg", self)
+
+    def __ge__(self, other: Operand) -> Expr:
+        return op("GreaterEqual", self, other)
+
+    def __lt__(self, other: Operand) -> Expr:
+        return op("Less", self, other)
+
+    def __and__(self, other: Expr) -> Expr:
+        return op("LogicalAnd", self, other)
+
+
+@dataclass(frozen=True, eq=False)
+class Use(Expr):
+    """A value that the graph already has."""
+
+    value: Value
+
+
+@dataclass(frozen=True, eq=False)
+class Apply(Expr):
+    """Output `port` of an op. `name` is a hint for the node's name; `tags` are attributes starting with _."""
+
+    op: str
+    inputs: tuple[Expr, ...]
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    name: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Handle(Expr):
+    """The resource of a variable. The engine brings it to every graph that needs it."""
+
+    variable: Variable
+
+    @property
+    def label(self) -> str:
+        """What an argument that carries it is called."""
+        return self.variable.name
+
+
+@dataclass(frozen=True, eq=False)
+class PerCall(Expr):
+    """A value computed once where a call enters the model, and passed down as an argument from there.
+
+    All functions that run within one call of a concrete function then see the same value, even if the
+    variables it depends on are assigned meanwhile.
+    """
+
+    label: str
+    inner: Expr
+
+
+Operand = Expr | bool | int | float
+
+
+@cache
+def _constant(kind: type, value: bool | int | float, dtype: str) -> Expr:
+    array = np.asarray(value, dtype=dtype)
+    attrs = {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(array)}
+    return Apply(dtype, "Const", (), attrs)
+
+
+def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
+    """A scalar constant; equal constants are one expression."""
+    return _constant(type(value), value.item() if isinstance(value, np.generic) else value, dtype)
+
+
+def per_call(label: str, inner: Expr) -> PerCall:
+    """`inner`, computed once per call of the model; arguments that carry it are named `label`."""
+    return PerCall(inner.dtype, label, inner)
+
+
+@cache
+def handle(variable: Variable) -> Handle:
+    """The variable's resource; one expression per variable."""
+    return Handle("resource", variable)
+
+
+@cache
+def read(variable: Variable) -> Expr:
+    """The variable's value, read once per graph."""
+    attrs = {"dtype": ops.attr(ops.Dtype(variable.dtype))}
+    return Apply(variable.dtype, "ReadVariableOp", (handle(variable),), attrs)
+
+
+def op(name: str, *inputs: Operand, **attrs: Any) -> Expr:
+    """One op with one output; dtype attributes follow from the inputs.
+
+    Plain numbers among the inputs become constants of the first expression's dtype.
+
+    Raises:
+        Error: no such op, or the wrong number of inputs.
+    """
+    definition = ops.registered(name)
+    if definition is None or len(definition.input_arg) != len(inputs):
+        raise Error(f"no op {name} with {len(inputs)} inputs")
+    like = next(i.dtype for i in inputs if isinstance(i, Expr))
+    operands = tuple(i if isinstance(i, Expr) else constant(i, like) for i in inputs)
+    protos = {k: ops.attr(v) for k, v in attrs.items()}
+    for arg, operand in zip(definition.input_arg, operands, strict=True):
+        if arg.type_attr:
+            protos[arg.type_attr] = ops.attr(ops.Dtype(operand.dtype))
+    return Apply(_result_dtype(definition, protos), name, operands, protos)
+
+
+def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
+    if not definition.output_arg:
+        return ""
+    arg = definition.output_arg[0]
+    if not arg.type_attr:
+        return ops.dtype_name(arg.type)
+    if arg.type_attr in attrs:
+        return ops.dtype_name(attrs[arg.type_attr].type)
+    default = next(a.default_value for a in definition.attr if a.name == arg.type_attr)
+    return ops.dtype_name(default.type)
+
+
+def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
+    """`then` where `condition` holds, else `otherwise`; op SelectV2, which broadcasts."""
+    return op("SelectV2", condition, then, otherwise)
+
+
+def stop_gradient(value: Expr) -> Expr:
+    """The value, with no gradient."""
+    return op("StopGradient", value)
+
+
+def tagged(value: Expr, name: str, **tags: Any) -> Expr:
+    """The same op under a name hint, with attributes that start with an underscore."""
+    if not isinstance(value, Apply):
+        raise Error("only an op can be tagged")
+    attrs = {**value.attrs, **{k: ops.attr(v) for k, v in tags.items()}}
+    return Apply(value.dtype, value.op, value.inputs, attrs, name)
+
+
+def variables_of(expr: Expr) -> Iterator[Variable]:
+    """The variables whose resources an expression needs, in order, each once."""
+    seen: set[int] = set()
+    found: dict[Variable, None] = {}
+    stack = [expr]
+    while stack:
+        e = stack.pop()
+        if id(e) in seen:
+            continue
+        seen.add(id(e))
+        if isinstance(e, Handle):
+            found[e.variable] = None
+        elif isinstance(e, PerCall):
+            stack.append(e.inner)
+        elif isinstance(e, Apply):
+            stack.extend(reversed(e.inputs))
+    yield from found

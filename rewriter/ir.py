@@ -1,0 +1,262 @@
+"""The in-memory form of a SavedModel: values, nodes, graphs, variables, models.
+
+Everything here is a frozen value. A node's identity is its name; an edit yields a new graph. The main
+GraphDef and every FunctionDef have the same form, so a pass needs to know neither of their two spellings
+of an edge (`name:2` against `name:output_arg:0`).
+
+Attributes are TensorFlow's ``AttrValue`` protos, carried through untouched. What a proto holds and this
+form does not model travels along, serialised, in `residue`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, TypeVar
+
+MAIN = ""
+"""Name of the main graph among a model's graphs."""
+
+ARG = "Arg"
+"""Op of the nodes that stand for a function's arguments."""
+
+Attrs = Mapping[str, Any]
+T = TypeVar("T")
+
+
+class Error(Exception):
+    """What a user can be told in one sentence: what is wrong and what to do."""
+
+
+class Value(NamedTuple):
+    """One output of one node. Ports count a node's outputs through, across its output arguments."""
+
+    node: str
+    port: int = 0
+
+
+class Edge(NamedTuple):
+    """One use of a value: data input `index` of `node`, or result `index` of the graph where `node` is ""."""
+
+    graph: str
+    node: str
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operation, or one argument of a function (op `Arg`, dtype in the attribute `T`).
+
+    Attributes:
+        inputs: data inputs, in order.
+        after: names of the nodes that must run first (control inputs).
+        attrs: attribute protos by name; absent ones have their op definition's default.
+        residue: serialised ``NodeDef`` (or ``ArgDef``) of the fields not modelled here.
+    """
+
+    name: str
+    op: str
+    inputs: tuple[Value, ...] = ()
+    after: tuple[str, ...] = ()
+    attrs: Attrs = field(default_factory=dict)
+    device: str = ""
+    residue: bytes = b""
+
+    def with_attrs(self, **attrs: Any) -> Node:
+        """The same node with these attribute protos set; a value of None removes the attribute."""
+        merged = {**self.attrs, **attrs}
+        return replace(self, attrs={k: v for k, v in merged.items() if v is not None})
+
+
+class Result(NamedTuple):
+    """One output of a function: its name, the value returned, and its dtype (residue: ``ArgDef``)."""
+
+    name: str
+    value: Value
+    dtype: str
+    residue: bytes = b""
+
+
+class Effect(NamedTuple):
+    """A node that runs whenever the function does, whether or not a result needs it (control output)."""
+
+    name: str
+    node: str
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The main GraphDef (`name` is "") or one FunctionDef.
+
+    Attributes:
+        arguments: names of the `Arg` nodes, in order.
+        attrs: the FunctionDef's own attributes.
+        stateful: ``OpDef.is_stateful`` of the function's signature.
+        residue: serialised ``FunctionDef`` or ``GraphDef`` of what is not modelled here.
+    """
+
+    name: str
+    nodes: Mapping[str, Node]
+    arguments: tuple[str, ...] = ()
+    results: tuple[Result, ...] = ()
+    effects: tuple[Effect, ...] = ()
+    attrs: Attrs = field(default_factory=dict)
+    stateful: bool = False
+    residue: bytes = b""
+
+    def edges(self) -> Iterator[tuple[Value, Edge]]:
+        """Every data edge: the value used and where."""
+        for node in self.nodes.values():
+            for index, value in enumerate(node.inputs):
+                yield value, Edge(self.name, node.name, index)
+        for index, result in enumerate(self.results):
+            yield result.value, Edge(self.name, "", index)
+
+    def consumers(self) -> Mapping[Value, list[Edge]]:
+        """All uses of each value of this graph."""
+        uses: dict[Value, list[Edge]] = {}
+        for value, edge in self.edges():
+            uses.setdefault(value, []).append(edge)
+        return uses
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the model. Names need not be unique; `key`, its name in the checkpoint, is.
+
+    Attributes:
+        shape: None where unknown; -1 for an unknown dimension.
+        synchronization: ``tf.VariableSynchronization`` as its integer value.
+        aggregation: ``tf.VariableAggregation`` as its integer value.
+        path: for a new variable, its attribute path from the root, as ``quantization.step``.
+        initial: for a new variable, the value it is saved with.
+    """
+
+    key: str
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    trainable: bool = False
+    synchronization: int = 0
+    aggregation: int = 0
+    path: str = ""
+    initial: int | float | bool | None = None
+
+
+class Spec(NamedTuple):
+    """Name, dtype and shape of one tensor that goes in or out (shape None: unknown rank; -1: unknown)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A concrete function: a graph that can be called from outside, and what it captures.
+
+    Attributes:
+        inputs: specs of the leading arguments, which a caller supplies.
+        outputs: specs of the results, in order.
+        captures: what the remaining arguments are bound to: a variable's key, or the number of another
+            object (a table, an asset, a constant).
+        paths: where the object graph holds it, as ``__call__`` or ``signatures.serving_default``.
+    """
+
+    function: str
+    inputs: tuple[Spec, ...]
+    outputs: tuple[Spec, ...]
+    captures: tuple[str | int, ...]
+    paths: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A signature of the model: `entry` computes it; names are those that the caller sees, in order."""
+
+    name: str
+    entry: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A new function exposed as an attribute of the root (positional) or as a signature.
+
+    Attributes:
+        like: the concrete function whose inputs and output structure it has; for a signature, one that a
+            signature holds.
+        bound: the concrete function whose captures it has, in order.
+    """
+
+    function: str
+    like: str
+    bound: str
+
+
+@dataclass(frozen=True)
+class VariablesOf:
+    """A list of the variables that a concrete function captures, or of the trainable ones among them."""
+
+    function: str
+    trainable_only: bool = False
+
+
+Exposed = Endpoint | Variable | VariablesOf
+
+
+@dataclass(frozen=True)
+class Model:
+    """A whole SavedModel.
+
+    Attributes:
+        graphs: main graph and functions by name.
+        variables: by checkpoint key.
+        entries: concrete functions by the name of their graph.
+        signatures: by name.
+        root_names: the names of the root object's attributes in the source.
+        attributes: what passes added below the root, by dotted path.
+        new_signatures: signatures that passes added.
+        op_defs: op definitions that the model brings for ops that may not be registered here.
+        source: what `rewriter.savedmodel` needs to write the model again; nothing else looks into it.
+    """
+
+    graphs: Mapping[str, Graph]
+    variables: Mapping[str, Variable] = field(default_factory=dict)
+    entries: Mapping[str, Entry] = field(default_factory=dict)
+    signatures: Mapping[str, Signature] = field(default_factory=dict)
+    root_names: frozenset[str] = frozenset()
+    attributes: Mapping[str, Exposed] = field(default_factory=dict)
+    new_signatures: Mapping[str, Endpoint] = field(default_factory=dict)
+    op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)
+    source: Any = field(default=None, compare=False, repr=False)
+    _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+
+    def analysis(self, of: Callable[[Model], T]) -> T:
+        """The result of `of(self)`, computed once: models are immutable."""
+        if of not in self._memo:
+            self._memo[of] = of(self)
+        result: T = self._memo[of]
+        return result
+
+    def root_entries(self, attribute: str) -> tuple[Entry, ...]:
+        """The concrete functions that the root holds under this name (one per trace)."""
+        return tuple(e for e in self.entries.values() if attribute in e.paths)
+
+    def captured(self, of: VariablesOf) -> tuple[Variable, ...]:
+        """The variables that a list names, in the order in which the function captures them."""
+        captures = self.entries[of.function].captures
+        found = (self.variables[c] for c in captures if isinstance(c, str))
+        return tuple(v for v in found if v.trainable or not of.trainable_only)
+
+    def signature_of(self, entry: str) -> Signature:
+        """The signature that this concrete function computes.
+
+        Raises:
+            Error: there is none.
+        """
+        for signature in self.signatures.values():
+            if signature.entry == entry:
+                return signature
+        raise Error(f"no signature is computed by {entry}")

@@ -1,0 +1,213 @@
+"""What is known about ops: definitions, attributes, which ones call functions, which ones forward a value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorflow.core.framework import attr_value_pb2, op_def_pb2, types_pb2
+from tensorflow.python.framework import dtypes, op_def_registry, tensor_util
+
+from rewriter.ir import ARG, Error, Model, Node
+
+
+class CallForm(NamedTuple):
+    """How an op calls functions.
+
+    Attributes:
+        callees: the attributes that name them (each holds one function or a list).
+        types: the attribute that lists the dtypes of the inputs passed on; None where there is none.
+        first: index of the first input that is passed on.
+        carried: whether what goes in must come out of the callee again (loop variables).
+        stateful: the op to use when a callee gains side effects.
+    """
+
+    callees: tuple[str, ...]
+    types: str | None
+    first: int
+    carried: bool
+    stateful: str
+
+
+CALLS: Mapping[str, CallForm] = {
+    "PartitionedCall": CallForm(("f",), "Tin", 0, False, "StatefulPartitionedCall"),
+    "StatefulPartitionedCall": CallForm(("f",), "Tin", 0, False, "StatefulPartitionedCall"),
+    "If": CallForm(("then_branch", "else_branch"), "Tin", 1, False, "If"),
+    "StatelessIf": CallForm(("then_branch", "else_branch"), "Tin", 1, False, "If"),
+    "Case": CallForm(("branches",), "Tin", 1, False, "Case"),
+    "StatelessCase": CallForm(("branches",), "Tin", 1, False, "Case"),
+    "While": CallForm(("cond", "body"), "T", 0, True, "While"),
+    "StatelessWhile": CallForm(("cond", "body"), "T", 0, True, "While"),
+}
+
+FORWARDS: Mapping[str, int] = {"Identity": 0, "ReadVariableOp": 0, "StopGradient": 0, "EnsureShape": 0}
+"""Ops whose first output is, or reads, one of their inputs: the index of that input."""
+
+
+def call_form(model: Model, node: Node) -> CallForm | None:
+    """How this node calls functions; None where it does not, or not in a way that inputs can be added to."""
+    form = CALLS.get(node.op)
+    if form is None and node.op in model.graphs:
+        return CallForm((), None, 0, False, node.op)
+    return form
+
+
+def callees(model: Model, node: Node) -> tuple[str, ...]:
+    """The functions that a node with a call form calls, in order."""
+    form = CALLS.get(node.op)
+    if form is None:
+        return (node.op,) if node.op in model.graphs else ()
+    return tuple(name for key in form.callees if key in node.attrs for name in functions_in(node.attrs[key]))
+
+
+def functions_in(value: Any) -> Iterator[str]:
+    """The names of the functions that an attribute refers to."""
+    kind = value.WhichOneof("value")
+    if kind == "func":
+        yield value.func.name
+    elif kind == "list":
+        for func in value.list.func:
+            yield func.name
+
+
+@cache
+def dtype_name(number: int) -> str:
+    """``types_pb2.DataType`` -> name, as 1 -> "float32"."""
+    try:
+        return dtypes.as_dtype(number).name
+    except TypeError as e:
+        raise Error(f"unknown dtype number {number}; the model needs a newer TensorFlow") from e
+
+
+@cache
+def dtype_number(name: str) -> int:
+    """Name -> ``types_pb2.DataType``."""
+    return int(dtypes.as_dtype(name).as_datatype_enum)
+
+
+class Dtype(str):
+    """A dtype by name; `attr` makes a type attribute of it, of a plain string a bytes attribute."""
+
+    __slots__ = ()
+
+
+class Func(str):
+    """A function by name; `attr` makes a function attribute of it."""
+
+    __slots__ = ()
+
+
+def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype]) -> Any:
+    """A Python value as an ``AttrValue``."""
+    proto = attr_value_pb2.AttrValue()
+    if isinstance(value, bool):
+        proto.b = value
+    elif isinstance(value, int):
+        proto.i = value
+    elif isinstance(value, float):
+        proto.f = value
+    elif isinstance(value, Dtype):
+        proto.type = dtype_number(value)
+    elif isinstance(value, Func):
+        proto.func.name = value
+    elif isinstance(value, str | bytes):
+        proto.s = value.encode() if isinstance(value, str) else value
+    elif isinstance(value, np.ndarray | np.generic):
+        proto.tensor.CopyFrom(tensor_util.make_tensor_proto(value))
+    else:
+        proto.list.type.extend(dtype_number(v) for v in value)
+    return proto
+
+
+@cache
+def registered(op: str) -> Any:
+    """The op definition registered in this TensorFlow, or None."""
+    return op_def_registry.get(op)
+
+
+def op_def(model: Model, op: str) -> Any:
+    """The definition of an op: registered here, or brought by the model.
+
+    Raises:
+        Error: the op is known to neither.
+    """
+    found = registered(op)
+    if found is None:
+        found = model.op_defs.get(op)
+    if found is None:
+        raise Error(f"the op {op} is neither registered in this TensorFlow nor described in the model")
+    return found
+
+
+def get(model: Model, node: Node, name: str) -> Any:
+    """An attribute as a Python value (bool, int, float, str, dtype name), or its op definition's default.
+
+    Raises:
+        Error: neither the node nor the op definition has it.
+    """
+    value = node.attrs.get(name)
+    if value is None:
+        for a in op_def(model, node.op).attr:
+            if a.name == name and a.HasField("default_value"):
+                value = a.default_value
+    if value is None:
+        raise Error(f"node {node.name} ({node.op}) has no attribute {name}")
+    kind = value.WhichOneof("value")
+    content = getattr(value, kind)
+    if kind == "s":
+        return content.decode(errors="replace")
+    return dtype_name(content) if kind == "type" else content
+
+
+def argument_counts(arguments: Any, attrs: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(name, number of tensors) of each input or output argument of an op definition.
+
+    Source: ``tensorflow/core/framework/op_def.proto``, ArgDef: `number_attr` and `type_list_attr`.
+    """
+    for arg in arguments:
+        if arg.number_attr:
+            value = attrs.get(arg.number_attr) or defaults.get(arg.number_attr)
+            yield arg.name, value.i if value is not None else 0
+        elif arg.type_list_attr:
+            value = attrs.get(arg.type_list_attr) or defaults.get(arg.type_list_attr)
+            yield arg.name, len(value.list.type) if value is not None else 0
+        else:
+            yield arg.name, 1
+
+
+def outputs(definition: Any, attrs: Mapping[str, Any]) -> list[tuple[str, int]]:
+    """(name, number of tensors) of each output argument of a node with these attributes."""
+    if all(not a.number_attr and not a.type_list_attr for a in definition.output_arg):
+        return [(a.name, 1) for a in definition.output_arg]
+    defaults = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
+    return list(argument_counts(definition.output_arg, attrs, defaults))
+
+
+def output_count(model: Model, node: Node) -> int:
+    """How many outputs a node has."""
+    if node.op == ARG:
+        return 1
+    if node.op in model.graphs:
+        return len(model.graphs[node.op].results)
+    return sum(count for _, count in outputs(op_def(model, node.op), node.attrs))
+
+
+def describe(ops: set[str]) -> list[Any]:
+    """Op definitions of these ops without documentation, sorted, as ``MetaInfoDef.stripped_op_list`` has them."""
+    found = []
+    for op in sorted(ops):
+        definition = registered(op)
+        if definition is not None:
+            copy = op_def_pb2.OpDef()
+            copy.CopyFrom(definition)
+            copy.ClearField("summary")
+            copy.ClearField("description")
+            for part in (*copy.input_arg, *copy.output_arg, *copy.attr):
+                part.ClearField("description")
+            found.append(copy)
+    return found
+
+
+RESOURCE = types_pb2.DT_RESOURCE

@@ -1,0 +1,1 @@
+"""SavedModels on disk: the one place that knows the format."""

@@ -1,0 +1,205 @@
+"""GraphDef and FunctionDef protos to graphs, and back.
+
+Source: ``tensorflow/core/framework/{graph,node_def,function,op_def}.proto``. A FunctionDef spells an edge
+``node:output_arg:index`` or, for an argument, ``argument``; a GraphDef spells it ``node:port``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from tensorflow.core.framework import function_pb2, graph_pb2, node_def_pb2, op_def_pb2
+
+from rewriter import ops
+from rewriter.ir import ARG, MAIN, Effect, Error, Graph, Node, Result, Value
+
+Definitions = Callable[[str], Any]
+"""An op's name -> its definition; a function of the model counts as an op. Raises Error if unknown."""
+
+
+def definitions(library: Any, brought: Mapping[str, Any]) -> Definitions:
+    """Definitions of registered ops, of the library's functions, and of ops that the model describes."""
+    signatures = {f.signature.name: f.signature for f in library.function}
+
+    def find(op: str) -> Any:
+        found = signatures.get(op) or ops.registered(op) or brought.get(op)
+        if found is None:
+            raise Error(f"the op {op} is neither registered in this TensorFlow nor described in the model")
+        return found
+
+    return find
+
+
+def read_main(proto: Any) -> Graph:
+    """The main graph of a GraphDef, without its library."""
+    nodes = {}
+    for node in proto.node:
+        inputs, after = _split_inputs(node.input)
+        nodes[node.name] = _read_node(node, tuple(_main_value(i) for i in inputs), after)
+    rest = graph_pb2.GraphDef(versions=proto.versions, version=proto.version)
+    return Graph(MAIN, nodes, residue=rest.SerializeToString(deterministic=True))
+
+
+def read_function(proto: Any, find: Definitions) -> Graph:
+    """The graph of a FunctionDef."""
+    signature = proto.signature
+    nodes: dict[str, Node] = {}
+    for index, arg in enumerate(signature.input_arg):
+        nodes[arg.name] = _read_argument(arg, proto.arg_attr.get(index))
+    by_name = {n.name: n for n in proto.node_def}
+    ports: dict[str, dict[str, int]] = {}
+
+    def value(text: str) -> Value:
+        name, _, rest = text.partition(":")
+        if not rest:
+            return Value(name)
+        output, _, index = rest.partition(":")
+        if name not in ports:
+            node = by_name.get(name)
+            if node is None:
+                raise Error(f"in {signature.name}: the input {text} does not exist")
+            ports[name] = _first_ports(find(node.op), node.attr)
+        if output not in ports[name]:
+            raise Error(f"in {signature.name}: {name} has no output {output}")
+        return Value(name, ports[name][output] + int(index or 0))
+
+    for node in proto.node_def:
+        inputs, after = _split_inputs(node.input)
+        nodes[node.name] = _read_node(node, tuple(value(i) for i in inputs), after)
+    return Graph(
+        signature.name,
+        nodes,
+        tuple(a.name for a in signature.input_arg),
+        tuple(_read_result(a, value(proto.ret[a.name])) for a in signature.output_arg),
+        tuple(Effect(name, proto.control_ret[name]) for name in signature.control_output),
+        dict(proto.attr),
+        signature.is_stateful,
+        _function_residue(proto),
+    )
+
+
+def _first_ports(definition: Any, attrs: Mapping[str, Any]) -> dict[str, int]:
+    first, found = 0, {}
+    for name, count in ops.outputs(definition, attrs):
+        found[name] = first
+        first += count
+    return found
+
+
+def _split_inputs(inputs: Any) -> tuple[list[str], tuple[str, ...]]:
+    return [i for i in inputs if i[0] != "^"], tuple(i[1:] for i in inputs if i[0] == "^")
+
+
+def _main_value(text: str) -> Value:
+    name, _, port = text.partition(":")
+    return Value(name, int(port or 0))
+
+
+def _read_node(proto: Any, inputs: tuple[Value, ...], after: tuple[str, ...]) -> Node:
+    residue = b""
+    if proto.HasField("experimental_debug_info") or proto.HasField("experimental_type"):
+        rest = node_def_pb2.NodeDef()
+        rest.CopyFrom(proto)
+        for name in ("name", "op", "input", "device", "attr"):
+            rest.ClearField(name)
+        residue = rest.SerializeToString(deterministic=True)
+    return Node(proto.name, proto.op, inputs, after, dict(proto.attr), proto.device, residue)
+
+
+def _arg_residue(proto: Any) -> bytes:
+    rest = op_def_pb2.OpDef.ArgDef()
+    rest.CopyFrom(proto)
+    rest.ClearField("name")
+    rest.ClearField("type")
+    data: bytes = rest.SerializeToString(deterministic=True)
+    return data
+
+
+def _read_argument(arg: Any, extra: Any) -> Node:
+    attrs = {} if extra is None else dict(extra.attr)
+    if arg.type:
+        attrs["T"] = ops.attr(ops.Dtype(ops.dtype_name(arg.type)))
+    return Node(arg.name, ARG, attrs=attrs, residue=_arg_residue(arg))
+
+
+def _read_result(arg: Any, value: Value) -> Result:
+    return Result(arg.name, value, ops.dtype_name(arg.type) if arg.type else "", _arg_residue(arg))
+
+
+def _function_residue(proto: Any) -> bytes:
+    rest = function_pb2.FunctionDef()
+    rest.signature.CopyFrom(proto.signature)
+    for name in ("name", "input_arg", "output_arg", "control_output", "is_stateful"):
+        rest.signature.ClearField(name)
+    for index, number in proto.resource_arg_unique_id.items():
+        rest.resource_arg_unique_id[index] = number
+    data: bytes = rest.SerializeToString(deterministic=True)
+    return data
+
+
+def write_main(graph: Graph) -> Any:
+    """The GraphDef of the main graph, without a library."""
+    proto = graph_pb2.GraphDef.FromString(graph.residue)
+    for node in graph.nodes.values():
+        inputs = [v.node if v.port == 0 else f"{v.node}:{v.port}" for v in node.inputs]
+        _write_node(proto.node.add(), node, inputs)
+    return proto
+
+
+def write_function(graph: Graph, find: Definitions) -> Any:
+    """The FunctionDef of a graph."""
+    proto = function_pb2.FunctionDef.FromString(graph.residue)
+    signature = proto.signature
+    signature.name = graph.name
+    signature.is_stateful = graph.stateful
+    spelled: dict[str, list[str]] = {}
+
+    def spell(value: Value) -> str:
+        node = graph.nodes[value.node]
+        if node.op == ARG:
+            return node.name
+        if node.name not in spelled:
+            counts = ops.outputs(find(node.op), node.attrs)
+            spelled[node.name] = [f"{name}:{i}" for name, count in counts for i in range(count)]
+        return f"{node.name}:{spelled[node.name][value.port]}"
+
+    for index, name in enumerate(graph.arguments):
+        _write_argument(proto, index, graph.nodes[name])
+    for result in graph.results:
+        arg = signature.output_arg.add()
+        arg.MergeFromString(result.residue)
+        arg.name = result.name
+        if result.dtype:
+            arg.type = ops.dtype_number(result.dtype)
+        proto.ret[result.name] = spell(result.value)
+    for effect in graph.effects:
+        signature.control_output.append(effect.name)
+        proto.control_ret[effect.name] = effect.node
+    for name, attribute in graph.attrs.items():
+        proto.attr[name].CopyFrom(attribute)
+    for node in graph.nodes.values():
+        if node.op != ARG:
+            _write_node(proto.node_def.add(), node, [spell(v) for v in node.inputs])
+    return proto
+
+
+def _write_argument(proto: Any, index: int, node: Node) -> None:
+    arg = proto.signature.input_arg.add()
+    arg.MergeFromString(node.residue)
+    arg.name = node.name
+    if "T" in node.attrs:
+        arg.type = node.attrs["T"].type
+    for name, attribute in node.attrs.items():
+        if name != "T":
+            proto.arg_attr[index].attr[name].CopyFrom(attribute)
+
+
+def _write_node(proto: Any, node: Node, inputs: list[str]) -> None:
+    if node.residue:
+        proto.MergeFromString(node.residue)
+    proto.name, proto.op, proto.device = node.name, node.op, node.device
+    proto.input.extend(inputs)
+    proto.input.extend(f"^{name}" for name in node.after)
+    for name, attribute in node.attrs.items():
+        proto.attr[name].CopyFrom(attribute)

@@ -1,0 +1,219 @@
+"""What the main graph needs so that V1 loaders, ``saved_model_cli`` and serving find new variables and signatures.
+
+The main graph makes every variable's resource, calls one function for each signature, and calls the
+functions that save and restore the checkpoint. A variable that these two miss cannot be loaded by
+``tf.compat.v1.saved_model.load``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from tensorflow.python.framework import tensor_util
+
+from rewriter import ops
+from rewriter.dataflow import Argument, call_graph, follow
+from rewriter.draft import Draft, var_handle
+from rewriter.expr import Apply, Use, handle, op
+from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Value, Variable
+
+OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+
+
+class Saver(NamedTuple):
+    """The main graph's calls that save and restore, and what they call."""
+
+    save_node: str
+    save: str
+    restore_node: str
+    restore: str
+
+
+def find_saver(model: Model, saver_def: Any) -> Saver | None:
+    """The saver of a meta graph; None where it has none.
+
+    Raises:
+        Error: the saver does not consist of two function calls, as TensorFlow 2 writes it.
+    """
+    if not saver_def.save_tensor_name:
+        return None
+    main = model.graphs[MAIN]
+    names = (saver_def.save_tensor_name.partition(":")[0], saver_def.restore_op_name)
+    functions = []
+    for name in names:
+        called = ops.callees(model, main.nodes[name]) if name in main.nodes else ()
+        if len(called) != 1:
+            raise Error(f"the saver's node {name} is not a function call; this is not how TensorFlow 2 saves")
+        functions.append(called[0])
+    return Saver(names[0], functions[0], names[1], functions[1])
+
+
+def _only(graph: Graph, op_name: str) -> Node:
+    found = [n for n in graph.nodes.values() if n.op == op_name]
+    if not found:
+        raise Error(f"the saver's function {graph.name} has no {op_name}")
+    return found[0]
+
+
+def _strings(graph: Graph, value: Value) -> list[bytes]:
+    array: np.ndarray = tensor_util.MakeNdarray(graph.nodes[value.node].attrs["value"].tensor)
+    return list(array.ravel())
+
+
+def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]:
+    """What each captured object is in the main graph: by its calls of concrete functions, and by the saver."""
+    main = model.graphs[MAIN]
+    found: dict[str | int, Value] = {}
+    for call in model.analysis(call_graph).calls.get(MAIN, []):
+        entry = model.entries.get(call.callee)
+        if entry is not None:
+            found.update(zip(entry.captures, main.nodes[call.node].inputs[len(entry.inputs) :], strict=False))
+    if saver is None:
+        return found
+    restore = model.graphs[saver.restore]
+    node = _only(restore, "RestoreV2")
+    keys = _strings(restore, node.inputs[1])
+    passed = main.nodes[saver.restore_node].inputs
+    for assign in restore.nodes.values():
+        if assign.op == "AssignVariableOp":
+            resource = follow(model, restore, assign.inputs[0])
+            port = _restored_port(restore, assign.inputs[1], node.name)
+            if isinstance(resource, Argument) and port is not None:
+                found[keys[port].decode()] = passed[resource.index]
+    return found
+
+
+def _restored_port(graph: Graph, value: Value, restore: str) -> int | None:
+    while graph.nodes[value.node].op == "Identity":
+        value = graph.nodes[value.node].inputs[0]
+    return value.port if value.node == restore else None
+
+
+def extend(model: Model, saver_def: Any, added: list[Variable], trackables: bytes) -> tuple[Model, dict[str, Node]]:
+    """Add new variables to the saver and new signatures' calls.
+
+    Returns:
+        The model, and the node that calls each new signature.
+    """
+    saver = find_saver(model, saver_def)
+    values = captured_values(model, saver)
+    main = Draft(model.graphs[MAIN], entry=True)
+    graphs = dict(model.graphs)
+    for variable in added:
+        if variable.key not in values:
+            node = var_handle(main.mint(variable.name), variable.name, variable.dtype, variable.shape or ())
+            main.set_node(node)
+            values[variable.key] = Value(node.name)
+    if saver is not None:
+        graphs[saver.save] = _extend_save(model.graphs[saver.save], added)
+        graphs[saver.restore] = _extend_restore(model.graphs[saver.restore], added)
+        for name in (saver.save_node, saver.restore_node):
+            _pass_resources(main, name, [values[v.key] for v in added])
+        _replace_object_graph(main, model.graphs[saver.save], saver.save_node, trackables)
+    calls = {name: _call(model, main, name, e, values) for name, e in model.new_signatures.items()}
+    graphs[MAIN] = main.finish()
+    return replace(model, graphs=graphs), calls
+
+
+def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
+    node = main.nodes[name]
+    types = type(node.attrs["Tin"])()
+    types.CopyFrom(node.attrs["Tin"])
+    types.list.type.extend([ops.RESOURCE] * len(values))
+    main.set_node(replace(node.with_attrs(Tin=types), inputs=(*node.inputs, *values)))
+
+
+def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes) -> None:
+    """A V1 session that saves again writes the object graph that the main graph holds as a constant."""
+    node = _only(save, "SaveV2")
+    keys = _strings(save, node.inputs[1])
+    if OBJECT_GRAPH_KEY.encode() not in keys:
+        return
+    source = save.nodes[node.inputs[3 + keys.index(OBJECT_GRAPH_KEY.encode())].node]
+    if source.name in save.arguments:
+        value = main.nodes[call].inputs[save.arguments.index(source.name)]
+        main.set_attr(value.node, "value", ops.attr(np.array(trackables, dtype=object)))
+
+
+def _more_strings(draft: Draft, value: Value, strings: list[str]) -> None:
+    """Extend a constant list of strings; its shape attribute would be stale."""
+    old = _strings(draft.graph, value)
+    array = np.array([*old, *(s.encode() for s in strings)], dtype=object)
+    draft.set_attr(value.node, "value", ops.attr(array))
+    draft.set_attr(value.node, "_output_shapes", None)
+
+
+def _more_dtypes(attribute: Any, added: list[Variable]) -> Any:
+    longer = type(attribute)()
+    longer.CopyFrom(attribute)
+    longer.list.type.extend(ops.dtype_number(v.dtype) for v in added)
+    return longer
+
+
+def _argument(draft: Draft, variable: Variable) -> Use:
+    """A further resource argument of a function."""
+    return Use("resource", Value(draft.need(handle(variable))))
+
+
+def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
+    draft = Draft(graph, entry=False)
+    node = _only(graph, "SaveV2")
+    _more_strings(draft, node.inputs[1], [v.key for v in added])
+    _more_strings(draft, node.inputs[2], ["" for _ in added])
+    reads = []
+    for v in added:
+        read = Apply(v.dtype, "ReadVariableOp", (_argument(draft, v),), {"dtype": ops.attr(ops.Dtype(v.dtype))})
+        reads.append(draft.place(read, v.name))
+    node = draft.nodes[node.name]
+    attrs = {"dtypes": _more_dtypes(node.attrs["dtypes"], added)}
+    draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *reads)))
+    return draft.finish()
+
+
+def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
+    draft = Draft(graph, entry=False)
+    node = _only(graph, "RestoreV2")
+    first = len(node.attrs["dtypes"].list.type)
+    _more_strings(draft, node.inputs[1], [v.key for v in added])
+    _more_strings(draft, node.inputs[2], ["" for _ in added])
+    attrs = {"dtypes": _more_dtypes(node.attrs["dtypes"], added), "_output_shapes": None}
+    draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
+    for index, v in enumerate(added):
+        value = Use(v.dtype, Value(node.name, first + index))
+        assign = op("AssignVariableOp", _argument(draft, v), value)
+        draft.run(assign, f"{v.name}/restore", last=False)
+        # A V1 session fetches the call's result, so the result waits for the assignment as well.
+        for result in graph.results:
+            holder = draft.nodes[result.value.node]
+            draft.set_node(replace(holder, after=(*holder.after, draft.effects[-1].node)))
+    return draft.finish()
+
+
+def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapping[str | int, Value]) -> Node:
+    """A call of a new signature's function, with a placeholder for each input."""
+    signature = model.signature_of(endpoint.like)
+    entry = model.entries[endpoint.function]
+    like = next(
+        main.graph.nodes[c.node] for c in model.analysis(call_graph).calls[MAIN] if c.callee == signature.entry
+    )
+    inputs = []
+    for keyword, value in zip(signature.inputs, like.inputs, strict=False):
+        placeholder = replace(main.graph.nodes[value.node], name=main.mint(f"{name}_{keyword}"))
+        main.set_node(placeholder)
+        inputs.append(Value(placeholder.name))
+    for capture in entry.captures:
+        if capture not in values:
+            raise Error(f"the main graph does not make the object {capture} that {endpoint.function} captures")
+        inputs.append(values[capture])
+    graph = model.graphs[endpoint.function]
+    types = ops.attr([ops.Dtype(ops.dtype_name(graph.nodes[a].attrs["T"].type)) for a in graph.arguments])
+    attrs = {"Tin": types, "f": ops.attr(ops.Func(endpoint.function)), "_read_only_resource_inputs": None}
+    call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
+    call = call.with_attrs(**attrs)
+    main.set_node(call)
+    return call
+
+

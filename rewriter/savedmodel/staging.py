@@ -1,0 +1,97 @@
+"""Writing a directory so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rewriter.ir import Error
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def staged(target: Path, overwrite: bool) -> Iterator[Path]:
+    """A new directory beside `target` that becomes `target` when the block ends without an exception.
+
+    With `overwrite`, an existing `target` is exchanged for it in one step where the system can (Linux).
+
+    Raises:
+        Error: `target` exists and is not to be overwritten, or its parent cannot be written to.
+    """
+    refuse_existing(target, overwrite)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.bnqat-", dir=target.parent))
+    except OSError as e:
+        raise Error(f"cannot write to {target.parent}: {e.strerror}") from e
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        yield temporary
+        _sync(temporary)
+        _move(temporary, target, overwrite)
+    except OSError as e:
+        raise Error(f"cannot write {target}: {e.strerror}") from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def refuse_existing(target: Path, overwrite: bool) -> None:
+    """Refuse a destination that is there already.
+
+    Raises:
+        Error: it exists, and is not to be overwritten, or is no directory.
+    """
+    if not os.path.lexists(target):
+        return
+    if not overwrite:
+        raise Error(f"{target} exists; choose another destination or pass --overwrite")
+    if target.is_symlink() or not target.is_dir():
+        raise Error(f"{target} is not a directory, so it is not overwritten")
+    if any(target.iterdir()) and not (target / "saved_model.pb").exists():
+        raise Error(f"{target} holds something other than a SavedModel, so it is not overwritten")
+
+
+def _sync(directory: Path) -> None:
+    """Bring everything below a directory to the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in [*files, "."]:
+            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+    if overwrite and target.exists():
+        if not _exchange(temporary, target):
+            # No atomic exchange here: the old directory keeps its content under the temporary name's twin.
+            aside = temporary.with_name(temporary.name + "-old")
+            target.rename(aside)
+            temporary.rename(target)
+            aside.rename(temporary)
+    else:
+        temporary.rename(target)
+    descriptor = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Exchange two directories in one step (renameat2); False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0

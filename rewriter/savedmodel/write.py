@@ -1,0 +1,185 @@
+"""Writing a `Model` as a SavedModel."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
+
+from rewriter import ops
+from rewriter.ir import ARG, MAIN, Error, Model, Node
+from rewriter.savedmodel import checkpoint, main_graph
+from rewriter.savedmodel.graphs import definitions, write_function, write_main
+from rewriter.savedmodel.objects import Additions
+from rewriter.savedmodel.read import Source
+from rewriter.savedmodel.staging import staged
+
+GENERIC = "_generic_user_object"
+KERAS_PREFIX = "_tf_keras_"
+KERAS_METADATA = "keras_metadata.pb"
+FINGERPRINT = "fingerprint.pb"
+LOG = "bnqat.json"
+
+
+def save(
+    model: Model,
+    target: str | Path,
+    overwrite: bool = False,
+    log: Callable[[list[str]], Mapping[str, Any]] | None = None,
+) -> list[str]:
+    """Write a model to a new directory, whole or not at all.
+
+    Args:
+        log: given the list of other changes, what to keep in ``assets.extra/bnqat.json``.
+
+    Returns:
+        What had to change besides the graphs, a sentence each; nothing where no pass changed anything.
+
+    Raises:
+        Error: the destination exists, or the model or a file cannot be written.
+    """
+    source: Source = model.source
+    target = Path(target)
+    if target.resolve() == source.path.resolve():
+        raise Error(f"{target} is the model itself; the input is never changed, choose another destination")
+    with staged(target, overwrite) as directory:
+        changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
+        changed = changed or len(model.graphs) != len(source.protos)
+        proto, trackables, changes = _lower(model) if changed else (source.proto, None, [])
+        (directory / "saved_model.pb").write_bytes(proto.SerializeToString(deterministic=True))
+        _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
+        if changed:
+            changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
+        if source.checkpoint is not None:
+            prefix = directory / "variables" / "variables"
+            if trackables is None:
+                shutil.copytree(source.checkpoint.prefix.parent, prefix.parent)
+            else:
+                checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables))
+        if log is not None:
+            extra = directory / "assets.extra"
+            extra.mkdir(exist_ok=True)
+            text = json.dumps(log(changes), indent=1, sort_keys=True)
+            (extra / LOG).write_text(text + "\n", encoding="utf-8")
+    return changes
+
+
+def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
+    """Everything that is neither the graph nor the checkpoint: assets, assets.extra, and what else lies there."""
+    for path in sorted(source.iterdir()):
+        if path.name in {"saved_model.pb", "variables"} | drop:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name)
+        else:
+            shutil.copyfile(path, target / path.name)
+
+
+def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:
+    tensors: dict[str, Any] = {main_graph.OBJECT_GRAPH_KEY: trackables.SerializeToString(deterministic=True)}
+    for variable in _added(model):
+        tensors[variable.key] = np.asarray(variable.initial, dtype=variable.dtype)
+    return tensors
+
+
+def _added(model: Model) -> list[Any]:
+    return [v for k, v in model.variables.items() if k not in model.source.numbers]
+
+
+def _lower(model: Model) -> tuple[Any, Any, list[str]]:
+    """The SavedModel proto, the checkpoint's object graph, and what else had to change."""
+    source: Source = model.source
+    proto = saved_model_pb2.SavedModel()
+    proto.CopyFrom(source.proto)
+    trackables = trackable_object_graph_pb2.TrackableObjectGraph()
+    trackables.CopyFrom(source.trackables)
+    meta = proto.meta_graphs[0]
+    for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
+        if hasattr(endpoint, "function"):
+            meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
+    Additions(model, meta.object_graph_def, trackables, source.numbers).add()
+    changes = make_loadable(meta.object_graph_def, trackables)
+    model, calls = main_graph.extend(
+        model, meta.saver_def, _added(model), trackables.SerializeToString(deterministic=True)
+    )
+    _write_graphs(model, meta)
+    for name, call in calls.items():
+        _write_signature(model, meta, name, call)
+    return proto, trackables, changes
+
+
+def make_loadable(objects: Any, trackables: Any) -> list[str]:
+    """Let ``tf.saved_model.load`` load the model without Keras, and Keras without rebuilding its layers.
+
+    Optimizer slots need an optimizer's method that plain objects lack; layers marked as Keras' would be
+    rebuilt from metadata, and the rewrite silently lost.
+    """
+    changes = []
+    slots = sum(len(n.slot_variables) for n in objects.nodes)
+    for graph in (objects, trackables):
+        for node in graph.nodes:
+            node.ClearField("slot_variables")
+    if slots:
+        changes.append(f"{slots} optimizer slot variables detached, so the optimizer's state is not loaded")
+    relabelled = 0
+    for node in objects.nodes:
+        if node.WhichOneof("kind") == "user_object" and node.user_object.identifier.startswith(KERAS_PREFIX):
+            node.user_object.identifier = GENERIC
+            node.user_object.ClearField("metadata")
+            relabelled += 1
+    if relabelled:
+        changes.append(f"{relabelled} Keras objects relabelled as plain objects, so that Keras runs the graph as it is")
+    return changes
+
+
+def _write_graphs(model: Model, meta: Any) -> None:
+    """Graphs that no pass touched are the protos that were read."""
+    source: Source = model.source
+    graph_def = meta.graph_def
+    library = type(graph_def.library)()
+    library.gradient.extend(graph_def.library.gradient)
+    library.registered_gradients.extend(graph_def.library.registered_gradients)
+    find = _definitions(model, meta)
+    for name, graph in model.graphs.items():
+        if name != MAIN:
+            read, proto = source.protos.get(name, (None, None))
+            library.function.append(proto if read is graph else write_function(graph, find))
+    if source.protos[MAIN][0] is not model.graphs[MAIN]:
+        graph_def.CopyFrom(write_main(model.graphs[MAIN]))
+    graph_def.library.CopyFrom(library)
+    known = {o.name for o in meta.meta_info_def.stripped_op_list.op}
+    used = {n.op for g in model.graphs.values() for n in g.nodes.values()} - set(model.graphs) - {ARG}
+    meta.meta_info_def.stripped_op_list.op.extend(ops.describe(used - known))
+    meta.meta_info_def.stripped_op_list.op.sort(key=lambda o: o.name)
+
+
+def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
+    """Definitions for writing: of registered ops, and of the model's functions by their results."""
+    find = definitions(meta.graph_def.library, model.op_defs)
+
+    def of(op: str) -> Any:
+        graph = model.graphs.get(op)
+        if graph is None:
+            return find(op)
+        definition = type(ops.registered("NoOp"))(name=op)
+        for result in graph.results:
+            definition.output_arg.add(name=result.name, type=ops.dtype_number(result.dtype))
+        return definition
+
+    return of
+
+
+def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
+    """A SignatureDef like the one whose inputs and outputs it has, on the new call's tensors."""
+    like = model.signature_of(model.new_signatures[name].like)
+    signature = meta.signature_def[name]
+    signature.CopyFrom(meta.signature_def[like.name])
+    for keyword, value in zip(like.inputs, call.inputs, strict=False):
+        signature.inputs[keyword].name = f"{value.node}:0"
+    for tensor in signature.outputs.values():
+        tensor.name = f"{call.name}:{tensor.name.partition(':')[2]}"

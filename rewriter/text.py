@@ -1,0 +1,194 @@
+"""A graph as text, and back: for tests, dumps and diffs.
+
+::
+
+    function serve(x: float32, gamma: resource) -> (y = bn:0: float32) {
+      read = ReadVariableOp(gamma) {dtype: float32}
+      bn = FusedBatchNormV3(x, read, ...) after(other) {T: float32, epsilon: 0.001}
+      effect assign = assign
+    }
+
+One line for a node; ``name`` stands for ``name:0``. Attributes are written plainly where their kind is
+clear (booleans, integers, floats, strings, dtypes, ``@function``), and as ``proto "..."`` otherwise. Text that
+`to_text` wrote gives an equal graph, residue apart.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from typing import Any
+
+from google.protobuf import text_format
+from tensorflow.core.framework import attr_value_pb2
+
+from rewriter import ops
+from rewriter.ir import ARG, Effect, Error, Graph, Node, Result, Value
+
+_NAME = r"[\w.\\/>^-]+"
+_HEAD = re.compile(rf"^(stateful )?function ({_NAME}|main)\((.*)\) -> \((.*)\)(?: (\{{.*\}}))? \{{$")
+_NODE = re.compile(
+    rf"^({_NAME}) = ({_NAME})\((.*?)\)(?: after\((.*?)\))?(?: on (\"[^\"]*\"))?(?: (\{{.*\}}))?$"
+)
+_ARGUMENT = re.compile(rf"^({_NAME}): (\w+)(?: (\{{.*\}}))?$")
+_RESULT = re.compile(rf"^({_NAME}) = ({_NAME}(?::\d+)?): (\w+)$")
+_EFFECT = re.compile(rf"^effect ({_NAME}) = ({_NAME})$")
+
+
+def to_text(graph: Graph) -> str:
+    """The text of a graph."""
+    arguments = ", ".join(_argument(graph.nodes[name]) for name in graph.arguments)
+    results = ", ".join(f"{r.name} = {_value(r.value)}: {r.dtype}" for r in graph.results)
+    stateful = "stateful " if graph.stateful else ""
+    attrs = f" {_attrs(graph.attrs)}" if graph.attrs else ""
+    lines = [f"{stateful}function {graph.name or 'main'}({arguments}) -> ({results}){attrs} {{"]
+    lines += [f"  {_node(n)}" for n in graph.nodes.values() if n.op != ARG]
+    lines += [f"  effect {e.name} = {e.node}" for e in graph.effects]
+    return "\n".join([*lines, "}"]) + "\n"
+
+
+def _argument(node: Node) -> str:
+    dtype = ops.dtype_name(node.attrs["T"].type) if "T" in node.attrs else "any"
+    rest = {k: v for k, v in node.attrs.items() if k != "T"}
+    return f"{node.name}: {dtype}" + (f" {_attrs(rest)}" if rest else "")
+
+
+def _node(node: Node) -> str:
+    text = f"{node.name} = {node.op}({', '.join(_value(v) for v in node.inputs)})"
+    if node.after:
+        text += f" after({', '.join(node.after)})"
+    if node.device:
+        text += f' on "{node.device}"'
+    return text + (f" {_attrs(node.attrs)}" if node.attrs else "")
+
+
+def _value(value: Value) -> str:
+    return f"{value.node}:{value.port}" if value.port else value.node
+
+
+def _attrs(attrs: Any) -> str:
+    return "{" + ", ".join(f"{k}: {_attr(v)}" for k, v in sorted(attrs.items())) + "}"
+
+
+def _attr(value: Any) -> str:
+    kind = value.WhichOneof("value")
+    if kind == "b":
+        return "true" if value.b else "false"
+    if kind == "i":
+        return str(value.i)
+    if kind == "f":
+        short = repr(value.f)
+        return short if any(c in short for c in ".en") else f"{short}.0"
+    if kind == "s":
+        return _quoted(value.s.decode("latin-1"))
+    if kind == "type":
+        return ops.dtype_name(value.type)
+    if kind == "func" and not value.func.attr:
+        return f"@{value.func.name}"
+    return "proto " + _quoted(text_format.MessageToString(value, as_one_line=True))
+
+
+def _quoted(text: str) -> str:
+    return '"' + text.encode("unicode_escape").decode().replace('"', '\\"') + '"'
+
+
+def from_text(text: str) -> Graph:
+    """The graph that a text describes.
+
+    Raises:
+        Error: a line cannot be read; it is quoted.
+    """
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    head = _HEAD.match(lines[0])
+    if head is None or lines[-1] != "}":
+        raise Error(f"this is no graph: {lines[0]}")
+    stateful, name, arguments, results, attrs = head.groups()
+    made = [_parse_argument(a) for a in _split(arguments)]
+    nodes = {n.name: n for n in made}
+    effects = []
+    for line in lines[1:-1]:
+        if effect := _EFFECT.match(line):
+            effects.append(Effect(*effect.groups()))
+        else:
+            node = _parse_node(line)
+            nodes[node.name] = node
+    return Graph(
+        "" if name == "main" else name,
+        nodes,
+        tuple(n.name for n in made),
+        tuple(_parse_result(r) for r in _split(results)),
+        tuple(effects),
+        _parse_attrs(attrs or ""),
+        bool(stateful),
+    )
+
+
+def _split(text: str) -> list[str]:
+    """Split at commas outside quotes and braces."""
+    parts, depth, quoted, start = [], 0, False, 0
+    for i, c in enumerate(text):
+        if c == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and c in "{}":
+            depth += 1 if c == "{" else -1
+        elif c == "," and not quoted and not depth:
+            parts.append(text[start:i].strip())
+            start = i + 1
+    return [p for p in (*parts, text[start:].strip()) if p]
+
+
+def _parse_argument(text: str) -> Node:
+    found = _ARGUMENT.match(text)
+    if found is None:
+        raise Error(f"this is no argument: {text}")
+    name, dtype, attrs = found.groups()
+    typed = {} if dtype == "any" else {"T": ops.attr(ops.Dtype(dtype))}
+    return Node(name, ARG, attrs={**typed, **_parse_attrs(attrs or "")})
+
+
+def _parse_result(text: str) -> Result:
+    found = _RESULT.match(text)
+    if found is None:
+        raise Error(f"this is no result: {text}")
+    return Result(found[1], _parse_value(found[2]), found[3])
+
+
+def _parse_node(line: str) -> Node:
+    found = _NODE.match(line)
+    if found is None:
+        raise Error(f"this is no node: {line}")
+    name, op, inputs, after, device, attrs = found.groups()
+    return Node(
+        name,
+        op,
+        tuple(_parse_value(v) for v in _split(inputs)),
+        tuple(_split(after or "")),
+        _parse_attrs(attrs or ""),
+        device[1:-1] if device else "",
+    )
+
+
+def _parse_value(text: str) -> Value:
+    name, _, port = text.partition(":")
+    return Value(name, int(port or 0))
+
+
+def _parse_attrs(text: str) -> dict[str, Any]:
+    pairs = (part.partition(": ") for part in _split(text[1:-1]))
+    return {k: _parse_attr(v) for k, _, v in pairs}
+
+
+def _parse_attr(text: str) -> Any:
+    if text in ("true", "false"):
+        return ops.attr(text == "true")
+    if text.startswith("@"):
+        return ops.attr(ops.Func(text[1:]))
+    if text.startswith('"'):
+        return ops.attr(ast.literal_eval(text).encode("latin-1"))
+    if text.startswith("proto "):
+        return text_format.Parse(ast.literal_eval(text[6:]), attr_value_pb2.AttrValue())
+    if re.fullmatch(r"-?\d+", text):
+        return ops.attr(int(text))
+    if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|-?inf|nan", text):
+        return ops.attr(float(text))
+    return ops.attr(ops.Dtype(text))
