@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rewriter.app.api import NothingToRewrite, inspect, rewrite
+    from rewriter.app.api import NothingToRewriteError, inspect, rewrite
     from rewriter.ir import Error
 
-__all__ = ["Error", "NothingToRewrite", "inspect", "rewrite"]
+__all__ = ["Error", "NothingToRewriteError", "inspect", "rewrite"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,19 +6,17 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from os.path import commonprefix
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 from tensorflow.python.framework import tensor_util
 
+from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import ops
-from rewriter.dataflow import Constant, Origin, VariableKey, bindings, call_graph
+from rewriter.dataflow import Computed, Constant, Origin, VariableKey, bindings, call_graph
 from rewriter.expr import Expr, constant
 from rewriter.ir import Edge, Graph, Model, Node, Value
-
-GAMMA, BETA, MEAN, VARIANCE = ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
-"""What a batch norm's variables are for; role i enters the fused kernel at input i + 1."""
 
 STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
@@ -26,7 +24,7 @@ STATISTICS = {MEAN: 1, VARIANCE: 2}
 FUSED = "FusedBatchNormV3"
 OLDER = ("FusedBatchNorm", "FusedBatchNormV2")
 TAG = "_bnqat"
-"""Attribute of the node that selects a quantised value: JSON with role, scheme, bits, range, batch_norm."""
+"""Attribute of the node that quantises its first input: JSON with role, scheme, bits, range, batch_norm."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +122,18 @@ def names_of_sites(model: Model) -> Mapping[tuple[str, str], str]:
     return {key: "+".join(dict.fromkeys(names)) for key, names in found.items()}
 
 
+def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
+    """(graph, node) -> the number of channels of a site, where its variables say it."""
+    found: dict[tuple[str, str], int | None] = {}
+    for site in model.analysis(sites):
+        keys = {o.key for origin in site.origins for o in origin if isinstance(o, VariableKey)}
+        shapes = {model.variables[k].shape for k in keys}
+        shape = shapes.pop() if len(shapes) == 1 else None
+        known = shape is not None and len(shape) == 1 and shape[0] > 0
+        found[site.graph, site.node] = shape[0] if shape is not None and known else None
+    return found
+
+
 def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
     """The only form of update that is ever emitted: ``old * (1 - f) + batch * f``, f in float32."""
     f = np.float32(factor)
@@ -135,7 +145,7 @@ def unquantized(graph: Graph, value: Value) -> tuple[Value, Mapping[str, Any] | 
     node = graph.nodes[value.node]
     if TAG not in node.attrs:
         return value, None
-    return node.inputs[2], json.loads(node.attrs[TAG].s)
+    return node.inputs[0], json.loads(node.attrs[TAG].s)
 
 
 def _sites(model: Model) -> Iterator[Site]:
@@ -212,8 +222,7 @@ def _reason(model: Model, graph: Graph, node: Node, training: bool, found: froze
 def _described(origin: Origin) -> str:
     if isinstance(origin, Constant):
         return f"the constant {origin.node}"
-    op = getattr(origin, "op", None)
-    return f"computed by {origin.node} ({op})" if op else "an input of its function"
+    return f"computed by {origin.node} ({origin.op})" if isinstance(origin, Computed) else "an input of its function"
 
 
 def _empty(model: Model, origin: Constant) -> bool:
@@ -226,8 +235,11 @@ def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
     names: list[str] = []
     for key in keys:
         variables = [model.variables[k].name for k in key[:4] if k]
-        common = commonprefix([v.rpartition("/")[0] + "/" for v in variables]).rpartition("/")[0]
-        name = base = common or "batch_norm"
+        scopes = [PurePosixPath(v).parent for v in variables]
+        shared = (
+            [s for s in (scopes[0], *scopes[0].parents) if all(o.is_relative_to(s) for o in scopes)] if scopes else []
+        )
+        name = base = str(shared[0]) if shared and shared[0].name else "batch_norm"
         count = 0
         while name in names:
             count += 1
@@ -236,7 +248,7 @@ def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
     return names
 
 
-def moving_resource(model: Model, graph: Graph, value: Value) -> Value | None:
+def moving_resource(graph: Graph, value: Value) -> Value | None:
     """The resource that a moving statistic is read from, in the same graph; None where it is read elsewhere."""
     while True:
         node = graph.nodes[value.node]
@@ -245,5 +257,3 @@ def moving_resource(model: Model, graph: Graph, value: Value) -> Value | None:
         if node.op not in ops.FORWARDS:
             return None
         value = node.inputs[ops.FORWARDS[node.op]]
-
-

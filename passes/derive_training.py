@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from passes.batch_norm import MEAN, STATISTICS, VARIANCE, Site, batch_norms, moving_average, moving_resource, sites
+from passes.batch_norm import STATISTICS, Site, batch_norms, moving_average, moving_resource, sites
+from passes.roles import MEAN, VARIANCE
 from rewriter import ops
 from rewriter.dataflow import CallGraph, call_graph
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Note, Run, RunAfter, SetAttr, Skip
@@ -135,7 +136,12 @@ def _training_trace(model: Model, serving: Entry) -> Entry | None:
         }
 
     wanted = names(serving, training=False)
-    for entry in model.entries.values():
+    names_in = [s.name for s in serving.inputs]
+    entries = sorted(
+        model.entries.values(),
+        key=lambda e: ("__call__" not in e.paths, [s.name for s in e.inputs] != names_in, e.function),
+    )
+    for entry in entries:
         if not entry.paths or entry.function == serving.function or any("." in p for p in entry.paths):
             continue
         trains = names(entry, training=True)
@@ -181,12 +187,12 @@ def _train_sites(model: Model, target: str, here: list[Site], factors: dict[str,
     graph = model.graphs[here[0].graph]
     updates: dict[Value, Expr] = {}
     for site in here:
-        if site.reason or not _resources(model, graph, site):
+        if site.reason or not _resources(graph, site):
             yield Skip(target, site.node, site.reason or "its moving statistics are not read in its own function")
             continue
         yield SetAttr(target, site.node, "is_training", None)
         factor = factors[site.node]
-        for role, (resource, old) in _resources(model, graph, site).items():
+        for role, (resource, old) in _resources(graph, site).items():
             batch = Use("float32", Value(site.node, STATISTICS[role]))
             before = updates.get(resource, Use("float32", old))
             weight = 1 - DEFAULT_MOMENTUM if factor is None else factor
@@ -195,12 +201,12 @@ def _train_sites(model: Model, target: str, here: list[Site], factors: dict[str,
         yield Run(target, op("AssignVariableOp", Use("resource", resource), value), f"bnqat/{resource.node}/update")
 
 
-def _resources(model: Model, graph: Graph, site: Site) -> dict[str, tuple[Value, Value]]:
+def _resources(graph: Graph, site: Site) -> dict[str, tuple[Value, Value]]:
     """The resource and the read value of both moving statistics; empty where one is not read in this graph."""
     node = graph.nodes[site.node]
     found = {}
     for role, index in ((MEAN, 3), (VARIANCE, 4)):
-        resource = moving_resource(model, graph, node.inputs[index])
+        resource = moving_resource(graph, node.inputs[index])
         if resource is None:
             return {}
         found[role] = (resource, node.inputs[index])

@@ -8,20 +8,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from passes.batch_norm import (
-    MEAN,
-    ROLES,
     STATISTICS,
     TAG,
-    VARIANCE,
     Site,
+    channels,
     moving_average,
     names_of_sites,
     sites,
 )
 from passes.derive_training import ON_WRITE, ONLY_FIRST_REPLICA, STEP
-from passes.quantizers import FLOAT, Affine, Log, Quantizer, straight_through
-from rewriter.edit import AddVariable, Edit, Rewire, SetAttr, Skip
-from rewriter.expr import Expr, Use, per_call, read, tagged
+from passes.quantizers import FLOAT, Affine, Log, Quantizer, switched
+from passes.roles import ROLES, VARIANCE
+from rewriter.edit import AddVariable, Define, Edit, Rewire, SetAttr, Skip
+from rewriter.expr import Expr, Function, Use, per_call, read
 from rewriter.ir import Error, Model, Value, Variable
 
 
@@ -86,66 +85,65 @@ class QuantizeBatchNorm:
         yield AddVariable(start)
         if STEP.key not in model.variables:
             yield AddVariable(STEP)
-        active = per_call("quantizers_active", read(STEP) >= read(start))
-        names = model.analysis(names_of_sites)
+        work = _Work(self, model, per_call("quantizers_active", read(STEP) >= read(start)))
         for site in todo:
-            place = _Place(site, names.get((site.graph, site.node), site.node), active)
-            yield from self._parameters(model, place)
-            yield from self._statistics(model, place)
+            yield from work.parameters(site)
+            yield from work.statistics(site)
+        for function in work.functions.values():
+            yield Define(function)
 
-    def _parameters(self, model: Model, place: _Place) -> Iterator[Edit]:
+
+class _Work:
+    """One run of the pass.
+
+    Attributes:
+        functions: the quantisers in use; sites with equal ones share a function.
+    """
+
+    def __init__(self, options: QuantizeBatchNorm, model: Model, active: Expr) -> None:
+        self.options = options
+        self.model = model
+        self.active = active
+        self.functions: dict[tuple[Quantizer, float, int | None], Function] = {}
+
+    def parameters(self, site: Site) -> Iterator[Edit]:
         """Quantise what the kernel normalises with; never the base of its moving average."""
-        site = place.site
-        node = model.graphs[site.graph].nodes[site.node]
+        node = self.model.graphs[site.graph].nodes[site.node]
         for role, edge in site.parameters.items():
-            value = Use(FLOAT, node.inputs[edge.index])
-            yield Rewire(edge, place.quantized(getattr(self, role), role, value), place.scope(role))
+            value = Use(FLOAT, node.inputs[edge.position])
+            yield Rewire(edge, self._quantized(site, role, value), site.node)
 
-    def _statistics(self, model: Model, place: _Place) -> Iterator[Edit]:
+    def statistics(self, site: Site) -> Iterator[Edit]:
         """Quantise the batch's statistics where they are used, and take the average out of the kernel.
 
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
         """
-        site = place.site
-        if not site.training:
-            return
-        node = model.graphs[site.graph].nodes[site.node]
         if site.kernel_average:
             yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         for role, edges in site.statistics.items():
             batch: Expr = Use(FLOAT, Value(site.node, STATISTICS[role]))
-            if self.average == "statistic":
-                batch = place.quantized(getattr(self, role), role, batch)
+            if self.options.average == "statistic":
+                batch = self._quantized(site, role, batch)
             if site.kernel_average:
-                old = Use(FLOAT, node.inputs[{MEAN: 3, VARIANCE: 4}[role]])
-                batch = moving_average(old, batch, site.factor)
+                base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
+                batch = moving_average(Use(FLOAT, base), batch, site.factor)
             for edge in edges:
-                yield Rewire(edge, batch, place.scope(role))
+                yield Rewire(edge, batch, f"{site.node}/{role}")
 
-
-@dataclass(frozen=True)
-class _Place:
-    """A site under a batch norm's name, and the switch."""
-
-    site: Site
-    name: str
-    active: Expr
-
-    def scope(self, role: str) -> str:
-        """Where new nodes are named."""
-        return f"{self.site.node}/bnqat/{role}"
-
-    def quantized(self, quantizer: Quantizer, role: str, value: Expr) -> Expr:
+    def _quantized(self, site: Site, role: str, value: Expr) -> Expr:
         """The value, quantised while the switch is on; tagged, so that inspection needs no log."""
-        result = straight_through(quantizer(value, self.site.epsilon), value, self.active)
+        quantizer: Quantizer = getattr(self.options, role)
+        key = (quantizer, site.epsilon, self.model.analysis(channels)[site.graph, site.node])
+        if key not in self.functions:
+            self.functions[key] = switched(*key)
         tag: Mapping[str, str | int] = {
             "role": role,
             "scheme": quantizer.scheme,
             "bits": quantizer.bits,
             "range": "dynamic",
-            "batch_norm": self.name,
+            "batch_norm": self.model.analysis(names_of_sites)[site.graph, site.node],
         }
-        return tagged(result, "quantized", **{TAG: json.dumps(tag, sort_keys=True)})
+        return self.functions[key](value, self.active, name=role, **{TAG: json.dumps(tag, sort_keys=True)})
 
 
 def with_bits(bits: Mapping[str, int]) -> dict[str, Quantizer]:

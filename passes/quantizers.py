@@ -7,12 +7,14 @@ without a division by a constant, which Grappler and XLA would change into a pro
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
-from rewriter.expr import Expr, constant, op, select, stop_gradient
+from passes.roles import MAX_BITS, MIN_BITS
+from rewriter.expr import Expr, Function, constant, op, parameter, select, stop_gradient
 from rewriter.ir import Error
 
 FLOAT = "float32"
@@ -46,8 +48,8 @@ class Quantizer(Protocol):
 
 
 def _check_bits(bits: int) -> None:
-    if not 2 <= bits <= 16:
-        raise Error(f"{bits} bits: a width is from 2 to 16")
+    if not MIN_BITS <= bits <= MAX_BITS:
+        raise Error(f"{bits} bits: a width is from {MIN_BITS} to {MAX_BITS}")
 
 
 def _reduce(name: str, value: Expr) -> Expr:
@@ -80,8 +82,8 @@ class Affine:
     def __post_init__(self) -> None:
         _check_bits(self.bits)
 
-    def __call__(self, value: Expr, epsilon: float) -> Quantized:
-        """Quantise a float32 vector [..., C]; `epsilon` has no influence."""
+    def __call__(self, value: Expr, epsilon: float) -> Quantized:  # noqa: ARG002  it has no influence here
+        """Quantise a float32 vector [..., C]."""
         top = 2**self.bits - 1
         finite = op("IsFinite", value)
         known = select(finite, value, constant(0.0, FLOAT))
@@ -123,11 +125,22 @@ class Log:
         return Quantized(op("Maximum", op("Exp", code * scale) * low - epsilon, 0.0), defined)
 
 
-def straight_through(quantized: Quantized, value: Expr, active: Expr) -> Expr:
-    """The quantised value while `active`, with the gradient of the value itself; else the value.
+def switched(quantizer: Quantizer, epsilon: float, size: int | None) -> Function:
+    """A function (value, active) -> value, quantised while `active`, with the gradient of the value itself.
 
     ``sg(q) + (v - sg(v))`` is q exactly, with gradient 1. What is selected is the result, so that switched
     off the value itself passes, bit for bit.
+
+    Args:
+        quantizer: how values are rounded.
+        epsilon: that of the batch norm.
+        size: the number of channels, where it is known.
     """
+    value, active = parameter("value", FLOAT), parameter("active", "bool")
+    quantized = quantizer(value, epsilon)
     through = stop_gradient(quantized.value) + (value - stop_gradient(value))
-    return select(active & quantized.defined, through, value)
+    result = select(op("LogicalAnd", active, quantized.defined), through, value)
+    suffix = "" if size is None else f"_{size}_channels"
+    name = f"bnqat_{quantizer.scheme}_{quantizer.bits}_bits_epsilon_{epsilon:.9g}{suffix}"
+    shape = None if size is None else (size,)
+    return Function(re.sub(r"\W", "_", name), (value, active), (shape, ()), result)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import networkx as nx
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
+from rewriter.ir import MAIN, Error, Graph, Model, Node
 
 
 def check(model: Model, before: Model | None = None) -> None:
@@ -32,27 +32,29 @@ def check(model: Model, before: Model | None = None) -> None:
 def problems(model: Model, graph: Graph) -> Iterator[str]:
     """What is wrong with a graph, one sentence each."""
     for node in graph.nodes.values():
-        for value in node.inputs:
-            source = graph.nodes.get(value.node)
-            if source is None:
-                yield f"{node.name} uses {value.node}, which does not exist"
-            elif value.port and value.port >= ops.output_count(model, source):
-                yield f"{node.name} uses output {value.port} of {value.node} ({source.op}), which has fewer"
-        for name in node.after:
-            if name not in graph.nodes:
-                yield f"{node.name} runs after {name}, which does not exist"
+        yield from _input_problems(model, graph, node)
         yield from _call_problems(model, node)
-    for result in graph.results:
-        if result.value.node not in graph.nodes:
-            yield f"the result {result.name} is {result.value.node}, which does not exist"
-    for effect in graph.effects:
-        if effect.node not in graph.nodes:
-            yield f"the effect {effect.name} is {effect.node}, which does not exist"
-    for name in graph.arguments:
-        if name not in graph.nodes or graph.nodes[name].op != ARG:
-            yield f"the argument {name} has no node"
+    for kind, name, node_name in (
+        *(("result", r.name, r.value.node) for r in graph.results),
+        *(("effect", e.name, e.node) for e in graph.effects),
+        *(("argument", a, a) for a in graph.arguments),
+    ):
+        if node_name not in graph.nodes:
+            yield f"the {kind} {name} is {node_name}, which does not exist"
     if graph.name != MAIN:
         yield from _cycles(graph)
+
+
+def _input_problems(model: Model, graph: Graph, node: Node) -> Iterator[str]:
+    for value in node.inputs:
+        source = graph.nodes.get(value.node)
+        if source is None:
+            yield f"{node.name} uses {value.node}, which does not exist"
+        elif value.port and value.port >= ops.output_count(model, source):
+            yield f"{node.name} uses output {value.port} of {value.node} ({source.op}), which has fewer"
+    for name in node.after:
+        if name not in graph.nodes:
+            yield f"{node.name} runs after {name}, which does not exist"
 
 
 def _call_problems(model: Model, node: Node) -> Iterator[str]:

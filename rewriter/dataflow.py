@@ -32,7 +32,7 @@ class Argument(NamedTuple):
     """Origin: an argument of a graph; as a final origin, one that a caller of the model supplies."""
 
     graph: str
-    index: int
+    position: int
 
 
 class Computed(NamedTuple):
@@ -77,12 +77,11 @@ class CallGraph:
 
     def reached(self, graph: str) -> set[str]:
         """This graph and all that it calls, directly or not."""
-        return {graph} | nx.descendants(self.digraph, graph)
+        return {graph, *nx.descendants(self.digraph, graph)}
 
     def reaching(self, graph: str) -> set[str]:
         """All graphs that call this one, directly or not."""
-        found: set[str] = nx.ancestors(self.digraph, graph)
-        return found
+        return set(nx.ancestors(self.digraph, graph))
 
 
 def call_graph(model: Model) -> CallGraph:
@@ -98,6 +97,8 @@ def call_graph(model: Model) -> CallGraph:
     opaque: set[str] = set()
     for graph in model.graphs.values():
         for node in graph.nodes.values():
+            if not ops.refers_to_functions(node.op):
+                continue
             form = ops.call_form(model, node)
             if form is None:
                 opaque.update(f for a in node.attrs.values() for f in ops.functions_in(a))
@@ -137,7 +138,7 @@ def follow(model: Model, graph: Graph, value: Value) -> Origin:
         inside = follow(model, callee, callee.results[value.port].value)
         if not isinstance(inside, Argument):
             return inside
-        value = node.inputs[form.first + inside.index]
+        value = node.inputs[form.first + inside.position]
 
 
 def _handle_origin(model: Model, graph: Graph, node: Node) -> Origin:
@@ -192,7 +193,8 @@ def _resolve(
             model,
             call.graph,
             tuple(
-                follow(model, outer, node.inputs[call.first + o.index]) if isinstance(o, Argument) else o for o in local
+                follow(model, outer, node.inputs[call.first + o.position]) if isinstance(o, Argument) else o
+                for o in local
             ),
             memo,
         )
@@ -201,9 +203,9 @@ def _resolve(
 
 
 def _bound(entry: Entry, argument: Argument) -> Origin:
-    if argument.index < len(entry.inputs):
+    if argument.position < len(entry.inputs):
         return argument
-    capture = entry.captures[argument.index - len(entry.inputs)]
+    capture = entry.captures[argument.position - len(entry.inputs)]
     return VariableKey(capture) if isinstance(capture, str) else Captured(capture)
 
 

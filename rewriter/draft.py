@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from rewriter.expr import Apply, Expr, Handle, PerCall, Use
+from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value
-from rewriter.ops import Dtype, attr
+from rewriter.ops import Dtype, attr, shapes_attr
 
 Need = Handle | PerCall
 """What a function may need from its callers."""
@@ -104,11 +104,11 @@ class Draft:
         """Let one edge use another value."""
         new = self.place(value, scope)
         if not edge.node:
-            self.results[edge.index] = self.results[edge.index]._replace(value=new)
+            self.results[edge.position] = self.results[edge.position]._replace(value=new)
             return
         node = self._node(edge.node)
         inputs = list(node.inputs)
-        inputs[edge.index] = new
+        inputs[edge.position] = new
         self.nodes[edge.node] = replace(node, inputs=tuple(inputs))
 
     def run(self, value: Expr, scope: str, last: bool) -> None:
@@ -180,6 +180,15 @@ class Draft:
             attrs=attrs,
             stateful=self.stateful,
         )
+
+
+def define(function: Function) -> Graph:
+    """The graph of a function."""
+    names = tuple(p.value.node for p in function.parameters)
+    nodes = {p.value.node: Node(p.value.node, ARG, attrs={"T": attr(Dtype(p.dtype))}) for p in function.parameters}
+    draft = Draft(Graph(function.name, nodes, names), entry=False)
+    draft.add_result("result", draft.place(function.result, "compute"), function.result.dtype)
+    return replace(draft.finish(), attrs={"_input_shapes": shapes_attr(list(function.shapes))})
 
 
 def var_handle(name: str, shared_name: str, dtype: str, shape: tuple[int, ...]) -> Node:

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewriter.draft import Draft
-from rewriter.expr import Expr
+from rewriter.draft import Draft, define
+from rewriter.expr import Expr, Function
 from rewriter.ir import MAIN, Edge, Endpoint, Error, Exposed, Model, Variable
 from rewriter.lift import lift, make_stateful
 from rewriter.ops import Func, attr
@@ -68,6 +68,13 @@ class Clone:
 
 
 @dataclass(frozen=True)
+class Define:
+    """Add a function that expressions call."""
+
+    function: Function
+
+
+@dataclass(frozen=True)
 class AddVariable:
     """Add a variable and expose it at its `path`."""
 
@@ -106,7 +113,7 @@ class Note:
     text: str
 
 
-Edit = Rewire | Run | RunAfter | SetAttr | Clone | AddVariable | Expose | AddSignature | Skip | Note
+Edit = Rewire | Run | RunAfter | SetAttr | Clone | Define | AddVariable | Expose | AddSignature | Skip | Note
 
 
 def apply(model: Model, edits: Iterable[Edit]) -> Model:
@@ -120,6 +127,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     """
     batch = list(edits)
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
+    model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _expose(model, batch)
     drafts = _Drafts(model)
@@ -164,6 +172,15 @@ def _add_variables(model: Model, variables: list[Variable]) -> Model:
         variables={**model.variables, **{v.key: v for v in variables}},
         attributes={**model.attributes, **paths},
     )
+
+
+def _add_functions(model: Model, functions: list[Function]) -> Model:
+    graphs = dict(model.graphs)
+    for function in functions:
+        if function.name in graphs:
+            raise Error(f"the model has a function {function.name} already")
+        graphs[function.name] = define(function)
+    return replace(model, graphs=graphs)
 
 
 def _add_clones(model: Model, clones: list[Clone]) -> Model:
@@ -211,5 +228,3 @@ def _expose(model: Model, batch: list[Edit]) -> Model:
         attributes={**model.attributes, **exposed},
         new_signatures={**model.new_signatures, **signatures},
     )
-
-

@@ -59,7 +59,7 @@ class Use(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """Output `port` of an op. `name` is a hint for the node's name; `tags` are attributes starting with _."""
+    """The first output of an op. `name` is a hint for the node's name."""
 
     op: str
     inputs: tuple[Expr, ...]
@@ -95,7 +95,7 @@ Operand = Expr | bool | int | float
 
 
 @cache
-def _constant(kind: type, value: bool | int | float, dtype: str) -> Expr:
+def _constant(kind: str, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  1 and True are equal keys
     array = np.asarray(value, dtype=dtype)
     attrs = {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(array)}
     return Apply(dtype, "Const", (), attrs)
@@ -103,7 +103,8 @@ def _constant(kind: type, value: bool | int | float, dtype: str) -> Expr:
 
 def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
     """A scalar constant; equal constants are one expression."""
-    return _constant(type(value), value.item() if isinstance(value, np.generic) else value, dtype)
+    plain = value.item() if isinstance(value, np.generic) else value
+    return _constant(type(plain).__name__, plain, dtype)
 
 
 def per_call(label: str, inner: Expr) -> PerCall:
@@ -156,6 +157,37 @@ def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
     return ops.dtype_name(default.type)
 
 
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function to be added to the model: computes `result` from `parameters`. One output.
+
+    Attributes:
+        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper.
+    """
+
+    name: str
+    parameters: tuple[Use, ...]
+    shapes: tuple[tuple[int, ...] | None, ...]
+    result: Expr
+
+    def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
+        """A call of the function, with a name hint and attributes that start with an underscore."""
+        attrs = {
+            "Tin": ops.attr([ops.Dtype(i.dtype) for i in inputs]),
+            "Tout": ops.attr([ops.Dtype(self.result.dtype)]),
+            "f": ops.attr(ops.Func(self.name)),
+            **{k: ops.attr(v) for k, v in tags.items()},
+        }
+        if self.shapes[0] is not None:
+            attrs["_output_shapes"] = ops.shapes_attr([self.shapes[0]])
+        return Apply(self.result.dtype, "PartitionedCall", inputs, attrs, name)
+
+
+def parameter(name: str, dtype: str) -> Use:
+    """A parameter of a `Function`."""
+    return Use(dtype, Value(name))
+
+
 def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     """`then` where `condition` holds, else `otherwise`; op SelectV2, which broadcasts."""
     return op("SelectV2", condition, then, otherwise)
@@ -164,14 +196,6 @@ def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
 def stop_gradient(value: Expr) -> Expr:
     """The value, with no gradient."""
     return op("StopGradient", value)
-
-
-def tagged(value: Expr, name: str, **tags: Any) -> Expr:
-    """The same op under a name hint, with attributes that start with an underscore."""
-    if not isinstance(value, Apply):
-        raise Error("only an op can be tagged")
-    attrs = {**value.attrs, **{k: ops.attr(v) for k, v in tags.items()}}
-    return Apply(value.dtype, value.op, value.inputs, attrs, name)
 
 
 def variables_of(expr: Expr) -> Iterator[Variable]:

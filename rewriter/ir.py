@@ -36,11 +36,11 @@ class Value(NamedTuple):
 
 
 class Edge(NamedTuple):
-    """One use of a value: data input `index` of `node`, or result `index` of the graph where `node` is ""."""
+    """One use of a value: data input `position` of `node`, or result `position` of the graph where `node` is ""."""
 
     graph: str
     node: str
-    index: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,8 +27,7 @@ def make_stateful(model: Model, drafts: dict[str, Draft]) -> None:
         for call in calls.callers.get(name, []):
             draft = drafts[call.graph]
             node = draft.nodes[call.node]
-            form = ops.call_form(model, node)
-            assert form is not None
+            form = ops.call_form_of(model, node)
             # Which resources the callee only reads is no longer what the attribute says.
             draft.set_node(replace(node.with_attrs(_read_only_resource_inputs=None), op=form.stateful))
             draft.add_effect(call.node)
@@ -77,9 +76,8 @@ def _spread(model: Model, drafts: dict[str, Draft], calls: CallGraph) -> None:
         needs = tuple(drafts[name].needs)
         for call in calls.callers.get(name, []):
             siblings = ops.callees(model, model.graphs[call.graph].nodes[call.node])
-            for other in (call.graph, *siblings):
-                if other != MAIN and _add_needs(drafts, other, needs):
-                    waiting.append(other)
+            concerned = [other for other in (call.graph, *siblings) if other != MAIN]
+            waiting.extend(other for other in concerned if _add_needs(drafts, other, needs))
 
 
 def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> bool:
@@ -102,8 +100,7 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
         needs = list(dict.fromkeys(n for d in called for n in d.needs))
         if not needs:
             continue
-        form = ops.call_form(model, node)
-        assert form is not None
+        form = ops.call_form_of(model, node)
         scope = f"{name}/inputs"
         passed = tuple(draft.place(n, scope) for n in needs)
         attrs: dict[str, Any] = {}

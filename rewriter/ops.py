@@ -54,6 +54,18 @@ def call_form(model: Model, node: Node) -> CallForm | None:
     return form
 
 
+def call_form_of(model: Model, node: Node) -> CallForm:
+    """How this node, which is known to call a function, calls it.
+
+    Raises:
+        Error: it calls none.
+    """
+    form = call_form(model, node)
+    if form is None:
+        raise Error(f"node {node.name} ({node.op}) is not a call")
+    return form
+
+
 def callees(model: Model, node: Node) -> tuple[str, ...]:
     """The functions that a node with a call form calls, in order."""
     form = CALLS.get(node.op)
@@ -76,7 +88,7 @@ def functions_in(value: Any) -> Iterator[str]:
 def dtype_name(number: int) -> str:
     """``types_pb2.DataType`` -> name, as 1 -> "float32"."""
     try:
-        return dtypes.as_dtype(number).name
+        return str(dtypes.as_dtype(number).name)
     except TypeError as e:
         raise Error(f"unknown dtype number {number}; the model needs a newer TensorFlow") from e
 
@@ -118,6 +130,20 @@ def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype]) -> 
         proto.tensor.CopyFrom(tensor_util.make_tensor_proto(value))
     else:
         proto.list.type.extend(dtype_number(v) for v in value)
+    return proto
+
+
+def shapes_attr(shapes: list[tuple[int, ...] | None]) -> Any:
+    """A list of shapes as an ``AttrValue``; None is an unknown rank."""
+    proto = attr_value_pb2.AttrValue()
+    proto.list.SetInParent()
+    for shape in shapes:
+        added = proto.list.shape.add()
+        if shape is None:
+            added.unknown_rank = True
+        else:
+            for size in shape:
+                added.dim.add().size = size
     return proto
 
 
@@ -177,10 +203,27 @@ def argument_counts(arguments: Any, attrs: Mapping[str, Any], defaults: Mapping[
             yield arg.name, 1
 
 
+@cache
+def refers_to_functions(op: str) -> bool:
+    """Whether a node of this op may refer to functions; True where the op is not registered."""
+    definition = registered(op)
+    return definition is None or any(a.type in ("func", "list(func)") for a in definition.attr)
+
+
+@cache
+def _fixed_outputs(op: str) -> list[tuple[str, int]] | None:
+    """The outputs of a registered op, where their number does not depend on its attributes."""
+    definition = registered(op)
+    if definition is None or any(a.number_attr or a.type_list_attr for a in definition.output_arg):
+        return None
+    return [(a.name, 1) for a in definition.output_arg]
+
+
 def outputs(definition: Any, attrs: Mapping[str, Any]) -> list[tuple[str, int]]:
     """(name, number of tensors) of each output argument of a node with these attributes."""
-    if all(not a.number_attr and not a.type_list_attr for a in definition.output_arg):
-        return [(a.name, 1) for a in definition.output_arg]
+    fixed = _fixed_outputs(definition.name)
+    if fixed is not None:
+        return fixed
     defaults = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
     return list(argument_counts(definition.output_arg, attrs, defaults))
 

@@ -27,9 +27,7 @@ from rewriter.ir import ARG, Effect, Error, Graph, Node, Result, Value
 
 _NAME = r"[\w.\\/>^-]+"
 _HEAD = re.compile(rf"^(stateful )?function ({_NAME}|main)\((.*)\) -> \((.*)\)(?: (\{{.*\}}))? \{{$")
-_NODE = re.compile(
-    rf"^({_NAME}) = ({_NAME})\((.*?)\)(?: after\((.*?)\))?(?: on (\"[^\"]*\"))?(?: (\{{.*\}}))?$"
-)
+_NODE = re.compile(rf"^({_NAME}) = ({_NAME})\((.*?)\)(?: after\((.*?)\))?(?: on (\"[^\"]*\"))?(?: (\{{.*\}}))?$")
 _ARGUMENT = re.compile(rf"^({_NAME}): (\w+)(?: (\{{.*\}}))?$")
 _RESULT = re.compile(rf"^({_NAME}) = ({_NAME}(?::\d+)?): (\w+)$")
 _EFFECT = re.compile(rf"^effect ({_NAME}) = ({_NAME})$")

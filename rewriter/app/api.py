@@ -8,9 +8,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from passes.batch_norm import ROLES, BatchNorm, Site, batch_norms, sites
+from passes.batch_norm import BatchNorm, Site, batch_norms, sites
+from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
+from passes.roles import ROLES
 from rewriter.ir import Error, Model
 from rewriter.pipeline import Observer, Pass, Pipeline, Step, load_pass
 from rewriter.report import (
@@ -28,7 +30,7 @@ from rewriter.savedmodel.staging import refuse_existing
 from rewriter.savedmodel.write import save
 
 
-class NothingToRewrite(Error):
+class NothingToRewriteError(Error):
     """The model holds nothing that the passes could change."""
 
 
@@ -85,20 +87,20 @@ def rewrite(
         momentum: of derived training, where the source does not say it.
         quantize_average: whether a batch's statistics are quantised before they enter the moving averages.
         passes: passes to run instead of the default ones, as objects or by name: ``derive-training``,
-            ``quantize-batch-norm``, or ``module:Class``.
+            ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
+        overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
 
     Raises:
-        NothingToRewrite: no pass changed anything; the message says why.
+        NothingToRewriteError: no pass changed anything; the message says why.
         Error: the model cannot be read or written, or an option is out of range.
     """
     widths = dict.fromkeys(ROLES, bits) if isinstance(bits, int) else dict(bits)
     known: dict[str, Pass] = {
         "derive-training": DeriveTraining(momentum),
-        "quantize-batch-norm": QuantizeBatchNorm(
-            **with_bits(widths), average=quantize_average, start_step=start_step
-        ),
+        "cut-gradients": CutGradients(),
+        "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
     }
     chosen = [_named(p, known) if isinstance(p, str) else p for p in (known if passes is None else passes)]
     target = Path(target)
@@ -106,8 +108,8 @@ def rewrite(
         refuse_existing(target, overwrite)
     before = load(source)
     after, steps = Pipeline(chosen, observers).run(before)
-    if after.graphs == before.graphs and after.attributes == before.attributes:
-        raise NothingToRewrite(_why_nothing(source, before, steps))
+    if after.graphs == before.graphs:
+        raise NothingToRewriteError(_why_nothing(source, before, steps))
     report = _report(before, after, steps)
     if dry_run:
         return report
@@ -149,7 +151,9 @@ def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     now = {(s.graph, s.node): s for s in after.analysis(sites)}
     rewritten = [k for k, s in found.items() if not s.quantized and k in now and now[k].quantized]
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
-    left = [Skipped(*k, reasons.get(k, s.reason or "no pass changed it")) for k, s in found.items() if k not in rewritten]
+    left = [
+        Skipped(*k, reasons.get(k, s.reason or "no pass changed it")) for k, s in found.items() if k not in rewritten
+    ]
     return RewriteReport(
         sites_found=len(found),
         sites_rewritten=len(rewritten),

@@ -82,7 +82,7 @@ def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]
             resource = follow(model, restore, assign.inputs[0])
             port = _restored_port(restore, assign.inputs[1], node.name)
             if isinstance(resource, Argument) and port is not None:
-                found[keys[port].decode()] = passed[resource.index]
+                found[keys[port].decode()] = passed[resource.position]
     return found
 
 
@@ -196,9 +196,7 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
     """A call of a new signature's function, with a placeholder for each input."""
     signature = model.signature_of(endpoint.like)
     entry = model.entries[endpoint.function]
-    like = next(
-        main.graph.nodes[c.node] for c in model.analysis(call_graph).calls[MAIN] if c.callee == signature.entry
-    )
+    like = next(main.graph.nodes[c.node] for c in model.analysis(call_graph).calls[MAIN] if c.callee == signature.entry)
     inputs = []
     for keyword, value in zip(signature.inputs, like.inputs, strict=False):
         placeholder = replace(main.graph.nodes[value.node], name=main.mint(f"{name}_{keyword}"))
@@ -215,5 +213,3 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
     call = call.with_attrs(**attrs)
     main.set_node(call)
     return call
-
-

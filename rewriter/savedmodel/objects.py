@@ -42,7 +42,8 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
     """The concrete functions by the name of their graph."""
     paths = _paths(objects)
     found = {}
-    for name, proto in objects.concrete_functions.items():
+    for name in sorted(objects.concrete_functions):
+        proto = objects.concrete_functions[name]
         if name not in graphs:
             raise Error(f"the concrete function {name} has no function in the graph library")
         graph = graphs[name]
@@ -127,7 +128,7 @@ class Additions:
             elif isinstance(value, VariablesOf):
                 self._attach(path, self._list(self.model.captured(value)))
         for name, endpoint in self.model.new_signatures.items():
-            self._attach(f"signatures.{name}", self._signature(name, endpoint))
+            self._attach(f"signatures.{name}", self._signature(endpoint))
         for entry in self.model.entries.values():
             proto = self.objects.concrete_functions[entry.function]
             del proto.bound_inputs[:]
@@ -227,7 +228,7 @@ class Additions:
         arguments, keywords = concrete.canonicalized_input_signature.tuple_value.values
         return not arguments.tuple_value.values and bool(keywords.dict_value.fields)
 
-    def _signature(self, name: str, endpoint: Endpoint) -> int:
+    def _signature(self, endpoint: Endpoint) -> int:
         """A function called with keywords, which gives a dict of outputs."""
         like = self.model.signature_of(endpoint.like)
         concrete = self.objects.concrete_functions[endpoint.function]

@@ -15,6 +15,7 @@ from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
 from rewriter.savedmodel.objects import read_entries, read_variables
+from rewriter.savedmodel.staging import require_model
 
 INIT_SIGNATURE = "__saved_model_init_op"
 
@@ -69,13 +70,7 @@ def load(path: str | Path) -> Model:
 
 
 def _read_proto(path: Path) -> Any:
-    file = path / "saved_model.pb"
-    if not path.is_dir():
-        raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
-    if not file.is_file():
-        if (path / "saved_model.pbtxt").is_file():
-            raise Error(f"{path} holds saved_model.pbtxt, the text form; only saved_model.pb is supported")
-        raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
+    file = require_model(path)
     proto = saved_model_pb2.SavedModel()
     try:
         proto.ParseFromString(file.read_bytes())

@@ -1,4 +1,4 @@
-"""Writing a directory so that it is there whole or not at all."""
+"""Directories: that a source is a SavedModel, that a destination is there whole or not at all."""
 
 from __future__ import annotations
 
@@ -42,6 +42,22 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
         raise Error(f"cannot write {target}: {e.strerror}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def require_model(path: Path) -> Path:
+    """The file with a SavedModel's graph.
+
+    Raises:
+        Error: the directory holds none.
+    """
+    file = path / "saved_model.pb"
+    if not path.is_dir():
+        raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
+    if not file.is_file():
+        if (path / "saved_model.pbtxt").is_file():
+            raise Error(f"{path} holds saved_model.pbtxt, the text form; only saved_model.pb is supported")
+        raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
+    return file
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
@@ -94,4 +110,5 @@ def _exchange(a: Path, b: Path) -> bool:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
         return False
-    return renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE) == 0
+    failed = renameat2(_AT_FDCWD, os.fsencode(a), _AT_FDCWD, os.fsencode(b), _RENAME_EXCHANGE)
+    return not failed

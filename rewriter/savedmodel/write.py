@@ -35,6 +35,9 @@ def save(
     """Write a model to a new directory, whole or not at all.
 
     Args:
+        model: what to write; it remembers what it was read from.
+        target: the directory to make.
+        overwrite: whether to replace a SavedModel that is there.
         log: given the list of other changes, what to keep in ``assets.extra/bnqat.json``.
 
     Returns:
@@ -120,12 +123,19 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
     rebuilt from metadata, and the rewrite silently lost.
     """
     changes = []
-    slots = sum(len(n.slot_variables) for n in objects.nodes)
+    slots = {s.slot_variable_node_id for n in objects.nodes for s in n.slot_variables}
+    slots -= {c.node_id for n in objects.nodes for c in n.children}
     for graph in (objects, trackables):
-        for node in graph.nodes:
+        for number, node in enumerate(graph.nodes):
             node.ClearField("slot_variables")
+            if number in slots:
+                node.Clear()  # keeps its number, which others count on
+    for number in sorted(slots):
+        user = objects.nodes[number].user_object
+        user.identifier = GENERIC
+        user.version.producer = user.version.min_consumer = 1
     if slots:
-        changes.append(f"{slots} optimizer slot variables detached, so the optimizer's state is not loaded")
+        changes.append(f"{len(slots)} optimizer slot variables dropped: the state of the float training is not loaded")
     relabelled = 0
     for node in objects.nodes:
         if node.WhichOneof("kind") == "user_object" and node.user_object.identifier.startswith(KERAS_PREFIX):

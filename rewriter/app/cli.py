@@ -1,0 +1,216 @@
+"""The command line. TensorFlow is imported only when a command has work for it."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from rewriter.ir import Error
+from rewriter.savedmodel.staging import refuse_existing, require_model
+
+if TYPE_CHECKING:
+    from rewriter.pipeline import Step
+    from rewriter.report import Inspection, RewriteReport
+
+EXIT_FAILED = 2
+
+
+class Bits(click.ParamType[Any, Any]):
+    """``8`` or ``gamma=4,beta=8``."""
+
+    name = "bits"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A width, or widths by role."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
+        try:
+            widths = {role.strip(): int(width) for role, _, width in pairs}
+        except ValueError:
+            self.fail(f"{value!r} is neither a number nor a list like gamma=4,beta=8", param, ctx)
+        for role, width in widths.items():
+            if role and role not in ROLES:
+                self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
+            if not MIN_BITS <= width <= MAX_BITS:
+                self.fail(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}", param, ctx)
+        return widths.get("", widths)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="bnqat")
+def main() -> None:
+    """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
+
+    Nothing in a model is executed. Results go to stdout, progress to stderr. Exit code 0: done; 2: wrong
+    usage, unreadable input or nothing to rewrite.
+    """
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def inspect(model: Path, as_json: bool) -> None:
+    """Show the batch norms of MODEL, and which of them can be rewritten."""
+    with _one_line(lambda: require_model(model)):
+        from rewriter.app import api
+
+        report = api.inspect(model)
+    if as_json:
+        click.echo(report.to_json())
+    else:
+        _show_inspection(report)
+
+
+@main.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("target", type=click.Path(path_type=Path), metavar="DST")
+@click.option(
+    "--bits", type=Bits(), default=8, show_default=True, help="Width of all codes, or by role: gamma=4,beta=8."
+)
+@click.option(
+    "--start-step", type=click.IntRange(min=0), default=0, show_default=True, help="First step that quantises."
+)
+@click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
+@click.option(
+    "--quantize-average",
+    type=click.Choice(["statistic", "none"]),
+    default="statistic",
+    show_default=True,
+    help="What is quantised of the moving averages' update.",
+)
+@click.option("--passes", help="Passes to run instead of the default ones, comma-separated; your own as module:Class.")
+@click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
+@click.option(
+    "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
+)
+def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | None, **options: Any) -> None:
+    """Write SRC to DST with switchable quantisers on every batch norm, ready to be fine-tuned."""
+    names = None if passes is None else [p.strip() for p in passes.split(",") if p.strip()]
+
+    def check() -> None:
+        require_model(source)
+        if not options["dry_run"]:
+            refuse_existing(target, options["overwrite"])
+        if report_file is not None and not report_file.absolute().parent.is_dir():
+            raise Error(f"there is no directory {report_file.parent} to write the report to")
+
+    with _one_line(check):
+        from rewriter.app import api
+
+        report = api.rewrite(source, target, passes=names, observers=[_progress], **options)
+        if report_file is not None:
+            report_file.write_text(report.to_json() + "\n", encoding="utf-8")
+    _show_rewrite(report, None if options["dry_run"] else target)
+
+
+@contextmanager
+def _one_line(*checks: Callable[[], None]) -> Iterator[None]:
+    """Make the checks, which must not need TensorFlow, and import it quietly.
+
+    What a user can mend becomes one line and exit code 2.
+    """
+    try:
+        for check in checks:
+            check()
+        with _quiet():
+            importlib.import_module("rewriter.app.api")
+        # What the imports left is not garbage; scanning it again and again would double the time of a rewrite.
+        gc.freeze()
+        yield
+    except Error as e:
+        _fail(str(e))
+    except OSError as e:
+        _fail(f"{e.filename or ''}: {e.strerror or e}")
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written")
+
+
+def _fail(message: str) -> None:
+    click.echo(f"bnqat: error: {' '.join(message.split())}", err=True)
+    sys.exit(EXIT_FAILED)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what TensorFlow's libraries print while they are loaded off stderr."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # Rewriting has no work for an accelerator, and should not take its memory from a training run.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    saved = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        importlib.import_module("tensorflow")
+
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
+
+
+def _progress(step: Step) -> None:
+    click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
+
+
+def _show_inspection(report: Inspection) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    for name, signature in report.signatures.items():
+        inputs = ", ".join(f"{t.name}: {t.dtype}{_shape(t.shape)}" for t in signature.inputs)
+        outputs = ", ".join(f"{t.name}: {t.dtype}{_shape(t.shape)}" for t in signature.outputs)
+        click.echo(f"signature {name}({inputs}) -> {outputs}")
+    if not report.batch_norms:
+        click.echo("no fused batch norm found")
+        return
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for column in ("training", "inference", "status"):
+        table.add_column(column, justify="right" if column != "status" else "left")
+    for bn in report.batch_norms:
+        modes = [s.mode for s in bn.sites]
+        table.add_row(
+            bn.name,
+            " ".join(bn.variables) or "none",
+            f"{bn.epsilon:.4g}",
+            "" if bn.momentum is None else f"{bn.momentum:.6g}",
+            str(modes.count("training")),
+            str(modes.count("inference")),
+            ", ".join(dict.fromkeys(s.status for s in bn.sites)),
+        )
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    sites = {(s.graph, s.node): s for bn in report.batch_norms for s in bn.sites}
+    click.echo(f"{len(report.batch_norms)} batch norms at {len(sites)} sites")
+    for site in sites.values():
+        if site.reason:
+            click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+
+
+def _shape(shape: list[int | None] | None) -> str:
+    return "" if shape is None else "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
+
+
+def _show_rewrite(report: RewriteReport, target: Path | None) -> None:
+    click.echo(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
+    click.echo(f", {report.sites_added} in new functions" if report.sites_added else "")
+    for skipped in report.skipped:
+        click.echo(f"skipped: {skipped.node} in {skipped.graph or 'the main graph'}: {skipped.reason}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    for change in report.other_changes:
+        click.echo(f"also: {change}")
+    click.echo("dry run: nothing was written" if target is None else f"written to {target}")
