@@ -115,7 +115,7 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
 
 
 @contextmanager
-def _one_line(*checks: Callable[[], None]) -> Iterator[None]:
+def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
     """Make the checks, which must not need TensorFlow, and import it quietly.
 
     What a user can mend becomes one line and exit code 2.
@@ -144,7 +144,7 @@ def _fail(message: str) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what TensorFlow's libraries print while they are loaded off stderr."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Rewriting has no work for an accelerator, and should not take its memory from a training run.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
     saved = os.dup(2)
