@@ -1,8 +1,8 @@
 """Quantisers: how one role's values are rounded to few levels.
 
 A quantiser is a frozen dataclass; called with a float32 vector, it gives the quantised vector and where
-that is defined. Ranges are over the last axis and follow the values (dynamic). All arithmetic is float32,
-without a division by a constant, which Grappler and XLA would change into a product.
+that is defined. Ranges are over the last axis and follow the values (dynamic). Arithmetic is float32, if
+not said otherwise, without a division by a constant, which Grappler and XLA would change into a product.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Function, constant, op, parameter, select, stop_gradient
 from rewriter.ir import Error
+from rewriter.ops import Dtype
 
 FLOAT = "float32"
 TINY = float(np.finfo(np.float32).tiny)
-HUGE = float(np.finfo(np.float32).max)
+DOUBLE = "float64"
 
 
 class Quantized(NamedTuple):
@@ -99,9 +100,11 @@ class Affine:
 class Log:
     """Levels equally spaced in log(v + epsilon), for variances: what matters is 1 / sqrt(v + epsilon).
 
-    u = v + epsilon; s = log(max u / min u) float32(1 / (2^bits - 1)); q = clip(round(log(u / min u) / s), 0,
-    2^bits - 1); v' = max(exp(q s) min u - epsilon, 0). The least value is kept (zero stays exactly zero).
-    NaN, infinities and negative values are kept and do not count for the range.
+    l = log(v + epsilon); s = (max l - min l) (1 / (2^bits - 1)); q = clip(round((l - min l) / s), 0, 2^bits - 1);
+    v' = max(exp(q s + min l) - epsilon, 0). NaN, infinities and negative values are kept and do not count for
+    the range. Logarithms are float64, rounded to float32 at the end: in float32 two libraries' logarithms
+    differ by enough to move a result by 11 units in the last place. So the least and the greatest value are
+    kept, and zero stays exactly zero.
 
     Raises:
         Error: `bits` is not from 2 to 16.
@@ -118,11 +121,14 @@ class Log:
         top = 2**self.bits - 1
         defined = (value >= 0.0) & (value < float("inf"))
         shifted = value + epsilon
-        low = _reduce("Min", select(defined, shifted, constant(HUGE, FLOAT)))
-        high = _reduce("Max", select(defined, shifted, constant(0.0, FLOAT)))
-        scale = _or_one(op("Log", high / low) * constant(np.float32(1 / top), FLOAT))
-        code = _clip(op("Round", op("Log", shifted / low) / scale), top)
-        return Quantized(op("Maximum", op("Exp", code * scale) * low - epsilon, 0.0), defined)
+        known = op("Log", op("Cast", select(defined, shifted, constant(1.0, FLOAT)), DstT=Dtype(DOUBLE)))
+        low = _reduce("Min", select(defined, known, constant(float("inf"), DOUBLE)))
+        high = _reduce("Max", select(defined, known, constant(float("-inf"), DOUBLE)))
+        span = high - low
+        scale = select(span >= TINY, span * constant(1 / top, DOUBLE), constant(1.0, DOUBLE))
+        code = _clip(op("Round", (known - low) / scale), top)
+        level = op("Cast", op("Exp", code * scale + low), DstT=Dtype(FLOAT))
+        return Quantized(op("Maximum", level - epsilon, 0.0), defined)
 
 
 def switched(quantizer: Quantizer, epsilon: float, size: int | None) -> Function:

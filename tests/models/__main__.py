@@ -1,0 +1,12 @@
+"""Write all models below a directory."""
+
+import sys
+from pathlib import Path
+
+from tests.models import MODELS
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m tests.models DIRECTORY")
+    for name, make in MODELS.items():
+        print(make(Path(sys.argv[1]) / name))  # noqa: T201  this is what it is for
