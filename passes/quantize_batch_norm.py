@@ -118,12 +118,12 @@ class _Work:
 
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
         """
+        if self.options.average == "none":
+            return
         if site.kernel_average:
             yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         for role, edges in site.statistics.items():
-            batch: Expr = Use(FLOAT, Value(site.node, STATISTICS[role]))
-            if self.options.average == "statistic":
-                batch = self._quantized(site, role, batch)
+            batch = self._quantized(site, role, Use(FLOAT, Value(site.node, STATISTICS[role])))
             if site.kernel_average:
                 base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
                 batch = moving_average(Use(FLOAT, base), batch, site.factor)

@@ -214,3 +214,7 @@ def _show_rewrite(report: RewriteReport, target: Path | None) -> None:
     for change in report.other_changes:
         click.echo(f"also: {change}")
     click.echo("dry run: nothing was written" if target is None else f"written to {target}")
+
+
+if __name__ == "__main__":
+    main()

@@ -127,6 +127,7 @@ def small_keras(dropout: float = 0.0) -> Any:
     """A small convolutional net of Keras 2."""
     import tf_keras
 
+    tf_keras.backend.clear_session()  # so that names are the same every time
     tf_keras.utils.set_random_seed(0)
     layers = tf_keras.layers
     model = tf_keras.Sequential(
@@ -151,6 +152,7 @@ def keras_application(name: str) -> Any:
     """`MobileNetV2` or `ResNet50` of Keras 2 at 96 x 96 with ten classes."""
     import tf_keras
 
+    tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
     model = getattr(tf_keras.applications, name)(weights=None, input_shape=(96, 96, 3), classes=10)
     perturb(model.weights)
