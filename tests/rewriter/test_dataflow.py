@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from rewriter.dataflow import Argument, Computed, VariableKey, bindings, call_graph, origins
+from rewriter.ir import Error, Value
+from rewriter.savedmodel.read import load
+from tests.rewriter.test_edit import INNER, OUTER, ROOT, model
+
+
+def test_an_argument_is_followed_through_calls() -> None:
+    before = model(INNER, OUTER, ROOT, entries=("root",))
+    assert origins(before, "inner", Value("x")) == {Argument("root", 0)}
+    assert origins(before, "root", Value("call")) == {Computed("inner", "neg", "Neg")}
+
+
+def test_reached_and_reaching() -> None:
+    calls = model(INNER, OUTER, ROOT).analysis(call_graph)
+    assert calls.reached("outer") == {"outer", "inner"}
+    assert calls.reaching("inner") == {"outer", "root"}
+
+
+def test_recursion_is_refused_by_name() -> None:
+    with pytest.raises(Error, match="outer calls itself"):
+        call_graph(model(OUTER.replace("@inner", "@outer")))
+
+
+def test_variables_of_one_call_stay_together(model: Callable[[str], Path]) -> None:
+    """A function shared by two batch norms has two bindings, not a mixture of eight variables."""
+    read = load(model("module_shared"))
+    found = set()
+    for graph in read.graphs.values():
+        for node in graph.nodes.values():
+            if node.op == "FusedBatchNormV3":
+                found |= bindings(read, graph.name, node.inputs[1:5])
+    scopes = {frozenset(o.key.split("/")[1] for o in origin if isinstance(o, VariableKey)) for origin in found}
+    assert all(len(scope) == 1 for scope in scopes)
+    assert len(found) == 2
