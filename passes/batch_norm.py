@@ -16,12 +16,13 @@ from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import ops
 from rewriter.dataflow import Computed, Constant, Origin, VariableKey, bindings, call_graph
 from rewriter.expr import Expr, constant
-from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
 STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
 
 FUSED = "FusedBatchNormV3"
+GRADIENT, GRADIENT_SCALE, GRADIENT_RESERVE = "FusedBatchNormGradV3", 2, 3
 OLDER = ("FusedBatchNorm", "FusedBatchNormV2")
 TAG = "_bnqat"
 """Attribute of the node that quantises its first input: JSON with role, scheme, bits, range, batch_norm."""
@@ -39,6 +40,7 @@ class Site:
             from. More than one where several batch norms share one function.
         parameters: the edges that bring variables to the kernel, by role.
         statistics: in training, the uses of the batch's statistics, by role.
+        gradients: gamma's edges into the gradient kernels of this site that the same graph holds.
         quantized: the tags of quantisers found on its parameters and statistics.
         reason: why it cannot be rewritten; empty where it can.
     """
@@ -51,6 +53,7 @@ class Site:
     origins: frozenset[tuple[Origin, ...]]
     parameters: Mapping[str, Edge]
     statistics: Mapping[str, tuple[Edge, ...]]
+    gradients: tuple[Edge, ...]
     quantized: tuple[Mapping[str, Any], ...]
     reason: str
 
@@ -164,7 +167,7 @@ def _site(model: Model, graph: Graph, node: Node, consumers: Mapping[Value, list
     sources = [unquantized(graph, v) for v in node.inputs[1:5]]
     found = bindings(model, graph.name, tuple(value for value, _ in sources))
     tags = [tag for _, tag in sources if tag is not None]
-    variable = [all(isinstance(b[i], VariableKey) for b in found) for i in range(4)]
+    variable = [any(isinstance(b[i], VariableKey) for b in found) for i in range(4)]
     statistics = {}
     if training:
         statistics = {r: tuple(consumers.get(Value(node.name, p), ())) for r, p in STATISTICS.items()}
@@ -182,9 +185,17 @@ def _site(model: Model, graph: Graph, node: Node, consumers: Mapping[Value, list
             if variable[i] and not (training and r in STATISTICS)
         },
         statistics,
+        _gradients(graph, consumers, node),
         tuple(tags),
         _reason(model, graph, node, training, found),
     )
+
+
+def _gradients(graph: Graph, consumers: Mapping[Value, list[Edge]], node: Node) -> tuple[Edge, ...]:
+    """FusedBatchNormGradV3 takes the site's third output at input 3, and gamma at input 2."""
+    users = consumers.get(Value(node.name, 3), ())
+    found = [e.node for e in users if e.node and graph.nodes[e.node].op == GRADIENT and e.position == GRADIENT_RESERVE]
+    return tuple(Edge(graph.name, name, GRADIENT_SCALE) for name in found)
 
 
 def _tags_below(graph: Graph, consumers: Mapping[Value, list[Edge]], node: Node) -> list[Mapping[str, Any]]:
@@ -207,7 +218,10 @@ def _tags_below(graph: Graph, consumers: Mapping[Value, list[Edge]], node: Node)
 def _reason(model: Model, graph: Graph, node: Node, training: bool, found: frozenset[tuple[Origin, ...]]) -> str:
     if node.op in OLDER:
         return f"the op is {node.op}; only {FUSED} is supported"
-    if graph.name in model.analysis(call_graph).opaque:
+    calls = model.analysis(call_graph)
+    if graph.name != MAIN and graph.name not in model.entries and graph.name not in calls.callers:
+        return "nothing calls its function"
+    if graph.name in calls.opaque:
         return "its function is used by an op other than a call, so the switch cannot be brought to it"
     for index, role in enumerate(ROLES):
         for origin in sorted({b[index] for b in found}, key=str):

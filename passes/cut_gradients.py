@@ -20,6 +20,7 @@ from rewriter.edit import Edit, Note, Rewire
 from rewriter.expr import Use, stop_gradient
 from rewriter.ir import ARG, Graph, Model, Node, Value
 
+LOOPS = ("While", "StatelessWhile")
 FLOATS = ("half", "float16", "bfloat16", "float32", "float64")
 
 
@@ -86,6 +87,10 @@ def _trainable(model: Model, calls: CallGraph, graphs: set[str]) -> dict[str, se
         if entry is not None:
             bound = zip(graph.arguments[len(entry.inputs) :], entry.captures, strict=True)
             tainted[name] |= {a for a, c in bound if isinstance(c, str) and model.variables[c].trainable}
+        if entry is None:
+            # A loop's body sees what it returned before; what comes back is not followed, so nothing is cut there.
+            looped = any(model.graphs[c.graph].nodes[c.node].op in LOOPS for c in calls.callers.get(name, []))
+            tainted[name] |= set(graph.arguments) if looped else set()
         _spread(graph, tainted[name])
         for call in calls.calls.get(name, []):
             passed = graph.nodes[call.node].inputs[call.first :]

@@ -18,7 +18,7 @@ from passes.batch_norm import (
 )
 from passes.derive_training import ON_WRITE, ONLY_FIRST_REPLICA, STEP
 from passes.quantizers import FLOAT, Affine, Log, Quantizer, switched
-from passes.roles import ROLES, VARIANCE
+from passes.roles import GAMMA, ROLES, VARIANCE
 from rewriter.edit import AddVariable, Define, Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Function, Use, per_call, read
 from rewriter.ir import Error, Model, Value, Variable
@@ -53,7 +53,7 @@ class QuantizeBatchNorm:
         start_step: the first step at which quantisers act; the variable's initial value.
 
     Raises:
-        Error: `start_step` is negative, or `average` is neither of the two.
+        Error: `start_step` is negative or beyond int64, or `average` is neither of the two.
     """
 
     gamma: Quantizer = field(default_factory=Affine)
@@ -64,8 +64,8 @@ class QuantizeBatchNorm:
     start_step: int = 0
 
     def __post_init__(self) -> None:
-        if self.start_step < 0:
-            raise Error(f"start step {self.start_step}: it is 0 or more")
+        if not 0 <= self.start_step < 2**63:
+            raise Error(f"start step {self.start_step}: it is a number of steps, 0 or more, that fits in an int64")
         if self.average not in ("statistic", "none"):
             raise Error(f"average {self.average!r}: it is 'statistic' or 'none'")
 
@@ -110,8 +110,11 @@ class _Work:
         """Quantise what the kernel normalises with; never the base of its moving average."""
         node = self.model.graphs[site.graph].nodes[site.node]
         for role, edge in site.parameters.items():
-            value = Use(FLOAT, node.inputs[edge.position])
-            yield Rewire(edge, self._quantized(site, role, value), site.node)
+            value = self._quantized(site, role, Use(FLOAT, node.inputs[edge.position]))
+            yield Rewire(edge, value, site.node)
+            if role == GAMMA:
+                for gradient in site.gradients:
+                    yield Rewire(gradient, value, site.node)
 
     def statistics(self, site: Site) -> Iterator[Edit]:
         """Quantise the batch's statistics where they are used, and take the average out of the kernel.

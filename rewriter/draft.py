@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use
-from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value
+from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
+from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable
 from rewriter.ops import Dtype, attr, shapes_attr
 
 Need = Handle | PerCall
@@ -18,12 +19,14 @@ class Draft:
 
     Attributes:
         entry: whether calls enter the model here, so that per-call values are computed here.
+        bound: the variables that the function captures already, and the arguments that carry them.
         needs: what the function takes from its callers, and the argument that carries it.
     """
 
-    def __init__(self, graph: Graph, entry: bool) -> None:
+    def __init__(self, graph: Graph, entry: bool, bound: Mapping[Variable, str] | None = None) -> None:
         self.graph = graph
         self.entry = entry
+        self.bound = bound or {}
         self.nodes = dict(graph.nodes)
         self.results = list(graph.results)
         self.effects = list(graph.effects)
@@ -66,14 +69,20 @@ class Draft:
             case Use(value=value):
                 return value
             case PerCall(inner=inner) if self.entry:
+                self._reads_are_effects(inner)
                 return self._placed[inner]
             case Handle() if self.graph.name == MAIN:
-                return self._var_handle(expr)
+                return self.var_handle(expr.variable)
             case Handle() | PerCall():
                 return Value(self.need(expr))
             case Apply():
                 return Value(self._add_op(expr, scope))
         raise AssertionError(expr)
+
+    def _reads_are_effects(self, expr: Expr) -> None:
+        """Let callers see that the function reads a variable, so that a later assignment waits for it."""
+        for read in reads_of(expr):
+            self.add_effect(self._placed[read].node)
 
     def _add_op(self, expr: Apply, scope: str) -> str:
         name = self.mint(f"{scope}/{expr.name or expr.op}")
@@ -83,6 +92,8 @@ class Draft:
 
     def need(self, need: Need) -> str:
         """The argument that carries what callers must supply; added if there is none yet."""
+        if isinstance(need, Handle) and need.variable in self.bound:
+            return self.bound[need.variable]
         if need not in self.needs:
             name = self.mint(need.label)
             self.nodes[name] = Node(name, ARG, attrs={"T": attr(Dtype(need.dtype))})
@@ -90,13 +101,12 @@ class Draft:
             self._placed[need] = Value(name)
         return self.needs[need]
 
-    def _var_handle(self, need: Handle) -> Value:
-        """The main graph makes the resources that others are given."""
-        variable = need.variable
+    def var_handle(self, variable: Variable) -> Value:
+        """The resource of a new variable, which the main graph makes."""
         for node in self.nodes.values():
-            if node.op == "VarHandleOp" and node.name == variable.name:
+            if node.op == "VarHandleOp" and node.attrs["shared_name"].s == variable.key.encode():
                 return Value(node.name)
-        node = var_handle(self.mint(variable.name), variable.name, variable.dtype, variable.shape or ())
+        node = var_handle(self.mint(variable.name), variable)
         self.nodes[node.name] = node
         return Value(node.name)
 
@@ -191,11 +201,11 @@ def define(function: Function) -> Graph:
     return replace(draft.finish(), attrs={"_input_shapes": shapes_attr(list(function.shapes))})
 
 
-def var_handle(name: str, shared_name: str, dtype: str, shape: tuple[int, ...]) -> Node:
-    """A VarHandleOp: the resource of a variable, found by its shared name."""
+def var_handle(name: str, variable: Variable) -> Node:
+    """A VarHandleOp: the resource of a variable. Its key is its shared name, as names need not be unique."""
     proto = type(attr(0))()
     proto.shape.SetInParent()
-    for size in shape:
+    for size in variable.shape or ():
         proto.shape.dim.add().size = size
-    attrs = {"dtype": attr(Dtype(dtype)), "shape": proto, "shared_name": attr(shared_name)}
+    attrs = {"dtype": attr(Dtype(variable.dtype)), "shape": proto, "shared_name": attr(variable.key)}
     return Node(name, "VarHandleOp", attrs=attrs)

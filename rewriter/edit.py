@@ -12,9 +12,9 @@ from typing import Any
 
 from rewriter.draft import Draft, define
 from rewriter.expr import Expr, Function
-from rewriter.ir import MAIN, Edge, Endpoint, Error, Exposed, Model, Variable
+from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Variable
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import Func, attr
+from rewriter.ops import functions_in
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,19 @@ class SetAttr:
 
 @dataclass(frozen=True)
 class Clone:
-    """Add a copy of a function under a new name, with calls redirected. Edits of the copy may follow."""
+    """Add a copy of a function under a new name; edits of the copy may be in the same batch.
+
+    Attributes:
+        callees: functions to call instead of others.
+        inputs: new order of the leading arguments: the copy's i-th is the function's `inputs[i]`-th.
+        outputs: new order of the results, likewise.
+    """
 
     graph: str
     name: str
     callees: Mapping[str, str] = field(default_factory=dict)
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ Edit = Rewire | Run | RunAfter | SetAttr | Clone | Define | AddVariable | Expose
 
 
 def apply(model: Model, edits: Iterable[Edit]) -> Model:
-    """A model with the edits made, all in one batch: each one refers to the graphs as they were.
+    """A model with the edits made, all in one batch: each refers to the graphs as they were, or to clones.
 
     Graphs that no edit concerns are the same objects in the result.
 
@@ -157,7 +165,13 @@ class _Drafts(dict[str, Draft]):
     def __missing__(self, name: str) -> Draft:
         if name not in self.model.graphs:
             raise Error(f"there is no graph {name!r} to edit")
-        draft = Draft(self.model.graphs[name], entry=name == MAIN or name in self.model.entries)
+        graph = self.model.graphs[name]
+        entry = self.model.entries.get(name)
+        bound = {}
+        if entry is not None:
+            carried = zip(entry.captures, graph.arguments[len(entry.inputs) :], strict=True)
+            bound = {self.model.variables[c]: argument for c, argument in carried if isinstance(c, str)}
+        draft = Draft(graph, name == MAIN or entry is not None, bound)
         self[name] = draft
         return draft
 
@@ -197,15 +211,37 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
                 n.name: replace(n, attrs={k: _renamed(v, clone.callees) for k, v in n.attrs.items()})
                 for n in source.nodes.values()
             }
-        graphs[clone.name] = replace(source, name=clone.name, nodes=nodes)
+        arguments = source.arguments
+        graphs[clone.name] = replace(
+            source,
+            name=clone.name,
+            nodes=nodes,
+            arguments=(*(arguments[i] for i in clone.inputs), *arguments[len(clone.inputs) :]),
+            results=tuple(source.results[i] for i in clone.outputs) or source.results,
+            attrs=_reordered(source.attrs, clone.inputs),
+        )
     return replace(model, graphs=graphs)
 
 
+def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
+    """A function's attributes with the shapes of its arguments in a new order."""
+    if "_input_shapes" not in attrs or inputs == tuple(range(len(inputs))):
+        return attrs
+    old = attrs["_input_shapes"]
+    shapes = type(old)()
+    shapes.list.shape.extend([*(old.list.shape[i] for i in inputs), *old.list.shape[len(inputs) :]])
+    return {**attrs, "_input_shapes": shapes}
+
+
 def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """A function attribute with the function's name replaced; other attributes as they are."""
-    if value.WhichOneof("value") == "func" and value.func.name in names:
-        return attr(Func(names[value.func.name]))
-    return value
+    """An attribute with functions' names replaced; the attribute itself where it has none of them."""
+    if not any(name in names for name in functions_in(value)):
+        return value
+    copy = type(value)()
+    copy.CopyFrom(value)
+    for function in copy.list.func if copy.WhichOneof("value") == "list" else (copy.func,):
+        function.name = names.get(function.name, function.name)
+    return copy
 
 
 def _expose(model: Model, batch: list[Edit]) -> Model:

@@ -81,10 +81,10 @@ class Handle(Expr):
 
 @dataclass(frozen=True, eq=False)
 class PerCall(Expr):
-    """A value computed once where a call enters the model, and passed down as an argument from there.
+    """A value computed in concrete functions, where calls enter the model, and passed down from there.
 
-    All functions that run within one call of a concrete function then see the same value, even if the
-    variables it depends on are assigned meanwhile.
+    A function that is no concrete function takes it as an argument. What assigns the variables that it
+    depends on has to run last (`edit.Run`), as a concrete function that another calls computes it again.
     """
 
     label: str
@@ -198,20 +198,27 @@ def stop_gradient(value: Expr) -> Expr:
     return op("StopGradient", value)
 
 
-def variables_of(expr: Expr) -> Iterator[Variable]:
-    """The variables whose resources an expression needs, in order, each once."""
+def _walk(expr: Expr) -> Iterator[Expr]:
+    """An expression and all that it is made of, each once."""
     seen: set[int] = set()
-    found: dict[Variable, None] = {}
     stack = [expr]
     while stack:
         e = stack.pop()
         if id(e) in seen:
             continue
         seen.add(id(e))
-        if isinstance(e, Handle):
-            found[e.variable] = None
-        elif isinstance(e, PerCall):
+        yield e
+        if isinstance(e, PerCall):
             stack.append(e.inner)
         elif isinstance(e, Apply):
             stack.extend(reversed(e.inputs))
-    yield from found
+
+
+def variables_of(expr: Expr) -> tuple[Variable, ...]:
+    """The variables whose resources an expression needs, each once."""
+    return tuple(dict.fromkeys(e.variable for e in _walk(expr) if isinstance(e, Handle)))
+
+
+def reads_of(expr: Expr) -> tuple[Apply, ...]:
+    """The reads of variables in an expression."""
+    return tuple(e for e in _walk(expr) if isinstance(e, Apply) and e.op == "ReadVariableOp")

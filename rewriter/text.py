@@ -19,6 +19,7 @@ import ast
 import re
 from typing import Any
 
+import numpy as np
 from google.protobuf import text_format
 from tensorflow.core.framework import attr_value_pb2
 
@@ -75,7 +76,7 @@ def _attr(value: Any) -> str:
     if kind == "i":
         return str(value.i)
     if kind == "f":
-        short = repr(value.f)
+        short = str(np.float32(value.f))
         return short if any(c in short for c in ".en") else f"{short}.0"
     if kind == "s":
         return _quoted(value.s.decode("latin-1"))

@@ -39,9 +39,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def rewritten(
-    model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def rewritten(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Path of a rewritten model by name and options, written when first asked for."""
     folder = tmp_path_factory.mktemp("rewritten")
     done: dict[str, Path] = {}

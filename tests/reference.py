@@ -8,7 +8,7 @@ F = np.float32
 TINY = np.finfo(F).tiny
 
 
-def affine(v: np.ndarray, bits: int, epsilon: float = 0.0) -> np.ndarray:
+def affine(v: np.ndarray, bits: int, _epsilon: float = 0.0) -> np.ndarray:
     """Equally spaced levels from min(v, 0) to max(v, 0). float32 [C] -> float32 [C]."""
     top = 2**bits - 1
     finite = np.isfinite(v)

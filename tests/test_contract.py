@@ -49,7 +49,7 @@ assert all(not np.array_equal(v.deref().numpy(), old) for v, old in moving.items
 assert m.quantization.step.numpy() == 1
 after = tf.nest.flatten(m.serve(*x))
 assert any(not np.array_equal(a, b) for a, b in zip(before, after))
-tf.saved_model.save(m, again, signatures={"serving_default": m.signatures["serving_default"], "train": m.signatures["train"]})
+tf.saved_model.save(m, again, signatures={k: m.signatures[k] for k in ("serving_default", "train")})
 n = tf.saved_model.load(again)
 for a, b in zip(after, tf.nest.flatten(n.serve(*x))):
     np.testing.assert_array_equal(a, b)
@@ -145,7 +145,12 @@ def test_switched_on_outputs_equal_the_source_on_quantised_parameters(model: Pat
     x = harness.images((None, 8, 8, 3))
     float_output = source.serve(x)
     for norm in source.norms:
-        for role, scheme in (("gamma", "affine"), ("beta", "affine"), ("moving_mean", "affine"), ("moving_variance", "log")):
+        for role, scheme in (
+            ("gamma", "affine"),
+            ("beta", "affine"),
+            ("moving_mean", "affine"),
+            ("moving_variance", "log"),
+        ):
             variable = getattr(norm, role)
             variable.assign(SCHEMES[scheme](variable.numpy(), 4, 1e-3))
     np.testing.assert_allclose(result.serve(x), source.serve(x), rtol=1e-6, atol=1e-6)
@@ -289,7 +294,9 @@ def test_nan_and_infinity_reach_the_kernel_alone(bad: float, role: str, rewritte
     value[3] = bad
     variable.assign(value)
     body = harness.concrete(result.serve)
-    node = next(n for n, t in harness.tags(body).items() if t["role"] == role and t["batch_norm"].endswith("batch_norm"))
+    node = next(
+        n for n, t in harness.tags(body).items() if t["role"] == role and t["batch_norm"].endswith("batch_norm")
+    )
     (got,) = harness.fetch(body, [harness.images((None, 8, 8, 3))], [f"{node}:0"])
     others = np.arange(8) != 3
     np.testing.assert_array_equal(got[3], value[3])
@@ -306,7 +313,9 @@ def test_v1_sessions_restore_and_run_every_signature(name: str, rewritten: Paths
         signatures = tf.compat.v1.saved_model.load(session, ["serve"], path).signature_def
         moving = [v for v in session.graph.get_operations() if v.type == "VarHandleOp" and "moving_mean" in v.name]
         reads = [tf.raw_ops.ReadVariableOp(resource=v.outputs[0], dtype=tf.float32) for v in moving]
-        step = tf.raw_ops.ReadVariableOp(resource=session.graph.get_tensor_by_name("quantization/step:0"), dtype=tf.int64)
+        step = tf.raw_ops.ReadVariableOp(
+            resource=session.graph.get_tensor_by_name("quantization/step:0"), dtype=tf.int64
+        )
         before = session.run(reads)
         for key in ("serving_default", "train"):
             feed = {signatures[key].inputs[k].name: v.numpy() for k, v in x.items()}
@@ -377,7 +386,7 @@ def test_dropout_of_the_sources_trace_is_kept(model: Paths, tmp_path: Path) -> N
     assert not np.array_equal(result.train(x), result.train(x))
 
 
-def test_rewriting_again_adds_nothing(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
+def test_rewriting_again_adds_nothing(rewritten: Paths, tmp_path: Path) -> None:
     with pytest.raises(bnqat.NothingToRewriteError, match="quantised already"):
         bnqat.rewrite(rewritten("module"), tmp_path / "again")
     loaded = tf.saved_model.load(str(rewritten("keras_save", bits=4)))

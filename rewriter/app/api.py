@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
+from rewriter.check import check
 from rewriter.ir import Error, Model
 from rewriter.pipeline import Observer, Pass, Pipeline, Step, load_pass
 from rewriter.report import (
@@ -41,6 +43,7 @@ def inspect(model: str | Path) -> Inspection:
         Error: the model cannot be read.
     """
     read = load(model)
+    check(read)
     signatures = {
         name: SignatureReport(
             [Tensor.of(n, s) for n, s in zip(sig.inputs, read.entries[sig.entry].inputs, strict=True)],
@@ -96,7 +99,7 @@ def rewrite(
         NothingToRewriteError: no pass changed anything; the message says why.
         Error: the model cannot be read or written, or an option is out of range.
     """
-    widths = dict.fromkeys(ROLES, bits) if isinstance(bits, int) else dict(bits)
+    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(ROLES, operator.index(bits))
     known: dict[str, Pass] = {
         "derive-training": DeriveTraining(momentum),
         "cut-gradients": CutGradients(),
@@ -107,6 +110,7 @@ def rewrite(
     if not dry_run:
         refuse_existing(target, overwrite)
     before = load(source)
+    check(before)
     after, steps = Pipeline(chosen, observers).run(before)
     if after.graphs == before.graphs:
         raise NothingToRewriteError(_why_nothing(source, before, steps))

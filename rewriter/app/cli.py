@@ -78,7 +78,11 @@ def inspect(model: Path, as_json: bool) -> None:
     "--bits", type=Bits(), default=8, show_default=True, help="Width of all codes, or by role: gamma=4,beta=8."
 )
 @click.option(
-    "--start-step", type=click.IntRange(min=0), default=0, show_default=True, help="First step that quantises."
+    "--start-step",
+    type=click.IntRange(min=0, max=2**63 - 1),
+    default=0,
+    show_default=True,
+    help="First step that quantises.",
 )
 @click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
 @click.option(

@@ -51,7 +51,7 @@ class Checkpoint:
 
         try:
             value: bytes = self._reader.get_tensor(key)
-        except (ValueError, RuntimeError, tf.errors.OpError) as e:
+        except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as e:
             raise Error(f"cannot read {key} from the checkpoint {self.prefix}: {_first_line(e)}") from e
         return value
 

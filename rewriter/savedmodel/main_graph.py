@@ -16,7 +16,7 @@ from tensorflow.python.framework import tensor_util
 
 from rewriter import ops
 from rewriter.dataflow import Argument, call_graph, follow
-from rewriter.draft import Draft, var_handle
+from rewriter.draft import Draft
 from rewriter.expr import Apply, Use, handle, op
 from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Value, Variable
 
@@ -103,11 +103,8 @@ def extend(model: Model, saver_def: Any, added: list[Variable], trackables: byte
     main = Draft(model.graphs[MAIN], entry=True)
     graphs = dict(model.graphs)
     for variable in added:
-        if variable.key not in values:
-            node = var_handle(main.mint(variable.name), variable.name, variable.dtype, variable.shape or ())
-            main.set_node(node)
-            values[variable.key] = Value(node.name)
-    if saver is not None:
+        values[variable.key] = main.var_handle(variable)
+    if saver is not None and added:
         graphs[saver.save] = _extend_save(model.graphs[saver.save], added)
         graphs[saver.restore] = _extend_restore(model.graphs[saver.restore], added)
         for name in (saver.save_node, saver.restore_node):

@@ -97,6 +97,16 @@ def tensor_specs(value: Any) -> Iterator[Spec]:
             yield from tensor_specs(pair.value)
 
 
+def _holds_tensors(value: Any) -> bool:
+    """Whether an argument is, or contains, tensors: plain ones or composites such as ragged tensors."""
+    kind = value.WhichOneof("kind")
+    if kind == "dict_value":
+        return any(_holds_tensors(v) for v in value.dict_value.fields.values())
+    if kind in ("tuple_value", "list_value"):
+        return any(_holds_tensors(v) for v in getattr(value, kind).values)
+    return kind in ("tensor_spec_value", "bounded_tensor_spec_value", "type_spec_value", "named_tuple_value")
+
+
 def _shape(proto: Any) -> tuple[int, ...] | None:
     return None if proto.unknown_rank else tuple(d.size for d in proto.dim)
 
@@ -199,10 +209,9 @@ class Additions:
         specs = self.model.entries[endpoint.like].inputs
         concrete = self.objects.concrete_functions[endpoint.function]
         arguments, keywords = like.canonicalized_input_signature.tuple_value.values
-        values = [a for a in arguments.tuple_value.values if any(tensor_specs(a))]
-        if not values:
-            fields = keywords.dict_value.fields
-            values = [fields[name] for name in sorted(fields)]
+        fields = keywords.dict_value.fields
+        values = [*arguments.tuple_value.values, *(fields[name] for name in sorted(fields))]
+        values = [v for v in values if _holds_tensors(v)]
         signature = concrete.canonicalized_input_signature.tuple_value.values
         positional = signature.add().tuple_value
         positional.values.extend(values)
@@ -215,9 +224,8 @@ class Additions:
         number = self._new()
         function = self.objects.nodes[number].function
         function.concrete_functions.append(endpoint.function)
-        names = [_identifier(next(iter(tensor_specs(v))).name, i) for i, v in enumerate(values)]
-        if len(specs) == len(values):
-            names = [_identifier(s.name, i) for i, s in enumerate(specs)]
+        named = specs if len(specs) == len(values) else [Spec("", "", None)] * len(values)
+        names = [_identifier(s.name, i) for i, s in enumerate(named)]
         function.function_spec.CopyFrom(_function_spec(names, []))
         self._functions[endpoint.function] = number
         return number

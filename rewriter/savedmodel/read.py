@@ -54,6 +54,8 @@ def load(path: str | Path) -> Model:
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
     checkpoint = _checkpoint(path)
+    if checkpoint is None and any(n.HasField("variable") for n in meta.object_graph_def.nodes):
+        raise Error(f"{path} has variables but no directory 'variables' with their values")
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
         trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))

@@ -39,7 +39,7 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
         _sync(temporary)
         _move(temporary, target, overwrite)
     except OSError as e:
-        raise Error(f"cannot write {target}: {e.strerror}") from e
+        raise Error(f"cannot write {target}: {e.strerror or e}") from e
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -48,8 +48,8 @@ def save(
     """
     source: Source = model.source
     target = Path(target)
-    if target.resolve() == source.path.resolve():
-        raise Error(f"{target} is the model itself; the input is never changed, choose another destination")
+    if target.resolve().is_relative_to(source.path.resolve()):
+        raise Error(f"{target} is in the model itself; the input is never changed, choose another destination")
     with staged(target, overwrite) as directory:
         changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
         changed = changed or len(model.graphs) != len(source.protos)
@@ -125,6 +125,9 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
     changes = []
     slots = {s.slot_variable_node_id for n in objects.nodes for s in n.slot_variables}
     slots -= {c.node_id for n in objects.nodes for c in n.children}
+    captured = {number for f in objects.concrete_functions.values() for number in f.bound_inputs}
+    _hold_captured(objects, trackables, captured)
+    slots -= captured
     for graph in (objects, trackables):
         for number, node in enumerate(graph.nodes):
             node.ClearField("slot_variables")
@@ -145,6 +148,16 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
     if relabelled:
         changes.append(f"{relabelled} Keras objects relabelled as plain objects, so that Keras runs the graph as it is")
     return changes
+
+
+def _hold_captured(objects: Any, trackables: Any, captured: set[int]) -> None:
+    """Make slots that functions capture attributes of their optimizer, or nothing would keep them alive."""
+    for number, node in enumerate(objects.nodes):
+        for slot in node.slot_variables:
+            if slot.slot_variable_node_id in captured:
+                name = f"{slot.slot_name}_{slot.original_variable_node_id}"
+                for graph in (objects, trackables):
+                    graph.nodes[number].children.add(node_id=slot.slot_variable_node_id, local_name=name)
 
 
 def _write_graphs(model: Model, meta: Any) -> None:

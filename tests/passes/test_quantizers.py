@@ -54,8 +54,7 @@ def run(quantizer: Quantizer, jit: bool = False, size: int | None = None) -> Any
         tf.saved_model.save(module, str(source))
         save(Pipeline([Apply(quantizer, size)]).run(load(source))[0], target)
         loaded = tf.saved_model.load(str(target))
-    call = tf.function(lambda v, a: loaded.serve(v, a), jit_compile=jit)  # keeps `loaded` alive
-    return call
+    return tf.function(lambda v, a: loaded.serve(v, a), jit_compile=jit)  # noqa: PLW0108  keeps `loaded` alive
 
 
 def quantize(quantizer: Quantizer, v: Any, jit: bool = False) -> np.ndarray:

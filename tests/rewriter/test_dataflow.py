@@ -36,6 +36,8 @@ def test_variables_of_one_call_stay_together(model: Callable[[str], Path]) -> No
         for node in graph.nodes.values():
             if node.op == "FusedBatchNormV3":
                 found |= bindings(read, graph.name, node.inputs[1:5])
-    scopes = {frozenset(o.key.split("/")[1] for o in origin if isinstance(o, VariableKey)) for origin in found}
-    assert all(len(scope) == 1 for scope in scopes)
-    assert len(found) == 2
+    keys = {tuple(o.key for o in origin if isinstance(o, VariableKey)) for origin in found}
+    layers = {tuple(key.partition("/.ATTR")[0] for key in origin) for origin in keys if origin}
+    assert layers == {
+        tuple(f"norms/{i}/{role}" for role in ("gamma", "beta", "moving_mean", "moving_variance")) for i in range(2)
+    }

@@ -28,7 +28,7 @@ function outer(x: float32) -> (y = call: float32) {
 ROOT = OUTER.replace("outer", "root").replace("inner", "outer")
 BRANCHES = """\
 function branches(c: bool, x: float32) -> (y = if: float32) {
-  if = StatelessIf(c, x) {Tcond: bool, Tin: proto "list { type: DT_FLOAT }", Tout: proto "list { type: DT_FLOAT }", else_branch: @other, then_branch: @inner}
+  if = StatelessIf(c, x) {Tin: proto "list { type: DT_FLOAT }", else_branch: @other, then_branch: @inner}
 }
 """
 LOOP = """\
@@ -166,10 +166,12 @@ def test_clones_call_clones() -> None:
 def test_a_defined_function_can_be_called() -> None:
     x = parameter("value", "float32")
     square = Function("square", (x,), ((4,),), x * x)
-    after = edited(model(INNER), Define(square), Rewire(Edge("inner", "", 0), square(Use("float32", Value("neg"))), "s"))
+    after = edited(
+        model(INNER), Define(square), Rewire(Edge("inner", "", 0), square(Use("float32", Value("neg"))), "s")
+    )
     assert to_text(after.graphs["square"]) == (
-        'function square(value: float32) -> (result = compute/Mul: float32) {_input_shapes: proto "list { shape { dim { '
-        'size: 4 } } }"} {\n'
+        "function square(value: float32) -> (result = compute/Mul: float32) "
+        '{_input_shapes: proto "list { shape { dim { size: 4 } } }"} {\n'
         "  compute/Mul = Mul(value, value) {T: float32}\n"
         "}\n"
     )

@@ -14,7 +14,7 @@ TEXT = """\
 stateful function f(x: float32, handle: resource {_user_specified_name: "gamma"}) -> (y = bn: float32) {
   read = ReadVariableOp(handle) {dtype: float32}
   stats = Split(x) {num_split: 2}
-  bn = Mul(read, stats:1) after(read) on "/cpu:0" {T: float32, _bnqat: "{\\"a\\": 1, \\"b\\": \\"x, y\\"}", big: true, e: 0.001}
+  bn = Mul(read, stats:1) after(read) on "/cpu:0" {T: float32, _bnqat: "{\\"a\\": \\"x, y\\"}", big: true, e: 0.001}
   call = PartitionedCall(bn) {f: @g}
   effect call = call
 }
@@ -41,7 +41,7 @@ def test_what_the_text_says() -> None:
     assert graph.nodes["bn"].after == ("read",)
     assert graph.nodes["bn"].device == "/cpu:0"
     assert graph.effects == (("call", "call"),)
-    assert graph.nodes["bn"].attrs["_bnqat"].s == b'{"a": 1, "b": "x, y"}'
+    assert graph.nodes["bn"].attrs["_bnqat"].s == b'{"a": "x, y"}'
 
 
 @pytest.mark.parametrize("name", ["module_train", "keras_save"])

@@ -1,0 +1,136 @@
+"""Which function of a model serves, which one trains, and how their inputs and outputs correspond."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from passes.batch_norm import batch_norms, sites
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN, Entry, Error, Model, Signature, Spec, Value
+
+
+class Alignment(NamedTuple):
+    """How to order one function's inputs and outputs so that they are those of another."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def serving_signature(model: Model) -> Signature | None:
+    """The signature that computes a batch norm in inference: the default one, if it does, else the first."""
+    found = [s for s in model.signatures.values() if _infers(model, s.entry)]
+    return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+
+def serving_entry(model: Model) -> Entry:
+    """The function that serves: the root's own `serve`, what a signature computes, or a call of the root.
+
+    Raises:
+        Error: none of them computes a batch norm in inference.
+    """
+    signature = serving_signature(model)
+    signed = [model.entries[signature.entry]] if signature is not None else []
+    for entry in (*model.root_entries("serve"), *signed, *model.root_entries("__call__")):
+        if _infers(model, entry.function):
+            return entry
+    raise Error("no signature and no function of the root object computes a batch norm in inference")
+
+
+def _infers(model: Model, function: str) -> bool:
+    reached = model.analysis(call_graph).reached(function)
+    return any(s.graph in reached and not s.training for s in model.analysis(sites))
+
+
+def training_trace(model: Model, serving: Entry) -> Entry | None:
+    """A function of the root that takes and returns what serving does and trains the batch norms of it.
+
+    Keras 2 saves its model's call with training=True as one.
+    """
+    calls = model.analysis(call_graph)
+
+    def names(entry: Entry, training: bool) -> set[str]:
+        reached = calls.reached(entry.function)
+        return {
+            bn.name
+            for bn in model.analysis(batch_norms)
+            if any(s.graph in reached and (s.training or not training) for s in bn.sites)
+        }
+
+    def rank(entry: Entry) -> tuple[bool, bool, str]:
+        alike = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
+        return "__call__" not in entry.paths, not alike, entry.function
+
+    wanted = names(serving, training=False)
+    of_root = [e for e in model.entries.values() if any("." not in p for p in e.paths)]
+    for entry in sorted(of_root, key=rank):
+        trains = entry.function != serving.function and names(entry, training=True)
+        if trains and wanted <= names(entry, training=False) and align(model, entry, serving) is not None:
+            return entry
+    return None
+
+
+def align(model: Model, entry: Entry, like: Entry) -> Alignment | None:
+    """How `entry` becomes a function with the inputs and outputs of `like`; None where that is not clear.
+
+    Inputs are told apart by name. Outputs are told apart by name, or else by the layer that computes them:
+    Keras names a signature's outputs after their layers, and nothing else.
+    """
+    inputs = _by_name(entry.inputs, like.inputs)
+    outputs = _by_name(entry.outputs, like.outputs)
+    if outputs is None and len(entry.outputs) == len(like.outputs):
+        scopes = [_scopes(model, entry.function, r.value) for r in model.graphs[entry.function].results]
+        found = [[i for i, scope in enumerate(scopes) if _plain(s.name) in scope] for s in like.outputs]
+        if all(len(f) == 1 for f in found) and len({f[0] for f in found}) == len(found):
+            outputs = tuple(f[0] for f in found)
+    if inputs is None or outputs is None:
+        return None
+    fits = [_fits(entry.inputs[i], s) for i, s in zip(inputs, like.inputs, strict=True)]
+    fits += [_fits(entry.outputs[i], s) for i, s in zip(outputs, like.outputs, strict=True)]
+    return Alignment(inputs, outputs) if all(fits) else None
+
+
+def _fits(a: Spec, b: Spec) -> bool:
+    return a.dtype == b.dtype and (a.shape == b.shape or a.shape is None or b.shape is None)
+
+
+def _by_name(specs: tuple[Spec, ...], like: tuple[Spec, ...]) -> tuple[int, ...] | None:
+    if len(specs) != len(like):
+        return None
+    if len(specs) == 1:
+        return (0,)
+    names = [s.name for s in specs]
+    if len(set(names)) != len(names) or set(names) != {s.name for s in like}:
+        return None
+    return tuple(names.index(s.name) for s in like)
+
+
+def _plain(name: str) -> str:
+    """A layer's name as a spec has it: TensorFlow puts an underscore for what an identifier cannot hold."""
+    return re.sub(r"\W", "_", name)
+
+
+def _scopes(model: Model, graph: str, value: Value) -> set[str]:
+    """The parts of the names of the nodes that a value comes from, through forwarding ops and calls."""
+    found: set[str] = set()
+    while True:
+        node = model.graphs[graph].nodes[value.node]
+        found |= {_plain(part) for part in node.name.split("/")}
+        called = ops.callees(model, node)
+        if len(called) == 1:
+            graph, value = called[0], model.graphs[called[0]].results[value.port].value
+        elif node.op in ops.FORWARDS:
+            value = node.inputs[ops.FORWARDS[node.op]]
+        else:
+            return found
+
+
+def capturable(model: Model, entry: Entry) -> bool:
+    """Whether the main graph has all that a function captures, so that a signature can compute it.
+
+    It has every variable, and of other objects those that its signatures use already.
+    """
+    calls = model.analysis(call_graph).calls.get(MAIN, [])
+    there = {c for call in calls if call.callee in model.entries for c in model.entries[call.callee].captures}
+    return all(isinstance(c, str) or c in there for c in entry.captures)
