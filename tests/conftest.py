@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,26 @@ import bnqat
 from tests.models import MODELS
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
-IN_SCOPE = (
-    "mlcommons+tiny+1",
-    "spotify+basic-pitch+1",
-    "ArmDeveloperEcosystem+ml-image-classification-example-for-openmv+1",
-)
-"""The public models in TensorFlow 2's format whose batch norms are FusedBatchNormV3 fed by variables."""
-
+PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
 ran: set[str] = set()
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The public models, those without weights filled with random ones."""
+    folder = tmp_path_factory.mktemp("corpus")
+    command = [sys.executable, str(Path(CORPUS) / "fill_weights.py"), str(folder)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(params=PUBLIC or ["absent"])
+def corpus_model(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A public model; skipped, and the summary says so, where the corpus is absent."""
+    if not PUBLIC:
+        pytest.skip("corpus absent: BNQAT_CORPUS is not set")
+    yield request.getfixturevalue("corpus") / request.param
+    ran.add(request.param)
 
 
 @pytest.fixture(scope="session")
@@ -55,18 +69,7 @@ def rewritten(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFac
     return path
 
 
-@pytest.fixture(params=IN_SCOPE)
-def corpus_model(request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A public model; the test is skipped, and the summary says so, where the corpus is absent."""
-    if not CORPUS:
-        pytest.skip("corpus absent: BNQAT_CORPUS is not set")
-    path = Path(CORPUS) / request.param
-    assert path.is_dir(), f"BNQAT_CORPUS is set, but {path} is not there"
-    yield path
-    ran.add(request.param)
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Say whether the public models were used; `.ci/run` reads this line."""
-    state = f"{len(ran)} of {len(IN_SCOPE)} models ran" if CORPUS else "absent, its tests were skipped"
+    state = f"{len(ran)} of {len(PUBLIC)} models ran" if CORPUS else "absent, its tests were skipped"
     terminalreporter.write_line(f"corpus: {state}")

@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from tests import harness
+
+Paths = Callable[..., Path]
+
+
+def bnqat(*args: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rewriter.app.cli", *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def assert_one_line(done: subprocess.CompletedProcess[str], text: str) -> None:
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == ""
+    errors = [line for line in done.stderr.splitlines() if " edits in " not in line]
+    assert len(errors) == 1, done.stderr
+    assert errors[0].startswith("bnqat: error: ")
+    assert text in errors[0]
+
+
+def test_help_needs_no_tensorflow() -> None:
+    code = "import sys, rewriter.app.cli as c; c.main(['--help'], standalone_mode=False)\n"
+    code += "assert not {'tensorflow', 'numpy', 'networkx'} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "inspect" in done.stdout
+    assert "rewrite" in done.stdout
+
+
+def test_inspect(model: Paths) -> None:
+    done = bnqat("inspect", model("keras_save"), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["schema_version"] == 1
+    assert report["signatures"]["serving_default"]["inputs"][0]["shape"] == [None, 8, 8, 3]
+    first, second = report["batch_norms"]
+    assert first["name"] == "batch_normalization"
+    assert first["variables"] == {
+        r: f"batch_normalization/{r}" for r in ("gamma", "beta", "moving_mean", "moving_variance")
+    }
+    assert first["epsilon"] == pytest.approx(1e-3)
+    assert second["epsilon"] == pytest.approx(1e-2)
+    assert first["momentum"] == pytest.approx(0.9)
+    assert {s["mode"] for s in first["sites"]} == {"training", "inference"}
+    assert all(s.keys() >= {"graph", "node", "kind", "mode", "status", "reason"} for s in first["sites"])
+    assert {(s["kind"], s["status"], s["reason"]) for s in first["sites"]} == {("fused", "float", "")}
+    table = bnqat("inspect", model("keras_save")).stdout
+    assert "batch_normalization_1" in table
+    assert "2 batch norms at 10 sites" in table
+
+
+def test_rewrite_and_inspect_the_result(model: Paths, tmp_path: Path) -> None:
+    report_file = tmp_path / "report.json"
+    done = bnqat(
+        "rewrite", model("module"), tmp_path / "out", "--bits", "gamma=4,moving_variance=6", "--report", report_file
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 2 batch-norm sites rewritten" in done.stdout
+    assert "momentum 0.99 is assumed" in done.stdout
+    report = json.loads(report_file.read_text())
+    assert report["sites_found"] == report["sites_rewritten"] == 2
+    assert report["skipped"] == []
+    assert report["variables_added"] == ["quantization/step", "quantization/start_step"]
+    assert report["schema_version"] == 1
+    log = json.loads((tmp_path / "out/assets.extra/bnqat.json").read_text())
+    assert log["batch_norms"][0]["sites"]
+    assert str(tmp_path) not in json.dumps(log)
+    inspected = json.loads(bnqat("inspect", tmp_path / "out", "--json").stdout)
+    sites = [s for bn in inspected["batch_norms"] for s in bn["sites"]]
+    assert {s["status"] for s in sites} == {"quantised"}
+    bits = {q["role"]: (q["scheme"], q["bits"]) for s in sites for q in s["quantizers"]}
+    assert bits == {
+        "gamma": ("affine", 4),
+        "beta": ("affine", 8),
+        "moving_mean": ("affine", 8),
+        "moving_variance": ("log", 6),
+    }
+
+
+def test_dry_run_writes_nothing(model: Paths, tmp_path: Path) -> None:
+    done = bnqat("rewrite", model("module"), tmp_path / "out", "--dry-run")
+    assert done.returncode == 0
+    assert "2 of 2" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_existing_destinations(model: Paths, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    shutil.copytree(model("module"), target)
+    before = harness.digest(target)
+    assert_one_line(bnqat("rewrite", model("module"), target), "--overwrite")
+    assert harness.digest(target) == before
+    assert bnqat("rewrite", model("module"), target, "--overwrite").returncode == 0
+    assert harness.digest(target) != before
+    source = shutil.copytree(model("module"), tmp_path / "source")
+    assert_one_line(bnqat("rewrite", source, source, "--overwrite"), "input is never changed")
+    assert_one_line(bnqat("rewrite", source, source / "assets" / "out"), "input is never changed")
+    assert harness.digest(source) == harness.digest(model("module"))
+
+
+def test_nothing_to_rewrite(tmp_path: Path, rewritten: Paths) -> None:
+    module = tf.Module()
+    module.serve = tf.function(lambda x: x + 1, input_signature=[tf.TensorSpec([None])])
+    tf.saved_model.save(module, str(tmp_path / "plain"), signatures={"serving_default": module.serve})
+    assert_one_line(bnqat("rewrite", tmp_path / "plain", tmp_path / "out"), "no fused batch norm")
+    assert_one_line(bnqat("rewrite", rewritten("module"), tmp_path / "out"), "quantised already")
+    assert not (tmp_path / "out").exists()
+    done = bnqat("inspect", tmp_path / "plain")
+    assert done.returncode == 0
+    assert "no fused batch norm found" in done.stdout
+
+
+def damaged(model: Path, target: Path, damage: str) -> Path:
+    shutil.copytree(model, target)
+    graph, data = target / "saved_model.pb", target / "variables/variables.data-00000-of-00001"
+    if damage == "missing graph":
+        graph.unlink()
+    elif damage == "empty graph":
+        graph.write_bytes(b"")
+    elif damage == "truncated graph":
+        graph.write_bytes(graph.read_bytes()[:-1000])
+    elif damage == "foreign graph":
+        graph.write_bytes(b"\x89PNG\r\n\x1a\n" + os.urandom(100))
+    elif damage == "missing shard":
+        data.unlink()
+    elif damage == "truncated shard":
+        data.write_bytes(data.read_bytes()[:100])
+    elif damage == "missing index":
+        (target / "variables/variables.index").unlink()
+    elif damage == "no variables":
+        shutil.rmtree(target / "variables")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        ("missing graph", "no saved_model.pb"),
+        ("empty graph", "no SavedModel"),
+        ("truncated graph", "truncated"),
+        ("foreign graph", "no SavedModel"),
+        ("missing shard", ".data"),
+        ("truncated shard", "checkpoint"),
+        ("missing index", ".index"),
+        ("no variables", "variables"),
+    ],
+)
+def test_damaged_models_give_one_line(damage: str, text: str, model: Paths, tmp_path: Path) -> None:
+    source = damaged(model("module"), tmp_path / "model", damage)
+    assert_one_line(bnqat("rewrite", source, tmp_path / "out"), text)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_wrong_usage(model: Paths, tmp_path: Path) -> None:
+    assert_one_line(bnqat("rewrite", tmp_path / "none", tmp_path / "out"), "not a directory")
+    assert_one_line(
+        bnqat("rewrite", model("module"), tmp_path / "out", "--report", tmp_path / "no/r.json"), "no directory"
+    )
+    for bits in ("1", "17", "gamma=3,delta=4", "gamma=x", "many"):
+        done = bnqat("rewrite", model("module"), tmp_path / "out", "--bits", bits)
+        assert done.returncode == 2
+        assert "--bits" in done.stderr
+    assert bnqat("rewrite", model("module"), tmp_path / "out", "--start-step", "-1").returncode == 2
+    assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--momentum", "1.5"), "momentum")
+    assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "nothing"), "no pass 'nothing'")
+    assert list(tmp_path.iterdir()) == []
