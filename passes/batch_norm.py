@@ -125,6 +125,13 @@ def names_of_sites(model: Model) -> Mapping[tuple[str, str], str]:
     return {key: "+".join(dict.fromkeys(names)) for key, names in found.items()}
 
 
+def quantized(model: Model) -> frozenset[tuple[str, str]]:
+    """(graph, node) of the sites that have a quantiser."""
+    return frozenset(
+        (g.name, n) for g in model.graphs.values() for n, tags in model.analysis_of(g, _tags).items() if tags
+    )
+
+
 def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
     """(graph, node) -> the number of channels of a site, where its variables say it."""
     found: dict[tuple[str, str], int | None] = {}
@@ -151,9 +158,23 @@ def unquantized(graph: Graph, value: Value) -> tuple[Value, Mapping[str, Any] | 
     return node.inputs[0], json.loads(node.attrs[TAG].s)
 
 
+def _fused(graph: Graph) -> list[Node]:
+    return [n for n in graph.nodes.values() if n.op == FUSED or n.op in OLDER]
+
+
+def _tags(_: Model, graph: Graph) -> Mapping[str, tuple[Mapping[str, Any], ...]]:
+    """The tags of the quantisers on each site's parameters and statistics."""
+    found = {}
+    consumers = graph.consumers() if _fused(graph) else {}
+    for node in _fused(graph):
+        tags = [tag for _, tag in (unquantized(graph, v) for v in node.inputs[1:5]) if tag is not None]
+        found[node.name] = (*tags, *_tags_below(graph, consumers, node))
+    return found
+
+
 def _sites(model: Model) -> Iterator[Site]:
     for graph in model.graphs.values():
-        found = [n for n in graph.nodes.values() if n.op == FUSED or n.op in OLDER]
+        found = _fused(graph)
         if found:
             consumers = graph.consumers()
             for node in found:
@@ -164,14 +185,11 @@ def _site(model: Model, graph: Graph, node: Node, consumers: Mapping[Value, list
     get = partial(ops.get, model, node)
     training = bool(get("is_training"))
     factor = float(np.float32(get("exponential_avg_factor"))) if node.op == FUSED else 1.0
-    sources = [unquantized(graph, v) for v in node.inputs[1:5]]
-    found = bindings(model, graph.name, tuple(value for value, _ in sources))
-    tags = [tag for _, tag in sources if tag is not None]
+    found = bindings(model, graph.name, tuple(unquantized(graph, v)[0] for v in node.inputs[1:5]))
     variable = [any(isinstance(b[i], VariableKey) for b in found) for i in range(4)]
     statistics = {}
     if training:
         statistics = {r: tuple(consumers.get(Value(node.name, p), ())) for r, p in STATISTICS.items()}
-        tags += _tags_below(graph, consumers, node)
     return Site(
         graph.name,
         node.name,
@@ -186,7 +204,7 @@ def _site(model: Model, graph: Graph, node: Node, consumers: Mapping[Value, list
         },
         statistics,
         _gradients(graph, consumers, node),
-        tuple(tags),
+        model.analysis_of(graph, _tags)[node.name],
         _reason(model, graph, node, training, found),
     )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-
-import networkx as nx
+from graphlib import CycleError, TopologicalSorter
 
 from rewriter import ops
 from rewriter.ir import MAIN, Error, Graph, Model, Node
@@ -72,7 +71,20 @@ def _call_problems(model: Model, node: Node) -> Iterator[str]:
 
 
 def _cycles(graph: Graph) -> Iterator[str]:
+    if _in_order(graph):
+        return
     sources = {n.name: {v.node for v in n.inputs} | set(n.after) for n in graph.nodes.values()}
-    digraph: nx.DiGraph[str] = nx.DiGraph((s, n) for n, before in sources.items() for s in before)
-    if not nx.is_directed_acyclic_graph(digraph):
-        yield f"{nx.find_cycle(digraph)[0][0]} depends on itself"
+    try:
+        TopologicalSorter(sources).prepare()
+    except CycleError as e:
+        yield f"{e.args[1][0]} depends on itself"
+
+
+def _in_order(graph: Graph) -> bool:
+    """Whether every node stands after those it needs, as TensorFlow writes them; then there is no cycle."""
+    seen: set[str] = set()
+    for node in graph.nodes.values():
+        if any(v.node not in seen for v in node.inputs) or any(name not in seen for name in node.after):
+            return False
+        seen.add(node.name)
+    return True

@@ -96,20 +96,15 @@ def call_graph(model: Model) -> CallGraph:
     calls: dict[str, list[Call]] = {}
     opaque: set[str] = set()
     for graph in model.graphs.values():
-        for node in graph.nodes.values():
-            if not ops.refers_to_functions(node.op):
-                continue
-            form = ops.call_form(model, node)
-            if form is None:
-                opaque.update(f for a in node.attrs.values() for f in ops.functions_in(a))
-                continue
-            for callee in ops.callees(model, node):
-                if callee not in model.graphs:
-                    raise Error(f"node {node.name} calls the function {callee}, which the model does not hold")
-                call = Call(graph.name, node.name, callee, form.first)
-                callers.setdefault(callee, []).append(call)
-                calls.setdefault(graph.name, []).append(call)
-                digraph.add_edge(graph.name, callee)
+        found, referred = model.analysis_of(graph, _calls_in)
+        opaque |= referred
+        if found:
+            calls[graph.name] = found
+        for call in found:
+            if call.callee not in model.graphs:
+                raise Error(f"node {call.node} calls the function {call.callee}, which the model does not hold")
+            callers.setdefault(call.callee, []).append(call)
+            digraph.add_edge(graph.name, call.callee)
     if not nx.is_directed_acyclic_graph(digraph):
         cycle = nx.find_cycle(digraph)
         raise Error(f"the function {cycle[0][0]} calls itself; recursive functions are not supported")
@@ -118,12 +113,26 @@ def call_graph(model: Model) -> CallGraph:
     return CallGraph(callers, calls, frozenset(opaque), digraph)
 
 
+def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
+    """The calls of a graph, and the functions to which ops other than calls refer."""
+    found: list[Call] = []
+    referred: set[str] = set()
+    for node in graph.nodes.values():
+        if ops.refers_to_functions(node.op):
+            form = ops.call_form(model, node)
+            if form is None:
+                referred.update(f for a in node.attrs.values() for f in ops.functions_in(a))
+            else:
+                found += [Call(graph.name, node.name, callee, form.first) for callee in ops.callees(model, node)]
+    return found, referred
+
+
 def follow(model: Model, graph: Graph, value: Value) -> Origin:
     """Where a value comes from within its graph; through forwarding ops, and through calls and back."""
     while True:
         node = graph.nodes[value.node]
         if node.op == ARG:
-            return Argument(graph.name, graph.arguments.index(node.name))
+            return Argument(graph.name, model.analysis_of(graph, _positions)[node.name])
         if node.op in ops.FORWARDS and value.port == 0:
             value = node.inputs[ops.FORWARDS[node.op]]
             continue
@@ -139,6 +148,10 @@ def follow(model: Model, graph: Graph, value: Value) -> Origin:
         if not isinstance(inside, Argument):
             return inside
         value = node.inputs[form.first + inside.position]
+
+
+def _positions(_: Model, graph: Graph) -> Mapping[str, int]:
+    return {name: position for position, name in enumerate(graph.arguments)}
 
 
 def _handle_origin(model: Model, graph: Graph, node: Node) -> Origin:

@@ -134,6 +134,8 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
             cannot be given another argument.
     """
     batch = list(edits)
+    if all(isinstance(e, Skip | Note) for e in batch):
+        return model
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
     model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])

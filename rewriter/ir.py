@@ -232,6 +232,7 @@ class Model:
     op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)
     source: Any = field(default=None, compare=False, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _graph_memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared by its successors
 
     def analysis(self, of: Callable[[Model], T]) -> T:
         """The result of `of(self)`, computed once: models are immutable."""
@@ -239,6 +240,15 @@ class Model:
             self._memo[of] = of(self)
         result: T = self._memo[of]
         return result
+
+    def analysis_of(self, graph: Graph, of: Callable[[Model, Graph], T]) -> T:
+        """The result of `of(self, graph)`, computed once for this graph, even if other graphs change."""
+        known, result = self._graph_memo.get((of, graph.name), (None, None))
+        if known is not graph:
+            result = of(self, graph)
+            self._graph_memo[of, graph.name] = (graph, result)
+        found: T = result
+        return found
 
     def root_entries(self, attribute: str) -> tuple[Entry, ...]:
         """The concrete functions that the root holds under this name (one per trace)."""

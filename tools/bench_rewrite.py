@@ -56,8 +56,8 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if options.what == "time":
         for name in options.values:
-            seconds = [measure(Path(name))[0] for _ in range(5)]
-            print(f"{name}: {min(seconds):.2f} s best, {statistics.median(seconds):.2f} s median of 5")
+            times = [measure(Path(name))[0] for _ in range(5)]
+            print(f"{name}: {min(times):.2f} s best, {statistics.median(times):.2f} s median of 5")
         return
     for size in map(float, options.values or ("0.03", "0.5", "2")):
         with tempfile.TemporaryDirectory() as folder:

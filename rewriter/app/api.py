@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from passes.batch_norm import BatchNorm, Site, batch_norms, sites
+from passes.batch_norm import BatchNorm, Site, batch_norms, quantized, sites
 from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
@@ -152,8 +152,8 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
 
 def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    now = {(s.graph, s.node): s for s in after.analysis(sites)}
-    rewritten = [k for k, s in found.items() if not s.quantized and k in now and now[k].quantized]
+    now = after.analysis(quantized)
+    rewritten = {k for k, s in found.items() if not s.quantized and k in now}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     left = [
         Skipped(*k, reasons.get(k, s.reason or "no pass changed it")) for k, s in found.items() if k not in rewritten
@@ -161,7 +161,7 @@ def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     return RewriteReport(
         sites_found=len(found),
         sites_rewritten=len(rewritten),
-        sites_added=sum(1 for k, s in now.items() if k not in found and s.quantized),
+        sites_added=len(now - set(found)),
         skipped=left,
         variables_added=[v.name for k, v in after.variables.items() if k not in before.variables],
         notes=[note for step in steps for note in step.notes],
@@ -181,7 +181,7 @@ def _changes(step: Step) -> Iterator[Changed]:
         nodes = old.nodes if old is not None else {}
         added = sum(1 for n in graph.nodes if n not in nodes)
         removed = sum(1 for n in nodes if n not in graph.nodes)
-        changed = sum(1 for n, node in graph.nodes.items() if n in nodes and nodes[n] != node)
+        changed = sum(1 for n, node in graph.nodes.items() if n in nodes and nodes[n] is not node and nodes[n] != node)
         if added or removed or changed:
             yield Changed(step.name, name, added, removed, changed)
 
