@@ -8,7 +8,7 @@ from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable
-from rewriter.ops import Dtype, attr, shapes_attr
+from rewriter.ops import Dtype, attr, dtype_attr, shapes_attr
 
 Need = Handle | PerCall
 """What a function may need from its callers."""
@@ -96,7 +96,7 @@ class Draft:
             return self.bound[need.variable]
         if need not in self.needs:
             name = self.mint(need.label)
-            self.nodes[name] = Node(name, ARG, attrs={"T": attr(Dtype(need.dtype))})
+            self.nodes[name] = Node(name, ARG, attrs={"T": dtype_attr(need.dtype)})
             self.needs[need] = name
             self._placed[need] = Value(name)
         return self.needs[need]
@@ -195,7 +195,7 @@ class Draft:
 def define(function: Function) -> Graph:
     """The graph of a function."""
     names = tuple(p.value.node for p in function.parameters)
-    nodes = {p.value.node: Node(p.value.node, ARG, attrs={"T": attr(Dtype(p.dtype))}) for p in function.parameters}
+    nodes = {p.value.node: Node(p.value.node, ARG, attrs={"T": dtype_attr(p.dtype)}) for p in function.parameters}
     draft = Draft(Graph(function.name, nodes, names), entry=False)
     draft.add_result("result", draft.place(function.result, "compute"), function.result.dtype)
     return replace(draft.finish(), attrs={"_input_shapes": shapes_attr(list(function.shapes))})

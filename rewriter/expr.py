@@ -141,7 +141,7 @@ def op(name: str, *inputs: Operand, **attrs: Any) -> Expr:
     protos = {k: ops.attr(v) for k, v in attrs.items()}
     for arg, operand in zip(definition.input_arg, operands, strict=True):
         if arg.type_attr:
-            protos[arg.type_attr] = ops.attr(ops.Dtype(operand.dtype))
+            protos[arg.type_attr] = ops.dtype_attr(operand.dtype)
     return Apply(_result_dtype(definition, protos), name, operands, protos)
 
 
@@ -172,15 +172,20 @@ class Function:
 
     def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
         """A call of the function, with a name hint and attributes that start with an underscore."""
-        attrs = {
-            "Tin": ops.attr([ops.Dtype(i.dtype) for i in inputs]),
-            "Tout": ops.attr([ops.Dtype(self.result.dtype)]),
-            "f": ops.attr(ops.Func(self.name)),
-            **{k: ops.attr(v) for k, v in tags.items()},
-        }
-        if self.shapes[0] is not None:
-            attrs["_output_shapes"] = ops.shapes_attr([self.shapes[0]])
+        attrs = {**_call_attrs(self), **{k: ops.attr(v) for k, v in tags.items()}}
         return Apply(self.result.dtype, "PartitionedCall", inputs, attrs, name)
+
+
+@cache
+def _call_attrs(function: Function) -> Mapping[str, Any]:
+    attrs = {
+        "Tin": ops.attr([ops.Dtype(p.dtype) for p in function.parameters]),
+        "Tout": ops.attr([ops.Dtype(function.result.dtype)]),
+        "f": ops.attr(ops.Func(function.name)),
+    }
+    if function.shapes[0] is not None:
+        attrs["_output_shapes"] = ops.shapes_attr([function.shapes[0]])
+    return attrs
 
 
 def parameter(name: str, dtype: str) -> Use:

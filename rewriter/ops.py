@@ -105,6 +105,12 @@ class Dtype(str):
     __slots__ = ()
 
 
+@cache
+def dtype_attr(name: str) -> Any:
+    """A dtype as an ``AttrValue``; one proto for each dtype, as protos are never changed."""
+    return attr(Dtype(name))
+
+
 class Func(str):
     """A function by name; `attr` makes a function attribute of it."""
 

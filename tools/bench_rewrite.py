@@ -17,12 +17,11 @@ import tempfile
 from pathlib import Path
 
 WORKER = """
-import gc, resource, sys, tempfile, time
+import resource, sys, tempfile, time
 from pathlib import Path
 from rewriter.app import api
 import tensorflow as tf
 tf.constant(0)
-gc.freeze()
 with tempfile.TemporaryDirectory(dir=Path(sys.argv[1]).parent) as folder:
     start = time.perf_counter()
     api.rewrite(sys.argv[1], Path(folder) / "out")

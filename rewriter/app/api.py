@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,6 +36,18 @@ from rewriter.savedmodel.write import save
 
 class NothingToRewriteError(Error):
     """The model holds nothing that the passes could change."""
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pause the cyclic garbage collector: what is made here lives until the end and is free of cycles."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def inspect(model: str | Path) -> Inspection:
@@ -67,6 +81,7 @@ def _describe_site(site: Site) -> SiteReport:
     return SiteReport(site.graph, site.node, "fused", mode, site.status, reason, tags)
 
 
+@_no_collection()
 def rewrite(
     source: str | Path,
     target: str | Path,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import os
 import sys
@@ -129,8 +128,6 @@ def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
             check()
         with _quiet():
             importlib.import_module("rewriter.app.api")
-        # What the imports left is not garbage; scanning it again and again would double the time of a rewrite.
-        gc.freeze()
         yield
     except Error as e:
         _fail(str(e))

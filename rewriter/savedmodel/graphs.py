@@ -119,7 +119,7 @@ def _arg_residue(proto: Any) -> bytes:
 def _read_argument(arg: Any, extra: Any) -> Node:
     attrs = {} if extra is None else dict(extra.attr)
     if arg.type:
-        attrs["T"] = ops.attr(ops.Dtype(ops.dtype_name(arg.type)))
+        attrs["T"] = ops.dtype_attr(ops.dtype_name(arg.type))
     return Node(arg.name, ARG, attrs=attrs, residue=_arg_residue(arg))
 
 
