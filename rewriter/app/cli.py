@@ -108,6 +108,9 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
         if report_file is not None and not report_file.absolute().parent.is_dir():
             raise Error(f"there is no directory {report_file.parent} to write the report to")
 
+    if names:
+        # A pass of one's own may lie in the current directory; last, so that nothing there hides what is installed.
+        sys.path.append(str(Path.cwd()))
     with _one_line(check):
         from rewriter.app import api
 

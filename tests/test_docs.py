@@ -1,0 +1,64 @@
+"""Every Python block of the documentation runs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import bnqat
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"^# file: (\S+)\n")
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/passes.md"])
+def test_blocks_run_in_order(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+    (tmp_path / "float_model").symlink_to(model("module"))
+    bnqat.rewrite(model("module"), tmp_path / "qat_model", start_step=5)
+    blocks = BLOCK.findall((ROOT / name).read_text(encoding="utf-8"))
+    assert len(blocks) == 2
+    for block in blocks:
+        file = FILE.match(block)
+        if file:
+            (tmp_path / file[1]).write_text(block, encoding="utf-8")
+            done = bnqat_command("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu", cwd=tmp_path)
+        else:
+            done = run("-c", block, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+
+
+def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def bnqat_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "bnqat"), *args]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+def test_a_third_partys_pass_does_its_work(model: Callable[[str], Path], tmp_path: Path) -> None:
+    import tensorflow as tf
+
+    from tests import harness
+
+    (tmp_path / "float_model").symlink_to(model("module"))
+    block = BLOCK.findall((ROOT / "docs/passes.md").read_text(encoding="utf-8"))[0]
+    (tmp_path / "clip_relu.py").write_text(block.replace("top: float = 6.0", "top: float = 0.5"), encoding="utf-8")
+    done = bnqat_command("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    x = harness.images((None, 8, 8, 3))
+    source, clipped = tf.saved_model.load(str(model("module"))), tf.saved_model.load(str(tmp_path / "clipped"))
+    assert source.serve(x).numpy().max() > 0.5
+    assert clipped.serve(x).numpy().max() <= 0.5
+
+
+def test_links_lead_somewhere() -> None:
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path}: {target}"
