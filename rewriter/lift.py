@@ -105,7 +105,7 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
         passed = tuple(draft.place(n, scope) for n in needs)
         attrs: dict[str, Any] = {}
         if form.types is not None:
-            attrs[form.types] = _more_types(node.attrs[form.types], needs)
+            attrs[form.types] = ops.more_dtypes(node.attrs[form.types], [n.dtype for n in needs])
         if form.carried:
             _carry(called[-1], needs)
             attrs["output_shapes"] = _more_shapes(node.attrs.get("output_shapes"), len(needs))
@@ -119,13 +119,6 @@ def _carry(body: Draft, needs: list[Need]) -> None:
         argument = body.need(need)
         if all(r.value != Value(argument) for r in body.results):
             body.add_result(argument, Value(argument), need.dtype)
-
-
-def _more_types(types: Any, needs: list[Need]) -> Any:
-    longer = type(types)()
-    longer.CopyFrom(types)
-    longer.list.type.extend(ops.dtype_number(n.dtype) for n in needs)
-    return longer
 
 
 def _more_shapes(shapes: Any, count: int) -> Any:

@@ -111,6 +111,14 @@ def dtype_attr(name: str) -> Any:
     return attr(Dtype(name))
 
 
+def more_dtypes(dtypes: Any, names: list[str]) -> Any:
+    """A list of dtypes, as an ``AttrValue``, with more of them."""
+    longer = attr_value_pb2.AttrValue()
+    longer.CopyFrom(dtypes)
+    longer.list.type.extend(dtype_number(n) for n in names)
+    return longer
+
+
 class Func(str):
     """A function by name; `attr` makes a function attribute of it."""
 
@@ -260,3 +268,4 @@ def describe(ops: set[str]) -> list[Any]:
 
 
 RESOURCE = types_pb2.DT_RESOURCE
+"""What an argument's type is that carries a variable."""

@@ -117,9 +117,7 @@ def extend(model: Model, saver_def: Any, added: list[Variable], trackables: byte
 
 def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
     node = main.nodes[name]
-    types = type(node.attrs["Tin"])()
-    types.CopyFrom(node.attrs["Tin"])
-    types.list.type.extend([ops.RESOURCE] * len(values))
+    types = ops.more_dtypes(node.attrs["Tin"], ["resource"] * len(values))
     main.set_node(replace(node.with_attrs(Tin=types), inputs=(*node.inputs, *values)))
 
 
@@ -143,13 +141,6 @@ def _more_strings(draft: Draft, value: Value, strings: list[str]) -> None:
     draft.set_attr(value.node, "_output_shapes", None)
 
 
-def _more_dtypes(attribute: Any, added: list[Variable]) -> Any:
-    longer = type(attribute)()
-    longer.CopyFrom(attribute)
-    longer.list.type.extend(ops.dtype_number(v.dtype) for v in added)
-    return longer
-
-
 def _argument(draft: Draft, variable: Variable) -> Use:
     """A further resource argument of a function."""
     return Use("resource", Value(draft.need(handle(variable))))
@@ -165,7 +156,7 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
         read = Apply(v.dtype, "ReadVariableOp", (_argument(draft, v),), {"dtype": ops.attr(ops.Dtype(v.dtype))})
         reads.append(draft.place(read, v.name))
     node = draft.nodes[node.name]
-    attrs = {"dtypes": _more_dtypes(node.attrs["dtypes"], added)}
+    attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added])}
     draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *reads)))
     return draft.finish()
 
@@ -176,7 +167,7 @@ def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     first = len(node.attrs["dtypes"].list.type)
     _more_strings(draft, node.inputs[1], [v.key for v in added])
     _more_strings(draft, node.inputs[2], ["" for _ in added])
-    attrs = {"dtypes": _more_dtypes(node.attrs["dtypes"], added), "_output_shapes": None}
+    attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added]), "_output_shapes": None}
     draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(node.name, first + index))
