@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from passes.batch_norm import sites
+from passes.derive_training import STEP
+from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
+from passes.quantizers import Affine
+from rewriter.edit import Skip
+from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
+from rewriter.pipeline import Pipeline
+from rewriter.savedmodel.read import load
+from rewriter.text import from_text, to_text
+from tests import harness
+from tests.models import FusedBatchNorm, Trainable, perturb, save_module
+
+Paths = Callable[[str], Path]
+
+BEFORE = """\
+stateful function f(x: float32, g: resource, b: resource, m: resource, v: resource) -> (y = bn: float32) {
+  gamma = ReadVariableOp(g) {dtype: float32}
+  beta = ReadVariableOp(b) {dtype: float32}
+  mean = ReadVariableOp(m) {dtype: float32}
+  variance = ReadVariableOp(v) {dtype: float32}
+  bn = FusedBatchNormV3(x, gamma, beta, mean, variance) {T: float32, U: float32, exponential_avg_factor: 0.25}
+  new_mean = AssignVariableOp(m, bn:1) {dtype: float32}
+  new_variance = AssignVariableOp(v, bn:2) {dtype: float32}
+  effect new_mean = new_mean
+  effect new_variance = new_variance
+}
+"""
+AFTER = """\
+stateful function f(x: float32, g: resource, b: resource, m: resource, v: resource, start: resource, step: resource)
+gamma = ReadVariableOp(g)
+beta = ReadVariableOp(b)
+mean = ReadVariableOp(m)
+variance = ReadVariableOp(v)
+bn = FusedBatchNormV3(x, bn/gamma, bn/beta, mean, variance)
+new_mean = AssignVariableOp(m, bn/moving_mean/AddV2)
+new_variance = AssignVariableOp(v, bn/moving_variance/AddV2)
+bn/ReadVariableOp = ReadVariableOp(step)
+bn/ReadVariableOp_1 = ReadVariableOp(start)
+bn/GreaterEqual = GreaterEqual(bn/ReadVariableOp, bn/ReadVariableOp_1)
+bn/gamma = PartitionedCall(gamma, bn/GreaterEqual)
+bn/beta = PartitionedCall(beta, bn/GreaterEqual)
+bn/moving_mean/Const = Const()
+bn/moving_mean/Mul = Mul(mean, bn/moving_mean/Const)
+bn/moving_mean/moving_mean = PartitionedCall(bn:1, bn/GreaterEqual)
+bn/moving_mean/Const_1 = Const()
+bn/moving_mean/Mul_1 = Mul(bn/moving_mean/moving_mean, bn/moving_mean/Const_1)
+bn/moving_mean/AddV2 = AddV2(bn/moving_mean/Mul, bn/moving_mean/Mul_1)
+bn/moving_variance/Mul = Mul(variance, bn/moving_mean/Const)
+bn/moving_variance/moving_variance = PartitionedCall(bn:2, bn/GreaterEqual)
+bn/moving_variance/Mul_1 = Mul(bn/moving_variance/moving_variance, bn/moving_mean/Const_1)
+bn/moving_variance/AddV2 = AddV2(bn/moving_variance/Mul, bn/moving_variance/Mul_1)
+effect new_mean = new_mean
+effect new_variance = new_variance
+effect bn/ReadVariableOp = bn/ReadVariableOp
+effect bn/ReadVariableOp_1 = bn/ReadVariableOp_1
+}
+"""
+
+
+def test_text_of_a_training_site() -> None:
+    """Parameters through quantisers, the base of the average not, the average beside the kernel."""
+    keys = ("gamma", "beta", "moving_mean", "moving_variance")
+    variables = {k: Variable(k, f"layer/{k}", "float32", (3,)) for k in keys}
+    spec = (Spec("x", "float32", None),)
+    graphs = {MAIN: Graph(MAIN, {}), "f": from_text(BEFORE)}
+    after = quantized(Model(graphs, variables, {"f": Entry("f", spec, spec, keys)}))
+    lines = [re.sub(r" \{.*| -> .*", "", line).strip() for line in to_text(after.graphs["f"]).splitlines()]
+    assert [re.sub("quantization/(start|step)(_step)?", r"\1", line) for line in lines] == AFTER.splitlines()
+    assert "exponential_avg_factor" not in after.graphs["f"].nodes["bn"].attrs
+    constants = [after.graphs["f"].nodes[f"bn/moving_mean/{n}"] for n in ("Const", "Const_1")]
+    assert [c.attrs["value"].tensor.float_val[0] for c in constants] == [0.75, 0.25]
+    added = [k for k in after.variables if k not in variables]
+    assert after.entries["f"].captures == (*keys, *sorted(added))
+
+
+def quantized(model: Model, **options: object) -> Model:
+    return Pipeline([QuantizeBatchNorm(**options)]).run(model)[0]  # type: ignore[arg-type]
+
+
+def test_counts_of_a_keras_save(model: Paths) -> None:
+    """Four quantisers for each site; two sites in training, three in inference, for each of two layers."""
+    after = quantized(load(model("keras_save")))
+    found = [n for g in after.graphs.values() for n in g.nodes.values() if "_bnqat" in n.attrs]
+    assert len(found) == 2 * 5 * 4
+    assert all(n.op == "PartitionedCall" for n in found)
+    roles = [json.loads(n.attrs["_bnqat"].s)["role"] for n in found]
+    assert {roles.count(r) for r in ("gamma", "beta", "moving_mean", "moving_variance")} == {10}
+    functions = {n.attrs["f"].func.name for n in found}
+    assert len(functions) == 4  # affine and log, with two epsilons; both layers have eight channels
+
+
+def test_no_other_attribute_of_a_kernel_changes(model: Paths) -> None:
+    before = load(model("mobilenet_save"))
+    after = quantized(before)
+    for site in before.analysis(sites):
+        old = before.graphs[site.graph].nodes[site.node]
+        new = after.graphs[site.graph].nodes[site.node]
+        left = {k: v for k, v in old.attrs.items() if k != "exponential_avg_factor"}
+        assert dict(new.attrs) == left
+        assert (new.op, new.after, new.device) == (old.op, old.after, old.device)
+        assert new.inputs[0] == old.inputs[0]
+        assert (new.inputs[3:] == old.inputs[3:]) is site.training
+
+
+def test_running_twice_adds_nothing(model: Paths) -> None:
+    once = quantized(load(model("module_train")))
+    pipeline = Pipeline([QuantizeBatchNorm()])
+    twice, (step,) = pipeline.run(once)
+    assert twice is once
+    assert {s.reason for s in step.skipped} == {"already quantised"}
+    assert all(isinstance(e, Skip) for e in step.edits)
+
+
+def test_variables_are_added_once_and_captured_once(model: Paths, rewritten: Callable[..., Path]) -> None:
+    after = quantized(load(model("module")), start_step=9)
+    assert after.variables[STEP.key].initial == 0
+    assert [v.initial for k, v in after.variables.items() if "start_step" in k] == [9]
+    names = [v.name for v in tf.saved_model.load(str(rewritten("keras_export"))).quantization.variables]
+    assert len(names) == len(set(names))
+
+
+def test_averages_stay_in_the_kernel_without_quantisation(model: Paths) -> None:
+    after = quantized(load(model("module_train")), average="none")
+    for site in after.analysis(sites):
+        assert site.kernel_average is site.training
+
+
+class SharedUnequally(tf.Module):
+    """One function for two layers, of which one has no gamma."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = [FusedBatchNorm(3), FusedBatchNorm(3, scale=False)]
+        perturb(v for n in self.norms for v in n.variables)
+
+        @tf.function
+        def norm(x: tf.Tensor, gamma: tf.Tensor, norm: FusedBatchNorm) -> tf.Tensor:
+            return tf.raw_ops.FusedBatchNormV3(
+                x=x,
+                scale=gamma,
+                offset=norm.beta,
+                mean=norm.moving_mean,
+                variance=norm.moving_variance,
+                is_training=False,
+            )[0]
+
+        self.norm = norm
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 3), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        return self.norm(self.norm(x, self.norms[0].gamma.read_value(), self.norms[0]), tf.ones([3]), self.norms[1])
+
+
+def test_every_role_is_quantised_or_said_not_to_be(tmp_path: Path) -> None:
+    report = bnqat.rewrite(save_module(SharedUnequally(), tmp_path / "m"), tmp_path / "out", dry_run=True)
+    assert report.sites_rewritten + len(report.skipped) == report.sites_found
+
+
+class OwnGradients(Trainable):
+    """Holds a function with a gradient inside, as an exported training step has."""
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 3), name="x")])
+    def gradients(self, x: tf.Tensor) -> tf.Tensor:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(self.call(x, training=True) ** 2)
+        return tape.gradient(loss, self.kernels[0])
+
+
+def test_gradients_in_the_graph_use_the_quantised_gamma(tmp_path: Path) -> None:
+    bnqat.rewrite(save_module(OwnGradients(), tmp_path / "m"), tmp_path / "out", bits=2)
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    x = harness.images((None, 8, 8, 3))
+    stored = loaded.gradients(x)
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(loaded.quantization.train(x) ** 2)
+    taped = tape.gradient(loss, loaded.kernels[0])
+    np.testing.assert_allclose(stored, taped, rtol=0, atol=1e-5 * np.abs(taped).max())
+
+
+@pytest.mark.parametrize("options", [{"start_step": -1}, {"start_step": 2**63}, {"average": "stored"}])
+def test_options_out_of_range(options: dict[str, object]) -> None:
+    with pytest.raises(Error):
+        QuantizeBatchNorm(**options)  # type: ignore[arg-type]
+
+
+def test_widths_by_role() -> None:
+    assert with_bits({"gamma": 3}) == {"gamma": Affine(3)}
+    with pytest.raises(Error, match="'scale' is no variable of a batch norm"):
+        with_bits({"scale": 3})
