@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 F = np.float32
@@ -38,4 +40,6 @@ def log(v: np.ndarray, bits: int, epsilon: float) -> np.ndarray:
         return np.where(defined, np.maximum(level - F(epsilon), F(0)), v).astype(F)
 
 
-SCHEMES = {"affine": affine, "log": log}
+def reference(scheme: str) -> Callable[[np.ndarray, int, float], np.ndarray]:
+    """The reference of a scheme: (vector, bits, epsilon) -> vector."""
+    return affine if scheme == "affine" else log

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import tensorflow as tf
 import bnqat
 from tests import harness
 from tests.models import Trainable, keras_application, save_module, small_keras
-from tests.reference import SCHEMES
+from tests.reference import reference
 
 Paths = Callable[..., Path]
 ALL = ["module", "module_train", "module_shared", "keras_save", "keras_dropout", "keras_export"]
@@ -130,7 +131,7 @@ def test_switched_on_every_port_and_every_statistic_equals_the_reference(name: s
                 assert tag["scheme"] == ("log" if role == "moving_variance" else "affine")
                 got, raw = harness.fetch(body, x, [name_of, given])
                 epsilon = kernel.get_attr("epsilon")
-                wanted = SCHEMES[tag["scheme"]](raw, 4, epsilon)
+                wanted = reference(tag["scheme"])(raw, 4, epsilon)
                 if tag["scheme"] == "affine":
                     np.testing.assert_array_equal(got, wanted)
                 else:
@@ -152,7 +153,7 @@ def test_switched_on_outputs_equal_the_source_on_quantised_parameters(model: Pat
             ("moving_variance", "log"),
         ):
             variable = getattr(norm, role)
-            variable.assign(SCHEMES[scheme](variable.numpy(), 4, 1e-3))
+            variable.assign(reference(scheme)(variable.numpy(), 4, 1e-3))
     np.testing.assert_allclose(result.serve(x), source.serve(x), rtol=1e-6, atol=1e-6)
     assert np.abs(result.serve(x) - float_output).max() > 1e-3
 
@@ -233,8 +234,8 @@ def test_averages_reach_the_quantised_statistic(rewritten: Paths) -> None:
     mean, variance = harness.fetch(body, [x], [kernel.outputs[1].name, kernel.outputs[2].name])
     repeat(result.quantization.train, x)
     for variable, value, wanted in (
-        (result.norms[0].moving_mean, mean, SCHEMES["affine"](mean, 8, 1e-3)),
-        (result.norms[0].moving_variance, variance, SCHEMES["log"](variance, 8, 1e-3)),
+        (result.norms[0].moving_mean, mean, reference("affine")(mean, 8, 1e-3)),
+        (result.norms[0].moving_variance, variance, reference("log")(variance, 8, 1e-3)),
     ):
         np.testing.assert_allclose(variable, wanted, rtol=0, atol=1e-5 * np.ptp(value))
         assert np.abs(variable - value).max() > 1e-4 * np.ptp(value)
@@ -300,7 +301,7 @@ def test_nan_and_infinity_reach_the_kernel_alone(bad: float, role: str, rewritte
     (got,) = harness.fetch(body, [harness.images((None, 8, 8, 3))], [f"{node}:0"])
     others = np.arange(8) != 3
     np.testing.assert_array_equal(got[3], value[3])
-    np.testing.assert_array_equal(got[others], SCHEMES["affine"](value[others], 4, 0))
+    np.testing.assert_array_equal(got[others], reference("affine")(value[others], 4, 0))
 
 
 @pytest.mark.parametrize("name", ["module_train", "keras_save", "mobilenet_export"])
@@ -333,7 +334,8 @@ def test_executed_batch_norm_kernels_are_the_sources(name: str, model: Paths, re
     source = tf.saved_model.load(str(model(name)))
     result = tf.saved_model.load(str(rewritten(name, bits=4)))
     x = harness.inputs_of(source.signatures["serving_default"])
-    serving = [harness.batch_norm_kernels(lambda m=m: m.signatures["serving_default"](**x)) for m in (source, result)]
+    signatures = [m.signatures["serving_default"] for m in (source, result)]
+    serving = [harness.batch_norm_kernels(partial(signature, **x)) for signature in signatures]
     assert serving[0] == serving[1]
     assert serving[0].total() > 0
     (value,) = x.values()

@@ -23,8 +23,6 @@ DECLINED = {
     "intel-analytics+analytics-zoo+1": "TensorFlow 1's format",
     "kupcimat+tello+1": "the op is FusedBatchNorm",
 }
-SOURCE_LOADS_PLAINLY = ("JetBrains+KotlinDL+1",)
-
 PLAIN_LOAD = """
 import sys
 import tensorflow as tf
@@ -32,7 +30,7 @@ sys.modules["tf_keras"] = None
 try:
     tf.saved_model.load(sys.argv[1])
 except AttributeError as e:
-    assert "add_slot" in str(e)
+    assert "add_slot" in str(e)  # its optimizer's slots
     print("fails")
 """
 
@@ -50,8 +48,8 @@ def test_each_public_model_goes_through_or_is_declined(corpus_model: Path, tmp_p
         assert report.sites_rewritten == report.sites_found > 0
         serves_as_the_source_in_a_v1_session(corpus_model, target)
         command = [sys.executable, "-c", PLAIN_LOAD, str(corpus_model)]
-        loads = subprocess.run(command, capture_output=True, text=True, check=True).stdout != "fails\n"
-        assert loads is (corpus_model.name in SOURCE_LOADS_PLAINLY)
+        loading = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert loading.stdout == "fails\n", f"the source loads plainly now: {loading.stderr[-500:]}"
         switched_on = tmp_path / "on"
         bnqat.rewrite(corpus_model, switched_on, bits=4)
         command = [sys.executable, "-c", PLAIN_USER, str(switched_on), str(tmp_path / "again")]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.dataflow import Argument, Computed, VariableKey, bindings, call_graph, origins
+from rewriter.dataflow import Argument, Computed, Origin, VariableKey, bindings, call_graph, origins
 from rewriter.ir import Error, Value
 from rewriter.savedmodel.read import load
 from tests.rewriter.test_edit import INNER, OUTER, ROOT, model
@@ -31,7 +31,7 @@ def test_recursion_is_refused_by_name() -> None:
 def test_variables_of_one_call_stay_together(model: Callable[[str], Path]) -> None:
     """A function shared by two batch norms has two bindings, not a mixture of eight variables."""
     read = load(model("module_shared"))
-    found = set()
+    found: set[tuple[Origin, ...]] = set()
     for graph in read.graphs.values():
         for node in graph.nodes.values():
             if node.op == "FusedBatchNormV3":

@@ -11,7 +11,7 @@ from rewriter.check import check
 from rewriter.edit import AddVariable, Clone, Define, Edit, Rewire, Run, RunAfter, SetAttr, apply
 from rewriter.expr import Function, Use, constant, handle, op, parameter, per_call, read
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
-from rewriter.ops import attr
+from rewriter.ops import Dtype, attr
 from rewriter.text import from_text, to_text
 
 STEP = Variable("step key", "step", "int64", (), path="step", initial=0)
@@ -104,7 +104,7 @@ def test_an_effect_reaches_every_caller() -> None:
 
 def test_a_variable_reaches_a_nested_function_through_all_callers() -> None:
     before = model(INNER, OUTER, ROOT, entries=("root",))
-    value = op("Cast", read(STEP), DstT=expr.ops.Dtype("float32"))
+    value = op("Cast", read(STEP), DstT=Dtype("float32"))
     after = edited(before, AddVariable(STEP), Rewire(Edge("inner", "", 0), value, "s"))
     for name in ("inner", "outer", "root"):
         assert after.graphs[name].arguments == ("x", "step")
@@ -133,7 +133,7 @@ def test_a_per_call_value_is_computed_where_a_call_enters_and_passed_down() -> N
 
 def test_branches_of_an_if_get_the_same_arguments() -> None:
     other = INNER.replace("inner", "other")
-    value = op("Cast", read(STEP), DstT=expr.ops.Dtype("float32"))
+    value = op("Cast", read(STEP), DstT=Dtype("float32"))
     before = model(INNER, other, BRANCHES, entries=("branches",))
     after = edited(before, AddVariable(STEP), Rewire(Edge("inner", "", 0), value, "s"))
     assert after.graphs["inner"].arguments == after.graphs["other"].arguments == ("x", "step")
@@ -141,7 +141,7 @@ def test_branches_of_an_if_get_the_same_arguments() -> None:
 
 
 def test_a_loop_carries_what_its_body_needs() -> None:
-    value = op("Cast", read(STEP), DstT=expr.ops.Dtype("float32"))
+    value = op("Cast", read(STEP), DstT=Dtype("float32"))
     before = model(INNER, COND, LOOP, entries=("loop",))
     after = edited(before, AddVariable(STEP), Rewire(Edge("inner", "", 0), value, "s"))
     assert after.graphs["cond"].arguments == ("x", "step")
@@ -151,7 +151,7 @@ def test_a_loop_carries_what_its_body_needs() -> None:
 
 def test_a_function_used_by_a_dataset_cannot_be_given_more() -> None:
     text = OUTER.replace("PartitionedCall", "MapDataset")
-    value = op("Cast", read(STEP), DstT=expr.ops.Dtype("float32"))
+    value = op("Cast", read(STEP), DstT=Dtype("float32"))
     with pytest.raises(Error, match="other than a call"):
         apply(model(INNER, text), [AddVariable(STEP), Rewire(Edge("inner", "", 0), value, "s")])
 
