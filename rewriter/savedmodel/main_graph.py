@@ -17,7 +17,7 @@ from tensorflow.python.framework import tensor_util
 from rewriter import ops
 from rewriter.dataflow import Argument, call_graph, follow
 from rewriter.draft import Draft
-from rewriter.expr import Apply, Use, handle, op
+from rewriter.expr import Use, handle, op, read
 from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Value, Variable
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -141,20 +141,12 @@ def _more_strings(draft: Draft, value: Value, strings: list[str]) -> None:
     draft.set_attr(value.node, "_output_shapes", None)
 
 
-def _argument(draft: Draft, variable: Variable) -> Use:
-    """A further resource argument of a function."""
-    return Use("resource", Value(draft.need(handle(variable))))
-
-
 def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
     node = _only(graph, "SaveV2")
     _more_strings(draft, node.inputs[1], [v.key for v in added])
     _more_strings(draft, node.inputs[2], ["" for _ in added])
-    reads = []
-    for v in added:
-        read = Apply(v.dtype, "ReadVariableOp", (_argument(draft, v),), {"dtype": ops.attr(ops.Dtype(v.dtype))})
-        reads.append(draft.place(read, v.name))
+    reads = [draft.place(read(v), v.name) for v in added]
     node = draft.nodes[node.name]
     attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added])}
     draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *reads)))
@@ -171,7 +163,7 @@ def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(node.name, first + index))
-        assign = op("AssignVariableOp", _argument(draft, v), value)
+        assign = op("AssignVariableOp", handle(v), value)
         draft.run(assign, f"{v.name}/restore", last=False)
         # A V1 session fetches the call's result, so the result waits for the assignment as well.
         for result in graph.results:
