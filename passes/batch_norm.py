@@ -14,7 +14,7 @@ from tensorflow.python.framework import tensor_util
 
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import ops
-from rewriter.dataflow import Computed, Constant, Origin, VariableKey, bindings, call_graph
+from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph
 from rewriter.expr import Expr, constant
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
@@ -254,6 +254,8 @@ def _reason(model: Model, graph: Graph, node: Node, training: bool, found: froze
 def _described(origin: Origin) -> str:
     if isinstance(origin, Constant):
         return f"the constant {origin.node}"
+    if isinstance(origin, Captured):
+        return "a constant that its function captures"
     return f"computed by {origin.node} ({origin.op})" if isinstance(origin, Computed) else "an input of its function"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from passes.batch_norm import STATISTICS, Site, batch_norms, moving_average, moving_resource, sites
-from passes.entries import Alignment, align, capturable, serving_entry, serving_signature, training_trace
+from passes.entries import HINT, Alignment, align, capturable, serving_entry, serving_signature, training_trace
 from passes.roles import MEAN, VARIANCE
 from rewriter import ops
 from rewriter.dataflow import call_graph
@@ -31,7 +31,6 @@ TRAIN = "__inference_bnqat_train_0"
 TRAIN_SIGNATURE = "__inference_bnqat_train_signature_0"
 SERVE = "__inference_bnqat_serve_0"
 DEFAULT_MOMENTUM = 0.99
-HINT = " (--passes quantize-batch-norm rewrites without one)"
 
 
 @dataclass(frozen=True)
@@ -76,6 +75,8 @@ class DeriveTraining:
             yield Note(why_not)
         if trace is not None:
             yield Note(f"train is the source's training trace {trace.function}")
+            if self.momentum is not None:
+                yield Note("the momentum given has no influence: the training trace has its own")
             yield from _clone_trace(model, trace, serving, signed)
         else:
             yield from _Derivation(model, serving, signed, self.momentum).edits()
@@ -120,7 +121,9 @@ def _expose(
 ) -> Iterator[Edit]:
     endpoint = Endpoint(TRAIN, serving.function, bound.function)
     if "train" in model.root_names:
-        yield Note("the source has an attribute 'train' of its own, which is kept; use quantization.train")
+        yield Note(
+            "the source has an attribute 'train' of its own, which is kept and counts no steps; use quantization.train"
+        )
     else:
         yield Expose("train", endpoint)
     yield Expose("quantization.train", endpoint)

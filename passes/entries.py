@@ -10,6 +10,8 @@ from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Model, Signature, Spec, Value
 
+HINT = " (--passes quantize-batch-norm rewrites without a training function)"
+
 
 class Alignment(NamedTuple):
     """How to order one function's inputs and outputs so that they are those of another."""
@@ -25,17 +27,19 @@ def serving_signature(model: Model) -> Signature | None:
 
 
 def serving_entry(model: Model) -> Entry:
-    """The function that serves: the root's own `serve`, what a signature computes, or a call of the root.
+    """The function that serves: the root's own `serve`, what a signature computes, a call or function of the root.
 
     Raises:
         Error: none of them computes a batch norm in inference.
     """
     signature = serving_signature(model)
     signed = [model.entries[signature.entry]] if signature is not None else []
-    for entry in (*model.root_entries("serve"), *signed, *model.root_entries("__call__")):
+    named = (*model.root_entries("serve"), *signed, *model.root_entries("__call__"))
+    others = sorted((e for e in model.entries.values() if any("." not in p for p in e.paths)), key=lambda e: e.paths)
+    for entry in (*named, *others):
         if _infers(model, entry.function):
             return entry
-    raise Error("no signature and no function of the root object computes a batch norm in inference")
+    raise Error(f"no signature and no function of the root object computes a batch norm in inference{HINT}")
 
 
 def _infers(model: Model, function: str) -> bool:

@@ -30,7 +30,7 @@ from rewriter.report import (
     Tensor,
 )
 from rewriter.savedmodel.read import load
-from rewriter.savedmodel.staging import refuse_existing
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import save
 
 
@@ -123,6 +123,7 @@ def rewrite(
     chosen = [_named(p, known) if isinstance(p, str) else p for p in (known if passes is None else passes)]
     target = Path(target)
     if not dry_run:
+        refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source)
     check(before)
@@ -161,7 +162,7 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     if not skipped:
         return f"the passes changed nothing in {source}"
     reasons = sorted({s.reason for s in skipped})
-    more = f" (and {len(reasons) - 1} other reasons)" if len(reasons) > 1 else ""
+    more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
     return f"none of the {len(found)} batch-norm sites of {source} can be rewritten: {reasons[0]}{more}"
 
 

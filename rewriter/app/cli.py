@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import click
 
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
 from rewriter.ir import Error
-from rewriter.savedmodel.staging import refuse_existing, require_model
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
 if TYPE_CHECKING:
     from rewriter.pipeline import Step
@@ -37,8 +38,10 @@ class Bits(click.ParamType[Any, Any]):
             widths = {role.strip(): int(width) for role, _, width in pairs}
         except ValueError:
             self.fail(f"{value!r} is neither a number nor a list like gamma=4,beta=8", param, ctx)
+        if len(widths) < len(pairs):
+            self.fail(f"{value!r} names a variable twice", param, ctx)
         for role, width in widths.items():
-            if role and role not in ROLES:
+            if "=" in value and role not in ROLES:
                 self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
             if not MIN_BITS <= width <= MAX_BITS:
                 self.fail(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}", param, ctx)
@@ -51,7 +54,7 @@ def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
     Nothing in a model is executed. Results go to stdout, progress to stderr. Exit code 0: done; 2: wrong
-    usage, unreadable input or nothing to rewrite.
+    usage, unreadable input or nothing to rewrite. (1 is kept for checks that fail.)
     """
 
 
@@ -64,10 +67,10 @@ def inspect(model: Path, as_json: bool) -> None:
         from rewriter.app import api
 
         report = api.inspect(model)
-    if as_json:
-        click.echo(report.to_json())
-    else:
-        _show_inspection(report)
+        if as_json:
+            click.echo(report.to_json())
+        else:
+            _show_inspection(report)
 
 
 @main.command()
@@ -101,12 +104,16 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
     """Write SRC to DST with switchable quantisers on every batch norm, ready to be fine-tuned."""
     names = None if passes is None else [p.strip() for p in passes.split(",") if p.strip()]
 
+    if names is not None and not names:
+        raise click.UsageError("--passes names no pass")
+
     def check() -> None:
         require_model(source)
         if not options["dry_run"]:
+            refuse_overlap(source, target)
             refuse_existing(target, options["overwrite"])
-        if report_file is not None and not report_file.absolute().parent.is_dir():
-            raise Error(f"there is no directory {report_file.parent} to write the report to")
+        if report_file is not None:
+            _refuse_report(report_file, source, target)
 
     if names:
         # A pass of one's own may lie in the current directory; last, so that nothing there hides what is installed.
@@ -115,9 +122,22 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
         from rewriter.app import api
 
         report = api.rewrite(source, target, passes=names, observers=[_progress], **options)
+        written = None if options["dry_run"] else target
+        _show_rewrite(report, written)
         if report_file is not None:
-            report_file.write_text(report.to_json() + "\n", encoding="utf-8")
-    _show_rewrite(report, None if options["dry_run"] else target)
+            try:
+                report_file.write_text(report.to_json() + "\n", encoding="utf-8")
+            except OSError as e:
+                done = "nothing" if written is None else written
+                raise Error(f"{done} was written, but the report {report_file} was not: {e.strerror}") from e
+
+
+def _refuse_report(report: Path, source: Path, target: Path) -> None:
+    if not report.absolute().parent.is_dir():
+        raise Error(f"there is no directory {report.parent} to write the report to")
+    for model in (source, target):
+        if report.resolve().is_relative_to(model.resolve()):
+            raise Error(f"the report {report} would lie in the model {model}; choose another file")
 
 
 @contextmanager
@@ -126,6 +146,7 @@ def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
 
     What a user can mend becomes one line and exit code 2.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for check in checks:
             check()
@@ -134,8 +155,10 @@ def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
         yield
     except Error as e:
         _fail(str(e))
+    except BrokenPipeError:
+        raise  # the reader has had enough, which click knows how to end
     except OSError as e:
-        _fail(f"{e.filename or ''}: {e.strerror or e}")
+        _fail(f"{e.filename}: {e.strerror}" if e.filename else f"{e.strerror or e}")
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written")
 
@@ -198,10 +221,14 @@ def _show_inspection(report: Inspection) -> None:
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     sites = {(s.graph, s.node): s for bn in report.batch_norms for s in bn.sites}
-    click.echo(f"{len(report.batch_norms)} batch norms at {len(sites)} sites")
+    click.echo(f"{_count(len(report.batch_norms), 'batch norm')} at {_count(len(sites), 'site')}")
     for site in sites.values():
         if site.reason:
             click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _shape(shape: list[int | None] | None) -> str:

@@ -60,6 +60,17 @@ def require_model(path: Path) -> Path:
     return file
 
 
+def refuse_overlap(source: Path, target: Path) -> None:
+    """Refuse a destination that is the source, holds it, or lies in it: the source is never changed.
+
+    Raises:
+        Error: the two overlap.
+    """
+    a, b = source.resolve(), target.resolve()
+    if b.is_relative_to(a) or a.is_relative_to(b):
+        raise Error(f"{target} and the model {source} overlap; the input is never changed, choose another destination")
+
+
 def refuse_existing(target: Path, overwrite: bool) -> None:
     """Refuse a destination that is there already.
 

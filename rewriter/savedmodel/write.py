@@ -12,12 +12,12 @@ import numpy as np
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Error, Model, Node
+from rewriter.ir import ARG, MAIN, Model, Node
 from rewriter.savedmodel import checkpoint, main_graph
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions
 from rewriter.savedmodel.read import Source
-from rewriter.savedmodel.staging import staged
+from rewriter.savedmodel.staging import refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
 KERAS_PREFIX = "_tf_keras_"
@@ -48,8 +48,7 @@ def save(
     """
     source: Source = model.source
     target = Path(target)
-    if target.resolve().is_relative_to(source.path.resolve()):
-        raise Error(f"{target} is in the model itself; the input is never changed, choose another destination")
+    refuse_overlap(source.path, target)
     with staged(target, overwrite) as directory:
         changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
         changed = changed or len(model.graphs) != len(source.protos)

@@ -108,6 +108,24 @@ def test_existing_destinations(model: Paths, tmp_path: Path) -> None:
     assert_one_line(bnqat("rewrite", source, source, "--overwrite"), "input is never changed")
     assert_one_line(bnqat("rewrite", source, source / "assets" / "out"), "input is never changed")
     assert harness.digest(source) == harness.digest(model("module"))
+    outer = shutil.copytree(model("module"), tmp_path / "outer")
+    shutil.copytree(model("module"), outer / "inner")
+    before = harness.digest(outer)
+    assert_one_line(bnqat("rewrite", outer / "inner", outer, "--overwrite"), "input is never changed")
+    assert harness.digest(outer) == before
+
+
+def test_reports_stay_out_of_models(model: Paths, tmp_path: Path) -> None:
+    source = shutil.copytree(model("module"), tmp_path / "source")
+    for file in (source / "saved_model.pb", source / "report.json", tmp_path / "out", tmp_path / "out" / "r.json"):
+        done = bnqat("rewrite", source, tmp_path / "out", "--report", file)
+        assert_one_line(done, "report")
+    assert harness.digest(source) == harness.digest(model("module"))
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    done = bnqat("rewrite", source, tmp_path / "out", "--report", "/dev/full")
+    assert done.returncode == 2
+    assert "out was written, but the report /dev/full was not" in done.stderr
+    assert (tmp_path / "out" / "saved_model.pb").exists()
 
 
 def test_nothing_to_rewrite(tmp_path: Path, rewritten: Paths) -> None:
@@ -168,11 +186,12 @@ def test_wrong_usage(model: Paths, tmp_path: Path) -> None:
     assert_one_line(
         bnqat("rewrite", model("module"), tmp_path / "out", "--report", tmp_path / "no/r.json"), "no directory"
     )
-    for bits in ("1", "17", "gamma=3,delta=4", "gamma=x", "many"):
+    for bits in ("1", "17", "gamma=3,delta=4", "gamma=x", "many", "gamma=4,gamma=5", "=4"):
         done = bnqat("rewrite", model("module"), tmp_path / "out", "--bits", bits)
         assert done.returncode == 2
         assert "--bits" in done.stderr
     assert bnqat("rewrite", model("module"), tmp_path / "out", "--start-step", "-1").returncode == 2
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--momentum", "1.5"), "momentum")
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "nothing"), "no pass 'nothing'")
+    assert bnqat("rewrite", model("module"), tmp_path / "out", "--passes", ",").returncode == 2
     assert list(tmp_path.iterdir()) == []

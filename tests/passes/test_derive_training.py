@@ -224,6 +224,22 @@ def test_without_signatures_train_is_a_function_of_the_root(tmp_path: Path) -> N
     assert moved(loaded, lambda: loaded.train(harness.images(SPEC.shape, 1), tf.constant(2.0))) == [True]
 
 
+class Predict(Norms):
+    @tf.function(input_signature=[SPEC])
+    def predict(self, x: tf.Tensor) -> tf.Tensor:
+        return self.norms[0](x, training=False)
+
+
+def test_any_function_of_the_root_can_serve(tmp_path: Path) -> None:
+    loaded, _ = rewrite(Predict(1), tmp_path)
+    assert moved(loaded, lambda: loaded.train(harness.images(SPEC.shape))) == [True]
+
+
+def test_a_momentum_without_influence_is_said(model: Callable[[str], Path], tmp_path: Path) -> None:
+    report = bnqat.rewrite(model("module_train"), tmp_path / "out", momentum=0.5, dry_run=True)
+    assert any("momentum given has no influence" in note for note in report.notes)
+
+
 class ByValue(Norms):
     """The statistics are read in one function and used in another."""
 
