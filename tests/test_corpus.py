@@ -17,7 +17,7 @@ from tests.test_contract import OFF, PLAIN_USER
 pytestmark = pytest.mark.corpus
 
 DECLINED = {
-    "FlorianColombo+xtrack+1": "its gamma is an input of its function",
+    "FlorianColombo+xtrack+1": "its gamma is a constant that its function captures",
     "MaybeShewill-CV+CRNN_Tensorflow+1": "TensorFlow 1's format",
     "idealo+image-quality-assessment+1": "TensorFlow 1's format",
     "intel-analytics+analytics-zoo+1": "TensorFlow 1's format",
