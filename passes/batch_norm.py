@@ -16,7 +16,7 @@ from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import ops
 from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph
 from rewriter.expr import Expr, constant
-from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value, unused
 
 STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
@@ -98,7 +98,7 @@ def sites(model: Model) -> tuple[Site, ...]:
 
 
 def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
-    """All batch norms, in the order in which they are first met. A site without variables is one of its own."""
+    """All batch norms, in the order of their variables. A site without variables is one of its own, at the end."""
     groups: dict[tuple[str | None, ...], list[Site]] = {}
     for site in model.analysis(sites):
         for origin in sorted(site.origins, key=str):
@@ -109,6 +109,11 @@ def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
         whole = [k for k in groups if k[:2] == key[:2] and k[2] is not None]
         if whole:
             groups[whole[0]].extend(groups.pop(key))
+    order = {key: position for position, key in enumerate(model.variables)}
+    # The order of the functions, in which sites are met, is arbitrary in what TensorFlow saves.
+    groups = dict(
+        sorted(groups.items(), key=lambda item: min((order[k] for k in item[0][:4] if k), default=len(order)))
+    )
     names = _names(model, list(groups))
     return tuple(
         BatchNorm(name, {r: k for r, k in zip(ROLES, key, strict=False) if k}, tuple(found))
@@ -273,12 +278,7 @@ def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
         shared = (
             [s for s in (scopes[0], *scopes[0].parents) if all(o.is_relative_to(s) for o in scopes)] if scopes else []
         )
-        name = base = str(shared[0]) if shared and shared[0].name else "batch_norm"
-        count = 0
-        while name in names:
-            count += 1
-            name = f"{base}_{count}"
-        names.append(name)
+        names.append(unused(str(shared[0]) if shared and shared[0].name else "batch_norm", names))
     return names
 
 

@@ -15,16 +15,23 @@ from rewriter.expr import Expr, Use, constant, handle, op
 from rewriter.ir import ARG, Endpoint, Entry, Error, Model, Value, Variable, VariablesOf
 
 ON_WRITE, ONLY_FIRST_REPLICA = 2, 3
-STEP = Variable(
-    "quantization/step/.ATTRIBUTES/VARIABLE_VALUE",
-    "quantization/step",
-    "int64",
-    (),
-    synchronization=ON_WRITE,
-    aggregation=ONLY_FIRST_REPLICA,
-    path="quantization.step",
-    initial=0,
-)
+
+
+def control(name: str, initial: int) -> Variable:
+    """An int64 scalar at `quantization.<name>`, the same on every replica."""
+    return Variable(
+        f"quantization/{name}/.ATTRIBUTES/VARIABLE_VALUE",
+        f"quantization/{name}",
+        "int64",
+        (),
+        synchronization=ON_WRITE,
+        aggregation=ONLY_FIRST_REPLICA,
+        path=f"quantization.{name}",
+        initial=initial,
+    )
+
+
+STEP = control("step", 0)
 """How many training steps the model has made: one for each call of its training function."""
 
 TRAIN = "__inference_bnqat_train_0"

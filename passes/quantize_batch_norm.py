@@ -16,26 +16,12 @@ from passes.batch_norm import (
     names_of_sites,
     sites,
 )
-from passes.derive_training import ON_WRITE, ONLY_FIRST_REPLICA, STEP
+from passes.derive_training import STEP, control
 from passes.quantizers import FLOAT, Affine, Log, Quantizer, switched
 from passes.roles import GAMMA, ROLES, VARIANCE
 from rewriter.edit import AddVariable, Define, Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Function, Use, per_call, read
-from rewriter.ir import Error, Model, Value, Variable
-
-
-def start_step(initial: int) -> Variable:
-    """The variable that says from which step on quantisers act."""
-    return Variable(
-        "quantization/start_step/.ATTRIBUTES/VARIABLE_VALUE",
-        "quantization/start_step",
-        "int64",
-        (),
-        synchronization=ON_WRITE,
-        aggregation=ONLY_FIRST_REPLICA,
-        path="quantization.start_step",
-        initial=initial,
-    )
+from rewriter.ir import Error, Model, Value
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class QuantizeBatchNorm:
                 todo.append(site)
         if not todo:
             return
-        start = start_step(self.start_step)
+        start = control("start_step", self.start_step)
         yield AddVariable(start)
         if STEP.key not in model.variables:
             yield AddVariable(STEP)

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
-from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable
-from rewriter.ops import Dtype, attr, dtype_attr, shapes_attr
+from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
+from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shapes_attr
 
 Need = Handle | PerCall
 """What a function may need from its callers."""
@@ -131,12 +131,7 @@ class Draft:
     def add_effect(self, node: str) -> None:
         """Let a node run whenever the graph does."""
         if self.graph.name != MAIN and all(e.node != node for e in self.effects):
-            taken = {e.name for e in self.effects}
-            name, count = node, 0
-            while name in taken:
-                count += 1
-                name = f"{node}_{count}"
-            self.effects.append(Effect(name, node))
+            self.effects.append(Effect(unused(node, {e.name for e in self.effects}), node))
             self.stateful = True
 
     def run_after(self, name: str, others: tuple[str, ...]) -> None:
@@ -154,12 +149,7 @@ class Draft:
 
     def add_result(self, name: str, value: Value, dtype: str) -> None:
         """Return one more value."""
-        taken = {r.name for r in self.results}
-        fresh, count = name, 0
-        while fresh in taken:
-            count += 1
-            fresh = f"{name}_{count}"
-        self.results.append(Result(fresh, value, dtype))
+        self.results.append(Result(unused(name, {r.name for r in self.results}), value, dtype))
 
     def _node(self, name: str) -> Node:
         if name not in self.nodes:
@@ -176,11 +166,7 @@ class Draft:
         attrs = dict(self.graph.attrs)
         if added and "_input_shapes" in attrs:
             # One entry per argument, or the function cannot be loaded; resources and bools are scalars.
-            shapes = type(attrs["_input_shapes"])()
-            shapes.CopyFrom(attrs["_input_shapes"])
-            for _ in added:
-                shapes.list.shape.add()
-            attrs["_input_shapes"] = shapes
+            attrs["_input_shapes"] = more_scalars(attrs["_input_shapes"], len(added))
         return replace(
             self.graph,
             nodes=self.nodes,

@@ -10,7 +10,7 @@ form does not model travels along, serialised, in `residue`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -26,6 +26,15 @@ T = TypeVar("T")
 
 class Error(Exception):
     """What a user can be told in one sentence: what is wrong and what to do."""
+
+
+def unused(hint: str, taken: Container[str]) -> str:
+    """`hint`, or `hint` with the first number that makes it a name not taken."""
+    name, count = hint, 0
+    while name in taken:
+        count += 1
+        name = f"{hint}_{count}"
+    return name
 
 
 class Value(NamedTuple):

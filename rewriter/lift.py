@@ -40,13 +40,10 @@ def lift(model: Model, drafts: dict[str, Draft]) -> Model:
     Variables' resources end as captures of concrete functions and as VarHandleOps of the main graph;
     per-call values are computed where a call enters.
     """
-    calls = model.analysis(call_graph)
-    _spread(model, drafts, calls)
-    for name, draft in list(drafts.items()):
+    _spread(model, drafts, model.analysis(call_graph))
+    for draft in drafts.values():
         # Functions called in the same place share one list of inputs, so the order must be the same.
         draft.needs = dict(sorted(draft.needs.items(), key=lambda item: _order(item[0])))
-        if draft.needs and any(c.graph == MAIN for c in calls.callers.get(name, [])):
-            drafts[MAIN] = drafts[MAIN]
     for draft in list(drafts.values()):
         _extend_calls(model, drafts, draft)
     graphs = dict(model.graphs)
@@ -76,12 +73,13 @@ def _spread(model: Model, drafts: dict[str, Draft], calls: CallGraph) -> None:
         needs = tuple(drafts[name].needs)
         for call in calls.callers.get(name, []):
             siblings = ops.callees(model, model.graphs[call.graph].nodes[call.node])
-            concerned = [other for other in (call.graph, *siblings) if other != MAIN]
-            waiting.extend(other for other in concerned if _add_needs(drafts, other, needs))
+            waiting.extend(other for other in (call.graph, *siblings) if _add_needs(drafts, other, needs))
 
 
 def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> bool:
     draft = drafts[name]
+    if name == MAIN:
+        return False  # it has no callers, and makes what it passes
     before = len(draft.needs)
     for need in needs:
         if isinstance(need, PerCall) and draft.entry:
@@ -108,7 +106,9 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
             attrs[form.types] = ops.more_dtypes(node.attrs[form.types], [n.dtype for n in needs])
         if form.carried:
             _carry(called[-1], needs)
-            attrs["output_shapes"] = _more_shapes(node.attrs.get("output_shapes"), len(needs))
+            shapes = node.attrs.get("output_shapes")
+            if shapes is not None and shapes.list.shape:
+                attrs["output_shapes"] = ops.more_scalars(shapes, len(needs))
             attrs["_output_shapes"] = None
         draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *passed)))
 
@@ -119,16 +119,6 @@ def _carry(body: Draft, needs: list[Need]) -> None:
         argument = body.need(need)
         if all(r.value != Value(argument) for r in body.results):
             body.add_result(argument, Value(argument), need.dtype)
-
-
-def _more_shapes(shapes: Any, count: int) -> Any:
-    if shapes is None or not shapes.list.shape:
-        return shapes
-    longer = type(shapes)()
-    longer.CopyFrom(shapes)
-    for _ in range(count):
-        longer.list.shape.add()
-    return longer
 
 
 def _capture(entry: Entry, draft: Draft) -> Entry:

@@ -119,6 +119,15 @@ def more_dtypes(dtypes: Any, names: list[str]) -> Any:
     return longer
 
 
+def more_scalars(shapes: Any, count: int) -> Any:
+    """A list of shapes, as an ``AttrValue``, with that of a scalar `count` times more."""
+    longer = attr_value_pb2.AttrValue()
+    longer.CopyFrom(shapes)
+    for _ in range(count):
+        longer.list.shape.add()
+    return longer
+
+
 class Func(str):
     """A function by name; `attr` makes a function attribute of it."""
 

@@ -102,18 +102,6 @@ class Twice(Norms):
         return self.norms[0](self.norms[0](x, training=False) * 2, training=False)
 
 
-def test_a_layer_used_twice_is_updated_in_order(tmp_path: Path) -> None:
-    module = Twice(1)
-    loaded, _ = rewrite(module, tmp_path, {"serving_default": module.serve}, momentum=0.9, start_step=OFF)
-    x = harness.images(SPEC.shape)
-    loaded.train(x)
-    norm = module.norms[0]
-    norm.factor = 0.1
-    norm(norm(x, training=True) * 2, training=True)
-    np.testing.assert_allclose(loaded.norms[0].moving_mean, norm.moving_mean, rtol=1e-5)
-    np.testing.assert_allclose(loaded.norms[0].moving_variance, norm.moving_variance, rtol=1e-5)
-
-
 class Nested(Norms):
     """A function that is called twice with the same variables."""
 
@@ -126,8 +114,9 @@ class Nested(Norms):
         return self.inner(self.inner(x))
 
 
-def test_calls_that_update_the_same_layer_run_in_order(tmp_path: Path) -> None:
-    module = Nested()
+@pytest.mark.parametrize("make", [lambda: Twice(1), Nested], ids=["one graph", "two calls"])
+def test_a_layer_used_twice_is_updated_in_order(make: Callable[[], Any], tmp_path: Path) -> None:
+    module = make()
     loaded, _ = rewrite(module, tmp_path, {"serving_default": module.serve}, momentum=0.9, start_step=OFF)
     x = harness.images(SPEC.shape)
     loaded.train(x)
@@ -135,6 +124,7 @@ def test_calls_that_update_the_same_layer_run_in_order(tmp_path: Path) -> None:
     norm.factor = 0.1
     norm(norm(x, training=True) * 2, training=True)
     np.testing.assert_allclose(loaded.norms[0].moving_mean, norm.moving_mean, rtol=1e-5)
+    np.testing.assert_allclose(loaded.norms[0].moving_variance, norm.moving_variance, rtol=1e-5)
 
 
 class TwoInputs(Norms):

@@ -9,20 +9,16 @@ from rewriter.ir import Effect, Error, Model, Value
 from tests.rewriter.test_edit import INNER, OUTER, model
 
 
-def broken(text: str, *others: str) -> Model:
-    return model(text, *others)
-
-
 @pytest.mark.parametrize(
     ("before", "complaint"),
     [
-        (broken(INNER.replace("Neg(x)", "Neg(y)")), "neg uses y, which does not exist"),
-        (broken(INNER.replace("y = neg", "y = gone")), "result y is gone"),
-        (broken(INNER.replace("Neg(x)", "Neg(neg)")), "neg depends on itself"),
-        (broken(INNER.replace("Neg(x)", "Neg(x) after(gone)")), "runs after gone"),
-        (broken(OUTER), "calls inner, which does not exist"),
-        (broken(OUTER.replace("Call(x)", "Call(x, x)"), INNER), "passes 2 inputs but Tin lists 1"),
-        (broken(INNER.replace("Neg(x)", "Neg(x:3)")), "output 3 of x"),
+        (model(INNER.replace("Neg(x)", "Neg(y)")), "neg uses y, which does not exist"),
+        (model(INNER.replace("y = neg", "y = gone")), "result y is gone"),
+        (model(INNER.replace("Neg(x)", "Neg(neg)")), "neg depends on itself"),
+        (model(INNER.replace("Neg(x)", "Neg(x) after(gone)")), "runs after gone"),
+        (model(OUTER), "calls inner, which does not exist"),
+        (model(OUTER.replace("Call(x)", "Call(x, x)"), INNER), "passes 2 inputs but Tin lists 1"),
+        (model(INNER.replace("Neg(x)", "Neg(x:3)")), "output 3 of x"),
     ],
 )
 def test_what_is_wrong_is_said(before: Model, complaint: str) -> None:
@@ -42,6 +38,6 @@ def test_effects_and_captures() -> None:
 
 
 def test_only_changed_graphs_are_checked_against_a_model_before() -> None:
-    bad = broken(INNER.replace("Neg(x)", "Neg(y)"))
+    bad = model(INNER.replace("Neg(x)", "Neg(y)"))
     check(bad, bad)
     assert bad.graphs["inner"].nodes["neg"].inputs == (Value("y"),)
