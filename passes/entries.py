@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from passes.batch_norm import batch_norms, sites
+from passes.batch_norm import batch_norms
+from passes.sites import sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Model, Signature, Spec, Value
@@ -44,7 +45,7 @@ def serving_entry(model: Model) -> Entry:
 
 def _infers(model: Model, function: str) -> bool:
     reached = model.analysis(call_graph).reached(function)
-    return any(s.graph in reached and not s.training for s in model.analysis(sites))
+    return any(s.graph in reached and s.inference for s in model.analysis(sites))
 
 
 def training_trace(model: Model, serving: Entry) -> Entry | None:
@@ -124,10 +125,11 @@ def _scopes(model: Model, graph: str, value: Value) -> set[str]:
         called = ops.callees(model, node)
         if len(called) == 1:
             graph, value = called[0], model.graphs[called[0]].results[value.port].value
-        elif node.op in ops.FORWARDS:
-            value = node.inputs[ops.FORWARDS[node.op]]
-        else:
+            continue
+        passed = ops.forwarded(node, value.port)
+        if passed is None:
             return found
+        value = passed
 
 
 def capturable(model: Model, entry: Entry) -> bool:

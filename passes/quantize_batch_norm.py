@@ -5,23 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from passes.batch_norm import (
-    STATISTICS,
-    TAG,
-    Site,
-    channels,
-    moving_average,
-    names_of_sites,
-    sites,
-)
-from passes.derive_training import STEP, control
-from passes.quantizers import FLOAT, Affine, Log, Quantizer, switched
-from passes.roles import GAMMA, ROLES, VARIANCE
-from rewriter.edit import AddVariable, Define, Edit, Rewire, SetAttr, Skip
+from passes.batch_norm import channels, moving_average, names_of_sites
+from passes.controls import control, counters, step
+from passes.quantizers import Affine, Log, Quantizer, switched
+from passes.roles import ROLES, VARIANCE
+from passes.sites import TAG, Site, sites
+from rewriter import ops
+from rewriter.edit import AddVariable, Define, Edit, Rewire, RunAfter, SetAttr, Skip
 from rewriter.expr import Expr, Function, Use, per_call, read
-from rewriter.ir import Error, Model, Value
+from rewriter.ir import MAIN, Edge, Error, Model, Value
 
 
 @dataclass(frozen=True)
@@ -67,16 +61,17 @@ class QuantizeBatchNorm:
                 todo.append(site)
         if not todo:
             return
-        start = control("start_step", self.start_step)
-        yield AddVariable(start)
-        if STEP.key not in model.variables:
-            yield AddVariable(STEP)
-        work = _Work(self, model, per_call("quantizers_active", read(STEP) >= read(start)))
+        start = control(model, "start_step", self.start_step)
+        count = step(model)
+        yield from (AddVariable(v) for v in (start, count) if v.key not in model.variables)
+        # What one run counts comes after that run's comparison.
+        yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(model))
+        work = _Work(self, model, per_call("quantizers_active", read(count) >= read(start)))
         for site in todo:
             yield from work.parameters(site)
             yield from work.statistics(site)
-        for function in work.functions.values():
-            yield Define(function)
+        if model.object_based:
+            yield from (Define(function) for function in work.functions.values())
 
 
 class _Work:
@@ -84,26 +79,24 @@ class _Work:
 
     Attributes:
         functions: the quantisers in use; sites with equal ones share a function.
+        made: what was made already; a value that several edges use is quantised once.
     """
 
     def __init__(self, options: QuantizeBatchNorm, model: Model, active: Expr) -> None:
         self.options = options
         self.model = model
         self.active = active
-        self.functions: dict[tuple[Quantizer, float, int | None], Function] = {}
+        self.functions: dict[_Kind, Function] = {}
+        self.made: dict[tuple[str, Value, _Kind], Expr] = {}
 
     def parameters(self, site: Site) -> Iterator[Edit]:
-        """Quantise what the kernel normalises with; never the base of its moving average."""
-        node = self.model.graphs[site.graph].nodes[site.node]
-        for role, edge in site.parameters.items():
-            value = self._quantized(site, role, Use(FLOAT, node.inputs[edge.position]))
-            yield Rewire(edge, value, site.node)
-            if role == GAMMA:
-                for gradient in site.gradients:
-                    yield Rewire(gradient, value, site.node)
+        """Quantise what a site normalises with; never the base of its moving average."""
+        for role, edges in site.parameters.items():
+            for edge in edges:
+                yield Rewire(edge, self._quantized(site, role, edge.graph, self._used(edge)), site.node)
 
     def statistics(self, site: Site) -> Iterator[Edit]:
-        """Quantise the batch's statistics where they are used, and take the average out of the kernel.
+        """Quantise the batch's statistics on their way to the averages, and take the average out of the kernel.
 
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
         """
@@ -112,27 +105,49 @@ class _Work:
         if site.kernel_average:
             yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         for role, edges in site.statistics.items():
-            batch = self._quantized(site, role, Use(FLOAT, Value(site.node, STATISTICS[role])))
-            if site.kernel_average:
-                base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
-                batch = moving_average(Use(FLOAT, base), batch, site.factor)
             for edge in edges:
+                batch = self._quantized(site, role, edge.graph, self._used(edge))
+                if site.kernel_average:
+                    base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
+                    batch = moving_average(Use(batch.dtype, base), batch, site.factor)
                 yield Rewire(edge, batch, f"{site.node}/{role}")
 
-    def _quantized(self, site: Site, role: str, value: Expr) -> Expr:
-        """The value, quantised while the switch is on; tagged, so that inspection needs no log."""
+    def _used(self, edge: Edge) -> Value:
+        graph = self.model.graphs[edge.graph]
+        return graph.nodes[edge.node].inputs[edge.position] if edge.node else graph.results[edge.position].value
+
+    def _quantized(self, site: Site, role: str, graph: str, value: Value) -> Expr:
+        """The value, quantised while the switch is on; tagged, so that inspection needs no log.
+
+        Nothing differentiates through a call in TensorFlow 1's format, so there it is placed without one.
+        """
         quantizer: Quantizer = getattr(self.options, role)
-        key = (quantizer, site.epsilon, self.model.analysis(channels)[site.graph, site.node])
-        if key not in self.functions:
-            self.functions[key] = switched(*key)
-        tag: Mapping[str, str | int] = {
-            "role": role,
-            "scheme": quantizer.scheme,
-            "bits": quantizer.bits,
-            "range": "dynamic",
-            "batch_norm": self.model.analysis(names_of_sites)[site.graph, site.node],
-        }
-        return self.functions[key](value, self.active, name=role, **{TAG: json.dumps(tag, sort_keys=True)})
+        dtype = ops.output_dtype(self.model, self.model.graphs[graph], value)
+        kind = _Kind(quantizer, site.epsilon, self.model.analysis(channels)[site.graph, site.node], dtype)
+        if (graph, value, kind) not in self.made:
+            if kind not in self.functions:
+                self.functions[kind] = switched(*kind)
+            function = self.functions[kind]
+            tag: Mapping[str, str | int] = {
+                "role": role,
+                "scheme": quantizer.scheme,
+                "bits": quantizer.bits,
+                "range": "dynamic",
+                "batch_norm": self.model.analysis(names_of_sites)[site.graph, site.node],
+            }
+            place = function if self.model.object_based else function.inlined
+            made = place(self.active, Use(dtype, value), name=role, **{TAG: json.dumps(tag, sort_keys=True)})
+            self.made[graph, value, kind] = made
+        return self.made[graph, value, kind]
+
+
+class _Kind(NamedTuple):
+    """What tells one quantising function from another."""
+
+    quantizer: Quantizer
+    epsilon: float
+    size: int | None
+    dtype: str
 
 
 def with_bits(bits: Mapping[str, int]) -> dict[str, Quantizer]:

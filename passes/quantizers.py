@@ -131,22 +131,27 @@ class Log:
         return Quantized(op("Maximum", level - epsilon, 0.0), defined)
 
 
-def switched(quantizer: Quantizer, epsilon: float, size: int | None) -> Function:
-    """A function (value, active) -> value, quantised while `active`, with the gradient of the value itself.
+def switched(quantizer: Quantizer, epsilon: float, size: int | None, dtype: str = FLOAT) -> Function:
+    """A function (active, value) -> value, quantised while `active`, with the gradient of the value itself.
 
     ``sg(q) + (v - sg(v))`` is q exactly, with gradient 1. What is selected is the result, so that switched
-    off the value itself passes, bit for bit.
+    off the value itself passes, bit for bit. Values of another dtype are quantised in float32.
 
     Args:
         quantizer: how values are rounded.
         epsilon: that of the batch norm.
         size: the number of channels, where it is known.
+        dtype: the value's dtype.
     """
-    value, active = parameter("value", FLOAT), parameter("active", "bool")
-    quantized = quantizer(value, epsilon)
-    through = stop_gradient(quantized.value) + (value - stop_gradient(value))
+    active, value = parameter("active", "bool"), parameter("value", dtype)
+    quantized = quantizer(_cast(value, FLOAT), epsilon)
+    through = stop_gradient(_cast(quantized.value, dtype)) + (value - stop_gradient(value))
     result = select(op("LogicalAnd", active, quantized.defined), through, value)
-    suffix = "" if size is None else f"_{size}_channels"
+    suffix = ("" if size is None else f"_{size}_channels") + ("" if dtype == FLOAT else f"_{dtype}")
     name = f"bnqat_{quantizer.scheme}_{quantizer.bits}_bits_epsilon_{epsilon:.9g}{suffix}"
     shape = None if size is None else (size,)
-    return Function(re.sub(r"\W", "_", name), (value, active), (shape, ()), result)
+    return Function(re.sub(r"\W", "_", name), (active, value), ((), shape), result)
+
+
+def _cast(value: Expr, dtype: str) -> Expr:
+    return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))

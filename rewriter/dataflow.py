@@ -11,6 +11,12 @@ import networkx as nx
 from rewriter import ops
 from rewriter.ir import ARG, MAIN, Entry, Error, Graph, Model, Node, Value
 
+REFERENCES = ("VariableV2", "Variable")
+"""Ops that make a variable as TensorFlow 1 had it: a tensor that others refer to."""
+
+VARIABLES = ("VarHandleOp", *REFERENCES)
+"""Ops that make a variable: a resource or a reference."""
+
 
 class Call(NamedTuple):
     """One node that calls one function. A node with several callees gives several calls."""
@@ -133,18 +139,22 @@ def follow(model: Model, graph: Graph, value: Value) -> Origin:
         node = graph.nodes[value.node]
         if node.op == ARG:
             return Argument(graph.name, model.analysis_of(graph, _positions)[node.name])
-        if node.op in ops.FORWARDS and value.port == 0:
-            value = node.inputs[ops.FORWARDS[node.op]]
+        passed = ops.forwarded(node, value.port)
+        if passed is not None:
+            value = passed
             continue
         if node.op == "Const":
             return Constant(graph.name, node.name)
-        if node.op == "VarHandleOp":
+        if node.op in VARIABLES:
             return _handle_origin(model, graph, node)
         form = ops.call_form(model, node)
-        if form is None or len(ops.callees(model, node)) != 1:
+        called = ops.callees(model, node)
+        if form is None or (len(called) != 1 and not form.carried):
             return Computed(graph.name, node.name, node.op)
-        callee = model.graphs[ops.callees(model, node)[0]]
+        callee = model.graphs[called[-1]]
         inside = follow(model, callee, callee.results[value.port].value)
+        if form.carried and inside != Argument(callee.name, value.port):
+            return Computed(graph.name, node.name, node.op)  # what a loop's body returns is not what it was given
         if not isinstance(inside, Argument):
             return inside
         value = node.inputs[form.first + inside.position]
@@ -155,13 +165,13 @@ def _positions(_: Model, graph: Graph) -> Mapping[str, int]:
 
 
 def _handle_origin(model: Model, graph: Graph, node: Node) -> Origin:
-    """A VarHandleOp is the variable that concrete functions bind where the main graph passes it."""
+    """A node that makes a variable is the one that concrete functions bind where the main graph passes it."""
     found = model.analysis(_variables_of_handles).get(node.name)
     return VariableKey(found) if found and graph.name == MAIN else Computed(graph.name, node.name, node.op)
 
 
 def _variables_of_handles(model: Model) -> Mapping[str, str]:
-    found = {}
+    found = {v.node: key for key, v in model.variables.items() if v.node}
     main = model.graphs[MAIN]
     for call in model.analysis(call_graph).calls.get(MAIN, []):
         entry = model.entries.get(call.callee)
@@ -202,6 +212,9 @@ def _resolve(
             continue  # the main graph binds what the concrete function binds
         outer = model.graphs[call.graph]
         node = outer.nodes[call.node]
+        if _changed_by_loop(model, node, local):
+            found.add(local)
+            continue
         found |= _resolve(
             model,
             call.graph,
@@ -213,6 +226,15 @@ def _resolve(
         )
     memo[key] = frozenset(found or {local})
     return memo[key]
+
+
+def _changed_by_loop(model: Model, node: Node, local: Origins) -> bool:
+    """Whether a loop's body returns another value than it was given for one of these arguments."""
+    if not ops.call_form_of(model, node).carried:
+        return False
+    body = model.graphs[ops.callees(model, node)[-1]]
+    positions = [o.position for o in local if isinstance(o, Argument)]
+    return any(follow(model, body, body.results[p].value) != Argument(body.name, p) for p in positions)
 
 
 def _bound(entry: Entry, argument: Argument) -> Origin:

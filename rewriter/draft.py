@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
-from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
+from rewriter.ir import ARG, MAIN, Attrs, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
 from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shapes_attr
 
 Need = Handle | PerCall
@@ -61,7 +61,7 @@ class Draft:
 
     def _operands(self, expr: Expr) -> tuple[Expr, ...]:
         if isinstance(expr, Apply):
-            return expr.inputs
+            return (*expr.inputs, *expr.after)
         return (expr.inner,) if isinstance(expr, PerCall) and self.entry else ()
 
     def _place(self, expr: Expr, scope: str) -> Value:
@@ -76,7 +76,7 @@ class Draft:
             case Handle() | PerCall():
                 return Value(self.need(expr))
             case Apply():
-                return Value(self._add_op(expr, scope))
+                return Value(self._add_op(expr, self.mint(f"{scope}/{expr.name or expr.op}")))
         raise AssertionError(expr)
 
     def _reads_are_effects(self, expr: Expr) -> None:
@@ -84,10 +84,17 @@ class Draft:
         for read in reads_of(expr):
             self.add_effect(self._placed[read].node)
 
-    def _add_op(self, expr: Apply, scope: str) -> str:
-        name = self.mint(f"{scope}/{expr.name or expr.op}")
+    def place_as(self, expr: Apply, name: str) -> Value:
+        """The value of an op, whose node is named `name` if no other node is."""
+        for operand in self._operands(expr):
+            self.place(operand, name)
+        self._placed[expr] = Value(self._add_op(expr, self.mint(name)))
+        return self._placed[expr]
+
+    def _add_op(self, expr: Apply, name: str) -> str:
         inputs = tuple(self._placed[i] for i in expr.inputs)
-        self.nodes[name] = Node(name, expr.op, inputs, (), dict(expr.attrs))
+        after = tuple(dict.fromkeys(self._placed[e].node for e in expr.after))
+        self.nodes[name] = Node(name, expr.op, inputs, after, dict(expr.attrs))
         return name
 
     def need(self, need: Need) -> str:
@@ -102,7 +109,9 @@ class Draft:
         return self.needs[need]
 
     def var_handle(self, variable: Variable) -> Value:
-        """The resource of a new variable, which the main graph makes."""
+        """The resource of a variable, which the main graph makes."""
+        if variable.node:
+            return Value(variable.node)
         for node in self.nodes.values():
             if node.op == "VarHandleOp" and node.attrs["shared_name"].s == variable.key.encode():
                 return Value(node.name)
@@ -134,10 +143,15 @@ class Draft:
             self.effects.append(Effect(unused(node, {e.name for e in self.effects}), node))
             self.stateful = True
 
-    def run_after(self, name: str, others: tuple[str, ...]) -> None:
+    def run_after(self, name: str, others: tuple[str | Expr, ...], scope: str) -> None:
         """Let a node run after others."""
+        names = [other if isinstance(other, str) else self.place(other, scope).node for other in others]
         node = self._node(name)
-        self.nodes[name] = replace(node, after=tuple(dict.fromkeys((*node.after, *others))))
+        self.nodes[name] = replace(node, after=tuple(dict.fromkeys((*node.after, *names))))
+
+    def replace(self, name: str, op: str, inputs: tuple[Value, ...], attrs: Attrs) -> None:
+        """Let a node be of another op."""
+        self.nodes[name] = replace(self._node(name), op=op, inputs=inputs, attrs=attrs)
 
     def set_attr(self, node: str, name: str, value: Any) -> None:
         """Set or, with None, remove an attribute of a node."""

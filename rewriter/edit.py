@@ -12,7 +12,7 @@ from typing import Any
 
 from rewriter.draft import Draft, define
 from rewriter.expr import Expr, Function
-from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Variable
+from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Signature, Value, Variable
 from rewriter.lift import lift, make_stateful
 from rewriter.ops import functions_in
 
@@ -41,11 +41,12 @@ class Run:
 
 @dataclass(frozen=True)
 class RunAfter:
-    """Let a node run after others."""
+    """Let a node run after others, which are nodes of its graph or are to be placed there."""
 
     graph: str
     node: str
-    others: tuple[str, ...]
+    others: tuple[str | Expr, ...]
+    scope: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,32 @@ class Clone:
 
 
 @dataclass(frozen=True)
+class Duplicate:
+    """Add copies of nodes to the same graph; edits of the copies may be in the same batch.
+
+    Attributes:
+        nodes: their names; the copies are named `prefix`/name and use each other.
+        instead: values that the copies use in place of others.
+    """
+
+    graph: str
+    nodes: tuple[str, ...]
+    prefix: str
+    instead: Mapping[Value, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Let a node be of another op, with other inputs and attributes, under its name."""
+
+    graph: str
+    node: str
+    op: str
+    inputs: tuple[Value, ...]
+    attrs: Attrs
+
+
+@dataclass(frozen=True)
 class Define:
     """Add a function that expressions call."""
 
@@ -98,11 +125,20 @@ class Expose:
 
 
 @dataclass(frozen=True)
+class MainSignature:
+    """A signature with the inputs and output names of the signature `like`, computed in the main graph."""
+
+    like: str
+    fetches: tuple[Expr, ...]
+    scope: str
+
+
+@dataclass(frozen=True)
 class AddSignature:
-    """Make a function a signature."""
+    """Make a function, or values of the main graph, a signature."""
 
     name: str
-    value: Endpoint
+    value: Endpoint | MainSignature
 
 
 @dataclass(frozen=True)
@@ -121,7 +157,21 @@ class Note:
     text: str
 
 
-Edit = Rewire | Run | RunAfter | SetAttr | Clone | Define | AddVariable | Expose | AddSignature | Skip | Note
+Edit = (
+    Rewire
+    | Run
+    | RunAfter
+    | SetAttr
+    | Replace
+    | Clone
+    | Duplicate
+    | Define
+    | AddVariable
+    | Expose
+    | AddSignature
+    | Skip
+    | Note
+)
 
 
 def apply(model: Model, edits: Iterable[Edit]) -> Model:
@@ -139,22 +189,34 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
     model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
+    model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
     model = _expose(model, batch)
     drafts = _Drafts(model)
+    signed = dict(model.main_signatures)
     for edit in batch:
         match edit:
             case Rewire(edge, value, scope):
                 drafts[edge.graph].rewire(edge, value, scope)
             case Run(graph, value, scope, last):
                 drafts[graph].run(value, scope, last)
-            case RunAfter(graph, node, others):
-                drafts[graph].run_after(node, others)
+            case RunAfter(graph, node, others, scope):
+                drafts[graph].run_after(node, others, scope or node)
+            case Replace(graph, node, op, inputs, attrs):
+                drafts[graph].replace(node, op, inputs, attrs)
             case SetAttr(graph, node, name, proto):
                 drafts[graph].set_attr(node, name, proto)
+            case AddSignature(name, MainSignature() as value):
+                signed[name] = _sign(model, drafts[MAIN], name, value)
             case _:
                 pass
     make_stateful(model, drafts)
-    return lift(model, drafts)
+    return replace(lift(model, drafts), main_signatures=signed)
+
+
+def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:
+    like = model.signatures[value.like]
+    fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, like.outputs, strict=True))
+    return replace(like, name=name, fetches=fetches, like=like.name)
 
 
 class _Drafts(dict[str, Draft]):
@@ -225,6 +287,28 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
     return replace(model, graphs=graphs)
 
 
+def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
+    graphs = dict(model.graphs)
+    for edit in edits:
+        graph = graphs[edit.graph]
+        names = {name: f"{edit.prefix}/{name}" for name in edit.nodes}
+
+        def moved(value: Value, edit: Duplicate = edit, names: Mapping[str, str] = names) -> Value:
+            while value in edit.instead:
+                value = edit.instead[value]
+            return Value(names.get(value.node, value.node), value.port)
+
+        added = {}
+        for name, new in names.items():
+            if new in graph.nodes:
+                raise Error(f"there is a node {new} already")
+            node = graph.nodes[name]
+            after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
+            added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)
+        graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **added})
+    return replace(model, graphs=graphs)
+
+
 def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
     """A function's attributes with the shapes of its arguments in a new order."""
     if "_input_shapes" not in attrs or inputs == tuple(range(len(inputs))):
@@ -248,7 +332,7 @@ def _renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 def _expose(model: Model, batch: list[Edit]) -> Model:
     exposed = {e.path: e.value for e in batch if isinstance(e, Expose)}
-    signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature)}
+    signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature) and isinstance(e.value, Endpoint)}
     if not exposed and not signatures:
         return model
     entries = dict(model.entries)

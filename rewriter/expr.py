@@ -7,8 +7,8 @@ what is shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -59,12 +59,13 @@ class Use(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """The first output of an op. `name` is a hint for the node's name."""
+    """The first output of an op, which runs after others. `name` is a hint for the node's name."""
 
     op: str
     inputs: tuple[Expr, ...]
     attrs: Mapping[str, Any] = field(default_factory=dict)
     name: str = ""
+    after: tuple[Expr, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +108,12 @@ def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
     return _constant(type(plain).__name__, plain, dtype)
 
 
+def array(value: np.ndarray) -> Apply:
+    """A constant array; of strings, where its elements are bytes."""
+    dtype = "string" if value.dtype == object else value.dtype.name
+    return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(value)})
+
+
 def per_call(label: str, inner: Expr) -> PerCall:
     """`inner`, computed once per call of the model; arguments that carry it are named `label`."""
     return PerCall(inner.dtype, label, inner)
@@ -125,7 +132,7 @@ def read(variable: Variable) -> Expr:
     return Apply(variable.dtype, "ReadVariableOp", (handle(variable),), attrs)
 
 
-def op(name: str, *inputs: Operand, **attrs: Any) -> Expr:
+def op(name: str, *inputs: Operand, **attrs: Any) -> Apply:
     """One op with one output; dtype attributes follow from the inputs.
 
     Plain numbers among the inputs become constants of the first expression's dtype.
@@ -145,6 +152,11 @@ def op(name: str, *inputs: Operand, **attrs: Any) -> Expr:
     return Apply(_result_dtype(definition, protos), name, operands, protos)
 
 
+def ordered(value: Apply, after: Iterable[Expr]) -> Apply:
+    """The same op, run after others."""
+    return replace(value, after=tuple(after))
+
+
 def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
     if not definition.output_arg:
         return ""
@@ -162,7 +174,8 @@ class Function:
     """A function to be added to the model: computes `result` from `parameters`. One output.
 
     Attributes:
-        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper.
+        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper. The result has
+            that of the last.
     """
 
     name: str
@@ -175,6 +188,15 @@ class Function:
         attrs = {**_call_attrs(self), **{k: ops.attr(v) for k, v in tags.items()}}
         return Apply(self.result.dtype, "PartitionedCall", inputs, attrs, name)
 
+    def inlined(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
+        """What the function computes, without a call; the hint and attributes go to its last op."""
+        made: dict[Expr, Expr] = dict(zip(self.parameters, inputs, strict=True))
+        result = _inline(self.result, made)
+        if not isinstance(result, Apply):
+            return result
+        attrs = {**result.attrs, **{k: ops.attr(v) for k, v in tags.items()}}
+        return replace(result, attrs=attrs, name=name)
+
 
 @cache
 def _call_attrs(function: Function) -> Mapping[str, Any]:
@@ -183,9 +205,20 @@ def _call_attrs(function: Function) -> Mapping[str, Any]:
         "Tout": ops.attr([ops.Dtype(function.result.dtype)]),
         "f": ops.attr(ops.Func(function.name)),
     }
-    if function.shapes[0] is not None:
-        attrs["_output_shapes"] = ops.shapes_attr([function.shapes[0]])
+    shape = function.shapes[-1]
+    if shape is not None:
+        attrs["_output_shapes"] = ops.shapes_attr([shape])
     return attrs
+
+
+def _inline(expr: Expr, made: dict[Expr, Expr]) -> Expr:
+    """An expression with others in place of parameters; each part is made once."""
+    if expr not in made:
+        if isinstance(expr, Apply) and expr.inputs:
+            made[expr] = replace(expr, inputs=tuple(_inline(i, made) for i in expr.inputs))
+        else:
+            made[expr] = expr
+    return made[expr]
 
 
 def parameter(name: str, dtype: str) -> Use:
@@ -216,7 +249,7 @@ def _walk(expr: Expr) -> Iterator[Expr]:
         if isinstance(e, PerCall):
             stack.append(e.inner)
         elif isinstance(e, Apply):
-            stack.extend(reversed(e.inputs))
+            stack.extend(reversed((*e.inputs, *e.after)))
 
 
 def variables_of(expr: Expr) -> tuple[Variable, ...]:

@@ -139,6 +139,7 @@ class Variable:
         aggregation: ``tf.VariableAggregation`` as its integer value.
         path: for a new variable, its attribute path from the root, as ``quantization.step``.
         initial: for a new variable, the value it is saved with.
+        node: in a model without object graph, the node of the main graph that makes it.
     """
 
     key: str
@@ -149,7 +150,8 @@ class Variable:
     synchronization: int = 0
     aggregation: int = 0
     path: str = ""
-    initial: int | float | bool | None = None
+    initial: Any = field(default=None, compare=False)
+    node: str = ""
 
 
 class Spec(NamedTuple):
@@ -181,12 +183,24 @@ class Entry:
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature of the model: `entry` computes it; names are those that the caller sees, in order."""
+    """A signature of the model; names are those that the caller sees, in order.
+
+    Attributes:
+        entry: the concrete function that computes it; "" where the main graph does so itself.
+        feeds: in the main graph, the value that each input takes the place of.
+        fetches: in the main graph, what each output is.
+        specs: of the inputs and, after them, of the outputs, where the main graph computes it.
+        like: of a new signature in the main graph, the one whose inputs and names it has.
+    """
 
     name: str
     entry: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    feeds: tuple[Value, ...] = ()
+    fetches: tuple[Value, ...] = ()
+    specs: tuple[Spec, ...] = ()
+    like: str = ""
 
 
 @dataclass(frozen=True)
@@ -226,7 +240,11 @@ class Model:
         signatures: by name.
         root_names: the names of the root object's attributes in the source.
         attributes: what passes added below the root, by dotted path.
-        new_signatures: signatures that passes added.
+        new_signatures: signatures that passes added and functions compute.
+        main_signatures: signatures that passes added and the main graph computes.
+        collections: the main graph's collections of nodes.
+        object_based: whether it has an object graph, as TensorFlow 2 writes it; TensorFlow 1's has collections.
+        constants: the main graph's nodes of captured constants, by their number in the object graph.
         op_defs: op definitions that the model brings for ops that may not be registered here.
         source: what `rewriter.savedmodel` needs to write the model again; nothing else looks into it.
     """
@@ -238,6 +256,10 @@ class Model:
     root_names: frozenset[str] = frozenset()
     attributes: Mapping[str, Exposed] = field(default_factory=dict)
     new_signatures: Mapping[str, Endpoint] = field(default_factory=dict)
+    main_signatures: Mapping[str, Signature] = field(default_factory=dict)
+    collections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    object_based: bool = True
+    constants: Mapping[int, str] = field(default_factory=dict)
     op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)
     source: Any = field(default=None, compare=False, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
@@ -258,6 +280,10 @@ class Model:
             self._graph_memo[of, graph.name] = (graph, result)
         found: T = result
         return found
+
+    def new_key(self, name: str) -> str:
+        """The checkpoint key that TensorFlow would give a new variable of this name."""
+        return f"{name}/.ATTRIBUTES/VARIABLE_VALUE" if self.object_based else name
 
     def root_entries(self, attribute: str) -> tuple[Entry, ...]:
         """The concrete functions that the root holds under this name (one per trace)."""

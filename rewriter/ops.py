@@ -10,7 +10,7 @@ import numpy as np
 from tensorflow.core.framework import attr_value_pb2, op_def_pb2, types_pb2
 from tensorflow.python.framework import dtypes, op_def_registry, tensor_util
 
-from rewriter.ir import ARG, Error, Model, Node
+from rewriter.ir import ARG, Error, Graph, Model, Node, Value
 
 
 class CallForm(NamedTuple):
@@ -42,8 +42,45 @@ CALLS: Mapping[str, CallForm] = {
     "StatelessWhile": CallForm(("cond", "body"), "T", 0, True, "While"),
 }
 
-FORWARDS: Mapping[str, int] = {"Identity": 0, "ReadVariableOp": 0, "StopGradient": 0, "EnsureShape": 0}
-"""Ops whose first output is, or reads, one of their inputs: the index of that input."""
+FORWARDS: Mapping[str, int] = dict.fromkeys(
+    (
+        "Cast",
+        "CheckNumerics",
+        "EnsureShape",
+        "Enter",
+        "Identity",
+        "PreventGradient",
+        "ReadVariableOp",
+        "RefEnter",
+        "RefIdentity",
+        "RefSwitch",
+        "Snapshot",
+        "StopGradient",
+        "Switch",
+    ),
+    0,
+)
+"""Ops whose outputs are, or read, one of their inputs: the index of that input."""
+
+VIEWS = frozenset({"ExpandDims", "Reshape", "Squeeze"})
+"""Ops whose output is their first input in another shape."""
+
+CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2": 1}
+"""Ops whose first output is one of several inputs: the index of the first of them."""
+
+
+PROXY = "_bnqat"
+"""Attribute of a node that stands for its last input, in another precision: TensorFlow keeps it when a user
+loads and saves a model again, on nodes but not on functions."""
+
+
+def forwarded(node: Node, port: int) -> Value | None:
+    """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
+    if PROXY in node.attrs:
+        return node.inputs[-1]
+    if node.op == "IdentityN":
+        return node.inputs[port]
+    return node.inputs[FORWARDS[node.op]] if node.op in FORWARDS else None
 
 
 def call_form(model: Model, node: Node) -> CallForm | None:
@@ -278,3 +315,32 @@ def describe(ops: set[str]) -> list[Any]:
 
 RESOURCE = types_pb2.DT_RESOURCE
 """What an argument's type is that carries a variable."""
+
+
+def output_dtype(model: Model, graph: Graph, value: Value) -> str:
+    """The dtype of a value, by name; a reference's is that of what it refers to."""
+    node = graph.nodes[value.node]
+    if node.op == ARG:
+        return dtype_name(node.attrs["T"].type)
+    if node.op in model.graphs:
+        return model.graphs[node.op].results[value.port].dtype
+    definition = op_def(model, node.op)
+    attrs = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")} | dict(node.attrs)
+    dtypes: list[int] = []
+    for arg in definition.output_arg:
+        if arg.type_list_attr:
+            dtypes += attrs[arg.type_list_attr].list.type
+        else:
+            dtypes += [attrs[arg.type_attr].type if arg.type_attr else arg.type] * (
+                attrs[arg.number_attr].i if arg.number_attr else 1
+            )
+    return dtype_name(dtypes[value.port]).removesuffix("_ref")
+
+
+def constant_of(graph: Graph, value: Value) -> np.ndarray | None:
+    """What a constant holds; None where the value is no constant."""
+    node = graph.nodes[value.node]
+    if node.op != "Const":
+        return None
+    found: np.ndarray = tensor_util.MakeNdarray(node.attrs["value"].tensor)
+    return found

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import gc
 import operator
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
-from passes.batch_norm import BatchNorm, Site, batch_norms, quantized, sites
+from passes.batch_norm import BatchNorm, batch_norms
 from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
+from passes.sites import Site, sites
+from passes.unfreeze_constants import UnfreezeConstants
+from passes.upgrade_references import UpgradeReferences
 from rewriter.check import check
-from rewriter.ir import Error, Model
+from rewriter.ir import Error, Model, Signature
 from rewriter.pipeline import Observer, Pass, Pipeline, Step, load_pass
 from rewriter.report import (
     BatchNormReport,
@@ -50,22 +53,27 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def inspect(model: str | Path) -> Inspection:
+def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
     """The signatures and batch norms of a SavedModel. Nothing in the model is executed.
+
+    Args:
+        model: a directory with a SavedModel.
+        tags: those of the meta graph, where it holds several; the one for serving, if not given.
 
     Raises:
         Error: the model cannot be read.
     """
-    read = load(model)
+    read = load(model, tags)
     check(read)
-    signatures = {
-        name: SignatureReport(
-            [Tensor.of(n, s) for n, s in zip(sig.inputs, read.entries[sig.entry].inputs, strict=True)],
-            [Tensor.of(n, s) for n, s in zip(sig.outputs, read.entries[sig.entry].outputs, strict=True)],
-        )
-        for name, sig in read.signatures.items()
-    }
+    signatures = {name: _describe_signature(read, s) for name, s in read.signatures.items()}
     return Inspection(signatures, [_describe(read, bn) for bn in read.analysis(batch_norms)])
+
+
+def _describe_signature(model: Model, signature: Signature) -> SignatureReport:
+    entry = model.entries.get(signature.entry)
+    specs = signature.specs if entry is None else (*entry.inputs, *entry.outputs)
+    tensors = [Tensor.of(n, s) for n, s in zip((*signature.inputs, *signature.outputs), specs, strict=True)]
+    return SignatureReport(tensors[: len(signature.inputs)], tensors[len(signature.inputs) :])
 
 
 def _describe(model: Model, bn: BatchNorm) -> BatchNormReport:
@@ -75,10 +83,9 @@ def _describe(model: Model, bn: BatchNorm) -> BatchNormReport:
 
 
 def _describe_site(site: Site) -> SiteReport:
-    mode = "training" if site.training else "inference"
     reason = "" if site.quantized else site.reason
     tags = [dict(tag) for tag in site.quantized]
-    return SiteReport(site.graph, site.node, "fused", mode, site.status, reason, tags)
+    return SiteReport(site.graph, site.node, site.kind, site.mode, site.status, reason, tags)
 
 
 @_no_collection()
@@ -90,6 +97,9 @@ def rewrite(
     start_step: int = 0,
     momentum: float | None = None,
     quantize_average: Literal["statistic", "none"] = "statistic",
+    unfreeze_constants: bool = False,
+    keep_references: bool = False,
+    tags: Collection[str] | None = None,
     passes: Sequence[Pass | str] | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
@@ -104,8 +114,14 @@ def rewrite(
         start_step: the first step at which quantisers act.
         momentum: of derived training, where the source does not say it.
         quantize_average: whether a batch's statistics are quantised before they enter the moving averages.
-        passes: passes to run instead of the default ones, as objects or by name: ``derive-training``,
-            ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
+        unfreeze_constants: make batch norms' parameters that are constants variables again.
+        keep_references: leave TensorFlow 1's reference variables as they are; then the result can be trained
+            in V1 sessions only.
+        tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
+            given. The others are kept as they are.
+        passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
+            ``unfreeze-constants``, ``derive-training``, ``cut-gradients``, ``quantize-batch-norm``, or
+            ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -116,16 +132,20 @@ def rewrite(
     """
     widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(ROLES, operator.index(bits))
     known: dict[str, Pass] = {
+        "upgrade-references": UpgradeReferences(),
+        "unfreeze-constants": UnfreezeConstants(),
         "derive-training": DeriveTraining(momentum),
         "cut-gradients": CutGradients(),
         "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
     }
-    chosen = [_named(p, known) if isinstance(p, str) else p for p in (known if passes is None else passes)]
+    left = {"upgrade-references": keep_references, "unfreeze-constants": not unfreeze_constants}
+    default = [name for name in known if not left.get(name)]
+    chosen = [_named(p, known) if isinstance(p, str) else p for p in (default if passes is None else passes)]
     target = Path(target)
     if not dry_run:
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
-    before = load(source)
+    before = load(source, tags)
     check(before)
     after, steps = Pipeline(chosen, observers).run(before)
     if after.graphs == before.graphs:
@@ -168,7 +188,7 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
 
 def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    now = after.analysis(quantized)
+    now = {(s.graph, s.node) for s in after.analysis(sites) if s.quantized}
     rewritten = {k for k, s in found.items() if not s.quantized and k in now}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     left = [

@@ -87,8 +87,10 @@ def _require_shards(prefix: Path) -> None:
         raise Error(f"the checkpoint {prefix} lacks at least one of its .data files")
 
 
-def copy(source: Checkpoint, target: Path, changed: Mapping[str, Any]) -> None:
+def copy(source: Checkpoint | None, target: Path, changed: Mapping[str, Any]) -> None:
     """Write `source` to the prefix `target` with the tensors of `changed` replaced or added.
+
+    Where there is no source, these are all.
 
     Raises:
         Error: a tensor cannot be read, or the files cannot be written.
@@ -110,14 +112,15 @@ def copy(source: Checkpoint, target: Path, changed: Mapping[str, Any]) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tf.device("cpu:0"):
-            for group in source.groups(set(changed)):
-                save(dict(zip(group, _read(source, group), strict=True)))
+            if source is not None:
+                for group in source.groups(set(changed)):
+                    save(dict(zip(group, _read(source, group), strict=True)))
             save({k: tf.constant(v) for k, v in sorted(changed.items())})
             tf.raw_ops.MergeV2Checkpoints(
                 checkpoint_prefixes=parts, destination_prefix=str(target), delete_old_dirs=True
             )
     except (OSError, tf.errors.OpError) as e:
-        raise Error(f"cannot copy the checkpoint {source.prefix}: {_first_line(e)}") from e
+        raise Error(f"cannot copy the checkpoint {source.prefix if source else target}: {_first_line(e)}") from e
 
 
 def _read(source: Checkpoint, keys: list[str]) -> list[Any]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
 from rewriter.ir import MAIN, Error, Graph, Model, Signature
+from rewriter.savedmodel import v1
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
@@ -18,6 +20,7 @@ from rewriter.savedmodel.objects import read_entries, read_variables
 from rewriter.savedmodel.staging import require_model
 
 INIT_SIGNATURE = "__saved_model_init_op"
+SERVE_TAG = "serve"
 
 
 @dataclass(frozen=True)
@@ -25,72 +28,113 @@ class Source:
     """What a Model was read from: `rewriter.savedmodel` needs it to write the model again.
 
     Attributes:
+        file: the name of the file with the graph.
         proto: the SavedModel; never changed.
+        index: which of its meta graphs was read.
         trackables: the checkpoint's object graph.
         numbers: each variable's number in the object graph, by key.
         protos: each graph as read, with its proto, so that what no pass touched goes back verbatim.
     """
 
     path: Path
+    file: str
     proto: Any
+    index: int
     checkpoint: Checkpoint | None
     trackables: Any
     numbers: Mapping[str, int]
     protos: Mapping[str, tuple[Graph, Any]]
 
 
-def load(path: str | Path) -> Model:
+def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     """Read the SavedModel in a directory.
+
+    Args:
+        path: the directory.
+        tags: those of the meta graph to read, where the model holds several; None stands for the one with
+            the tag "serve".
 
     Raises:
         Error: it is missing, damaged, or of a kind that is not supported; the message says which.
     """
     path = Path(path)
-    proto = _read_proto(path)
-    meta = _only_meta_graph(path, proto)
-    find = definitions(meta.graph_def.library, {o.name: o for o in meta.meta_info_def.stripped_op_list.op})
+    file = require_model(path)
+    proto = _read_proto(file)
+    index = _meta_graph(path, proto, tags)
+    meta = proto.meta_graphs[index]
+    brought = {o.name: o for o in meta.meta_info_def.stripped_op_list.op}
+    find = definitions(meta.graph_def.library, brought)
     protos: dict[str, tuple[Graph, Any]] = {MAIN: (read_main(meta.graph_def), meta.graph_def)}
     for function in meta.graph_def.library.function:
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
     checkpoint = _checkpoint(path)
-    if checkpoint is None and any(n.HasField("variable") for n in meta.object_graph_def.nodes):
-        raise Error(f"{path} has variables but no directory 'variables' with their values")
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
         trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
-    numbered = read_variables(meta.object_graph_def, trackables)
-    return Model(
-        graphs,
-        {v.key: v for v in numbered.values()},
-        read_entries(meta.object_graph_def, graphs, numbered),
-        _signatures(meta, graphs[MAIN]),
-        frozenset(c.local_name for c in meta.object_graph_def.nodes[0].children),
-        op_defs={o.name: o for o in meta.meta_info_def.stripped_op_list.op},
-        source=Source(path, proto, checkpoint, trackables, {v.key: n for n, v in numbered.items()}, protos),
+    source = Source(path, file.name, proto, index, checkpoint, trackables, {}, protos)
+    model = Model(graphs, op_defs=brought, source=source, object_based=bool(meta.object_graph_def.nodes))
+    model = _of_objects(model, meta) if model.object_based else _of_collections(model, meta)
+    if checkpoint is None and model.variables:
+        raise Error(f"{path} has variables but no directory 'variables' with their values")
+    return model
+
+
+def _of_objects(model: Model, meta: Any) -> Model:
+    numbered = read_variables(meta.object_graph_def, model.source.trackables)
+    return replace(
+        model,
+        variables={v.key: v for v in numbered.values()},
+        entries=read_entries(meta.object_graph_def, model.graphs, numbered),
+        signatures=_signatures(meta, model.graphs[MAIN]),
+        constants={
+            n: node.constant.operation
+            for n, node in enumerate(meta.object_graph_def.nodes)
+            if node.WhichOneof("kind") == "constant"
+        },
+        root_names=frozenset(c.local_name for c in meta.object_graph_def.nodes[0].children),
+        source=replace(model.source, numbers={v.key: n for n, v in numbered.items()}),
     )
 
 
-def _read_proto(path: Path) -> Any:
-    file = require_model(path)
+def _of_collections(model: Model, meta: Any) -> Model:
+    main = model.graphs[MAIN]
+    return replace(
+        model,
+        variables=v1.read_variables(meta, main, model),
+        signatures=v1.read_signatures(meta, main),
+        collections=v1.read_collections(meta),
+    )
+
+
+def _read_proto(file: Path) -> Any:
     proto = saved_model_pb2.SavedModel()
     try:
-        proto.ParseFromString(file.read_bytes())
-    except (DecodeError, OSError) as e:
+        if file.suffix == ".pbtxt":
+            text_format.Parse(file.read_text(encoding="utf-8"), proto)
+        else:
+            proto.ParseFromString(file.read_bytes())
+    except (DecodeError, text_format.ParseError, UnicodeDecodeError, OSError) as e:
         raise Error(f"{file} cannot be read: it is truncated, damaged or no SavedModel ({e})") from e
     if not proto.meta_graphs or not any(m.HasField("graph_def") for m in proto.meta_graphs):
         raise Error(f"{file} holds no graph: it is truncated, damaged or no SavedModel")
     return proto
 
 
-def _only_meta_graph(path: Path, proto: Any) -> Any:
-    if len(proto.meta_graphs) > 1:
-        tags = "; ".join(",".join(m.meta_info_def.tags) for m in proto.meta_graphs)
-        raise Error(f"{path} holds several meta graphs ({tags}); only models with one are supported")
-    meta = proto.meta_graphs[0]
-    if not meta.object_graph_def.nodes:
-        raise Error(f"{path} has no object graph: it was saved in TensorFlow 1's format, which is not supported")
-    return meta
+def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:
+    """The index of the meta graph to read."""
+    held = [frozenset(m.meta_info_def.tags) for m in proto.meta_graphs]
+    there = "; ".join(",".join(sorted(h)) or "no tags" for h in held)
+    if tags is not None:
+        if frozenset(tags) not in held:
+            raise Error(f"{path} holds no meta graph with the tags {','.join(sorted(tags))}; it holds: {there}")
+        return held.index(frozenset(tags))
+    if len(held) == 1:
+        return 0
+    serving = [i for i, h in enumerate(held) if h == {SERVE_TAG}]
+    if len(serving) != 1:
+        raise Error(f"{path} holds several meta graphs ({there}); choose one with --tags")
+    return serving[0]
 
 
 def _checkpoint(path: Path) -> Checkpoint | None:

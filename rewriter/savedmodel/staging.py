@@ -12,6 +12,9 @@ from pathlib import Path
 
 from rewriter.ir import Error
 
+MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
+"""The graph's file, binary or text; where both are there, TensorFlow takes the former."""
+
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -50,14 +53,12 @@ def require_model(path: Path) -> Path:
     Raises:
         Error: the directory holds none.
     """
-    file = path / "saved_model.pb"
     if not path.is_dir():
         raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
-    if not file.is_file():
-        if (path / "saved_model.pbtxt").is_file():
-            raise Error(f"{path} holds saved_model.pbtxt, the text form; only saved_model.pb is supported")
-        raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
-    return file
+    for name in MODEL_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
 
 
 def refuse_overlap(source: Path, target: Path) -> None:
@@ -83,7 +84,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise Error(f"{target} exists; choose another destination or pass --overwrite")
     if target.is_symlink() or not target.is_dir():
         raise Error(f"{target} is not a directory, so it is not overwritten")
-    if any(target.iterdir()) and not (target / "saved_model.pb").exists():
+    if any(target.iterdir()) and not any((target / name).exists() for name in MODEL_FILES):
         raise Error(f"{target} holds something other than a SavedModel, so it is not overwritten")
 
 

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Model, Node
-from rewriter.savedmodel import checkpoint, main_graph
+from rewriter.ir import ARG, MAIN, Endpoint, Model, Node
+from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions
 from rewriter.savedmodel.read import Source
-from rewriter.savedmodel.staging import refuse_overlap, staged
+from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
 KERAS_PREFIX = "_tf_keras_"
@@ -53,16 +54,15 @@ def save(
         changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
         changed = changed or len(model.graphs) != len(source.protos)
         proto, trackables, changes = _lower(model) if changed else (source.proto, None, [])
-        (directory / "saved_model.pb").write_bytes(proto.SerializeToString(deterministic=True))
+        _write_proto(directory / source.file, proto)
         _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
         if changed:
             changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
-        if source.checkpoint is not None:
+        if source.checkpoint is not None and not changed:
+            shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
+        if changed and (source.checkpoint is not None or _added(model)):
             prefix = directory / "variables" / "variables"
-            if trackables is None:
-                shutil.copytree(source.checkpoint.prefix.parent, prefix.parent)
-            else:
-                checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables))
+            checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables))
         if log is not None:
             extra = directory / "assets.extra"
             extra.mkdir(exist_ok=True)
@@ -71,10 +71,17 @@ def save(
     return changes
 
 
+def _write_proto(file: Path, proto: Any) -> None:
+    if file.suffix == ".pbtxt":
+        file.write_text(text_format.MessageToString(proto), encoding="utf-8")
+    else:
+        file.write_bytes(proto.SerializeToString(deterministic=True))
+
+
 def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
     """Everything that is neither the graph nor the checkpoint: assets, assets.extra, and what else lies there."""
     for path in sorted(source.iterdir()):
-        if path.name in {"saved_model.pb", "variables"} | drop:
+        if path.name in {*MODEL_FILES, "variables"} | drop:
             continue
         if path.is_dir():
             shutil.copytree(path, target / path.name)
@@ -83,14 +90,16 @@ def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
 
 
 def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:
-    tensors: dict[str, Any] = {main_graph.OBJECT_GRAPH_KEY: trackables.SerializeToString(deterministic=True)}
+    tensors: dict[str, Any] = {}
+    if model.object_based:
+        tensors[main_graph.OBJECT_GRAPH_KEY] = trackables.SerializeToString(deterministic=True)
     for variable in _added(model):
         tensors[variable.key] = np.asarray(variable.initial, dtype=variable.dtype)
     return tensors
 
 
 def _added(model: Model) -> list[Any]:
-    return [v for k, v in model.variables.items() if k not in model.source.numbers]
+    return [v for v in model.variables.values() if v.initial is not None]
 
 
 def _lower(model: Model) -> tuple[Any, Any, list[str]]:
@@ -98,11 +107,16 @@ def _lower(model: Model) -> tuple[Any, Any, list[str]]:
     source: Source = model.source
     proto = saved_model_pb2.SavedModel()
     proto.CopyFrom(source.proto)
+    meta = proto.meta_graphs[source.index]
+    if not model.object_based:
+        _write_graphs(v1.extend(model, meta, _added(model)), meta)
+        for signature in model.main_signatures.values():
+            v1.write_signature(meta, signature)
+        return proto, None, []
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     trackables.CopyFrom(source.trackables)
-    meta = proto.meta_graphs[0]
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
-        if hasattr(endpoint, "function"):
+        if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
     Additions(model, meta.object_graph_def, trackables, source.numbers).add()
     changes = make_loadable(meta.object_graph_def, trackables)

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
-from passes.batch_norm import batch_norms, channels, sites
+from passes.batch_norm import batch_norms, channels
+from passes.sites import sites
 from rewriter.savedmodel.read import load
 from tests.models import FusedBatchNorm, Net, save_module
 

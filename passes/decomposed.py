@@ -1,0 +1,134 @@
+"""Batch norm in single ops, as `tf.nn.batch_normalization`, Keras and people write it.
+
+Every form is ``x`` and a mean, scaled by ``inv = gamma / sqrt(variance + epsilon)``, with beta added. The
+patterns are tried in order, so the longer ones stand first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from passes.roles import BETA, GAMMA, MEAN, VARIANCE
+from passes.updates import consumers, scalar
+from rewriter import ops
+from rewriter.dataflow import Captured, Constant, VariableKey, origins
+from rewriter.ir import Graph, Model, Node, Value
+from rewriter.pattern import Match, Pattern, any_value, matches, node, origin
+
+INPUT = "x"
+EPSILON = "epsilon"
+
+
+def _add(a: Pattern, b: Pattern) -> Pattern:
+    return node("Add|AddV2", a, b)
+
+
+def _mul(a: Pattern, b: Pattern) -> Pattern:
+    return node("Mul", a, b)
+
+
+def _sub(a: Pattern, b: Pattern) -> Pattern:
+    return node("Sub", a, b)
+
+
+def _div(a: Pattern, b: Pattern) -> Pattern:
+    return node("RealDiv|Div", a, b)
+
+
+_X, _MEAN, _GAMMA, _BETA = (any_value(name) for name in (INPUT, MEAN, GAMMA, BETA))
+_SHIFTED = _add(any_value(VARIANCE), any_value(EPSILON))
+_RSQRT = node("Rsqrt", _SHIFTED)
+_SQRT = node("Sqrt", _SHIFTED)
+_CENTRED = _sub(_X, _MEAN)
+
+
+def _forms() -> Iterator[Pattern]:
+    """The forms with beta before those without, and those with gamma before those without."""
+    for scale in (_mul(_RSQRT, _GAMMA), _div(_GAMMA, _SQRT), _RSQRT, node("Reciprocal|Inv", _SQRT)):
+        inv = scale.named("inv")
+        # tf.nn.batch_normalization, with and without an offset
+        yield _add(_mul(_X, inv), _sub(_BETA, _mul(_MEAN, inv)))
+        yield _add(_mul(_X, inv), _mul(node("Neg", _MEAN), inv))
+        yield _add(_mul(_X, inv), node("Neg", _mul(_MEAN, inv)))
+        for normalised in (
+            _sub(_mul(_X, inv), _mul(_MEAN, inv)),
+            _mul(_CENTRED, inv),
+        ):
+            yield _add(normalised, _BETA)
+            yield normalised
+    for centred in (_div(_CENTRED, _SQRT), _mul(_CENTRED, _RSQRT)):
+        for normalised in (_mul(centred, _GAMMA), centred):
+            yield _add(normalised, _BETA)
+            yield normalised
+
+
+FORMS = tuple(_forms())
+ANCHORS = frozenset({"Rsqrt", "Sqrt"})
+_LONGEST = 5
+"""Arithmetic ops between an anchor and the end of the longest form."""
+
+
+class Found(NamedTuple):
+    """One decomposed batch norm: its last node, and what the parts of its form matched."""
+
+    root: str
+    match: Match
+    epsilon: float
+
+
+def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
+    """The decomposed batch norms of a graph: for each square root, the first form that fits.
+
+    Gamma and beta are vectors that the model holds, so a sum with the output of another layer is not beta.
+    """
+    found = []
+    for anchor in graph.nodes.values():
+        if anchor.op in ANCHORS:
+            fitting = _first(model, graph, anchor)
+            if fitting is not None:
+                found.append(fitting)
+    return tuple(found)
+
+
+def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
+    shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
+    if shifted.op not in ("Add", "AddV2") or all(scalar(graph, v) is None for v in shifted.inputs):
+        return None
+    below = _below(model, graph, anchor)
+    for form in FORMS:
+        for root in below:
+            if graph.nodes[root].op in form.ops:
+                for match in matches(graph, root, form):
+                    epsilon = scalar(graph, match[EPSILON].value)
+                    if epsilon is not None and _parameters(model, graph, match):
+                        return Found(root, match, epsilon)
+    return None
+
+
+def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
+    """The arithmetic nodes that follow an anchor closely."""
+    uses = model.analysis_of(graph, consumers)
+    found: dict[str, None] = {}
+    level = [anchor.name]
+    for _ in range(_LONGEST):
+        following: list[str] = []
+        waiting = [Value(name, port) for name in level for port in (0, 1)]
+        while waiting:
+            for edge in uses.get(waiting.pop(), ()):
+                user = graph.nodes.get(edge.node)
+                if user is None or user.name in found:
+                    continue
+                if user.op in ("Add", "AddV2", "Mul", "Neg", "Sub", "Div", "RealDiv", "Reciprocal", "Inv"):
+                    found[user.name] = None
+                    following.append(user.name)
+                elif user.op in ops.VIEWS or user.op in ops.FORWARDS:
+                    waiting += [Value(user.name, 0), Value(user.name, 1)]
+        level = following
+    return list(found)
+
+
+def _parameters(model: Model, graph: Graph, match: Match) -> bool:
+    """Whether what matched gamma and beta is something that the model holds, not an input or a computed value."""
+    found = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
+    return all(isinstance(o, VariableKey | Constant | Captured) for o in found)

@@ -1,0 +1,325 @@
+"""Where a model computes batch norms, fused or in single ops, and what enters there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from passes.decomposed import INPUT, Found, decomposed
+from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.updates import Update, assigned, consumers, update
+from rewriter import ops
+from rewriter.choices import Leaf, leaves
+from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+
+STATISTICS = {MEAN: 1, VARIANCE: 2}
+"""The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
+
+FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+TAG = ops.PROXY
+"""Attribute of the node that quantises its last input: JSON with role, scheme, bits, range, batch_norm."""
+
+Mode = Literal["training", "inference", "both"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that computes a batch norm: a fused node, or the last of a group of single ops.
+
+    Attributes:
+        mode: whether it normalises with the batch's statistics, with the moving ones, or with those that the
+            graph chooses while it runs.
+        factor: weight of the batch's statistics in the kernel's own moving average; 1 where the kernel
+            keeps none.
+        weight: weight of the batch's statistics in the moving average, whoever keeps it; None where it keeps
+            none or the weight is not constant.
+        origins: for each way to call the site, where gamma, beta, moving mean and moving variance come
+            from; None for a role that it does not use. More than one where several batch norms share one
+            function.
+        inputs: the uses of x and of each role's value, by "x" and role.
+        parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
+            a change of shape or dtype, and in the gradients that the same graph holds.
+        statistics: the uses of the batch's statistics on their way to the moving averages, by role.
+        variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
+            variance; None where it has no such variable. The latter two are also known from their updates.
+        runs: the nodes of the same graph that update the moving averages.
+        quantized: the tags of quantisers found on its parameters and statistics.
+        reason: why it cannot be rewritten; empty where it can.
+    """
+
+    graph: str
+    node: str
+    kind: Literal["fused", "decomposed"]
+    mode: Mode
+    epsilon: float
+    factor: float
+    weight: float | None
+    origins: frozenset[tuple[Origin | None, ...]]
+    inputs: Mapping[str, tuple[Edge, ...]]
+    parameters: Mapping[str, tuple[Edge, ...]]
+    statistics: Mapping[str, tuple[Edge, ...]]
+    variables: frozenset[tuple[str | None, ...]]
+    runs: tuple[str, ...]
+    quantized: tuple[Mapping[str, Any], ...]
+    reason: str
+
+    @property
+    def status(self) -> str:
+        """One of ``float``, ``quantised`` and ``skipped``."""
+        if self.quantized:
+            return "quantised"
+        return "skipped" if self.reason else "float"
+
+    @property
+    def training(self) -> bool:
+        """Whether it can normalise with the batch's statistics."""
+        return self.mode != "inference"
+
+    @property
+    def inference(self) -> bool:
+        """Whether it can normalise with the moving statistics."""
+        return self.mode != "training"
+
+    @property
+    def kernel_average(self) -> bool:
+        """Whether the kernel itself computes the moving average."""
+        return self.training and self.factor != 1.0
+
+
+def sites(model: Model) -> tuple[Site, ...]:
+    """All sites, in the order of graphs and nodes."""
+    return tuple(site for graph in model.graphs.values() for site in _in_graph(model, graph))
+
+
+def _in_graph(model: Model, graph: Graph) -> Iterator[Site]:
+    forms = model.analysis_of(graph, _forms)
+    taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
+    for form in forms:
+        site = _site(model, graph, form, taken)
+        if site is not None:
+            yield site
+
+
+def _forms(model: Model, graph: Graph) -> tuple[_Form, ...]:
+    """The fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
+    found: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
+    found += [_Decomposed(model, graph, f) for f in decomposed(model, graph)]
+    order = {name: position for position, name in enumerate(graph.nodes)} if len(found) > 1 else {}
+    return tuple(sorted(found, key=lambda form: order.get(form.node, 0)))
+
+
+class _Fused:
+    """A fused node: x, gamma, beta, mean and variance are its inputs."""
+
+    kind: Literal["fused"] = "fused"
+
+    def __init__(self, model: Model, graph: Graph, node: Node) -> None:
+        get = partial(ops.get, model, node)
+        self.node = node.name
+        self.epsilon = float(np.float32(get("epsilon")))
+        # The two older ops keep no average of their own.
+        averages = any(a.name == "exponential_avg_factor" for a in ops.op_def(model, node.op).attr)
+        self.factor = float(np.float32(get("exponential_avg_factor"))) if averages else 1.0
+        self.training = bool(get("is_training"))
+        self.inputs = {name: (Edge(graph.name, node.name, position),) for position, name in enumerate((INPUT, *ROLES))}
+        self.updates: dict[str, Update] = {}
+        if self.training:
+            for role, port in STATISTICS.items():
+                found = update(model, graph, Value(node.name, port))
+                # Whatever else the graph does with them: these outputs have no other purpose.
+                uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
+                self.updates[role] = Update(tuple(uses), found.runs, found.targets, found.weight, found.proxies)
+
+
+class _Decomposed:
+    """Single ops: what a form captured. What mean and variance may be besides variables is the batch's."""
+
+    kind: Literal["decomposed"] = "decomposed"
+    factor = 1.0
+    training = False
+
+    def __init__(self, model: Model, graph: Graph, found: Found) -> None:
+        self.node = found.root
+        self.epsilon = float(np.float32(found.epsilon))
+        self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
+        self.updates: dict[str, Update] = {}
+        for role in STATISTICS:
+            for leaf in _leaves(model, self.inputs[role]):
+                if leaf.graph == graph.name and not _held(model, leaf):
+                    self.updates[role] = update(model, graph, leaf.value)
+
+
+_Form = _Fused | _Decomposed
+
+
+def _leaves(model: Model, edges: Iterable[Edge]) -> Iterator[Leaf]:
+    for edge in edges:
+        yield from leaves(model, edge, model.graphs[edge.graph].nodes[edge.node].inputs[edge.position])
+
+
+def _held(model: Model, leaf: Leaf) -> bool:
+    """Whether an alternative is a variable's value, a constant, or a caller's, and not computed."""
+    return not any(isinstance(o, Computed) for o in origins(model, leaf.graph, leaf.value))
+
+
+def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Site | None:
+    """The site of a fused node or a decomposed form; None where the form is no batch norm.
+
+    A layer or instance normalisation has the same form, but keeps no moving averages.
+    """
+    chosen = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
+    held = {role: [leaf for leaf in found if _held(model, leaf)] for role, found in chosen.items()}
+    averaged = [u.targets[-1] if u.targets else None for u in _updates(form)]
+    if form.kind == "decomposed" and not _moving(model, held) and not any(averaged):
+        return None
+    mode: Mode = "inference"
+    if form.training or form.updates:
+        mode = "both" if held[MEAN] and not form.training else "training"
+    values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
+    both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averaged])
+    found = frozenset(o[:4] for o in both)
+    return Site(
+        graph.name,
+        form.node,
+        form.kind,
+        mode,
+        form.epsilon,
+        form.factor,
+        form.factor if form.factor != 1.0 else next((u.weight for u in _updates(form) if u.weight is not None), None),
+        found,
+        form.inputs,
+        dict(_parameters(model, graph, chosen, held, mode, taken)),
+        {role: u.edges for role, u in form.updates.items()},
+        frozenset(tuple(_keys(*o)) for o in both),
+        tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
+        tuple(_tags(model, chosen, form)),
+        _reason(model, graph, mode, found),
+    )
+
+
+def _updates(form: _Form) -> tuple[Update, Update]:
+    return form.updates.get(MEAN, Update()), form.updates.get(VARIANCE, Update())
+
+
+def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
+    """Whether mean and variance may be variables."""
+    return all(
+        any(isinstance(o, VariableKey | Constant | Captured) for f in held[r] for o in origins(model, f.graph, f.value))
+        for r in STATISTICS
+    )
+
+
+def _tags(model: Model, chosen: Mapping[str, tuple[Leaf, ...]], form: _Form) -> Iterator[Mapping[str, Any]]:
+    """The tags of the quantisers on a site's parameters and statistics."""
+    proxies = [p for found in chosen.values() for leaf in found for p in leaf.proxies]
+    proxies += [p for u in _updates(form) for p in u.proxies]
+    for graph, node in dict.fromkeys(proxies):
+        yield json.loads(model.graphs[graph].nodes[node].attrs[TAG].s)
+
+
+def _origins(
+    model: Model, graph: Graph, values: list[tuple[str, Value] | None]
+) -> frozenset[tuple[Origin | None, ...]]:
+    """Where values come from, together; None stays None. A value of another graph has to have one origin."""
+    inside = [v[1] for v in values if v is not None and v[0] == graph.name]
+    found = set()
+    for binding in bindings(model, graph.name, tuple(inside)):
+        rest = iter(binding)
+        found.add(tuple(v if v is None else _origin(model, graph, v, rest) for v in values))
+    return frozenset(found)
+
+
+def _origin(model: Model, graph: Graph, value: tuple[str, Value], bound: Iterator[Origin]) -> Origin:
+    if value[0] == graph.name:
+        return next(bound)
+    return min(origins(model, *value), key=str)
+
+
+def _keys(*origin: Origin | None) -> Iterator[str | None]:
+    """The variables' keys by role, from where parameters come from and, after them, what is updated."""
+    for index, found in enumerate(origin[:4]):
+        known = found
+        if index >= 2 and not isinstance(found, VariableKey):  # noqa: PLR2004  moving mean and variance
+            known = origin[index + 2]
+        yield known.key if isinstance(known, VariableKey) else None
+
+
+def _parameters(
+    model: Model,
+    graph: Graph,
+    chosen: Mapping[str, tuple[Leaf, ...]],
+    held: Mapping[str, list[Leaf]],
+    mode: Mode,
+    taken: frozenset[Edge],
+) -> Iterator[tuple[str, tuple[Edge, ...]]]:
+    """The edges to quantise, by role: not those of constants, nor of the kernel's base of an average."""
+    for role in ROLES:
+        edges: dict[Edge, None] = {}
+        for leaf in chosen[role] if role in (GAMMA, BETA) else held[role] if mode != "training" else ():
+            if all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
+                continue
+            edges[leaf.edge] = None
+            if leaf.edge.graph == graph.name:
+                edges.update(dict.fromkeys(_gradients(model, graph, leaf.edge, taken)))
+        if edges:
+            yield role, tuple(edges)
+
+
+def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -> Iterator[Edge]:
+    """The uses of the same value in the gradients that a graph holds.
+
+    A gradient follows the output of a batch norm. So does what updates the next one's moving averages, but
+    that leads to an assignment.
+    """
+    value = graph.nodes[edge.node].inputs[edge.position]
+    others = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in taken]
+    if others:
+        after = model.analysis_of(graph, _after_batch_norms)
+        yield from (e for e in others if e.node in after and not assigned(model, graph, e))
+
+
+def _after_batch_norms(model: Model, graph: Graph) -> frozenset[str]:
+    """The nodes that need the output of a batch norm."""
+    uses = model.analysis_of(graph, consumers)
+    waiting = [Value(form.node) for form in model.analysis_of(graph, _forms)]
+    found: set[str] = set()
+    while waiting:
+        for edge in uses.get(waiting.pop(), ()):
+            if edge.node and edge.node not in found:
+                found.add(edge.node)
+                node = graph.nodes[edge.node]
+                waiting += [Value(node.name, port) for port in range(ops.output_count(model, node))]
+    return frozenset(found)
+
+
+def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origin | None, ...]]) -> str:
+    calls = model.analysis(call_graph)
+    if graph.name != MAIN and graph.name not in model.entries and graph.name not in calls.callers:
+        return "nothing calls its function"
+    if graph.name in calls.opaque:
+        return "its function is used by an op other than a call, so the switch cannot be brought to it"
+    if mode == "training":
+        return ""
+    for index, role in ((2, MEAN), (3, VARIANCE)):
+        for origin in sorted({b[index] for b in found}, key=str):
+            if not isinstance(origin, VariableKey):
+                return f"its {role.replace('_', ' ')} is {_described(origin)}"
+    return ""
+
+
+def _described(origin: Origin | None) -> str:
+    match origin:
+        case Constant(node=node):
+            return f"the constant {node}; --unfreeze-constants makes it a variable again"
+        case Captured():
+            return "a constant that its function captures; --unfreeze-constants makes it a variable again"
+        case Computed(node=node, op=op):
+            return f"computed by {node} ({op}), not a variable"
+        case _:
+            return "an input of its function, not a variable"

@@ -1,0 +1,187 @@
+"""Training in TensorFlow 1's format: a copy of the part of the main graph that differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from passes.controls import increment
+from passes.entries import HINT
+from passes.sites import Site, sites
+from passes.train_functions import notes
+from passes.train_sites import Training, averages
+from rewriter import ops
+from rewriter.dataflow import REFERENCES
+from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
+from rewriter.expr import Expr, Use, constant, op, ordered
+from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Value, unused
+from rewriter.liveness import Assumption
+
+PREFIX = "train"
+COUNT = "quantization/step"
+TRAIN_OP = "train_op"
+"""Collection of the op that makes a training step of the source."""
+
+
+@dataclass
+class MainGraphTraining:
+    """The signature `train`: the default signature with batch norms in training mode, their updates and the count.
+
+    Where the graph itself chooses its mode by a placeholder, `train` is the graph with that placeholder at the
+    value for which batch norms train; else their mode is changed. Only nodes that this concerns are copied.
+    """
+
+    model: Model
+    momentum: float | None
+
+    def __post_init__(self) -> None:
+        self.graph: Graph = self.model.graphs[MAIN]
+        self.sites = [s for s in self.model.analysis(sites) if not s.reason]
+        self.count = increment(self.model)
+
+    def edits(self) -> Iterator[Edit]:
+        """A copy of what differs in training, its updates, and a signature for it.
+
+        Raises:
+            Error: no batch norm that a signature needs can be trained.
+        """
+        yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
+        signature = self._signature()
+        if signature is None:
+            yield Note("no signature computes a batch norm, so there is no signature 'train'")
+            return
+        if "train" in self.model.signatures:
+            yield Note("the source has a signature 'train' of its own, which is kept and counts no steps")
+            return
+        mode = self._mode(signature)
+        needed = mode.needed(v.node for v in signature.fetches)
+        local = [s for s in self.sites if s.graph == MAIN and s.node in needed]
+        changed = [s for s in local if s.mode == "inference" and averages(self.model, s)]
+        own = [s for s in local if trains(s, mode)]
+        if mode.values or own:
+            changed = []
+            yield Note(_described(mode))
+        if not changed and not own:
+            raise Error(
+                f"no training function can be derived: the batch norms that the signature {signature.name} needs are "
+                f"computed in functions that the main graph calls{HINT}"
+            )
+        yield from self._copy(signature, mode, changed, own)
+
+    def _signature(self) -> Signature | None:
+        """The signature to train: the default one if it computes a batch norm, else the first that does."""
+        whole = Assumption(self.model, self.graph, {})
+        roots = {s.node for s in self.sites if s.graph == MAIN}
+        found = [s for s in self.model.signatures.values() if roots & set(whole.needed(v.node for v in s.fetches))]
+        return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+    def _mode(self, signature: Signature) -> Assumption:
+        """The assumption under which most of a signature's batch norms train; an empty one where none helps."""
+        needed = Assumption(self.model, self.graph, {}).needed(v.node for v in signature.fetches)
+        values: dict[str, bool] = {}
+        for name in needed:
+            node = self.graph.nodes[name]
+            if node.op in ("Placeholder", "PlaceholderWithDefault") and ops.get(self.model, node, "dtype") == "bool":
+                counts = [self._training(signature, {**values, name: value}) for value in (False, True)]
+                if counts[0] != counts[1]:
+                    values[name] = counts[1] > counts[0]
+        return Assumption(self.model, self.graph, values)
+
+    def _training(self, signature: Signature, values: Mapping[str, bool]) -> int:
+        assumed = Assumption(self.model, self.graph, values)
+        needed = assumed.needed(v.node for v in signature.fetches)
+        called = {s.graph for s in self.sites if s.graph != MAIN and assumed.passes(Edge(s.graph, "", 0))}
+        running = [s for s in self.sites if s.node in needed or s.graph in called]
+        return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
+
+    def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
+        runs = tuple(dict.fromkeys(r for s in own for r in s.runs if mode.runs(r)))
+        needed = mode.needed([*(v.node for v in signature.fetches), *runs])
+        copied = _Copied(self.graph, mode, needed, [s.node for s in changed])
+        prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
+        yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
+
+        def name(node: str) -> str:
+            return f"{prefix}/{node}" if node in copied.names else node
+
+        for node_name in copied.names:
+            for position, value in enumerate(self.graph.nodes[node_name].inputs):
+                placeholder = copied.resolved(value).node
+                if placeholder in mode.values:
+                    known = constant(mode.values[placeholder], "bool")
+                    yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
+        training = Training(self.model, MAIN, name, self.momentum)
+        for site in changed:
+            yield from training.edits(site)
+        updates = [self._assign(holder, value) for holder, value in training.updates.items()]
+        updates += [Use("", Value(name(run))) for run in runs]
+        last = [*updates, self.count]
+        fetches = []
+        for value in signature.fetches:
+            chosen = copied.resolved(value)
+            dtype = ops.output_dtype(self.model, self.graph, value)
+            fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
+        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs"))
+        if changed:
+            yield from notes(self.model, changed, changed, self.momentum)
+
+    def _assign(self, holder: Value, value: Expr) -> Expr:
+        if self.graph.nodes[holder.node].op in REFERENCES:
+            return op("Assign", Use(value.dtype, holder), value)
+        return op("AssignVariableOp", Use("resource", holder), value)
+
+
+def trains(site: Site, mode: Assumption) -> bool:
+    """Whether a site normalises with the batch's statistics under an assumption."""
+    if site.mode != "both":
+        return site.mode == "training"
+    return not any(mode.passes(edge) for edge in site.parameters.get("moving_mean", ()))
+
+
+def _described(mode: Assumption) -> str:
+    if not mode.values:
+        return "train is the source's own graph, which is in training mode"
+    values = ", ".join(f"{name} = {value}" for name, value in sorted(mode.values.items()))
+    return f"train is the source's own graph with {values}"
+
+
+@dataclass
+class _Copied:
+    """Which nodes differ in training: sites whose mode changes, what needs a placeholder that has a value, and so on.
+
+    Attributes:
+        names: the nodes to copy.
+        instead: what stands for an output of a node that only chooses.
+    """
+
+    graph: Graph
+    mode: Assumption
+    needed: Mapping[str, None]
+    changed: list[str]
+    instead: dict[Value, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        users: dict[str, list[str]] = {}
+        for name in self.needed:
+            node = self.graph.nodes[name]
+            for source in (*(v.node for v in node.inputs), *node.after):
+                users.setdefault(source, []).append(name)
+        for name in self.needed:
+            chosen = self.mode.chosen(self.graph.nodes[name])
+            if chosen is not None:
+                self.instead.update({Value(name, port): chosen for port in range(2)})
+        waiting = [*self.changed, *self.mode.values, *(v.node for v in self.instead)]
+        found = set(self.changed)
+        while waiting:
+            for user in users.get(waiting.pop(), ()):
+                if user not in found:
+                    found.add(user)
+                    waiting.append(user)
+        choosing = {v.node for v in self.instead}
+        self.names = tuple(n for n in self.graph.nodes if n in found and n in self.needed and n not in choosing)
+
+    def resolved(self, value: Value) -> Value:
+        """What a value is, where choices are known."""
+        while value in self.instead:
+            value = self.instead[value]
+        return value

@@ -1,0 +1,182 @@
+"""How a batch's statistics enter moving averages, in every form that TensorFlow's libraries write.
+
+- the kernel's own: its output is assigned;
+- ``AssignSub(m, (m - b) * (1 - d))``, ``Assign(m, d * m + (1 - d) * b)``, and what is equal to them, on
+  resources and on references, inside branches of If and behind Switch and Merge;
+- zero-debiased: a biased average is kept so, read again, and the moving average assigned from it.
+
+They have in common that a statistic passes through a few elementwise ops into an assignment. A statistic that
+normalises does not: a reduction, or what follows the batch norm, comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from rewriter import ops
+from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.pattern import origin
+
+ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
+READS = frozenset({"Const", "Identity", "ReadVariableOp"})
+
+
+@dataclass(frozen=True)
+class Update:
+    """What becomes of one statistic.
+
+    Attributes:
+        edges: where it enters the arithmetic of an average, or an assignment.
+        runs: the nodes of the statistic's own graph that assign, or call what assigns.
+        targets: what is assigned, as (graph, resource or reference), the moving average last.
+        weight: the constant with which the statistic enters; None where it is not one.
+        proxies: (graph, node) of the quantisers on the way.
+    """
+
+    edges: tuple[Edge, ...] = ()
+    runs: tuple[str, ...] = ()
+    targets: tuple[tuple[str, Value], ...] = ()
+    weight: float | None = None
+    proxies: tuple[tuple[str, str], ...] = ()
+
+
+class _Reached(NamedTuple):
+    """An assignment that a statistic reaches: where it entered, who runs it, and what is assigned."""
+
+    entered: Edge
+    run: str
+    target: tuple[str, Value]
+
+
+Calls = tuple[tuple[str, str], ...]
+"""The calls, as (graph, node), that lead from the statistic's graph to where the walk is."""
+
+
+def update(model: Model, graph: Graph, statistic: Value) -> Update:
+    """What becomes of a statistic that a graph computes."""
+    walk = _Walk(model)
+    found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, ())))
+    edges = tuple(dict.fromkeys(r.entered for r in found))
+    weights = [w for w in (_weight(model, e) for e in edges) if w is not None]
+    return Update(
+        edges,
+        tuple(dict.fromkeys(r.run for r in found)),
+        tuple(dict.fromkeys(r.target for r in found)),
+        weights[0] if weights else None,
+        tuple(walk.proxies),
+    )
+
+
+def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
+    """Whether the value used at an edge enters an average there."""
+    user = graph.nodes[edge.node]
+    if user.op.startswith("Assign"):
+        return True
+    return user.op in ARITHMETIC and any(_Walk(model).from_value(graph, Value(user.name), edge, ()))
+
+
+def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
+    """All uses of each value of a graph (to be memoised)."""
+    return graph.consumers()
+
+
+def _followers(_: Model, graph: Graph) -> Mapping[str, list[Node]]:
+    """The nodes that run after each node, by control inputs."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes.values():
+        for name in node.after:
+            found.setdefault(name, []).append(node)
+    return found
+
+
+@dataclass
+class _Walk:
+    """Forward from a statistic to assignments."""
+
+    model: Model
+    proxies: dict[tuple[str, str], None] = field(default_factory=dict)
+    seen: set[tuple[str, Value, Edge | None, Calls]] = field(default_factory=set)
+
+    def from_value(self, graph: Graph, value: Value, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        if (graph.name, value, entered, calls) in self.seen:
+            return
+        self.seen.add((graph.name, value, entered, calls))
+        for edge in self.model.analysis_of(graph, consumers).get(value, ()):
+            user = graph.nodes.get(edge.node)
+            if user is None:
+                if calls:
+                    (outer, call), rest = calls[-1], calls[:-1]
+                    yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, rest)
+            elif user.op.startswith("Assign"):
+                yield _Reached(entered or edge, calls[0][1] if calls else user.name, (graph.name, user.inputs[0]))
+                yield from self._read_again(graph, user, entered or edge, calls)
+            elif ops.PROXY in user.attrs:
+                if edge.position == len(user.inputs) - 1:
+                    self.proxies[graph.name, user.name] = None
+                    yield from self.from_value(graph, Value(user.name), entered or edge, calls)
+            elif user.op in ARITHMETIC:
+                yield from self.from_value(graph, Value(user.name), entered or edge, calls)
+            elif self._passes(user, edge.position):
+                for port in range(2 if user.op in ("Switch", "RefSwitch") else 1):
+                    yield from self.from_value(graph, Value(user.name, port), entered, calls)
+            else:
+                yield from self._into(graph, user, edge.position, entered, calls)
+
+    @staticmethod
+    def _passes(node: Node, position: int) -> bool:
+        """Whether a node's first output is what comes in here, perhaps in another shape or dtype."""
+        if node.op in ops.VIEWS or node.op in ops.FORWARDS:
+            return position == 0
+        return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
+
+    def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        form = ops.call_form(self.model, call)
+        if form is not None and not form.carried and position >= form.first:
+            for name in ops.callees(self.model, call):
+                callee = self.model.graphs[name]
+                argument = Value(callee.arguments[position - form.first])
+                yield from self.from_value(callee, argument, entered, (*calls, (graph.name, call.name)))
+
+    def _read_again(self, graph: Graph, assign: Node, entered: Edge, calls: Calls) -> Iterator[_Reached]:
+        """Further assignments from what the variable holds after this one."""
+        yield from self.from_value(graph, Value(assign.name), entered, calls)
+        for node in self.model.analysis_of(graph, _followers).get(assign.name, ()):
+            if node.op in READS and node.inputs:
+                yield from self.from_value(graph, Value(node.name), entered, calls)
+
+
+def _weight(model: Model, entered: Edge) -> float | None:
+    """The constant factor that a statistic gets on the way to an assignment."""
+    graph = model.graphs[entered.graph]
+    edge = entered
+    for _ in range(4):  # (m - b), times a correction, times the weight: no form is longer
+        user = graph.nodes.get(edge.node)
+        if user is None or (user.op not in ARITHMETIC and user.op not in ops.FORWARDS):
+            return None
+        if user.op == "Mul":
+            constant = scalar(graph, user.inputs[1 - edge.position])
+            if constant is not None:
+                return constant
+        uses = model.analysis_of(graph, consumers).get(Value(user.name), ())
+        if not uses:
+            return None
+        edge = uses[0]
+    return None
+
+
+def scalar(graph: Graph, value: Value) -> float | None:
+    """The number that a graph computes from constants; None where it does not, or not a single one."""
+    found = origin(graph, value)
+    node = graph.nodes[found.node]
+    array = ops.constant_of(graph, found)
+    if array is not None:
+        return float(array.reshape(())) if array.size == 1 and array.dtype.kind == "f" else None
+    if node.op == "Sub":
+        left, right = (scalar(graph, v) for v in node.inputs)
+        # TensorFlow's libraries write 1 - decay in float32.
+        return None if left is None or right is None else float(np.float32(left) - np.float32(right))
+    return None

@@ -1,0 +1,128 @@
+"""What runs of a graph when predicates are known.
+
+In TensorFlow 1's control flow an op with a dead input does not run; Switch makes one of its outputs dead, and
+Merge is dead only if all its inputs are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from rewriter import ops
+from rewriter.ir import Edge, Graph, Model, Node, Value
+
+BRANCHES = ("If", "StatelessIf")
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A graph, with the values that some boolean placeholders are assumed to have."""
+
+    model: Model
+    graph: Graph
+    values: Mapping[str, bool]
+
+    def known(self, value: Value) -> bool | None:
+        """What a boolean is; None where that is not known."""
+        node = self.graph.nodes[value.node]
+        if node.name in self.values:
+            return self.values[node.name]
+        array = ops.constant_of(self.graph, value)
+        if array is not None:
+            return bool(array.reshape(())) if array.size == 1 else None
+        if node.op == "LogicalNot":
+            inner = self.known(node.inputs[0])
+            return None if inner is None else not inner
+        passed = ops.forwarded(node, value.port)
+        return None if passed is None else self.known(passed)
+
+    def chosen(self, node: Node) -> Value | None:
+        """The input that Switch, Select or Merge passes on; None where that is not known."""
+        if node.op in ("Switch", "RefSwitch") and self.known(node.inputs[1]) is not None:
+            return node.inputs[0]
+        if node.op in ("Select", "SelectV2"):
+            condition = self.known(node.inputs[0])
+            return None if condition is None else node.inputs[1 if condition else 2]
+        if node.op in ("Merge", "RefMerge"):
+            living = [v for v in node.inputs if v not in self.dead]
+            return living[0] if len(living) == 1 and len(node.inputs) > 1 else None
+        return None
+
+    @cached_property
+    def dead(self) -> frozenset[Value]:
+        """The values that are not computed."""
+        found: set[Value] = set()
+        waiting: list[Value] = []
+        uses = self.graph.consumers()
+        for node in self.graph.nodes.values():
+            if node.op in ("Switch", "RefSwitch"):
+                predicate = self.known(node.inputs[1])
+                if predicate is not None:
+                    waiting.append(Value(node.name, 0 if predicate else 1))
+        followers: dict[str, list[str]] = {}
+        for node in self.graph.nodes.values():
+            for name in node.after:
+                followers.setdefault(name, []).append(node.name)
+        while waiting:
+            value = waiting.pop()
+            if value in found:
+                continue
+            found.add(value)
+            node = self.graph.nodes[value.node]
+            users = [e.node for e in uses.get(value, ()) if e.node]
+            if node.op not in ("Switch", "RefSwitch"):
+                users += followers.get(node.name, [])
+            for name in users:
+                user = self.graph.nodes[name]
+                if user.op not in ("Merge", "RefMerge") or all(v in found for v in user.inputs):
+                    waiting += [Value(name, port) for port in range(max(1, ops.output_count(self.model, user)))]
+        return frozenset(found)
+
+    def runs(self, name: str) -> bool:
+        """Whether a node runs at all."""
+        return Value(name) not in self.dead or (Value(name, 1) not in self.dead and self._switches(name))
+
+    def _switches(self, name: str) -> bool:
+        return self.graph.nodes[name].op in ("Switch", "RefSwitch")
+
+    def passes(self, edge: Edge) -> bool:
+        """Whether what is used at an edge, perhaps in a branch that the graph calls, can have an effect."""
+        if edge.graph != self.graph.name:
+            return edge.graph not in self._unused_branches
+        node = self.graph.nodes[edge.node]
+        value = node.inputs[edge.position]
+        if value in self.dead:
+            return False
+        chosen = self.chosen(node)
+        return chosen is None or edge.position == 0 or node.op not in ops.CHOICES or chosen == value
+
+    @cached_property
+    def _unused_branches(self) -> frozenset[str]:
+        """The functions that If nodes of the graph do not call."""
+        unused, used = set(), set()
+        for node in self.graph.nodes.values():
+            if node.op in BRANCHES:
+                then, otherwise = ops.callees(self.model, node)
+                predicate = self.known(node.inputs[0])
+                used |= {then} if predicate is not False else set()
+                used |= {otherwise} if predicate is not True else set()
+                unused |= {then, otherwise}
+        return frozenset(unused - used)
+
+    def needed(self, roots: Iterable[str]) -> dict[str, None]:
+        """The nodes that these need, themselves among them."""
+        found: dict[str, None] = {}
+        waiting = list(roots)
+        while waiting:
+            name = waiting.pop()
+            if name in found:
+                continue
+            found[name] = None
+            node = self.graph.nodes[name]
+            chosen = self.chosen(node)
+            inputs = node.inputs if chosen is None else (chosen,)
+            waiting += [v.node for v in inputs if v not in self.dead]
+            waiting += [n for n in node.after if self.runs(n)]
+        return found

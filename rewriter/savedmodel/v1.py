@@ -1,0 +1,264 @@
+"""TensorFlow 1's format: no object graph, but collections, a saver in the main graph, and signatures on its tensors.
+
+Source: ``tensorflow/core/protobuf/{meta_graph,saver}.proto``, ``tensorflow/core/framework/variable.proto``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from tensorflow.core.framework import variable_pb2
+
+from rewriter import ops
+from rewriter.dataflow import REFERENCES, VARIABLES
+from rewriter.draft import Draft
+from rewriter.expr import Apply, Expr, Use, array, op, ordered
+from rewriter.ir import MAIN, Error, Graph, Model, Node, Signature, Spec, Value, Variable
+from rewriter.liveness import Assumption
+
+VARIABLE_COLLECTIONS = (
+    "variables",
+    "trainable_variables",
+    "local_variables",
+    "model_variables",
+    "moving_average_variables",
+    "metric_variables",
+    "global_step",
+)
+"""Collections of ``VariableDef``, by the keys of ``tf.compat.v1.GraphKeys``."""
+
+ASSIGNS = ("Assign", "AssignVariableOp")
+
+
+def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
+    """The variables by their name in the checkpoint; those that the saver does not know by the node's name."""
+    saved = _restored(meta.saver_def, main, model)
+    trainable = {d.variable_name.partition(":")[0] for d in _definitions(meta, "trainable_variables")}
+    found = {}
+    for node in main.nodes.values():
+        if node.op in VARIABLES:
+            shape = node.attrs["shape"].shape
+            key = saved.get(node.name, node.name)
+            found[key] = Variable(
+                key,
+                node.name,
+                ops.dtype_name(node.attrs["dtype"].type),
+                None if shape.unknown_rank else tuple(d.size for d in shape.dim),
+                node.name in trainable,
+                node=node.name,
+            )
+    return found
+
+
+def _definitions(meta: Any, collection: str) -> Iterator[Any]:
+    for data in meta.collection_def[collection].bytes_list.value if collection in meta.collection_def else ():
+        yield variable_pb2.VariableDef.FromString(data)
+
+
+def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
+    """The checkpoint name of each variable that the saver restores, by the variable's node."""
+    if not saver_def.restore_op_name:
+        return {}
+    found = {}
+    for name in Assumption(model, main, {}).needed([saver_def.restore_op_name]):
+        node = main.nodes[name]
+        if node.op in ASSIGNS:
+            value = node.inputs[1]
+            while main.nodes[value.node].op in ops.VIEWS or main.nodes[value.node].op in ops.FORWARDS:
+                value = main.nodes[value.node].inputs[0]
+            source = main.nodes[value.node]
+            names = ops.constant_of(main, source.inputs[1]) if source.op == "RestoreV2" else None
+            if names is not None:
+                found[node.inputs[0].node] = names.ravel()[value.port].decode()
+    return found
+
+
+def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
+    """The signatures, computed in the main graph. A sparse tensor is its three parts."""
+    found = {}
+    for name, proto in sorted(meta.signature_def.items()):
+        inputs = list(_tensors(proto.inputs))
+        outputs = list(_tensors(proto.outputs))
+        values = [_value(t) for _, t, _ in (*inputs, *outputs)]
+        if outputs and all(v.node in main.nodes for v in values):
+            found[name] = Signature(
+                name,
+                "",
+                tuple(k for k, _, _ in inputs),
+                tuple(k for k, _, _ in outputs),
+                tuple(values[: len(inputs)]),
+                tuple(values[len(inputs) :]),
+                tuple(s for _, _, s in (*inputs, *outputs)),
+            )
+    return found
+
+
+def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
+    for key in sorted(infos):
+        info = infos[key]
+        if info.WhichOneof("encoding") == "coo_sparse":
+            sparse = info.coo_sparse
+            parts = (sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name)
+            for part, text in zip(("values", "indices", "dense_shape"), parts, strict=True):
+                yield f"{key}.{part}", text, Spec(key, ops.dtype_name(info.dtype), None)
+        else:
+            shape = info.tensor_shape
+            size = None if shape.unknown_rank else tuple(d.size for d in shape.dim)
+            yield key, info.name, Spec(key, ops.dtype_name(info.dtype), size)
+
+
+def _value(text: str) -> Value:
+    name, _, port = text.partition(":")
+    return Value(name, int(port or 0))
+
+
+def write_signature(meta: Any, signature: Signature) -> None:
+    """A SignatureDef like the one whose inputs it has, with outputs of its own."""
+    proto = meta.signature_def[signature.name]
+    proto.CopyFrom(meta.signature_def[signature.like])
+    names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
+    for key, info in proto.outputs.items():
+        if info.WhichOneof("encoding") == "coo_sparse":
+            info.coo_sparse.values_tensor_name = names[f"{key}.values"]
+            info.coo_sparse.indices_tensor_name = names[f"{key}.indices"]
+            info.coo_sparse.dense_shape_tensor_name = names[f"{key}.dense_shape"]
+        else:
+            info.name = names[key]
+
+
+def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
+    """The collections of nodes."""
+    found = {}
+    for name, collection in meta.collection_def.items():
+        if collection.WhichOneof("kind") == "node_list":
+            found[name] = tuple(n.partition(":")[0] for n in collection.node_list.value)
+    return found
+
+
+def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
+    """Add new variables to the collections, initialisers and the saver, and say which variables are resources now."""
+    main = Draft(model.graphs[MAIN], entry=True)
+    handles = {v.key: main.var_handle(v) for v in added}
+    initializers = [_initialize(main, v, handles[v.key]) for v in added]
+    if added:
+        _extend_groups(meta, main, initializers)
+        _extend_saver(model, meta.saver_def, main, added, handles)
+    for name in VARIABLE_COLLECTIONS:
+        _write_definitions(meta, main, name, added if name == "variables" else _trainable(name, added))
+    return replace(model, graphs={**model.graphs, MAIN: main.finish()})
+
+
+def _trainable(collection: str, added: list[Variable]) -> list[Variable]:
+    return [v for v in added if v.trainable] if collection == "trainable_variables" else []
+
+
+def _initialize(main: Draft, variable: Variable, resource: Value) -> str:
+    """The nodes that ``tf.compat.v1.Variable`` makes besides the resource; the name of the initialiser."""
+    handle = Use("resource", resource)
+    initial = array(np.asarray(variable.initial, dtype=variable.dtype))
+    main.place_as(initial, f"{variable.name}/Initializer/initial_value")
+    main.place_as(op("VarIsInitializedOp", handle), f"{variable.name}/IsInitialized/VarIsInitializedOp")
+    main.place_as(_read(variable, resource), f"{variable.name}/Read/ReadVariableOp")
+    return main.place_as(op("AssignVariableOp", handle, initial), f"{variable.name}/Assign").node
+
+
+def _read(variable: Variable, resource: Value) -> Apply:
+    return op("ReadVariableOp", Use("resource", resource), dtype=ops.Dtype(variable.dtype))
+
+
+def _extend_groups(meta: Any, main: Draft, initializers: list[str]) -> None:
+    """Let ops that initialise all variables initialise the new ones too."""
+    all_of = {d.initializer_name.partition(":")[0] for d in _definitions(meta, "variables")}
+    for node in list(main.nodes.values()):
+        if node.op == "NoOp" and all_of and all_of <= set(node.after):
+            main.set_node(replace(node, after=(*node.after, *initializers)))
+
+
+def _write_definitions(meta: Any, main: Draft, collection: str, added: Iterable[Variable]) -> None:
+    definitions = list(_definitions(meta, collection))
+    for proto in definitions:
+        node = main.nodes.get(proto.variable_name.partition(":")[0])
+        proto.is_resource = node is not None and node.op not in REFERENCES
+    definitions.extend(_definition(main, v) for v in added)
+    if definitions:
+        values = meta.collection_def[collection].bytes_list.value
+        del values[:]
+        values.extend(d.SerializeToString(deterministic=True) for d in definitions)
+
+
+def _definition(main: Draft, variable: Variable) -> Any:
+    return variable_pb2.VariableDef(
+        variable_name=f"{main.var_handle(variable).node}:0",
+        initial_value_name=f"{variable.name}/Initializer/initial_value:0",
+        initializer_name=f"{variable.name}/Assign",
+        snapshot_name=f"{variable.name}/Read/ReadVariableOp:0",
+        is_resource=True,
+        trainable=variable.trainable,
+        synchronization=variable.synchronization,
+        aggregation=variable.aggregation,
+    )
+
+
+def _extend_saver(
+    model: Model, saver_def: Any, main: Draft, added: list[Variable], handles: Mapping[str, Value]
+) -> None:
+    if not saver_def.restore_op_name:
+        _new_saver(saver_def, main)
+    needed = Assumption(model, main.graph, {})
+    save = _first(main, needed, saver_def.save_tensor_name.partition(":")[0], "SaveV2")
+    restore = _first(main, needed, saver_def.restore_op_name, "RestoreV2")
+    dtypes = [v.dtype for v in added]
+    reads = [main.place(_read(v, handles[v.key]), f"save/{v.name}") for v in added]
+    for node, more in ((save, reads), (restore, [])):
+        names, slices = (ops.constant_of(_graph(main), v) for v in node.inputs[1:3])
+        if names is None or slices is None:
+            raise Error(f"the saver's node {node.name} has names that are no constants")
+        longer = (
+            _strings(names, [v.key for v in added]),
+            _strings(slices, [""] * len(added)),
+        )
+        inputs = (node.inputs[0], *(main.place(e, node.name) for e in longer), *node.inputs[3:], *more)
+        attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], dtypes), "_output_shapes": None}
+        main.set_node(replace(node.with_attrs(**attrs), inputs=inputs))
+    first = len(restore.attrs["dtypes"].list.type)
+    assigned = []
+    for index, v in enumerate(added):
+        value = Use(v.dtype, Value(restore.name, first + index))
+        assigned.append(main.place(op("AssignVariableOp", Use("resource", handles[v.key]), value), "save").node)
+    main.run_after(saver_def.restore_op_name, tuple(assigned), "save")
+
+
+def _graph(main: Draft) -> Graph:
+    return replace(main.graph, nodes=main.nodes)
+
+
+def _strings(old: np.ndarray, more: list[str]) -> Expr:
+    values = np.array([*old.ravel(), *(s.encode() for s in more)], dtype=object)
+    return array(values)
+
+
+def _first(main: Draft, needed: Assumption, root: str, op_name: str) -> Node:
+    found = [n for n in needed.needed([root]) if main.nodes[n].op == op_name] if root in main.graph.nodes else []
+    found = found or [n.name for n in main.nodes.values() if n.op == op_name]
+    if not found:
+        raise Error(f"the saver has no {op_name}; checkpoints of this age are not supported")
+    return main.nodes[min(found)]
+
+
+def _new_saver(saver_def: Any, main: Draft) -> None:
+    """A saver of no variables yet, as ``tf.compat.v1.train.Saver`` makes it."""
+    nothing = array(np.array([], dtype=object))
+    name = array(np.array(b"model", dtype=object))
+    dtype = {"dtype": ops.dtype_attr("string")}
+    prefix = Apply("string", "PlaceholderWithDefault", (name,), dtype)
+    none: dict[str, Any] = {"dtypes": ops.attr(list[ops.Dtype]())}
+    save = Apply("", "SaveV2", (prefix, nothing, nothing), none)
+    saved = ordered(op("Identity", prefix), [save])
+    restored = Apply("", "NoOp", (), after=(Apply("", "RestoreV2", (prefix, nothing, nothing), none),))
+    saver_def.CopyFrom(type(saver_def)(max_to_keep=5, version=type(saver_def).V2))
+    saver_def.save_tensor_name = f"{main.place_as(saved, 'save/control_dependency').node}:0"
+    saver_def.restore_op_name = main.place_as(restored, "save/restore_all").node
+    saver_def.filename_tensor_name = f"{main.place(prefix, 'save').node}:0"

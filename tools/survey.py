@@ -1,0 +1,263 @@
+"""One row for each SavedModel of a folder: what `bnqat rewrite` makes of it, seen by running both.
+
+    python -m tools.survey FOLDER [--json FILE] [--frozen]
+
+The columns: batch-norm sites found and rewritten; whether ``tf.saved_model.load`` loads the result; whether every
+signature gives the same bits as the source's while the quantisers are off (both in V1 sessions, which load what
+plain loading does not); whether `train` runs with quantisers on; whether every moving statistic of the batch norms
+that it trains changes; whether a finite gradient reaches every gamma and beta. Exit code 1 if a column fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import numpy as np
+import tensorflow as tf
+from rich.console import Console
+from rich.table import Table
+
+import bnqat
+
+SIZES = (2, 4, 32, 224, 15600)
+"""What is tried for an unknown size other than the batch's, until the model runs: the last suits audio."""
+
+BATCH = 3
+OFF = 2**62
+YES, NO, NOT_APPLICABLE = "yes", "no", "-"
+
+
+@dataclass
+class Row:
+    """What was seen of one model. A column is "yes", "no" with a reason, or "-" where it does not apply."""
+
+    model: str
+    found: int = 0
+    rewritten: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    loads: str = NOT_APPLICABLE
+    same: str = NOT_APPLICABLE
+    trains: str = NOT_APPLICABLE
+    moves: str = NOT_APPLICABLE
+    gradients: str = NOT_APPLICABLE
+    notes: list[str] = field(default_factory=list)
+    declined: str = ""
+
+    @property
+    def failed(self) -> bool:
+        """Whether a column that applies fails."""
+        columns = (self.loads, self.same, self.trains, self.moves, self.gradients)
+        return any(c not in (YES, NOT_APPLICABLE) for c in columns)
+
+
+def survey(source: Path, target: Path, **options: Any) -> Row:
+    """Rewrite one model to `target` and look at the result."""
+    row = Row(source.name)
+    try:
+        report = bnqat.rewrite(source, target, start_step=OFF, **options)
+    except bnqat.Error as e:
+        row.declined = str(e)
+        return row
+    row.found, row.rewritten, row.notes = report.sites_found, report.sites_rewritten, report.notes
+    for skipped in report.skipped:
+        row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
+    row.same = _guarded(lambda: _serves_the_same(source, target))
+    row.loads = _guarded(lambda: bool(tf.saved_model.load(str(target))) and YES or NO)
+    if row.loads == YES:
+        _train(target, row)
+    return row
+
+
+def _guarded(check: Callable[[], str]) -> str:
+    """The result of a check, or what went wrong in it."""
+    try:
+        return check()
+    except Exception as e:  # noqa: BLE001  a survey reports whatever a model's graph raises
+        text = str(e).strip()
+        return f"{NO}: {type(e).__name__}: {text.splitlines()[0][:200] if text else ''}"
+
+
+def feeds(specs: Mapping[str, Any], size: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Random inputs for tensors by name; unknown sizes are `size`, but for the first, the batch's."""
+    rng = np.random.default_rng(seed)
+    found = {}
+    for name, spec in sorted(specs.items()):
+        shape = _shape(spec.shape, size)
+        dtype = tf.as_dtype(spec.dtype)
+        if dtype == tf.string:
+            found[name] = np.full(shape, b"1", dtype=object)
+        elif dtype == tf.bool:
+            found[name] = np.zeros(shape, dtype=bool)
+        elif dtype.is_integer:
+            found[name] = rng.integers(0, 3, shape).astype(dtype.as_numpy_dtype)
+        else:
+            found[name] = rng.normal(0.3, 1.5, shape).astype(dtype.as_numpy_dtype)
+    return found
+
+
+def _shape(shape: tf.TensorShape, size: int) -> list[int]:
+    if shape.rank is None:
+        return [BATCH, size, size, 3]
+    unknown = BATCH if shape.rank > 1 else size
+    first = [s or unknown for s in shape[:1]]
+    return [*first, *(s or size for s in shape[1:])]
+
+
+def _serves_the_same(source: Path, target: Path) -> str:
+    before = dict(_v1_outputs(source))
+    after = dict(_v1_outputs(target))
+    for name, outputs in before.items():
+        for key, value in outputs.items():
+            if not np.array_equal(value, after[name][key], equal_nan=value.dtype.kind == "f"):
+                return f"{NO}: signature {name}, output {key}"
+    return YES if before else NOT_APPLICABLE
+
+
+def _v1_outputs(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """The outputs of every signature but `train`, in a V1 session."""
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+        meta = tf.compat.v1.saved_model.load(session, ["serve"], str(path))
+        for name, signature in sorted(meta.signature_def.items()):
+            if name.startswith("__") or name == "train":
+                continue
+            tensors = {k: graph.get_tensor_by_name(t.name) for k, t in signature.inputs.items()}
+            fetches = {k: t.name for k, t in signature.outputs.items()}
+            yield name, _first_that_runs(_runner(session, fetches, tensors), tensors)
+
+
+def _runner(session: Any, fetches: Any, tensors: Mapping[str, Any]) -> Callable[[dict[str, np.ndarray]], Any]:
+    return lambda fed: session.run(fetches, {tensors[k]: v for k, v in fed.items()})
+
+
+def _first_that_runs(run: Callable[[dict[str, np.ndarray]], Any], specs: Mapping[str, Any]) -> Any:
+    for size in SIZES:
+        try:
+            return run(feeds(specs, size))
+        except (tf.errors.InvalidArgumentError, ValueError):
+            if size == SIZES[-1]:
+                raise
+    raise AssertionError
+
+
+def _train(target: Path, row: Row) -> None:
+    """Run `train` with quantisers on and see what it does."""
+    loaded = tf.saved_model.load(str(target))
+    function, specs, variables = _training(loaded)
+    if function is None:
+        return
+    for v in variables:
+        if v.name.startswith("quantization/start_step"):
+            v.assign(0)
+    layers = [bn.variables for bn in bnqat.inspect(target).batch_norms]
+    parameters = _named(variables, [b[r] for b in layers for r in ("gamma", "beta") if r in b])
+    statistics = _named(variables, [b[r] for b in layers for r in ("moving_mean", "moving_variance") if r in b])
+    before = [v.numpy() for v in statistics]
+
+    def run(fed: dict[str, np.ndarray]) -> Any:
+        with tf.GradientTape() as tape:
+            outputs = function(**{k: tf.constant(v) for k, v in fed.items()})
+            floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
+            loss = tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
+        return None if loss is None else tape.gradient(loss, parameters)
+
+    found: list[Any] = []
+    row.trains = _guarded(lambda: found.append(_first_that_runs(run, specs)) or YES)  # type: ignore[func-returns-value]
+    if row.trains != YES:
+        return
+    still = [v.name for v, b in zip(statistics, before, strict=True) if np.array_equal(v.numpy(), b)]
+    row.moves = f"{NO}: {len(still)} of {len(statistics)} do not change, {still[0]} for one" if still else YES
+    row.moves = row.moves if statistics else NOT_APPLICABLE
+    row.gradients = _gradients(parameters, found[0])
+
+
+def _weights(value: tf.Tensor) -> tf.Tensor:
+    """Different weights for outputs, as the sum of a softmax has no gradient."""
+    return tf.reshape(tf.sin(tf.cast(tf.range(tf.size(value)), tf.float32)), tf.shape(value))
+
+
+def _gradients(parameters: list[Any], gradients: list[Any] | None) -> str:
+    if gradients is None or not parameters:
+        return NOT_APPLICABLE
+    for v, g in zip(parameters, gradients, strict=True):
+        if g is None:
+            return f"{NO}: none for {v.name}"
+        if not np.all(np.isfinite(tf.convert_to_tensor(g).numpy())):
+            return f"{NO}: not finite for {v.name}"
+    return YES
+
+
+def _training(loaded: Any) -> tuple[Any, Mapping[str, Any], list[Any]]:
+    """The training function as one of keywords, its inputs' specs, and the model's variables."""
+    if hasattr(loaded, "quantization") and hasattr(loaded.quantization, "train"):
+        (concrete,) = loaded.quantization.train.concrete_functions
+        specs = {s.name: s for s in concrete.structured_input_signature[0]}
+        ordered = list(specs)
+        return lambda **fed: concrete(*(fed[k] for k in ordered)), specs, list(loaded.quantization.variables)
+    if "train" not in loaded.signatures:
+        return None, {}, []
+    train = loaded.signatures["train"]
+    return train, train.structured_input_signature[1], list(loaded.variables)
+
+
+def _named(variables: list[Any], names: list[str]) -> list[Any]:
+    wanted = {f"{n}:0" for n in names}
+    return [v for v in variables if v.name in wanted]
+
+
+def models(folder: Path) -> list[Path]:
+    """The SavedModels of a folder."""
+    return sorted({p.parent for kind in ("pb", "pbtxt") for p in folder.glob(f"*/saved_model.{kind}")})
+
+
+def show(rows: list[Row]) -> None:
+    """Print the table and, below it, what did not go through."""
+    table = Table()
+    for column in ("model", "found", "rewritten", "loads", "same off", "trains", "stats move", "gradients"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        columns = (row.loads, row.same, row.trains, row.moves, row.gradients)
+        table.add_row(row.model, str(row.found), str(row.rewritten), *(c.partition(":")[0] for c in columns))
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    for row in rows:
+        if row.declined:
+            print(f"{row.model}: declined: {row.declined}")
+        for reason, count in row.skipped.items():
+            print(f"{row.model}: {count} skipped: {reason}")
+        for name in ("loads", "same", "trains", "moves", "gradients"):
+            if ":" in getattr(row, name):
+                print(f"{row.model}: {name}: {getattr(row, name)}")
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name holds this")
+    arguments = parser.parse_args()
+    found = [m for m in models(arguments.folder) if arguments.only in m.name]
+    if not found:
+        parser.error(f"{arguments.folder} holds no folder with a SavedModel")
+    rows = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for model in found:
+            rows.append(survey(model, Path(scratch) / model.name))
+            print(f"{model.name}: {'declined' if rows[-1].declined else 'done'}", file=sys.stderr)
+    show(rows)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(r) for r in rows], indent=1) + "\n", encoding="utf-8")
+    return 1 if any(r.failed for r in rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
