@@ -93,7 +93,7 @@ class _Work:
         """Quantise what a site normalises with; never the base of its moving average."""
         for role, edges in site.parameters.items():
             for edge in edges:
-                yield Rewire(edge, self._quantized(site, role, edge.graph, self._used(edge)), site.node)
+                yield Rewire(edge, self._quantized(site, role, edge.graph, self._used(edge)), self._scope(site, role))
 
     def statistics(self, site: Site) -> Iterator[Edit]:
         """Quantise the batch's statistics on their way to the averages, and take the average out of the kernel.
@@ -111,6 +111,10 @@ class _Work:
                     base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
                     batch = moving_average(Use(batch.dtype, base), batch, site.factor)
                 yield Rewire(edge, batch, f"{site.node}/{role}")
+
+    def _scope(self, site: Site, role: str) -> str:
+        """Where the nodes of a quantiser go: a single call beside the site, many nodes in a scope of their own."""
+        return site.node if self.model.object_based else f"{site.node}/{role}"
 
     def _used(self, edge: Edge) -> Value:
         graph = self.model.graphs[edge.graph]
@@ -135,8 +139,8 @@ class _Work:
                 "range": "dynamic",
                 "batch_norm": self.model.analysis(names_of_sites)[site.graph, site.node],
             }
-            place = function if self.model.object_based else function.inlined
-            made = place(self.active, Use(dtype, value), name=role, **{TAG: json.dumps(tag, sort_keys=True)})
+            place, name = (function, role) if self.model.object_based else (function.inlined, "quantized")
+            made = place(self.active, Use(dtype, value), name=name, **{TAG: json.dumps(tag, sort_keys=True)})
             self.made[graph, value, kind] = made
         return self.made[graph, value, kind]
 

@@ -15,8 +15,8 @@ from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.updates import Update, assigned, consumers, update
 from rewriter import ops
 from rewriter.choices import Leaf, leaves
-from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins
-from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins, running
+from rewriter.ir import Edge, Graph, Model, Node, Value
 
 STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
@@ -48,7 +48,7 @@ class Site:
         statistics: the uses of the batch's statistics on their way to the moving averages, by role.
         variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
             variance; None where it has no such variable. The latter two are also known from their updates.
-        runs: the nodes of the same graph that update the moving averages.
+        runs: (graph, node) of what updates the moving averages, as far out as it is called.
         quantized: the tags of quantisers found on its parameters and statistics.
         reason: why it cannot be rewritten; empty where it can.
     """
@@ -65,7 +65,7 @@ class Site:
     parameters: Mapping[str, tuple[Edge, ...]]
     statistics: Mapping[str, tuple[Edge, ...]]
     variables: frozenset[tuple[str | None, ...]]
-    runs: tuple[str, ...]
+    runs: tuple[tuple[str, str], ...]
     quantized: tuple[Mapping[str, Any], ...]
     reason: str
 
@@ -109,7 +109,7 @@ def _in_graph(model: Model, graph: Graph) -> Iterator[Site]:
 def _forms(model: Model, graph: Graph) -> tuple[_Form, ...]:
     """The fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
     found: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
-    found += [_Decomposed(model, graph, f) for f in decomposed(model, graph)]
+    found += [_Decomposed(model, f) for f in decomposed(model, graph)]
     order = {name: position for position, name in enumerate(graph.nodes)} if len(found) > 1 else {}
     return tuple(sorted(found, key=lambda form: order.get(form.node, 0)))
 
@@ -144,15 +144,15 @@ class _Decomposed:
     factor = 1.0
     training = False
 
-    def __init__(self, model: Model, graph: Graph, found: Found) -> None:
+    def __init__(self, model: Model, found: Found) -> None:
         self.node = found.root
         self.epsilon = float(np.float32(found.epsilon))
         self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
         self.updates: dict[str, Update] = {}
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
-                if leaf.graph == graph.name and not _held(model, leaf):
-                    self.updates[role] = update(model, graph, leaf.value)
+                if not _held(model, leaf):
+                    self.updates[role] = update(model, model.graphs[leaf.graph], leaf.value, leaf.calls)
 
 
 _Form = _Fused | _Decomposed
@@ -300,8 +300,8 @@ def _after_batch_norms(model: Model, graph: Graph) -> frozenset[str]:
 
 def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origin | None, ...]]) -> str:
     calls = model.analysis(call_graph)
-    if graph.name != MAIN and graph.name not in model.entries and graph.name not in calls.callers:
-        return "nothing calls its function"
+    if graph.name not in model.analysis(running):
+        return "nothing calls its function, so it never runs"
     if graph.name in calls.opaque:
         return "its function is used by an op other than a call, so the switch cannot be brought to it"
     if mode == "training":

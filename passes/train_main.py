@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.controls import increment
 from passes.entries import HINT
-from passes.sites import Site, sites
+from passes.sites import STATISTICS, Site, sites
 from passes.train_functions import notes
-from passes.train_sites import Training, averages
+from passes.train_sites import Training, averages, loop_frames
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
 from rewriter.expr import Expr, Use, constant, op, ordered
+from rewriter.frames import Frame
 from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Value, unused
 from rewriter.liveness import Assumption
 
@@ -54,11 +55,10 @@ class MainGraphTraining:
             yield Note("the source has a signature 'train' of its own, which is kept and counts no steps")
             return
         mode = self._mode(signature)
-        needed = mode.needed(v.node for v in signature.fetches)
-        local = [s for s in self.sites if s.graph == MAIN and s.node in needed]
-        changed = [s for s in local if s.mode == "inference" and averages(self.model, s)]
-        own = [s for s in local if trains(s, mode)]
-        if mode.values or own:
+        running = self._running(signature, mode)
+        own = [s for s in running if trains(s, mode)]
+        changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and averages(self.model, s)]
+        if own:
             changed = []
             yield Note(_described(mode))
         if not changed and not own:
@@ -71,9 +71,14 @@ class MainGraphTraining:
     def _signature(self) -> Signature | None:
         """The signature to train: the default one if it computes a batch norm, else the first that does."""
         whole = Assumption(self.model, self.graph, {})
-        roots = {s.node for s in self.sites if s.graph == MAIN}
-        found = [s for s in self.model.signatures.values() if roots & set(whole.needed(v.node for v in s.fetches))]
+        found = [s for s in self.model.signatures.values() if self._running(s, whole)]
         return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+    def _running(self, signature: Signature, mode: Assumption) -> list[Site]:
+        """The sites that a signature needs."""
+        needed = mode.needed(v.node for v in signature.fetches)
+        called = mode.called(needed)
+        return [s for s in self.sites if (s.node in needed if s.graph == MAIN else s.graph in called)]
 
     def _mode(self, signature: Signature) -> Assumption:
         """The assumption under which most of a signature's batch norms train; an empty one where none helps."""
@@ -89,15 +94,15 @@ class MainGraphTraining:
 
     def _training(self, signature: Signature, values: Mapping[str, bool]) -> int:
         assumed = Assumption(self.model, self.graph, values)
-        needed = assumed.needed(v.node for v in signature.fetches)
-        called = {s.graph for s in self.sites if s.graph != MAIN and assumed.passes(Edge(s.graph, "", 0))}
-        running = [s for s in self.sites if s.node in needed or s.graph in called]
+        running = self._running(signature, assumed)
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
 
     def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
-        runs = tuple(dict.fromkeys(r for s in own for r in s.runs if mode.runs(r)))
+        runs = tuple(dict.fromkeys(r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)))
         needed = mode.needed([*(v.node for v in signature.fetches), *runs])
-        copied = _Copied(self.graph, mode, needed, [s.node for s in changed])
+        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
+        frame_of = self.model.analysis_of(self.graph, loop_frames)
+        copied = _Copied(self.graph, mode, needed, [s.node for s in changed] + [e.node for e in edges], frame_of)
         prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
         yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
 
@@ -105,30 +110,44 @@ class MainGraphTraining:
             return f"{prefix}/{node}" if node in copied.names else node
 
         for node_name in copied.names:
-            for position, value in enumerate(self.graph.nodes[node_name].inputs):
-                placeholder = copied.resolved(value).node
+            for position, used in enumerate(self.graph.nodes[node_name].inputs):
+                placeholder = copied.resolved(used).node
                 if placeholder in mode.values:
                     known = constant(mode.values[placeholder], "bool")
                     yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
         training = Training(self.model, MAIN, name, self.momentum)
         for site in changed:
             yield from training.edits(site)
-        updates = [self._assign(holder, value) for holder, value in training.updates.items()]
-        updates += [Use("", Value(name(run))) for run in runs]
+        updates: list[Expr] = [Use("", Value(name(run))) for run in runs]
+        for holder, value in training.updates.items():
+            update = self._assign(name, holder, value)
+            rounds = self._rounds(training.after[holder], copied)
+            # Nothing outside waits for what runs in a loop, but every next round does.
+            yield from (RunAfter(MAIN, name(n), (update,), f"{prefix}/{holder.node}") for n in rounds)
+            updates += [] if rounds else [update]
         last = [*updates, self.count]
         fetches = []
-        for value in signature.fetches:
-            chosen = copied.resolved(value)
-            dtype = ops.output_dtype(self.model, self.graph, value)
+        for fetched in signature.fetches:
+            chosen = copied.resolved(fetched)
+            dtype = ops.output_dtype(self.model, self.graph, fetched)
             fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
         yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs"))
         if changed:
             yield from notes(self.model, changed, changed, self.momentum)
 
-    def _assign(self, holder: Value, value: Expr) -> Expr:
+    def _rounds(self, site: Site, copied: _Copied) -> list[str]:
+        """The ends of the rounds of the loop that a site lies in."""
+        frame_of = self.model.analysis_of(self.graph, loop_frames)
+        if site.node not in frame_of:
+            return []
+        ends = [n for n in copied.names if self.graph.nodes[n].op == "NextIteration"]
+        return [n for n in ends if frame_of[n] == frame_of[site.node]]
+
+    def _assign(self, name: Callable[[str], str], holder: Value, value: Expr) -> Expr:
+        held = Value(name(holder.node), holder.port)
         if self.graph.nodes[holder.node].op in REFERENCES:
-            return op("Assign", Use(value.dtype, holder), value)
-        return op("AssignVariableOp", Use("resource", holder), value)
+            return op("Assign", Use(value.dtype, held), value)
+        return op("AssignVariableOp", Use("resource", held), value)
 
 
 def trains(site: Site, mode: Assumption) -> bool:
@@ -158,6 +177,7 @@ class _Copied:
     mode: Assumption
     needed: Mapping[str, None]
     changed: list[str]
+    frame_of: Mapping[str, Frame]
     instead: dict[Value, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -170,13 +190,17 @@ class _Copied:
             chosen = self.mode.chosen(self.graph.nodes[name])
             if chosen is not None:
                 self.instead.update({Value(name, port): chosen for port in range(2)})
+        loops: dict[str, list[str]] = {}  # a loop is copied whole
+        for name, frame in self.frame_of.items():
+            loops.setdefault(frame[0], []).append(name)
         waiting = [*self.changed, *self.mode.values, *(v.node for v in self.instead)]
         found = set(self.changed)
         while waiting:
             for user in users.get(waiting.pop(), ()):
-                if user not in found:
-                    found.add(user)
-                    waiting.append(user)
+                for name in loops.get(self.frame_of.get(user, ("",))[0], (user,)):
+                    if name not in found:
+                        found.add(name)
+                        waiting.append(name)
         choosing = {v.node for v in self.instead}
         self.names = tuple(n for n in self.graph.nodes if n in found and n in self.needed and n not in choosing)
 

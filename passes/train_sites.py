@@ -15,11 +15,17 @@ from passes.sites import STATISTICS, Site
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
-from rewriter.expr import Expr, Use, array, constant, op, stop_gradient
+from rewriter.expr import Expr, Use, array, constant, op, ordered, stop_gradient
+from rewriter.frames import Frame, frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.pattern import origin
 
 DEFAULT_MOMENTUM = 0.99
+
+
+def loop_frames(_: Model, graph: Graph) -> Mapping[str, Frame]:
+    """The frames of a graph's nodes (to be memoised)."""
+    return frames(graph)
 
 
 class Average(NamedTuple):
@@ -71,6 +77,7 @@ class Training:
         copied: a node's name -> its name in the copy.
         momentum: where no training site says it; None stands for 0.99.
         updates: what each average, by what holds it, is to become.
+        after: the site that each update follows.
     """
 
     model: Model
@@ -78,6 +85,7 @@ class Training:
     copied: Callable[[str], str]
     momentum: float | None
     updates: dict[Value, Expr] = field(default_factory=dict)
+    after: dict[Value, Site] = field(default_factory=dict)
 
     def edits(self, site: Site) -> Iterator[Edit]:
         """Let a site normalise with the batch's statistics, and note what its averages become.
@@ -96,10 +104,19 @@ class Training:
         given = None if self.momentum is None else 1 - self.momentum
         factor = next(iter(factors(self.model, site)), given)
         for role, (holder, old) in averages(self.model, site).items():
-            before = self.updates.get(holder, Use(batch[role].dtype, self._value(old)))
+            before = self.updates.get(holder) or self._old(site, holder, old, batch[role])
+            self.after[holder] = site
             self.updates[holder] = moving_average(
                 before, batch[role], 1 - DEFAULT_MOMENTUM if factor is None else factor
             )
+
+    def _old(self, site: Site, holder: Value, old: Value, batch: Expr) -> Expr:
+        """The average so far; in a loop, each round reads what the one before left."""
+        frame_of = self.model.analysis_of(self.model.graphs[site.graph], loop_frames)
+        if frame_of.get(old.node) == frame_of.get(site.node):
+            return Use(batch.dtype, self._value(old))
+        read = op("ReadVariableOp", Use("resource", self._value(holder)), dtype=ops.Dtype(batch.dtype))
+        return ordered(read, [batch])
 
     def _edge(self, edge: Edge) -> Edge:
         return Edge(self.graph, self.copied(edge.node), edge.position)

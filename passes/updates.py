@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rewriter import ops
+from rewriter.dataflow import call_graph
 from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
 
@@ -31,14 +32,14 @@ class Update:
 
     Attributes:
         edges: where it enters the arithmetic of an average, or an assignment.
-        runs: the nodes of the statistic's own graph that assign, or call what assigns.
+        runs: (graph, node) of what assigns, or calls what assigns, in the outermost graph that was met.
         targets: what is assigned, as (graph, resource or reference), the moving average last.
         weight: the constant with which the statistic enters; None where it is not one.
         proxies: (graph, node) of the quantisers on the way.
     """
 
     edges: tuple[Edge, ...] = ()
-    runs: tuple[str, ...] = ()
+    runs: tuple[tuple[str, str], ...] = ()
     targets: tuple[tuple[str, Value], ...] = ()
     weight: float | None = None
     proxies: tuple[tuple[str, str], ...] = ()
@@ -48,7 +49,7 @@ class _Reached(NamedTuple):
     """An assignment that a statistic reaches: where it entered, who runs it, and what is assigned."""
 
     entered: Edge
-    run: str
+    run: tuple[str, str]
     target: tuple[str, Value]
 
 
@@ -56,10 +57,10 @@ Calls = tuple[tuple[str, str], ...]
 """The calls, as (graph, node), that lead from the statistic's graph to where the walk is."""
 
 
-def update(model: Model, graph: Graph, statistic: Value) -> Update:
-    """What becomes of a statistic that a graph computes."""
+def update(model: Model, graph: Graph, statistic: Value, calls: Calls = ()) -> Update:
+    """What becomes of a statistic that a graph computes, when it is called so."""
     walk = _Walk(model)
-    found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, ())))
+    found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, calls)))
     edges = tuple(dict.fromkeys(r.entered for r in found))
     weights = [w for w in (_weight(model, e) for e in edges) if w is not None]
     return Update(
@@ -108,11 +109,10 @@ class _Walk:
         for edge in self.model.analysis_of(graph, consumers).get(value, ()):
             user = graph.nodes.get(edge.node)
             if user is None:
-                if calls:
-                    (outer, call), rest = calls[-1], calls[:-1]
-                    yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, rest)
+                yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
-                yield _Reached(entered or edge, calls[0][1] if calls else user.name, (graph.name, user.inputs[0]))
+                run = calls[0] if calls else (graph.name, user.name)
+                yield _Reached(entered or edge, run, (graph.name, user.inputs[0]))
                 yield from self._read_again(graph, user, entered or edge, calls)
             elif ops.PROXY in user.attrs:
                 if edge.position == len(user.inputs) - 1:
@@ -132,6 +132,13 @@ class _Walk:
         if node.op in ops.VIEWS or node.op in ops.FORWARDS:
             return position == 0
         return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
+
+    def _returned(self, graph: Graph, edge: Edge, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        """What becomes of a result: where the function was called, or wherever it is called."""
+        found = self.model.analysis(call_graph).callers.get(graph.name, ())
+        above = [calls[-1]] if calls else [(c.graph, c.node) for c in found]
+        for outer, call in above:
+            yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, calls[:-1])
 
     def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
         form = ops.call_form(self.model, call)

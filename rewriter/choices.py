@@ -18,12 +18,14 @@ class Leaf(NamedTuple):
         graph: the graph that `value` lies in.
         value: what is chosen; where a function's argument is, what its caller passes.
         proxies: (graph, node) of nodes on the way that stand for their input in another precision.
+        calls: (graph, node) of the calls that lead to `graph`.
     """
 
     edge: Edge
     graph: str
     value: Value
     proxies: tuple[tuple[str, str], ...] = ()
+    calls: tuple[tuple[str, str], ...] = ()
 
 
 def leaves(model: Model, edge: Edge, value: Value) -> tuple[Leaf, ...]:
@@ -82,4 +84,4 @@ def _called(model: Model, graph: Graph, way: _Way, value: Value, node: Node) -> 
                 outside = node.inputs[form.first + callee.arguments.index(inside.name)]
                 yield from _leaves(model, graph, _Way(leaf.edge, way.seen, leaf.proxies), outside)
             else:
-                yield leaf
+                yield leaf._replace(calls=((graph.name, node.name), *leaf.calls))

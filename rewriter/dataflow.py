@@ -119,6 +119,12 @@ def call_graph(model: Model) -> CallGraph:
     return CallGraph(callers, calls, frozenset(opaque), digraph)
 
 
+def running(model: Model) -> frozenset[str]:
+    """The graphs that can run: the main graph, the concrete functions, and what they call."""
+    calls = model.analysis(call_graph)
+    return frozenset().union(*(calls.reached(name) for name in (MAIN, *model.entries))) | calls.opaque
+
+
 def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
     """The calls of a graph, and the functions to which ops other than calls refer."""
     found: list[Call] = []

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
+from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Attrs, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
 from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shapes_attr
 
@@ -34,6 +35,8 @@ class Draft:
         self.stateful = graph.stateful
         self._placed: dict[Expr, Value] = {}
         self._minted: dict[str, int] = {}
+        self._frames = dict(frames(graph))
+        self._entered: dict[tuple[Value, Frame], Value] = {}
         self._last: list[str] = []
 
     def mint(self, hint: str) -> str:
@@ -93,9 +96,31 @@ class Draft:
 
     def _add_op(self, expr: Apply, name: str) -> str:
         inputs = tuple(self._placed[i] for i in expr.inputs)
+        if self._frames:
+            needed = (*inputs, *(self._placed[e] for e in expr.after))
+            frame = max((self._frames.get(v.node, ()) for v in needed), key=len, default=())
+            inputs = tuple(self._enter(v, i.dtype, frame) for v, i in zip(inputs, expr.inputs, strict=True))
+            if frame:
+                self._frames[name] = frame
         after = tuple(dict.fromkeys(self._placed[e].node for e in expr.after))
         self.nodes[name] = Node(name, expr.op, inputs, after, dict(expr.attrs))
         return name
+
+    def _enter(self, value: Value, dtype: str, frame: Frame) -> Value:
+        """The value in every round of the loop with this frame."""
+        own = self._frames.get(value.node, ())
+        while len(own) < len(frame):
+            own = frame[: len(own) + 1]
+            if (value, own) not in self._entered:
+                like = next(n for n in self.nodes.values() if n.op in ENTERS and self._frames.get(n.name) == own)
+                attrs = {k: v for k, v in like.attrs.items() if k in ("frame_name", "parallel_iterations")}
+                name = self.mint(f"{value.node}/Enter")
+                attrs |= {"T": dtype_attr(dtype), "is_constant": attr(value=True)}
+                self.nodes[name] = Node(name, "Enter", (value,), attrs=attrs)
+                self._frames[name] = own
+                self._entered[value, own] = Value(name)
+            value = self._entered[value, own]
+        return value
 
     def need(self, need: Need) -> str:
         """The argument that carries what callers must supply; added if there is none yet."""
@@ -126,6 +151,9 @@ class Draft:
             self.results[edge.position] = self.results[edge.position]._replace(value=new)
             return
         node = self._node(edge.node)
+        if self._frames:
+            frame = self._frames.get(node.name, ())
+            new = self._enter(new, value.dtype, frame[:-1] if node.op in ENTERS else frame)
         inputs = list(node.inputs)
         inputs[edge.position] = new
         self.nodes[edge.node] = replace(node, inputs=tuple(inputs))

@@ -12,9 +12,10 @@ from typing import Any
 
 from rewriter.draft import Draft, define
 from rewriter.expr import Expr, Function
+from rewriter.frames import ENTERS
 from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Signature, Value, Variable
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import functions_in
+from rewriter.ops import attr, functions_in
 
 
 @dataclass(frozen=True)
@@ -303,10 +304,15 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
             if new in graph.nodes:
                 raise Error(f"there is a node {new} already")
             node = graph.nodes[name]
+            if node.op in ENTERS:
+                # Two loops of one frame's name would run as one.
+                frame = node.attrs["frame_name"].s.decode()
+                node = node.with_attrs(frame_name=attr(f"{edit.prefix}/{frame}"))
             after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
             added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)
         graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **added})
-    return replace(model, graphs=graphs)
+    copies = tuple((edit.prefix, edit.nodes) for edit in edits if edit.graph == MAIN)
+    return replace(model, graphs=graphs, copies=(*model.copies, *copies))
 
 
 def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:

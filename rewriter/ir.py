@@ -243,6 +243,7 @@ class Model:
         new_signatures: signatures that passes added and functions compute.
         main_signatures: signatures that passes added and the main graph computes.
         collections: the main graph's collections of nodes.
+        copies: (prefix, names) of nodes of the main graph that passes copied.
         object_based: whether it has an object graph, as TensorFlow 2 writes it; TensorFlow 1's has collections.
         constants: the main graph's nodes of captured constants, by their number in the object graph.
         op_defs: op definitions that the model brings for ops that may not be registered here.
@@ -258,6 +259,7 @@ class Model:
     new_signatures: Mapping[str, Endpoint] = field(default_factory=dict)
     main_signatures: Mapping[str, Signature] = field(default_factory=dict)
     collections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    copies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     object_based: bool = True
     constants: Mapping[int, str] = field(default_factory=dict)
     op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from rewriter import ops
+from rewriter.dataflow import call_graph
 from rewriter.ir import Edge, Graph, Model, Node, Value
 
 BRANCHES = ("If", "StatelessIf")
@@ -110,6 +111,19 @@ class Assumption:
                 used |= {otherwise} if predicate is not True else set()
                 unused |= {then, otherwise}
         return frozenset(unused - used)
+
+    def called(self, nodes: Iterable[str]) -> frozenset[str]:
+        """The functions that these nodes call, directly or not, but for branches that are not taken."""
+        calls = self.model.analysis(call_graph)
+        found: set[str] = set()
+        for name in nodes:
+            node = self.graph.nodes[name]
+            taken = list(ops.callees(self.model, node))
+            if node.op in BRANCHES and self.known(node.inputs[0]) is not None:
+                taken = [taken[0 if self.known(node.inputs[0]) else 1]]
+            for function in taken:
+                found |= calls.reached(function)
+        return frozenset(found)
 
     def needed(self, roots: Iterable[str]) -> dict[str, None]:
         """The nodes that these need, themselves among them."""

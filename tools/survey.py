@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,9 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     for skipped in report.skipped:
         row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
     row.same = _guarded(lambda: _serves_the_same(source, target))
-    row.loads = _guarded(lambda: bool(tf.saved_model.load(str(target))) and YES or NO)
+    row.loads = _guarded(lambda: YES if tf.saved_model.load(str(target)) else NO)
     if row.loads == YES:
-        _train(target, row)
+        _train(source, target, row)
     return row
 
 
@@ -149,7 +150,7 @@ def _first_that_runs(run: Callable[[dict[str, np.ndarray]], Any], specs: Mapping
     raise AssertionError
 
 
-def _train(target: Path, row: Row) -> None:
+def _train(source: Path, target: Path, row: Row) -> None:
     """Run `train` with quantisers on and see what it does."""
     loaded = tf.saved_model.load(str(target))
     function, specs, variables = _training(loaded)
@@ -164,20 +165,50 @@ def _train(target: Path, row: Row) -> None:
     before = [v.numpy() for v in statistics]
 
     def run(fed: dict[str, np.ndarray]) -> Any:
+        return function(**{k: tf.constant(v) for k, v in fed.items()})
+
+    def differentiate(fed: dict[str, np.ndarray]) -> Any:
         with tf.GradientTape() as tape:
-            outputs = function(**{k: tf.constant(v) for k, v in fed.items()})
-            floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
-            loss = tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
+            loss = _loss(run(fed))
         return None if loss is None else tape.gradient(loss, parameters)
 
-    found: list[Any] = []
-    row.trains = _guarded(lambda: found.append(_first_that_runs(run, specs)) or YES)  # type: ignore[func-returns-value]
-    if row.trains != YES:
-        return
+    row.trains = _guarded(partial(_ran, run, specs))
     still = [v.name for v, b in zip(statistics, before, strict=True) if np.array_equal(v.numpy(), b)]
     row.moves = f"{NO}: {len(still)} of {len(statistics)} do not change, {still[0]} for one" if still else YES
     row.moves = row.moves if statistics else NOT_APPLICABLE
-    row.gradients = _gradients(parameters, found[0])
+    row.gradients = _guarded(lambda: _gradients(parameters, _first_that_runs(differentiate, specs)))
+    if row.gradients.startswith(NO) and _raises(source, row.gradients):
+        row.notes.append(f"neither the source nor the result can be differentiated: {row.gradients}")
+        row.gradients = NOT_APPLICABLE
+
+
+def _loss(outputs: Any) -> tf.Tensor | None:
+    floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
+    return tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
+
+
+def _raises(source: Path, failure: str) -> bool:
+    """Whether differentiating the source's own signatures fails in the same way."""
+    signatures = tf.saved_model.load(str(source)).signatures
+    kind = failure.split(": ")[1]
+
+    def differentiate(name: str, fed: dict[str, np.ndarray]) -> Any:
+        with tf.GradientTape() as tape:
+            inputs = {k: tf.constant(v) for k, v in fed.items()}
+            tape.watch([t for t in inputs.values() if t.dtype.is_floating])
+            loss = _loss(signatures[name](**inputs))
+        return tape.gradient(loss, list(inputs.values()))
+
+    for name, signature in signatures.items():
+        specs = signature.structured_input_signature[1]
+        run = partial(differentiate, name)
+        if kind not in _guarded(partial(_ran, run, specs)):
+            return False
+    return True
+
+
+def _ran(run: Callable[[dict[str, np.ndarray]], Any], specs: Mapping[str, Any]) -> str:
+    return YES if _first_that_runs(run, specs) is not None else NO
 
 
 def _weights(value: tf.Tensor) -> tf.Tensor:

@@ -115,7 +115,8 @@ def copy(source: Checkpoint | None, target: Path, changed: Mapping[str, Any]) ->
             if source is not None:
                 for group in source.groups(set(changed)):
                     save(dict(zip(group, _read(source, group), strict=True)))
-            save({k: tf.constant(v) for k, v in sorted(changed.items())})
+            if changed:
+                save({k: tf.constant(v) for k, v in sorted(changed.items())})
             tf.raw_ops.MergeV2Checkpoints(
                 checkpoint_prefixes=parts, destination_prefix=str(target), delete_old_dirs=True
             )

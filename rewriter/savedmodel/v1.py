@@ -18,6 +18,7 @@ from rewriter.draft import Draft
 from rewriter.expr import Apply, Expr, Use, array, op, ordered
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Signature, Spec, Value, Variable
 from rewriter.liveness import Assumption
+from rewriter.savedmodel import contexts
 
 VARIABLE_COLLECTIONS = (
     "variables",
@@ -148,7 +149,20 @@ def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
         _extend_saver(model, meta.saver_def, main, added, handles)
     for name in VARIABLE_COLLECTIONS:
         _write_definitions(meta, main, name, added if name == "variables" else _trainable(name, added))
+    _write_nodes(meta, main, model)
+    for prefix, nodes in model.copies:
+        contexts.copy(meta, prefix, frozenset(nodes))
     return replace(model, graphs={**model.graphs, MAIN: main.finish()})
+
+
+def _write_nodes(meta: Any, main: Draft, model: Model) -> None:
+    """In collections of nodes, an op in place of an output that it has no longer."""
+    for collection in meta.collection_def.values():
+        values: Any = collection.node_list.value
+        for index, text in enumerate(list(values)):
+            name, _, port = text.partition(":")
+            if port and name in main.nodes and int(port) >= ops.output_count(model, main.nodes[name]):
+                values[index] = name
 
 
 def _trainable(collection: str, added: list[Variable]) -> list[Variable]:

@@ -11,10 +11,10 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm import sites
-from passes.derive_training import STEP
+from passes.controls import step
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.quantizers import Affine
+from passes.sites import sites
 from rewriter.edit import Skip
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
 from rewriter.pipeline import Pipeline
@@ -50,16 +50,16 @@ new_variance = AssignVariableOp(v, bn/moving_variance/AddV2)
 bn/ReadVariableOp = ReadVariableOp(step)
 bn/ReadVariableOp_1 = ReadVariableOp(start)
 bn/GreaterEqual = GreaterEqual(bn/ReadVariableOp, bn/ReadVariableOp_1)
-bn/gamma = PartitionedCall(gamma, bn/GreaterEqual)
-bn/beta = PartitionedCall(beta, bn/GreaterEqual)
+bn/gamma = PartitionedCall(bn/GreaterEqual, gamma)
+bn/beta = PartitionedCall(bn/GreaterEqual, beta)
 bn/moving_mean/Const = Const()
 bn/moving_mean/Mul = Mul(mean, bn/moving_mean/Const)
-bn/moving_mean/moving_mean = PartitionedCall(bn:1, bn/GreaterEqual)
+bn/moving_mean/moving_mean = PartitionedCall(bn/GreaterEqual, bn:1)
 bn/moving_mean/Const_1 = Const()
 bn/moving_mean/Mul_1 = Mul(bn/moving_mean/moving_mean, bn/moving_mean/Const_1)
 bn/moving_mean/AddV2 = AddV2(bn/moving_mean/Mul, bn/moving_mean/Mul_1)
 bn/moving_variance/Mul = Mul(variance, bn/moving_mean/Const)
-bn/moving_variance/moving_variance = PartitionedCall(bn:2, bn/GreaterEqual)
+bn/moving_variance/moving_variance = PartitionedCall(bn/GreaterEqual, bn:2)
 bn/moving_variance/Mul_1 = Mul(bn/moving_variance/moving_variance, bn/moving_mean/Const_1)
 bn/moving_variance/AddV2 = AddV2(bn/moving_variance/Mul, bn/moving_variance/Mul_1)
 effect new_mean = new_mean
@@ -126,7 +126,7 @@ def test_running_twice_adds_nothing(model: Paths) -> None:
 
 def test_variables_are_added_once_and_captured_once(model: Paths, rewritten: Callable[..., Path]) -> None:
     after = quantized(load(model("module")), start_step=9)
-    assert after.variables[STEP.key].initial == 0
+    assert after.variables[step(after).key].name == "quantization/step"
     assert [v.initial for k, v in after.variables.items() if "start_step" in k] == [9]
     names = [v.name for v in tf.saved_model.load(str(rewritten("keras_export"))).quantization.variables]
     assert len(names) == len(set(names))

@@ -40,7 +40,7 @@ class Apply:
         value, active = (Value(name) for name in model.graphs[entry.function].arguments)
         function = switched(self.quantizer, EPSILON, self.size)
         yield Define(function)
-        yield Rewire(Edge(entry.function, "", 0), function(Use("float32", value), Use("bool", active)), "test")
+        yield Rewire(Edge(entry.function, "", 0), function(Use("bool", active), Use("float32", value)), "test")
 
 
 @cache
