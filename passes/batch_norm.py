@@ -83,7 +83,7 @@ def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
 def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
     """The only form of update that is ever emitted: ``old * (1 - f) + batch * f``, f in float32."""
     f = np.float32(factor)
-    return old * constant(np.float32(1) - f, "float32") + batch * constant(f, "float32")
+    return old * constant(np.float32(1) - f, old.dtype) + batch * constant(f, batch.dtype)
 
 
 def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:

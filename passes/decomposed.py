@@ -1,7 +1,7 @@
 """Batch norm in single ops, as `tf.nn.batch_normalization`, Keras and people write it.
 
-Every form is ``x`` and a mean, scaled by ``inv = gamma / sqrt(variance + epsilon)``, with beta added. The
-patterns are tried in order, so the longer ones stand first.
+Every form is ``x`` and a mean, scaled by ``inv = gamma / sqrt(variance + epsilon)``, with beta added. Forms with
+more of gamma and beta are tried before those with fewer.
 """
 
 from __future__ import annotations
@@ -44,7 +44,6 @@ _CENTRED = _sub(_X, _MEAN)
 
 
 def _forms() -> Iterator[Pattern]:
-    """The forms with beta before those without, and those with gamma before those without."""
     for scale in (_mul(_RSQRT, _GAMMA), _div(_GAMMA, _SQRT), _RSQRT, node("Reciprocal|Inv", _SQRT)):
         inv = scale.named("inv")
         # tf.nn.batch_normalization, with and without an offset
@@ -63,7 +62,11 @@ def _forms() -> Iterator[Pattern]:
             yield normalised
 
 
-FORMS = tuple(_forms())
+def _captures(pattern: Pattern) -> set[str]:
+    return {pattern.name} | {name for part in pattern.inputs for name in _captures(part)}
+
+
+FORMS = tuple(sorted(_forms(), key=lambda form: -len(_captures(form) & {GAMMA, BETA})))
 ANCHORS = frozenset({"Rsqrt", "Sqrt"})
 _LONGEST = 5
 """Arithmetic ops between an anchor and the end of the longest form."""

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.controls import increment
-from passes.entries import HINT
 from passes.sites import STATISTICS, Site, sites
 from passes.train_functions import notes
 from passes.train_sites import Training, averages, loop_frames
@@ -15,7 +14,7 @@ from rewriter.dataflow import REFERENCES
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
 from rewriter.expr import Expr, Use, constant, op, ordered
 from rewriter.frames import Frame
-from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Value, unused
+from rewriter.ir import MAIN, Edge, Graph, Model, Signature, Value, unused
 from rewriter.liveness import Assumption
 
 PREFIX = "train"
@@ -41,11 +40,7 @@ class MainGraphTraining:
         self.count = increment(self.model)
 
     def edits(self) -> Iterator[Edit]:
-        """A copy of what differs in training, its updates, and a signature for it.
-
-        Raises:
-            Error: no batch norm that a signature needs can be trained.
-        """
+        """A copy of what differs in training, its updates, and a signature for it; a note where there is none."""
         yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
         signature = self._signature()
         if signature is None:
@@ -62,10 +57,11 @@ class MainGraphTraining:
             changed = []
             yield Note(_described(mode))
         if not changed and not own:
-            raise Error(
-                f"no training function can be derived: the batch norms that the signature {signature.name} needs are "
-                f"computed in functions that the main graph calls{HINT}"
+            yield Note(
+                f"there is no signature 'train': the batch norms that the signature {signature.name} needs are computed "
+                "in functions that the main graph calls, which cannot be differentiated in TensorFlow 1's format"
             )
+            return
         yield from self._copy(signature, mode, changed, own)
 
     def _signature(self) -> Signature | None:

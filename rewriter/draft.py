@@ -9,7 +9,7 @@ from typing import Any
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Attrs, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
-from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shapes_attr
+from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shape_attr, shapes_attr
 
 Need = Handle | PerCall
 """What a function may need from its callers."""
@@ -231,9 +231,6 @@ def define(function: Function) -> Graph:
 
 def var_handle(name: str, variable: Variable) -> Node:
     """A VarHandleOp: the resource of a variable. Its key is its shared name, as names need not be unique."""
-    proto = type(attr(0))()
-    proto.shape.SetInParent()
-    for size in variable.shape or ():
-        proto.shape.dim.add().size = size
-    attrs = {"dtype": attr(Dtype(variable.dtype)), "shape": proto, "shared_name": attr(variable.key)}
+    shape = shape_attr(variable.shape or ())
+    attrs = {"dtype": attr(Dtype(variable.dtype)), "shape": shape, "shared_name": attr(variable.key)}
     return Node(name, "VarHandleOp", attrs=attrs)

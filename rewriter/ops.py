@@ -193,6 +193,15 @@ def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype]) -> 
     return proto
 
 
+def shape_attr(shape: tuple[int, ...]) -> Any:
+    """A shape as an ``AttrValue``."""
+    proto = attr_value_pb2.AttrValue()
+    proto.shape.SetInParent()
+    for size in shape:
+        proto.shape.dim.add().size = size
+    return proto
+
+
 def shapes_attr(shapes: list[tuple[int, ...] | None]) -> Any:
     """A list of shapes as an ``AttrValue``; None is an unknown rank."""
     proto = attr_value_pb2.AttrValue()

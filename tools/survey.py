@@ -1,6 +1,6 @@
 """One row for each SavedModel of a folder: what `bnqat rewrite` makes of it, seen by running both.
 
-    python -m tools.survey FOLDER [--json FILE] [--frozen]
+    python -m tools.survey FOLDER [--json FILE] [--unfreeze-constants]
 
 The columns: batch-norm sites found and rewritten; whether ``tf.saved_model.load`` loads the result; whether every
 signature gives the same bits as the source's while the quantisers are off (both in V1 sessions, which load what
@@ -27,6 +27,8 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
+
+from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 import bnqat
 
@@ -73,10 +75,16 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     for skipped in report.skipped:
         row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
     row.same = _guarded(lambda: _serves_the_same(source, target))
-    row.loads = _guarded(lambda: YES if tf.saved_model.load(str(target)) else NO)
+    row.loads = _guarded(lambda: YES if _load(target) else NO)
     if row.loads == YES:
         _train(source, target, row)
     return row
+
+
+def _load(path: Path) -> Any:
+    """What plain loading gives; of several meta graphs, the one for serving, as TensorFlow asks for tags then."""
+    several = len(parse_saved_model(str(path)).meta_graphs) > 1
+    return tf.saved_model.load(str(path), tags=["serve"] if several else None)
 
 
 def _guarded(check: Callable[[], str]) -> str:
@@ -92,8 +100,9 @@ def feeds(specs: Mapping[str, Any], size: int, seed: int = 0) -> dict[str, np.nd
     """Random inputs for tensors by name; unknown sizes are `size`, but for the first, the batch's."""
     rng = np.random.default_rng(seed)
     found = {}
+    batched = any(s.shape.rank != 1 for s in specs.values())
     for name, spec in sorted(specs.items()):
-        shape = _shape(spec.shape, size)
+        shape = _shape(spec.shape, BATCH if batched else size, size)
         dtype = tf.as_dtype(spec.dtype)
         if dtype == tf.string:
             found[name] = np.full(shape, b"1", dtype=object)
@@ -106,11 +115,10 @@ def feeds(specs: Mapping[str, Any], size: int, seed: int = 0) -> dict[str, np.nd
     return found
 
 
-def _shape(shape: tf.TensorShape, size: int) -> list[int]:
+def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
     if shape.rank is None:
-        return [BATCH, size, size, 3]
-    unknown = BATCH if shape.rank > 1 else size
-    first = [s or unknown for s in shape[:1]]
+        return [batch, size, size, 3]
+    first = [s or batch for s in shape[:1]]
     return [*first, *(s or size for s in shape[1:])]
 
 
@@ -152,7 +160,7 @@ def _first_that_runs(run: Callable[[dict[str, np.ndarray]], Any], specs: Mapping
 
 def _train(source: Path, target: Path, row: Row) -> None:
     """Run `train` with quantisers on and see what it does."""
-    loaded = tf.saved_model.load(str(target))
+    loaded = _load(target)
     function, specs, variables = _training(loaded)
     if function is None:
         return
@@ -189,7 +197,7 @@ def _loss(outputs: Any) -> tf.Tensor | None:
 
 def _raises(source: Path, failure: str) -> bool:
     """Whether differentiating the source's own signatures fails in the same way."""
-    signatures = tf.saved_model.load(str(source)).signatures
+    signatures = _load(source).signatures
     kind = failure.split(": ")[1]
 
     def differentiate(name: str, fed: dict[str, np.ndarray]) -> Any:
@@ -231,13 +239,17 @@ def _training(loaded: Any) -> tuple[Any, Mapping[str, Any], list[Any]]:
     """The training function as one of keywords, its inputs' specs, and the model's variables."""
     if hasattr(loaded, "quantization") and hasattr(loaded.quantization, "train"):
         (concrete,) = loaded.quantization.train.concrete_functions
-        specs = {s.name: s for s in concrete.structured_input_signature[0]}
-        ordered = list(specs)
-        return lambda **fed: concrete(*(fed[k] for k in ordered)), specs, list(loaded.quantization.variables)
+        positional = concrete.structured_input_signature[0]
+        specs = {f"{i}_{s.name}": s for i, s in enumerate(tf.nest.flatten(positional))}
+
+        def train(**fed: Any) -> Any:
+            return concrete(*tf.nest.pack_sequence_as(positional, [fed[name] for name in specs]))
+
+        return train, specs, list(loaded.quantization.variables)
     if "train" not in loaded.signatures:
         return None, {}, []
-    train = loaded.signatures["train"]
-    return train, train.structured_input_signature[1], list(loaded.variables)
+    signed = loaded.signatures["train"]
+    return signed, signed.structured_input_signature[1], list(loaded.variables)
 
 
 def _named(variables: list[Any], names: list[str]) -> list[Any]:
@@ -274,6 +286,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--unfreeze-constants", action="store_true", help="as of bnqat rewrite")
     parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name holds this")
     arguments = parser.parse_args()
     found = [m for m in models(arguments.folder) if arguments.only in m.name]
@@ -282,7 +295,8 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         for model in found:
-            rows.append(survey(model, Path(scratch) / model.name))
+            target = Path(scratch) / model.name
+            rows.append(survey(model, target, unfreeze_constants=arguments.unfreeze_constants))
             print(f"{model.name}: {'declined' if rows[-1].declined else 'done'}", file=sys.stderr)
     show(rows)
     if arguments.json:

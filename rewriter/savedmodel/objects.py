@@ -208,16 +208,22 @@ class Additions:
         like = self.objects.concrete_functions[endpoint.like]
         specs = self.model.entries[endpoint.like].inputs
         concrete = self.objects.concrete_functions[endpoint.function]
-        arguments, keywords = like.canonicalized_input_signature.tuple_value.values
-        fields = keywords.dict_value.fields
-        values = [*arguments.tuple_value.values, *(fields[name] for name in sorted(fields))]
-        values = [v for v in values if _holds_tensors(v)]
+        known = like.canonicalized_input_signature.tuple_value.values
+        if known:
+            arguments, keywords = known
+            fields = keywords.dict_value.fields
+            values = [*arguments.tuple_value.values, *(fields[name] for name in sorted(fields))]
+            values = [v for v in values if _holds_tensors(v)]
+        else:
+            values = [_tensor(s) for s in specs]
         signature = concrete.canonicalized_input_signature.tuple_value.values
         positional = signature.add().tuple_value
         positional.values.extend(values)
         positional.SetInParent()
         signature.add().dict_value.SetInParent()
         output = like.output_signature
+        if not output.WhichOneof("kind"):
+            output = _outputs(self.model.entries[endpoint.like].outputs)
         if output.WhichOneof("kind") == "dict_value" and len(output.dict_value.fields) == 1 and self._keyed(like):
             (output,) = output.dict_value.fields.values()
         concrete.output_signature.CopyFrom(output)
@@ -233,7 +239,10 @@ class Additions:
     @staticmethod
     def _keyed(concrete: Any) -> bool:
         """Whether a concrete function takes keywords only, as signatures do."""
-        arguments, keywords = concrete.canonicalized_input_signature.tuple_value.values
+        known = concrete.canonicalized_input_signature.tuple_value.values
+        if not known:
+            return False
+        arguments, keywords = known
         return not arguments.tuple_value.values and bool(keywords.dict_value.fields)
 
     def _signature(self, endpoint: Endpoint) -> int:
@@ -248,6 +257,26 @@ class Additions:
         bare.allowed_positional_arguments = 1 if len(like.inputs) == 1 else 0
         bare.function_spec.CopyFrom(_function_spec([], list(like.inputs)))
         return number
+
+
+def _tensor(spec: Spec) -> Any:
+    value = struct_pb2.StructuredValue()
+    value.tensor_spec_value.name = spec.name
+    value.tensor_spec_value.dtype = ops.dtype_number(spec.dtype)
+    if spec.shape is None:
+        value.tensor_spec_value.shape.unknown_rank = True
+    else:
+        value.tensor_spec_value.shape.SetInParent()
+        for size in spec.shape:
+            value.tensor_spec_value.shape.dim.add().size = size
+    return value
+
+
+def _outputs(specs: tuple[Spec, ...]) -> Any:
+    """One tensor, or a list of them."""
+    if len(specs) == 1:
+        return _tensor(specs[0])
+    return struct_pb2.StructuredValue(list_value=struct_pb2.ListValue(values=[_tensor(s) for s in specs]))
 
 
 def _identifier(name: str, index: int) -> str:

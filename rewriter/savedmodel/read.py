@@ -139,7 +139,8 @@ def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:
 
 def _checkpoint(path: Path) -> Checkpoint | None:
     prefix = path / "variables" / "variables"
-    return Checkpoint(prefix) if prefix.parent.is_dir() else None
+    # TensorFlow 1 leaves an empty directory where there is no variable.
+    return Checkpoint(prefix) if prefix.parent.is_dir() and any(prefix.parent.iterdir()) else None
 
 
 def _signatures(meta: Any, main: Graph) -> dict[str, Signature]:

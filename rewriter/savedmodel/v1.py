@@ -266,8 +266,8 @@ def _new_saver(saver_def: Any, main: Draft) -> None:
     """A saver of no variables yet, as ``tf.compat.v1.train.Saver`` makes it."""
     nothing = array(np.array([], dtype=object))
     name = array(np.array(b"model", dtype=object))
-    dtype = {"dtype": ops.dtype_attr("string")}
-    prefix = Apply("string", "PlaceholderWithDefault", (name,), dtype)
+    attrs = {"dtype": ops.dtype_attr("string"), "shape": ops.shape_attr(())}
+    prefix = Apply("string", "PlaceholderWithDefault", (name,), attrs)
     none: dict[str, Any] = {"dtypes": ops.attr(list[ops.Dtype]())}
     save = Apply("", "SaveV2", (prefix, nothing, nothing), none)
     saved = ordered(op("Identity", prefix), [save])
