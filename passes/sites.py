@@ -181,9 +181,11 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
     mode: Mode = "inference"
     if form.training or form.updates:
         mode = "both" if held[MEAN] and not form.training else "training"
+    used = {r: chosen[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
     values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
     both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averaged])
     found = frozenset(o[:4] for o in both)
+    edges = {r: tuple(dict.fromkeys(_quantizable(model, graph, found, taken))) for r, found in used.items()}
     return Site(
         graph.name,
         form.node,
@@ -194,7 +196,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         form.factor if form.factor != 1.0 else next((u.weight for u in _updates(form) if u.weight is not None), None),
         found,
         form.inputs,
-        dict(_parameters(model, graph, chosen, held, mode, taken)),
+        {r: e for r, e in edges.items() if e},
         {role: u.edges for role, u in form.updates.items()},
         frozenset(tuple(_keys(*o)) for o in both),
         tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
@@ -250,25 +252,13 @@ def _keys(*origin: Origin | None) -> Iterator[str | None]:
         yield known.key if isinstance(known, VariableKey) else None
 
 
-def _parameters(
-    model: Model,
-    graph: Graph,
-    chosen: Mapping[str, tuple[Leaf, ...]],
-    held: Mapping[str, list[Leaf]],
-    mode: Mode,
-    taken: frozenset[Edge],
-) -> Iterator[tuple[str, tuple[Edge, ...]]]:
-    """The edges to quantise, by role: not those of constants, nor of the kernel's base of an average."""
-    for role in ROLES:
-        edges: dict[Edge, None] = {}
-        for leaf in chosen[role] if role in (GAMMA, BETA) else held[role] if mode != "training" else ():
-            if all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
-                continue
-            edges[leaf.edge] = None
+def _quantizable(model: Model, graph: Graph, found: Iterable[Leaf], taken: frozenset[Edge]) -> Iterator[Edge]:
+    """The edges of alternatives that are no constants, and those of the same values in gradients."""
+    for leaf in found:
+        if not all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
+            yield leaf.edge
             if leaf.edge.graph == graph.name:
-                edges.update(dict.fromkeys(_gradients(model, graph, leaf.edge, taken)))
-        if edges:
-            yield role, tuple(edges)
+                yield from _gradients(model, graph, leaf.edge, taken)
 
 
 def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -> Iterator[Edge]:

@@ -58,8 +58,8 @@ class MainGraphTraining:
             yield Note(_described(mode))
         if not changed and not own:
             yield Note(
-                f"there is no signature 'train': the batch norms that the signature {signature.name} needs are computed "
-                "in functions that the main graph calls, which cannot be differentiated in TensorFlow 1's format"
+                f"there is no signature 'train': the batch norms that the signature {signature.name} needs are "
+                "computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
             )
             return
         yield from self._copy(signature, mode, changed, own)

@@ -27,7 +27,6 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
-
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 import bnqat
@@ -74,7 +73,8 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     row.found, row.rewritten, row.notes = report.sites_found, report.sites_rewritten, report.notes
     for skipped in report.skipped:
         row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
-    row.same = _guarded(lambda: _serves_the_same(source, target))
+    # Grappler folds constants into convolutions, which it cannot do with variables; unfrozen, compare without it.
+    row.same = _guarded(partial(_serves_the_same, source, target, optimize=not options.get("unfreeze_constants")))
     row.loads = _guarded(lambda: YES if _load(target) else NO)
     if row.loads == YES:
         _train(source, target, row)
@@ -122,9 +122,9 @@ def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
     return [*first, *(s or size for s in shape[1:])]
 
 
-def _serves_the_same(source: Path, target: Path) -> str:
-    before = dict(_v1_outputs(source))
-    after = dict(_v1_outputs(target))
+def _serves_the_same(source: Path, target: Path, optimize: bool) -> str:
+    before = dict(_v1_outputs(source, optimize))
+    after = dict(_v1_outputs(target, optimize))
     for name, outputs in before.items():
         for key, value in outputs.items():
             if not np.array_equal(value, after[name][key], equal_nan=value.dtype.kind == "f"):
@@ -132,9 +132,13 @@ def _serves_the_same(source: Path, target: Path) -> str:
     return YES if before else NOT_APPLICABLE
 
 
-def _v1_outputs(path: Path) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+def _v1_outputs(path: Path, optimize: bool) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """The outputs of every signature but `train`, in a V1 session."""
-    with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
+    config = tf.compat.v1.ConfigProto()
+    if not optimize:
+        config.graph_options.rewrite_options.disable_meta_optimizer = True
+        config.graph_options.optimizer_options.opt_level = tf.compat.v1.OptimizerOptions.L0
+    with tf.Graph().as_default() as graph, tf.compat.v1.Session(config=config) as session:
         meta = tf.compat.v1.saved_model.load(session, ["serve"], str(path))
         for name, signature in sorted(meta.signature_def.items()):
             if name.startswith("__") or name == "train":

@@ -173,8 +173,8 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     found = model.analysis(sites)
     if not found:
         return (
-            f"{source} holds no fused batch norm (FusedBatchNormV3), so there is nothing to rewrite; "
-            "Keras 3 exports batch norm in single ops, which is not supported"
+            f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
+            "so there is nothing to rewrite"
         )
     if all(s.quantized for s in found):
         return f"all {len(found)} batch-norm sites of {source} are quantised already; there is nothing to add"

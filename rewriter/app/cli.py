@@ -58,15 +58,25 @@ def main() -> None:
     """
 
 
+def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [tag for tag in value.split(",") if tag]
+
+
+TAGS = click.option(
+    "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
+)
+
+
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def inspect(model: Path, as_json: bool) -> None:
+@TAGS
+def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
     """Show the batch norms of MODEL, and which of them can be rewritten."""
     with _one_line(lambda: require_model(model)):
         from rewriter.app import api
 
-        report = api.inspect(model)
+        report = api.inspect(model, tags=tags)
         if as_json:
             click.echo(report.to_json())
         else:
@@ -94,6 +104,16 @@ def inspect(model: Path, as_json: bool) -> None:
     show_default=True,
     help="What is quantised of the moving averages' update.",
 )
+@click.option(
+    "--unfreeze-constants", is_flag=True, help="Make batch norms' parameters that are constants variables again."
+)
+@click.option(
+    "--keep-ref",
+    "keep_references",
+    is_flag=True,
+    help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
+)
+@TAGS
 @click.option("--passes", help="Passes to run instead of the default ones, comma-separated; your own as module:Class.")
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
@@ -201,7 +221,7 @@ def _show_inspection(report: Inspection) -> None:
         outputs = ", ".join(f"{t.name}: {t.dtype}{_shape(t.shape)}" for t in signature.outputs)
         click.echo(f"signature {name}({inputs}) -> {outputs}")
     if not report.batch_norms:
-        click.echo("no fused batch norm found")
+        click.echo("no batch norm found")
         return
     table = Table(box=box.SIMPLE_HEAD)
     for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):

@@ -154,6 +154,7 @@ class Form(tf.Module):
         self,
         norm: Norm,
         shape: tuple[int, ...],
+        *,
         train: bool = False,
         axis: int = -1,
         dtype: Any = tf.float32,
@@ -162,7 +163,7 @@ class Form(tf.Module):
     ) -> None:
         super().__init__(name="form")
         rng = np.random.default_rng(5)
-        channels = (None, *shape)[axis]
+        channels = shape[axis - 1] if axis > 0 else shape[axis]
         self.norm, self.axis, self.dtype, self.extra = norm, axis, dtype, extra
         self.layers = [Variables(channels, **layer), Variables(channels, **layer)]
         self.mix = tf.Variable(rng.normal(0, 0.6, (channels, channels)).astype("float32"), name="mix")
@@ -229,6 +230,10 @@ FORMS: dict[str, Callable[[], Form]] = {
     "form_v3_half": lambda: Form(fused("FusedBatchNormV3", kernel_average), IMAGE, train=True, dtype=tf.float16),
     "form_v3_bfloat16": lambda: Form(fused("FusedBatchNormV3"), IMAGE, dtype=tf.bfloat16),
     "form_v3_video": lambda: Form(fused("FusedBatchNormV3", layout="NDHWC"), VIDEO),
+    "form_v3_channels_first": lambda: Form(fused("FusedBatchNormV3", layout="NCHW"), (6, 4, 4), train=True, axis=1),
+    "form_v3_video_channels_first": lambda: Form(
+        fused("FusedBatchNormV3", kernel_average, "NCDHW"), (6, 3, 4, 4), train=True, axis=1
+    ),
     "form_v3_no_scale": lambda: Form(fused("FusedBatchNormV3"), IMAGE, scale=False),
     "form_v3_no_centre": lambda: Form(fused("FusedBatchNormV3"), IMAGE, train=True, center=False),
     "form_update_kernel": lambda: Form(fused("FusedBatchNormV3", kernel_average), IMAGE, train=True),
@@ -254,6 +259,8 @@ FORMS: dict[str, Callable[[], Form]] = {
 }
 
 
-FORM_MODELS: dict[str, Callable[[Path], Path]] = {
-    name: (lambda p, make=make: save(make(), p)) for name, make in FORMS.items()
-}
+def _maker(make: Callable[[], Form]) -> Callable[[Path], Path]:
+    return lambda path: save(make(), path)
+
+
+FORM_MODELS: dict[str, Callable[[Path], Path]] = {name: _maker(make) for name, make in FORMS.items()}

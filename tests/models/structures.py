@@ -33,7 +33,7 @@ class Wrapped(tf.Module):
         self.serve = tf.function(lambda x: inside(self, tf.matmul(x, self.mix)), input_signature=[X])
 
     def norm(self, x: tf.Tensor) -> tf.Tensor:
-        return fused("FusedBatchNormV3")(x, self.layer, training=False)
+        return fused("FusedBatchNormV3")(x, self.layer, False)
 
 
 def _nested(depth: int) -> Callable[[Wrapped, tf.Tensor], tf.Tensor]:
@@ -128,7 +128,7 @@ class Inputs(tf.Module):
     )
     def serve(self, features: dict[str, tf.Tensor], count: tf.Tensor) -> dict[str, tf.Tensor]:
         found = tf.gather(self.scale, tf.maximum(self.table.lookup(features["word"]), 0))
-        y = fused("FusedBatchNormV3")(features["x"], self.layer, training=False)
+        y = fused("FusedBatchNormV3")(features["x"], self.layer, False)
         return {"y": y * found[:, None, None, None], "count": count + 1}
 
 
@@ -161,7 +161,7 @@ def _sharded(path: Path) -> Path:
     save_module(Net(), path)
     prefix = path / "variables" / "variables"
     reader = tf.train.load_checkpoint(str(prefix))
-    parts = []
+    parts: list[str] = []
     for key in sorted(reader.get_variable_to_shape_map()):
         parts.append(str(path / "parts" / str(len(parts)) / "part"))
         Path(parts[-1]).parent.mkdir(parents=True)
