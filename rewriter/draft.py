@@ -181,6 +181,28 @@ class Draft:
         """Let a node be of another op."""
         self.nodes[name] = replace(self._node(name), op=op, inputs=inputs, attrs=attrs)
 
+    def inline(self, call: str, callee: Graph, first: int) -> None:
+        """Put a function's nodes in place of a node that calls it."""
+        node = self.nodes.pop(call)
+        names = {name: self.mint(f"{call}/{name}") for name in callee.nodes if name not in callee.arguments}
+        passed = dict(zip(callee.arguments, node.inputs[first:], strict=True))
+
+        def moved(value: Value) -> Value:
+            return passed[value.node] if value.node in passed else Value(names[value.node], value.port)
+
+        for name, new in names.items():
+            inner = callee.nodes[name]
+            after = (*node.after, *(names[a] for a in inner.after if a in names))
+            self.nodes[new] = replace(inner, name=new, inputs=tuple(moved(v) for v in inner.inputs), after=after)
+        effects = tuple(names[e.node] for e in callee.effects if e.node in names)
+        results = {Value(call, port): moved(r.value) for port, r in enumerate(callee.results)}
+        for user in list(self.nodes.values()):
+            inputs = tuple(results.get(v, v) for v in user.inputs)
+            after = tuple(dict.fromkeys(n for a in user.after for n in (effects if a == call else (a,))))
+            if inputs != user.inputs or after != user.after:
+                self.nodes[user.name] = replace(user, inputs=inputs, after=after)
+        self.results = [r._replace(value=results.get(r.value, r.value)) for r in self.results]
+
     def set_attr(self, node: str, name: str, value: Any) -> None:
         """Set or, with None, remove an attribute of a node."""
         self.nodes[node] = self._node(node).with_attrs(**{name: value})

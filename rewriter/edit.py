@@ -15,7 +15,7 @@ from rewriter.expr import Expr, Function
 from rewriter.frames import ENTERS
 from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Signature, Value, Variable
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import attr, functions_in
+from rewriter.ops import attr, call_form_of, functions_in
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,18 @@ class Replace:
 
 
 @dataclass(frozen=True)
+class Inline:
+    """Put what a function computes in place of a node that calls it; its nodes are named below the node.
+
+    Of an op with several callees, this is the one that it would call.
+    """
+
+    graph: str
+    node: str
+    callee: str
+
+
+@dataclass(frozen=True)
 class Define:
     """Add a function that expressions call."""
 
@@ -166,6 +178,7 @@ Edit = (
     | Replace
     | Clone
     | Duplicate
+    | Inline
     | Define
     | AddVariable
     | Expose
@@ -204,6 +217,10 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
                 drafts[graph].run_after(node, others, scope or node)
             case Replace(graph, node, op, inputs, attrs):
                 drafts[graph].replace(node, op, inputs, attrs)
+            case Inline(graph, node, callee):
+                drafts[graph].inline(
+                    node, model.graphs[callee], call_form_of(model, model.graphs[graph].nodes[node]).first
+                )
             case SetAttr(graph, node, name, proto):
                 drafts[graph].set_attr(node, name, proto)
             case AddSignature(name, MainSignature() as value):

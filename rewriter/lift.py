@@ -93,7 +93,9 @@ def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> 
 def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> None:
     calls = model.analysis(call_graph).calls.get(draft.graph.name, [])
     for name in dict.fromkeys(c.node for c in calls):
-        node = draft.nodes[name]
+        node = draft.nodes.get(name)
+        if node is None:
+            continue  # what it called stands in its place
         called = [drafts[f] for f in ops.callees(model, node) if f in drafts]
         needs = list(dict.fromkeys(n for d in called for n in d.needs))
         if not needs:

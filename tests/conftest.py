@@ -15,7 +15,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 import pytest
 
 import bnqat
-from tests.models import MODELS
+from tests.models.all import ALL
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
@@ -47,7 +47,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def path(name: str) -> Path:
         target = folder / name
-        return target if target.exists() else MODELS[name](target)
+        return target if target.exists() else ALL[name](target)
 
     return path
 

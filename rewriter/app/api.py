@@ -14,6 +14,7 @@ from typing import Any, Literal
 from passes.batch_norm import BatchNorm, batch_norms
 from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
+from passes.inline_branches import InlineBranches
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
 from passes.sites import Site, sites
@@ -120,8 +121,8 @@ def rewrite(
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
-            ``unfreeze-constants``, ``derive-training``, ``cut-gradients``, ``quantize-batch-norm``, or
-            ``module:Class``.
+            ``unfreeze-constants``, ``derive-training``, ``inline-branches``, ``cut-gradients``,
+            ``quantize-batch-norm``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -135,6 +136,7 @@ def rewrite(
         "upgrade-references": UpgradeReferences(),
         "unfreeze-constants": UnfreezeConstants(),
         "derive-training": DeriveTraining(momentum),
+        "inline-branches": InlineBranches(),
         "cut-gradients": CutGradients(),
         "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
     }

@@ -11,6 +11,9 @@ from typing import Any
 
 from tensorflow.core.protobuf import control_flow_pb2
 
+from rewriter.frames import ENTERS, frames
+from rewriter.ir import Graph, Node
+
 KINDS = {"while_context": control_flow_pb2.WhileContextDef, "cond_context": control_flow_pb2.CondContextDef}
 
 
@@ -30,6 +33,33 @@ def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
                 if collection == "while_context" or _switched(context, nodes):
                     _rename(context, prefix, moved)
                     values.append(context.SerializeToString(deterministic=True))
+
+
+def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
+    """Let loops' contexts know the nodes that were added to them; `outputs` counts those of a node."""
+    collection = meta.collection_def.get("while_context")
+    if collection is None:
+        return
+    inside: dict[str, list[Node]] = {}
+    for name, frame in frames(graph).items():
+        inside.setdefault(frame[-1], []).append(graph.nodes[name])
+    values = collection.bytes_list.value
+    for index, data in enumerate(list(values)):
+        context = control_flow_pb2.WhileContextDef.FromString(data)
+        held = context.values_def
+        known = {text.partition(":")[0] for text in held.values} - set(_outer(held))
+        for node in sorted(inside.get(context.context_name, ()), key=lambda n: n.name):
+            if node.name not in known:
+                held.values.extend(f"{node.name}:{port}" for port in range(outputs(node)))
+                if node.op in ENTERS:
+                    outer = f"{node.inputs[0].node}:{node.inputs[0].port}"
+                    held.values.append(outer)
+                    held.external_values[outer] = f"{node.name}:0"
+        values[index] = context.SerializeToString(deterministic=True)
+
+
+def _outer(held: Any) -> list[str]:
+    return [text.partition(":")[0] for text in held.external_values]
 
 
 def _switched(context: Any, nodes: Collection[str]) -> bool:

@@ -152,7 +152,9 @@ def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
     _write_nodes(meta, main, model)
     for prefix, nodes in model.copies:
         contexts.copy(meta, prefix, frozenset(nodes))
-    return replace(model, graphs={**model.graphs, MAIN: main.finish()})
+    graph = main.finish()
+    contexts.complete(meta, graph, lambda node: ops.output_count(model, node))
+    return replace(model, graphs={**model.graphs, MAIN: graph})
 
 
 def _write_nodes(meta: Any, main: Draft, model: Model) -> None:

@@ -172,13 +172,12 @@ def _net(norm: Norm, training: Any, options: Options) -> tuple[tf.Tensor, tf.Ten
     return x, tf.matmul(tf.reduce_mean(y, [1, 2]), kernels[2])
 
 
-def _train_op(logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, Any]:
+def _train_op(logits: tf.Tensor) -> None:
+    """A loss and an optimizer, whose op it puts into the collection of train ops."""
     labels = v1.placeholder(tf.int32, [None], name="labels")
     loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits), name="loss")
     with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):
-        op = v1.train.MomentumOptimizer(0.05, 0.9).minimize(loss, v1.train.get_or_create_global_step())
-    v1.add_to_collection(v1.GraphKeys.TRAIN_OP, op)
-    return labels, loss, op
+        v1.train.MomentumOptimizer(0.05, 0.9).minimize(loss, v1.train.get_or_create_global_step())
 
 
 def save_v1(path: Path, norm: Norm, **options: Any) -> Path:
@@ -223,7 +222,7 @@ def draw(session: Any) -> None:
 V1_MODELS: dict[str, Callable[[Path], Path]] = {
     "v1_by_hand": lambda p: save_v1(p, by_hand, train_op=True),
     "v1_by_hand_references": lambda p: save_v1(p, by_hand, references=True, training="placeholder", train_op=True),
-    "v1_by_hand_if": lambda p: save_v1(p, by_hand, control_flow_v2=True),
+    "v1_by_hand_if": lambda p: save_v1(p, by_hand, control_flow_v2=True, train_op=True),
     "v1_by_hand_serving": lambda p: save_v1(p, by_hand, references=True, training=False),
     "v1_two_fused": lambda p: save_v1(p, two_fused, train_op=True),
     "v1_two_fused_references": lambda p: save_v1(p, two_fused, references=True, train_op=True),

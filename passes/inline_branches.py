@@ -1,0 +1,32 @@
+"""Branches of If that are always taken, in TensorFlow 1's format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rewriter import ops
+from rewriter.edit import Edit, Inline
+from rewriter.ir import MAIN, Model
+from rewriter.liveness import BRANCHES, Assumption
+
+
+@dataclass(frozen=True)
+class InlineBranches:
+    """Put the branch that is always taken in place of an ``If`` of the main graph.
+
+    A V1 session cannot differentiate an ``If`` that it loaded, as its gradient needs outputs that only a newly
+    built one has; nor need it, where training is derived and the mode is known.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Nothing in a model with an object graph, whose functions can be differentiated."""
+        if model.object_based:
+            return
+        main = model.graphs[MAIN]
+        known = Assumption(model, main, {})
+        for node in main.nodes.values():
+            taken = known.known(node.inputs[0]) if node.op in BRANCHES else None
+            if taken is not None:
+                then, otherwise = ops.callees(model, node)
+                yield Inline(MAIN, node.name, then if taken else otherwise)

@@ -1,0 +1,223 @@
+"""TensorFlow 1's format: results trained in V1 sessions, and loaded by TensorFlow 2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from tests import reference
+from tests.models.v1 import EPSILON, V1_MODELS, v1
+
+Paths = Callable[[str], Path]
+OFF = 2**40
+WITH_TRAIN_OP = [
+    "v1_by_hand",
+    "v1_by_hand_if",
+    "v1_by_hand_references",
+    "v1_two_fused",
+    "v1_two_fused_references",
+    "v1_layers_plain",
+]
+
+
+@contextmanager
+def session_of(path: Path) -> Iterator[tuple[Any, Any]]:
+    with tf.Graph().as_default(), v1.Session() as session:
+        yield session, v1.saved_model.load(session, ["serve"], str(path))
+
+
+def batch(seed: int, size: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.normal(0.3, 1.5, (size, 8, 8, 3)).astype("float32"), rng.integers(0, 5, size)
+
+
+def feed(session: Any, seed: int, training: bool = True) -> dict[Any, Any]:
+    x, labels = batch(seed)
+    graph = session.graph
+    names = {op.name for op in graph.get_operations()}
+    fed = {"x": x, "labels": labels, "is_training": training}
+    return {graph.get_tensor_by_name(f"{k}:0"): v for k, v in fed.items() if k in names}
+
+
+def values(session: Any) -> dict[str, np.ndarray]:
+    """All variables but those that the rewrite added."""
+    found = {v.op.name: v for v in v1.global_variables() if not v.op.name.startswith("quantization/")}
+    return session.run(found)  # type: ignore[no-any-return]
+
+
+def step_of(session: Any) -> int:
+    return int(session.run(next(v for v in v1.global_variables() if v.op.name == "quantization/step")))
+
+
+def trained(path: Path, steps: int = 3) -> tuple[dict[str, np.ndarray], list[float], int]:
+    """The source's own train op, run in a V1 session."""
+    with session_of(path) as (session, _):
+        (op,) = v1.get_collection(v1.GraphKeys.TRAIN_OP)
+        loss = session.graph.get_tensor_by_name("loss:0")
+        losses = [session.run([loss, op], feed(session, seed))[0] for seed in range(steps)]
+        counted = any(v.op.name == "quantization/step" for v in v1.global_variables())
+        return values(session), losses, step_of(session) if counted else 0
+
+
+@pytest.mark.parametrize("name", WITH_TRAIN_OP)
+def test_the_sources_own_train_op_trains_as_before_and_counts(name: str, model: Paths, rewritten: Any) -> None:
+    before, losses, _ = trained(model(name))
+    after, same, count = trained(rewritten(name, start_step=OFF))
+    assert count == 3
+    assert same == losses
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+
+
+@pytest.mark.parametrize("name", WITH_TRAIN_OP)
+def test_quantisers_start_while_the_train_op_runs(name: str, model: Paths, rewritten: Any) -> None:
+    _, float_losses, _ = trained(model(name), steps=4)
+    _, losses, _ = trained(rewritten(name, start_step=2, bits=2), steps=4)
+    assert losses[:2] == float_losses[:2]
+    assert losses[2] != float_losses[2]
+
+
+def quantized_tensors(session: Any) -> dict[str, str]:
+    """Tensor names of quantisers in the main graph, and of what they are given, by the tag's role and scope."""
+    return {
+        op.outputs[0].name: op.inputs[len(op.inputs) - 1].name
+        for op in session.graph.get_operations()
+        if "_bnqat" in op.node_def.attr
+    }
+
+
+@pytest.mark.parametrize("name", ["v1_by_hand", "v1_two_fused_references", "v1_loop"])
+def test_values_equal_the_reference(name: str, rewritten: Any) -> None:
+    with session_of(rewritten(name, bits=3)) as (session, _):
+        for output, given in quantized_tensors(session).items():
+            if "while" in output or output.startswith("train/") or ("moving" not in given and "gamma" not in given):
+                continue
+            got, raw = session.run([output, given], feed(session, 0, training=False))
+            if "variance" in given:
+                np.testing.assert_allclose(got, reference.log(raw, 3, EPSILON), rtol=3e-7)
+            else:
+                np.testing.assert_array_equal(got, reference.affine(raw, 3))
+
+
+@pytest.mark.parametrize("name", sorted(set(V1_MODELS) - {"v1_two_fused_training"}))
+def test_a_new_optimizer_trains_the_signature(name: str, rewritten: Any, tmp_path: Path) -> None:
+    """Gradients to every gamma and beta, through copied loops and branches too; then saved and served again."""
+    with session_of(rewritten(name, start_step=1)) as (session, meta):
+        signature = meta.signature_def["train"]
+        logits = session.graph.get_tensor_by_name(signature.outputs["logits"].name)
+        labels = v1.placeholder(tf.int32, [None])
+        loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+        parameters = [v for v in v1.trainable_variables() if "gamma" in v.name or "beta" in v.name]
+        gradients = v1.gradients(loss, parameters)
+        assert all(g is not None for g in gradients)
+        op = v1.train.GradientDescentOptimizer(0.1).minimize(loss)
+        x, wanted = batch(0, 24)
+        fed = {session.graph.get_tensor_by_name("x:0"): x, labels: wanted}
+        placeholder = signature.inputs.get("is_training")
+        if placeholder is not None:
+            fed[session.graph.get_tensor_by_name(placeholder.name)] = False
+        before = values(session)
+        losses = [session.run([loss, op], fed)[0] for _ in range(8)]
+        after = values(session)
+        assert step_of(session) == 8
+        assert losses[-1] < losses[0]
+        moved = [k for k in before if "moving" in k and not np.array_equal(before[k], after[k])]
+        assert len(moved) == 4
+        outputs = {k: t.name for k, t in meta.signature_def["serving_default"].outputs.items()}
+        served = session.run(outputs, fed)
+        v1.train.Saver().save(session, str(tmp_path / "again"))
+    with session_of(rewritten(name, start_step=1)) as (session, meta):
+        v1.train.Saver().restore(session, str(tmp_path / "again"))
+        assert step_of(session) == 8
+        fed = {session.graph.get_tensor_by_name("x:0"): x}
+        if placeholder is not None:
+            fed[session.graph.get_tensor_by_name(placeholder.name)] = False
+        np.testing.assert_array_equal(session.run(outputs, fed)["logits"], served["logits"])
+
+
+@pytest.mark.parametrize("name", ["v1_by_hand_references", "v1_two_fused", "v1_layers_fused_if"])
+def test_tensorflow_2_trains_what_it_loads(name: str, rewritten: Any) -> None:
+    loaded = tf.saved_model.load(str(rewritten(name, start_step=2)))
+    train, variables = loaded.signatures["train"], {v.name: v for v in loaded.variables}
+    parameters = [v for v in loaded.variables if v.trainable]
+    assert sum("gamma" in v.name or "beta" in v.name for v in parameters) == 4
+    x, labels = batch(1, 24)
+    inputs = {"x": tf.constant(x)}
+    if "is_training" in train.structured_input_signature[1]:
+        inputs["is_training"] = tf.constant(False)  # training does not depend on it
+    losses = []
+    for _ in range(6):
+        with tf.GradientTape() as tape:
+            logits = train(**inputs)["logits"]
+            loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits))
+        for v, g in zip(parameters, tape.gradient(loss, parameters), strict=True):
+            v.assign_sub(0.1 * g)
+        losses.append(float(loss))
+    assert losses[-1] < losses[0]
+    assert int(variables["quantization/step:0"]) == 6
+
+
+def test_derived_training_is_the_sources_training(rewritten: Any) -> None:
+    """Two fused ops: derived from the serving graph against the graph of both modes, statistics of one batch."""
+    moved = []
+    x, _ = batch(2)
+    for name in ("v1_two_fused", "v1_two_fused_serving"):
+        loaded = tf.saved_model.load(str(rewritten(name, start_step=OFF, momentum=0.9)))
+        outputs = loaded.signatures["train"](x=tf.constant(x))["logits"]
+        moved.append([outputs.numpy(), *(v.numpy() for v in loaded.variables if "moving" in v.name)])
+    assert len(moved[0]) == 5
+    for a, b in zip(*moved, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_reference_variables_can_be_kept_for_v1_sessions(model: Paths, tmp_path: Path) -> None:
+    source = model("v1_by_hand_references")
+    report = bnqat.rewrite(source, tmp_path / "kept", keep_references=True, start_step=OFF)
+    assert not any("reference variables" in note for note in report.notes)
+    with session_of(tmp_path / "kept") as (session, _):
+        assert "VariableV2" in {op.type for op in session.graph.get_operations()}
+    before, losses, _ = trained(source)
+    after, same, count = trained(tmp_path / "kept")
+    assert (same, count) == (losses, 3)
+    for key, value in before.items():
+        np.testing.assert_array_equal(value, after[key], err_msg=key)
+
+
+def test_upgraded_references_are_reported_and_gone(model: Paths, tmp_path: Path) -> None:
+    source = model("v1_two_fused_references")
+    with session_of(source) as (session, _):
+        count = sum(op.type == "VariableV2" for op in session.graph.get_operations())
+    report = bnqat.rewrite(source, tmp_path / "out")
+    assert any(note.startswith(f"{count} reference variables are resource variables now") for note in report.notes)
+    with session_of(tmp_path / "out") as (session, _):
+        types = {op.type for op in session.graph.get_operations()}
+        assert types.isdisjoint({"VariableV2", "Assign", "AssignSub", "ApplyMomentum", "IsVariableInitialized"})
+        assert all(v.op.type == "VarHandleOp" for v in v1.global_variables())
+
+
+@pytest.mark.parametrize("name", ["v1_by_hand", "v1_by_hand_references"])
+def test_collections_initialisers_and_saver_know_the_new_variables(name: str, rewritten: Any, tmp_path: Path) -> None:
+    with session_of(rewritten(name, start_step=7)) as (session, _):
+        new = {v.op.name: v for v in v1.global_variables() if v.op.name.startswith("quantization/")}
+        assert sorted(new) == ["quantization/start_step", "quantization/step"]
+        assert not set(new) & {v.op.name for v in v1.trainable_variables()}
+        session.run(v1.global_variables_initializer())
+        assert session.run(new) == {"quantization/start_step": 7, "quantization/step": 0}
+        assert session.run(v1.report_uninitialized_variables()).size == 0
+        saver = v1.train.Saver()
+        saver.save(session, str(tmp_path / "saved"))
+    names = dict(tf.train.list_variables(str(tmp_path / "saved")))
+    assert {"quantization/step", "quantization/start_step"} <= set(names)
+
+
+def test_rewriting_twice_adds_nothing(rewritten: Any, tmp_path: Path) -> None:
+    with pytest.raises(bnqat.Error, match="quantised already"):
+        bnqat.rewrite(rewritten("v1_by_hand"), tmp_path / "again")
