@@ -32,7 +32,8 @@ path, again = sys.argv[1:]
 m = tf.saved_model.load(path)
 signature = m.signatures["serving_default"]
 specs = signature.structured_input_signature[1]
-x = [tf.random.stateless_normal([3, *s.shape[1:]], [1, i]) for i, (_, s) in enumerate(sorted(specs.items()))]
+size = lambda s: [3, *s.shape[1:]] if s.shape.rank > 1 else [15600]  # a second of sound
+x = [tf.random.stateless_normal(size(s), [1, i]) for i, (_, s) in enumerate(sorted(specs.items()))]
 before = tf.nest.flatten(m.serve(*x))
 variables = m.quantization.trainable_variables
 moving = {v.ref(): v.numpy() for v in m.quantization.variables if "moving" in v.name}
@@ -125,7 +126,7 @@ def test_switched_on_every_port_and_every_statistic_equals_the_reference(name: s
                     name_of, given = users[0] + ":0", kernel.outputs[port - 2].name
                 else:
                     assert found[quantised.name]["role"] == role
-                    name_of, given = quantised.outputs[0].name, quantised.inputs[0].name
+                    name_of, given = quantised.outputs[0].name, quantised.inputs[1].name
                 tag = found[name_of.partition(":")[0]]
                 assert tag["bits"] == 4
                 assert tag["scheme"] == ("log" if role == "moving_variance" else "affine")

@@ -120,7 +120,7 @@ def test_a_new_optimizer_trains_the_signature(name: str, rewritten: Any, tmp_pat
         assert all(g is not None for g in gradients)
         op = v1.train.GradientDescentOptimizer(0.1).minimize(loss)
         x, wanted = batch(0, 24)
-        fed = {session.graph.get_tensor_by_name("x:0"): x, labels: wanted}
+        fed: dict[Any, Any] = {session.graph.get_tensor_by_name("x:0"): x, labels: wanted}
         placeholder = signature.inputs.get("is_training")
         if placeholder is not None:
             fed[session.graph.get_tensor_by_name(placeholder.name)] = False

@@ -8,9 +8,24 @@ import pytest
 
 from rewriter import expr
 from rewriter.check import check
-from rewriter.edit import AddVariable, Clone, Define, Edit, Rewire, Run, RunAfter, SetAttr, apply
+from rewriter.edit import (
+    AddSignature,
+    AddVariable,
+    Clone,
+    Define,
+    Duplicate,
+    Edit,
+    Inline,
+    MainSignature,
+    Replace,
+    Rewire,
+    Run,
+    RunAfter,
+    SetAttr,
+    apply,
+)
 from rewriter.expr import Function, Use, constant, handle, op, parameter, per_call, read
-from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
+from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Node, Signature, Spec, Value, Variable
 from rewriter.ops import Dtype, attr
 from rewriter.text import from_text, to_text
 
@@ -201,3 +216,59 @@ def test_an_edit_of_nothing_is_an_error(edit: Edit) -> None:
 def test_constants_of_equal_value_and_other_type_are_different() -> None:
     assert constant(1, "int64") is constant(1, "int64")
     assert constant(1, "float32") is not constant(True, "float32")
+
+
+def test_copies_of_nodes_use_each_other_and_what_stands_instead() -> None:
+    before = model(INNER.replace("neg = Neg(x)", "abs = Abs(x) {T: float32}\n  neg = Neg(abs) after(abs)"))
+    instead = {Value("x"): Value("abs")}
+    after = edited(before, Duplicate("inner", ("neg",), "copy", instead), Rewire(Edge("inner", "", 0), NEW, "s"))
+    graph = after.graphs["inner"]
+    assert graph.nodes["copy/neg"].inputs == (Value("abs"),)
+    assert graph.nodes["copy/neg"].after == ("abs",)
+    assert graph.results[0].value == Value("copy/neg")
+
+
+NEW = Use("float32", Value("copy/neg"))
+
+
+def test_a_node_becomes_another_op_under_its_name() -> None:
+    after = edited(model(INNER), Replace("inner", "neg", "Abs", (Value("x"),), {"T": attr(Dtype("float32"))}))
+    assert "  neg = Abs(x) {T: float32}\n" in to_text(after.graphs["inner"])
+
+
+def test_a_call_is_inlined_with_its_effects() -> None:
+    inner = """\
+stateful function inner(x: float32) -> (y = neg: float32) {
+  neg = Neg(x) {T: float32}
+  check = CheckNumerics(neg) {T: float32, message: "m"}
+  effect check = check
+}
+"""
+    outer = OUTER.replace("}\n}", "}\n  last = NoOp() after(call)\n}")
+    graph = edited(model(inner, outer), Inline("outer", "call", "inner")).graphs["outer"]
+    assert "call" not in graph.nodes
+    assert graph.results[0].value == Value("call/neg")
+    assert graph.nodes["call/check"].inputs == (Value("call/neg"),)
+    assert graph.nodes["last"].after == ("call/check",)
+
+
+def test_a_signature_of_the_main_graph_has_placed_outputs() -> None:
+    x = Graph(MAIN, {"x": Node("x", "Placeholder", attrs={"dtype": attr(Dtype("float32"))})})
+    serving = Signature("s", "", ("x",), ("y",), (Value("x"),), (Value("x"),), (SPEC, SPEC))
+    before = Model({MAIN: x}, signatures={"s": serving}, object_based=False)
+    after = edited(before, AddSignature("t", MainSignature("s", (op("Neg", Use("float32", Value("x"))),), "out")))
+    assert after.main_signatures["t"].fetches == (Value("out/y/Neg"),)
+    assert after.main_signatures["t"].like == "s"
+
+
+SPEC = Spec("x", "float32", None)
+
+
+def test_the_same_expression_is_a_call_or_inlined() -> None:
+    value = parameter("value", "float32")
+    twice = Function("twice", (value,), ((3,),), value + value)
+    x = Use("float32", Value("x"))
+    edits = [Rewire(Edge("inner", "", 0), twice.inlined(x, name="doubled", _tag="t"), "s")]
+    graph = edited(model(INNER), *edits).graphs["inner"]
+    assert graph.nodes["s/doubled"].inputs == (Value("x"), Value("x"))
+    assert graph.nodes["s/doubled"].attrs["_tag"].s == b"t"

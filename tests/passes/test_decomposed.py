@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tensorflow as tf
+
+from passes.batch_norm import batch_norms
+from passes.sites import sites
+from rewriter.savedmodel.read import load
+from tests.models.forms import FORMS, VECTOR, Form, Variables, save
+
+Paths = Callable[[str], Path]
+DECOMPOSED = [n for n in FORMS if n.startswith(("form_library", "form_channels", "form_centred", "form_divided"))]
+DECOMPOSED += ["form_by_hand", "form_mixed", "form_float64", "form_shared"]
+
+
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_each_form_is_found_with_its_variables(name: str, model: Paths) -> None:
+    read = load(model(name))
+    absent = {r for r, word in (("gamma", "no_scale"), ("beta", "no_centre")) if word in name or "bare" in name}
+    found = read.analysis(batch_norms)
+    assert len(found) == (1 if name == "form_shared" else 2)
+    for bn in found:
+        assert set(bn.variables) == {"gamma", "beta", "moving_mean", "moving_variance"} - absent
+        assert bn.epsilons == (pytest.approx(1e-3, rel=1e-3),)  # half rounds it
+        assert {s.kind for s in bn.sites} == {"decomposed"}
+        assert all(set(s.parameters) == set(bn.variables) for s in bn.sites if s.mode == "inference")
+        assert bn.factor == (pytest.approx(0.1) if any(s.training for s in bn.sites) else None)
+
+
+@pytest.mark.parametrize("name", ["v1_by_hand", "v1_by_hand_if", "v1_layers_plain", "v1_updated_first_if"])
+def test_what_is_chosen_while_running_has_both_modes(name: str, model: Paths) -> None:
+    for site in load(model(name)).analysis(sites):
+        assert (site.mode, site.training, site.inference) == ("both", True, True)
+        assert set(site.parameters) == {"gamma", "beta", "moving_mean", "moving_variance"}
+        assert all(site.statistics[r] for r in ("moving_mean", "moving_variance"))
+
+
+def layer_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    mean, variance = tf.nn.moments(x, [-1], keepdims=True)
+    return tf.nn.batch_normalization(x, mean, variance, v.beta, v.gamma, 1e-3)
+
+
+def residual(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    """What is added is another layer's output, not a beta."""
+    y = (x - v.moving_mean) * tf.math.rsqrt(v.moving_variance + 1e-3) * v.gamma
+    return y + tf.nn.tanh(x)
+
+
+def test_a_layer_normalisation_is_no_batch_norm(tmp_path: Path) -> None:
+    assert load(save(Form(layer_norm, VECTOR), tmp_path / "m")).analysis(sites) == ()
+
+
+def test_a_residual_is_no_beta(tmp_path: Path) -> None:
+    found = load(save(Form(residual, VECTOR, center=False), tmp_path / "m")).analysis(batch_norms)
+    assert [set(bn.variables) for bn in found] == [{"gamma", "moving_mean", "moving_variance"}] * 2

@@ -1,0 +1,71 @@
+"""Every model of every maker, and every public one, through all columns of the survey."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import harness
+from tests.models.all import ALL
+from tests.models.forms import FORM_MODELS
+from tests.models.structures import STRUCTURES
+from tests.models.v1 import V1_MODELS
+from tools.survey import NOT_APPLICABLE, YES, Row, models, survey
+
+LOOPS = ("v1_loop", "v1_loop_by_hand")
+"""TensorFlow 2 cannot differentiate a V1 while loop; tests/test_v1.py does so in sessions."""
+
+NO_TRAIN = {"function_op": "which TensorFlow 1's format cannot differentiate"}
+SKIPPED = {
+    "mapped_batch_norm": "its function is used by an op other than a call, so the switch cannot be brought to it",
+    "kupcimat+tello+1": "nothing calls its function, so it never runs",
+}
+NOT_DIFFERENTIABLE = ("MaybeShewill-CV+CRNN_Tensorflow+1",)
+"""Its outputs are those of a decoder, which has no gradient."""
+
+
+def assert_passes(row: Row) -> None:
+    assert not row.declined
+    assert set(row.skipped) == ({SKIPPED[row.model]} if row.model in SKIPPED else set())
+    assert row.found == row.rewritten + sum(row.skipped.values()) > 0
+    assert (row.loads, row.same) == (YES, YES)
+    if row.model in NO_TRAIN:
+        assert any(NO_TRAIN[row.model] in note for note in row.notes)
+        assert (row.trains, row.moves, row.gradients) == (NOT_APPLICABLE,) * 3
+        return
+    assert (row.trains, row.moves) == (YES, YES)
+    bare = row.model == "form_library_bare"  # it has no gamma and no beta
+    applies = not (bare or row.model in (*LOOPS, *NOT_DIFFERENTIABLE))
+    assert row.gradients == (YES if applies else NOT_APPLICABLE)
+
+
+@pytest.mark.parametrize("name", [*V1_MODELS, *FORM_MODELS, *STRUCTURES])
+def test_every_form_passes_every_column(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = model(name)
+    before = harness.digest(source)
+    assert_passes(survey(source, tmp_path / name, unfreeze_constants=name.startswith("frozen")))
+    assert harness.digest(source) == before
+
+
+@pytest.mark.corpus
+def test_every_public_model_passes_every_column(corpus_model: Path, tmp_path: Path) -> None:
+    before = harness.digest(corpus_model)
+    assert_passes(survey(corpus_model, tmp_path / "out"))
+    assert harness.digest(corpus_model) == before
+
+
+def test_a_column_that_fails_is_seen(model: Callable[[str], Path], tmp_path: Path) -> None:
+    """A result whose weights are not the source's, and a model in which nothing can be rewritten."""
+    from tools.survey import _serves_the_same
+
+    found = _serves_the_same(model("form_library_image"), model("form_by_hand"), optimize=True)
+    assert found.startswith("no: signature serving_default")
+    assert "--unfreeze-constants" in survey(model("frozen"), tmp_path / "frozen").declined
+
+
+def test_models_of_a_folder_are_found(model: Callable[[str], Path]) -> None:
+    source = model("as_text")
+    assert source in models(source.parent)
+    assert {m.name for m in models(source.parent)} <= set(ALL)
