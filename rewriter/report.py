@@ -42,8 +42,8 @@ class SiteReport:
     """One place where a batch norm is computed.
 
     Attributes:
-        kind: ``fused``: one FusedBatchNorm node.
-        mode: ``training`` or ``inference``.
+        kind: ``fused``: one FusedBatchNorm node; ``decomposed``: single ops, of which `node` is the last.
+        mode: ``training``, ``inference``, or ``both`` where the graph chooses while it runs.
         status: ``float``, ``quantised`` or ``skipped``.
         reason: why it is skipped; empty otherwise.
         quantizers: for each quantiser there: role, scheme, bits, range, batch_norm.

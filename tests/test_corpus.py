@@ -40,7 +40,8 @@ m = tf.saved_model.load(sys.argv[1])
 (name,) = set(m.signatures) - {"train"}
 train, serve = m.signatures["train"], m.signatures[name]
 specs = train.structured_input_signature[1]
-x = {k: tf.random.stateless_normal([s.shape[0] or 3, *(d or 32 for d in s.shape[1:])], [1, 2]) for k, s in specs.items()}
+sizes = {k: [s.shape[0] or 3, *(d or 32 for d in s.shape[1:])] for k, s in specs.items()}
+x = {k: tf.random.stateless_normal(size, [1, 2]) for k, size in sizes.items()}
 variables = {v.name: v for v in m.variables}
 moving = {k: v.numpy() for k, v in variables.items() if "moving" in k and k.endswith(("mean:0", "variance:0"))}
 assert moving

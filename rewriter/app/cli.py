@@ -235,8 +235,8 @@ def _show_inspection(report: Inspection) -> None:
             " ".join(bn.variables) or "none",
             f"{bn.epsilon:.4g}",
             "" if bn.momentum is None else f"{bn.momentum:.6g}",
-            str(modes.count("training")),
-            str(modes.count("inference")),
+            str(len(modes) - modes.count("inference")),
+            str(len(modes) - modes.count("training")),
             ", ".join(dict.fromkeys(s.status for s in bn.sites)),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)
