@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import numpy as np
@@ -94,19 +94,32 @@ class Site:
 
 def sites(model: Model) -> tuple[Site, ...]:
     """All sites, in the order of graphs and nodes."""
-    return tuple(site for graph in model.graphs.values() for site in _in_graph(model, graph))
+    found = []
+    for name, forms in model.analysis(_forms).items():
+        taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
+        found += [_site(model, model.graphs[name], form, taken) for form in forms]
+    return tuple(site for site in found if site is not None)
 
 
-def _in_graph(model: Model, graph: Graph) -> Iterator[Site]:
-    forms = model.analysis_of(graph, _forms)
-    taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
-    for form in forms:
-        site = _site(model, graph, form, taken)
-        if site is not None:
-            yield site
+def quantized(model: Model) -> frozenset[tuple[str, str]]:
+    """(graph, node) of the sites that have a quantiser."""
+    return frozenset(
+        (name, form.node) for name, forms in model.analysis(_forms).items() for form in forms if _proxies(model, form)
+    )
 
 
-def _forms(model: Model, graph: Graph) -> tuple[_Form, ...]:
+def _proxies(model: Model, form: _Form) -> tuple[tuple[str, str], ...]:
+    """(graph, node) of the quantisers on a site's parameters and statistics."""
+    found = [p for role in ROLES for leaf in _leaves(model, form.inputs.get(role, ())) for p in leaf.proxies]
+    return tuple(dict.fromkeys([*found, *(p for u in _updates(form) for p in u.proxies)]))
+
+
+def _forms(model: Model) -> Mapping[str, tuple[_Form, ...]]:
+    """What looks like a batch norm, by graph; a form reaches into callers and callees, so all are found together."""
+    return {name: _in_graph(model, graph) for name, graph in model.graphs.items()}
+
+
+def _in_graph(model: Model, graph: Graph) -> tuple[_Form, ...]:
     """The fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
     found: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
     found += [_Decomposed(model, f) for f in decomposed(model, graph)]
@@ -200,7 +213,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         {role: u.edges for role, u in form.updates.items()},
         frozenset(tuple(_keys(*o)) for o in both),
         tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
-        tuple(_tags(model, chosen, form)),
+        tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),
         _reason(model, graph, mode, found),
     )
 
@@ -215,14 +228,6 @@ def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
         any(isinstance(o, VariableKey | Constant | Captured) for f in held[r] for o in origins(model, f.graph, f.value))
         for r in STATISTICS
     )
-
-
-def _tags(model: Model, chosen: Mapping[str, tuple[Leaf, ...]], form: _Form) -> Iterator[Mapping[str, Any]]:
-    """The tags of the quantisers on a site's parameters and statistics."""
-    proxies = [p for found in chosen.values() for leaf in found for p in leaf.proxies]
-    proxies += [p for u in _updates(form) for p in u.proxies]
-    for graph, node in dict.fromkeys(proxies):
-        yield json.loads(model.graphs[graph].nodes[node].attrs[TAG].s)
 
 
 def _origins(
@@ -270,22 +275,28 @@ def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -
     value = graph.nodes[edge.node].inputs[edge.position]
     others = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in taken]
     if others:
-        after = model.analysis_of(graph, _after_batch_norms)
+        after = model.analysis(_after_batch_norms)(graph.name)
         yield from (e for e in others if e.node in after and not assigned(model, graph, e))
 
 
-def _after_batch_norms(model: Model, graph: Graph) -> frozenset[str]:
-    """The nodes that need the output of a batch norm."""
-    uses = model.analysis_of(graph, consumers)
-    waiting = [Value(form.node) for form in model.analysis_of(graph, _forms)]
-    found: set[str] = set()
-    while waiting:
-        for edge in uses.get(waiting.pop(), ()):
-            if edge.node and edge.node not in found:
-                found.add(edge.node)
-                node = graph.nodes[edge.node]
-                waiting += [Value(node.name, port) for port in range(ops.output_count(model, node))]
-    return frozenset(found)
+def _after_batch_norms(model: Model) -> Callable[[str], frozenset[str]]:
+    """Graph -> the nodes in it that need the output of a batch norm; computed where it is asked for."""
+
+    @cache
+    def after(name: str) -> frozenset[str]:
+        graph = model.graphs[name]
+        uses = model.analysis_of(graph, consumers)
+        waiting = [Value(form.node) for form in model.analysis(_forms)[name]]
+        found: set[str] = set()
+        while waiting:
+            for edge in uses.get(waiting.pop(), ()):
+                if edge.node and edge.node not in found:
+                    found.add(edge.node)
+                    count = ops.output_count(model, graph.nodes[edge.node])
+                    waiting += [Value(edge.node, port) for port in range(count)]
+        return frozenset(found)
+
+    return after
 
 
 def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origin | None, ...]]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from rewriter import ops
@@ -34,54 +33,56 @@ def leaves(model: Model, edge: Edge, value: Value) -> tuple[Leaf, ...]:
     Follows Merge, Select and the branches of If and Case, through ops that forward a value or change its shape
     or dtype.
     """
-    return tuple(dict.fromkeys(_leaves(model, model.graphs[edge.graph], _Way(edge), value)))
+    return tuple(dict.fromkeys(_leaves(model, model.graphs[edge.graph], edge, value)))
 
 
-@dataclass(frozen=True)
-class _Way:
-    """The way to a value: the last edge on it that belongs to one alternative, and what was passed."""
-
-    edge: Edge
-    seen: frozenset[Value] = frozenset()
-    proxies: tuple[tuple[str, str], ...] = ()
+Nodes = tuple[tuple[str, str], ...]
 
 
-def _leaves(model: Model, graph: Graph, way: _Way, value: Value) -> Iterator[Leaf]:
-    while value not in way.seen:
-        way = replace(way, seen=way.seen | {value})
+def _leaves(
+    model: Model,
+    graph: Graph,
+    edge: Edge,
+    value: Value,
+    *,
+    seen: frozenset[Value] = frozenset(),
+    proxies: Nodes = (),
+) -> Iterator[Leaf]:
+    while value not in seen:
         node = graph.nodes[value.node]
         passed = ops.forwarded(node, value.port)
         if node.op in ops.VIEWS or node.op == "Cast":
-            way = replace(way, edge=Edge(graph.name, node.name, 0))
+            edge = Edge(graph.name, node.name, 0)
             value = node.inputs[0]
         elif passed is not None:
             if ops.PROXY in node.attrs:
-                way = replace(way, proxies=(*way.proxies, (graph.name, node.name)))
+                proxies = (*proxies, (graph.name, node.name))
             value = passed
         elif node.op in ops.CHOICES and value.port == 0:
+            seen |= {value}  # only a choice can lead back to itself, in a loop
             for position in range(ops.CHOICES[node.op], len(node.inputs)):
-                branch = replace(way, edge=Edge(graph.name, node.name, position))
-                yield from _leaves(model, graph, branch, node.inputs[position])
+                branch = Edge(graph.name, node.name, position)
+                yield from _leaves(model, graph, branch, node.inputs[position], seen=seen, proxies=proxies)
             return
         else:
-            yield from _called(model, graph, way, value, node)
+            yield from _called(model, graph, Leaf(edge, graph.name, value, proxies), node, seen)
             return
 
 
-def _called(model: Model, graph: Graph, way: _Way, value: Value, node: Node) -> Iterator[Leaf]:
+def _called(model: Model, graph: Graph, leaf: Leaf, node: Node, seen: frozenset[Value]) -> Iterator[Leaf]:
     """The alternatives of what a call gives: those of each branch. A call of one function chooses nothing."""
     form = ops.call_form(model, node)
-    called = ops.callees(model, node)
-    if form is None or form.carried or len(called) < 2:  # noqa: PLR2004  one is no choice
-        yield Leaf(way.edge, graph.name, value, way.proxies)
+    called = ops.callees(model, node) if form is not None and not form.carried else ()
+    if form is None or len(called) < 2:  # noqa: PLR2004  one is no choice
+        yield leaf
         return
+    port = leaf.value.port
     for name in called:
         callee = model.graphs[name]
-        inner = _Way(Edge(name, "", value.port), proxies=way.proxies)
-        for leaf in _leaves(model, callee, inner, callee.results[value.port].value):
-            inside = callee.nodes[leaf.value.node]
-            if leaf.graph == name and inside.op == ARG:
+        for inner in _leaves(model, callee, Edge(name, "", port), callee.results[port].value, proxies=leaf.proxies):
+            inside = callee.nodes[inner.value.node]
+            if inner.graph == name and inside.op == ARG:
                 outside = node.inputs[form.first + callee.arguments.index(inside.name)]
-                yield from _leaves(model, graph, _Way(leaf.edge, way.seen, leaf.proxies), outside)
+                yield from _leaves(model, graph, inner.edge, outside, seen=seen, proxies=inner.proxies)
             else:
-                yield leaf._replace(calls=((graph.name, node.name), *leaf.calls))
+                yield inner._replace(calls=((graph.name, node.name), *inner.calls))

@@ -198,17 +198,21 @@ def bindings(model: Model, graph: str, values: tuple[Value, ...]) -> frozenset[t
     A function that is called with different variables has as many tuples; each keeps the variables of one
     call together, which the sets of `origins` would mix.
     """
-    return _resolve(model, graph, tuple(follow(model, model.graphs[graph], v) for v in values), {})
+    return _resolve(model, graph, tuple(follow(model, model.graphs[graph], v) for v in values))
 
 
 Origins = tuple[Origin, ...]
 
 
-def _resolve(
-    model: Model, graph: str, local: Origins, memo: dict[tuple[str, Origins], frozenset[Origins]]
-) -> frozenset[Origins]:
+def _resolved(_: Model) -> dict[tuple[str, Origins], frozenset[Origins]]:
+    """What was resolved already."""
+    return {}
+
+
+def _resolve(model: Model, graph: str, local: Origins) -> frozenset[Origins]:
     if not any(isinstance(o, Argument) for o in local):
         return frozenset([local])
+    memo = model.analysis(_resolved)
     key = (graph, local)
     if key in memo:
         return memo[key]
@@ -231,7 +235,6 @@ def _resolve(
                 follow(model, outer, node.inputs[call.first + o.position]) if isinstance(o, Argument) else o
                 for o in local
             ),
-            memo,
         )
     memo[key] = frozenset(found or {local})
     return memo[key]
@@ -255,4 +258,12 @@ def _bound(entry: Entry, argument: Argument) -> Origin:
 
 def origins(model: Model, graph: str, value: Value) -> frozenset[Origin]:
     """Where one value may come from."""
-    return frozenset(o for (o,) in bindings(model, graph, (value,)))
+    memo = model.analysis(_origins)
+    if (graph, value) not in memo:
+        memo[graph, value] = frozenset(o for (o,) in bindings(model, graph, (value,)))
+    return memo[graph, value]
+
+
+def _origins(_: Model) -> dict[tuple[str, Value], frozenset[Origin]]:
+    """What is known already."""
+    return {}

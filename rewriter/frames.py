@@ -20,10 +20,8 @@ EXITS = ("Exit", "RefExit")
 def frames(graph: Graph) -> Mapping[str, Frame]:
     """The frame of each node that lies in one."""
     users: dict[str, list[Node]] = {}
-    waiting = []
-    for node in graph.nodes.values():
-        if node.op in ENTERS:
-            waiting.append(node)
+    waiting = [node for node in graph.nodes.values() if node.op in ENTERS]
+    for node in graph.nodes.values() if waiting else ():
         for name in (*(v.node for v in node.inputs), *node.after):
             users.setdefault(name, []).append(node)
     found: dict[str, Frame] = {}

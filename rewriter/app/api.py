@@ -17,7 +17,7 @@ from passes.derive_training import DeriveTraining
 from passes.inline_branches import InlineBranches
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
-from passes.sites import Site, sites
+from passes.sites import Site, quantized, sites
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
 from rewriter.check import check
@@ -190,7 +190,7 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
 
 def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    now = {(s.graph, s.node) for s in after.analysis(sites) if s.quantized}
+    now = after.analysis(quantized)
     rewritten = {k for k, s in found.items() if not s.quantized and k in now}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     left = [
