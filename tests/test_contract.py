@@ -412,3 +412,16 @@ def test_the_source_is_not_touched(tmp_path: Path) -> None:
     bnqat.inspect(source)
     bnqat.rewrite(source, tmp_path / "target")
     assert harness.digest(source) == before
+
+
+def test_keras_load_model_runs_the_rewritten_graph(model: Paths, rewritten: Paths) -> None:
+    """Not layers that it rebuilt from metadata, from which the quantisers would be gone."""
+    import tf_keras
+
+    x = harness.images((None, 8, 8, 3))
+    loaded = tf_keras.models.load_model(str(rewritten("keras_save", bits=2)))
+    plain = tf.saved_model.load(str(rewritten("keras_save", bits=2)))
+    served = plain.serve(x)
+    np.testing.assert_array_equal(loaded(x, training=False), served)
+    source = tf_keras.models.load_model(str(model("keras_save")))
+    assert np.abs(source(x, training=False) - served).max() > 1e-3

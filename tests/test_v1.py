@@ -107,6 +107,19 @@ def test_values_equal_the_reference(name: str, rewritten: Any) -> None:
                 np.testing.assert_array_equal(got, reference.affine(raw, 3))
 
 
+@pytest.mark.parametrize("name", ["v1_two_fused", "v1_layers_fused", "v1_by_hand"])
+def test_the_gradients_of_a_train_op_use_what_the_batch_norm_used(name: str, rewritten: Any) -> None:
+    with session_of(rewritten(name)) as (session, _):
+        operations = session.graph.get_operations()
+        gradients = [op for op in operations if op.name.startswith("gradients/")]
+        kernels = [op for op in gradients if "FusedBatchNormGrad" in op.type]
+        assert len(kernels) == (0 if name == "v1_by_hand" else 4 if name == "v1_two_fused" else len(kernels) or -1)
+        assert all("_bnqat" in op.inputs[2].op.node_def.attr for op in kernels)
+        read = [op for op in operations if op.type == "ReadVariableOp" and op.inputs[0].op.name.endswith("/gamma")]
+        assert read
+        assert not [op.name for op in gradients for i in op.inputs if i.op in read]
+
+
 @pytest.mark.parametrize("name", sorted(set(V1_MODELS) - {"v1_two_fused_training"}))
 def test_a_new_optimizer_trains_the_signature(name: str, rewritten: Any, tmp_path: Path) -> None:
     """Gradients to every gamma and beta, through copied loops and branches too; then saved and served again."""
