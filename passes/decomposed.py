@@ -6,7 +6,7 @@ more of gamma and beta are tried before those with fewer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
@@ -38,28 +38,42 @@ def _div(a: Pattern, b: Pattern) -> Pattern:
 
 _X, _MEAN, _GAMMA, _BETA = (any_value(name) for name in (INPUT, MEAN, GAMMA, BETA))
 _SHIFTED = _add(any_value(VARIANCE), any_value(EPSILON))
-_RSQRT = node("Rsqrt", _SHIFTED)
-_SQRT = node("Sqrt", _SHIFTED)
 _CENTRED = _sub(_X, _MEAN)
+
+HALF, MINUS_HALF = "half", "minus_half"
+EXPONENTS = {HALF: 0.5, MINUS_HALF: -0.5}
+"""Captured exponents, and what they have to be."""
+
+_SQRTS = (node("Sqrt", _SHIFTED), node("Pow", _SHIFTED, any_value(HALF)))
+_RSQRTS = (
+    node("Rsqrt", _SHIFTED),
+    node("Pow", _SHIFTED, any_value(MINUS_HALF)),
+    *(node("Reciprocal|Inv", sqrt) for sqrt in _SQRTS),
+)
+
+
+def _with_inv(inv: Pattern) -> Iterator[Pattern]:
+    """Forms that scale x and the mean, or their difference, by one vector."""
+    yield _add(_mul(_X, inv), _sub(_BETA, _mul(_MEAN, inv)))
+    yield _sub(_mul(_X, inv), _sub(_mul(_MEAN, inv), _BETA))
+    yield _add(_mul(_X, inv), _mul(node("Neg", _MEAN), inv))
+    yield _add(_mul(_X, inv), node("Neg", _mul(_MEAN, inv)))
+    for normalised in (_sub(_mul(_X, inv), _mul(_MEAN, inv)), _mul(_CENTRED, inv)):
+        yield _add(normalised, _BETA)
+        yield normalised
 
 
 def _forms() -> Iterator[Pattern]:
-    for scale in (_mul(_RSQRT, _GAMMA), _div(_GAMMA, _SQRT), _RSQRT, node("Reciprocal|Inv", _SQRT)):
-        inv = scale.named("inv")
-        # tf.nn.batch_normalization, with and without an offset
-        yield _add(_mul(_X, inv), _sub(_BETA, _mul(_MEAN, inv)))
-        yield _add(_mul(_X, inv), _mul(node("Neg", _MEAN), inv))
-        yield _add(_mul(_X, inv), node("Neg", _mul(_MEAN, inv)))
-        for normalised in (
-            _sub(_mul(_X, inv), _mul(_MEAN, inv)),
-            _mul(_CENTRED, inv),
-        ):
-            yield _add(normalised, _BETA)
-            yield normalised
-    for centred in (_div(_CENTRED, _SQRT), _mul(_CENTRED, _RSQRT)):
-        for normalised in (_mul(centred, _GAMMA), centred):
-            yield _add(normalised, _BETA)
-            yield normalised
+    scales = [_mul(rsqrt, _GAMMA) for rsqrt in _RSQRTS] + [_div(_GAMMA, sqrt) for sqrt in _SQRTS] + [*_RSQRTS]
+    for scale in scales:
+        yield from _with_inv(scale.named("inv"))
+    scaled = _mul(_CENTRED, _GAMMA)
+    stepwise = [_mul(_div(_CENTRED, sqrt), _GAMMA) for sqrt in _SQRTS] + [_div(scaled, sqrt) for sqrt in _SQRTS]
+    stepwise += [_mul(_mul(_CENTRED, rsqrt), _GAMMA) for rsqrt in _RSQRTS] + [_mul(scaled, rsqrt) for rsqrt in _RSQRTS]
+    stepwise += [_div(_CENTRED, sqrt) for sqrt in _SQRTS]
+    for normalised in stepwise:
+        yield _add(normalised, _BETA)
+        yield normalised
 
 
 def _captures(pattern: Pattern) -> set[str]:
@@ -67,7 +81,7 @@ def _captures(pattern: Pattern) -> set[str]:
 
 
 FORMS = tuple(sorted(_forms(), key=lambda form: -len(_captures(form) & {GAMMA, BETA})))
-ANCHORS = frozenset({"Rsqrt", "Sqrt"})
+ANCHORS = frozenset({"Pow", "Rsqrt", "Sqrt"})
 _LONGEST = 5
 """Arithmetic ops between an anchor and the end of the longest form."""
 
@@ -85,28 +99,43 @@ def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
 
     Gamma and beta are vectors that the model holds, so a sum with the output of another layer is not beta.
     """
-    found = []
+    found = [_first(model, graph, anchor) for anchor in graph.nodes.values() if _is_anchor(graph, anchor)]
+    return tuple(f for f in found if f is not None)
+
+
+def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[str]:
+    """Roots of a variable that is not trained and a constant, which no form explains."""
+    explained = {match.match[VARIANCE].edges[0].node for match in found}
     for anchor in graph.nodes.values():
-        if anchor.op in ANCHORS:
-            fitting = _first(model, graph, anchor)
-            if fitting is not None:
-                found.append(fitting)
-    return tuple(found)
+        if _is_anchor(graph, anchor):
+            shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
+            held = {o for v in shifted.inputs for o in origins(model, graph.name, v)}
+            keys = [o.key for o in held if isinstance(o, VariableKey)]
+            if shifted.name not in explained and keys and not any(model.variables[k].trainable for k in keys):
+                yield anchor.name
+
+
+def _is_anchor(graph: Graph, node: Node) -> bool:
+    if node.op not in ANCHORS:
+        return False
+    shifted = graph.nodes[origin(graph, node.inputs[0]).node]
+    return shifted.op in ("Add", "AddV2") and any(scalar(graph, v) is not None for v in shifted.inputs)
 
 
 def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
-    shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
-    if shifted.op not in ("Add", "AddV2") or all(scalar(graph, v) is None for v in shifted.inputs):
-        return None
     below = _below(model, graph, anchor)
     for form in FORMS:
         for root in below:
             if graph.nodes[root].op in form.ops:
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
-                    if epsilon is not None and _parameters(model, graph, match):
+                    if epsilon is not None and _exponents(graph, match) and _parameters(model, graph, match):
                         return Found(root, match, epsilon)
     return None
+
+
+def _exponents(graph: Graph, match: Match) -> bool:
+    return all(scalar(graph, match[name].value) == wanted for name, wanted in EXPONENTS.items() if name in match)
 
 
 def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:

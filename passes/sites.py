@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from passes.decomposed import INPUT, Found, decomposed
+from passes.decomposed import INPUT, Found, decomposed, near_misses
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.updates import Update, assigned, consumers, update
 from rewriter import ops
@@ -94,11 +94,20 @@ class Site:
 
 def sites(model: Model) -> tuple[Site, ...]:
     """All sites, in the order of graphs and nodes."""
-    found = []
+    found: list[Site | None] = []
     for name, forms in model.analysis(_forms).items():
         taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
         found += [_site(model, model.graphs[name], form, taken) for form in forms]
+        matched = [form.found for form in forms if isinstance(form, _Decomposed)]
+        found += [_unknown(name, node) for node in near_misses(model, model.graphs[name], matched)]
     return tuple(site for site in found if site is not None)
+
+
+def _unknown(graph: str, node: str) -> Site:
+    """A site for what may be a batch norm, but is of no known form."""
+    reason = "it is the root of a variable and a constant, as in a batch norm, but of no form that is known"
+    nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
+    return Site(graph, node, "decomposed", "inference", 0.0, 1.0, None, nothing, {}, {}, {}, nothing, (), (), reason)
 
 
 def quantized(model: Model) -> frozenset[tuple[str, str]]:
@@ -158,14 +167,16 @@ class _Decomposed:
     training = False
 
     def __init__(self, model: Model, found: Found) -> None:
+        self.found = found
         self.node = found.root
         self.epsilon = float(np.float32(found.epsilon))
         self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
         self.updates: dict[str, Update] = {}
+        own = frozenset(edge for edges in self.inputs.values() for edge in edges)
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
                 if not _held(model, leaf):
-                    self.updates[role] = update(model, model.graphs[leaf.graph], leaf.value, leaf.calls)
+                    self.updates[role] = update(model, model.graphs[leaf.graph], leaf.value, leaf.calls, own)
 
 
 _Form = _Fused | _Decomposed
@@ -184,7 +195,8 @@ def _held(model: Model, leaf: Leaf) -> bool:
 def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Site | None:
     """The site of a fused node or a decomposed form; None where the form is no batch norm.
 
-    A layer or instance normalisation has the same form, but keeps no moving averages.
+    A layer or instance normalisation has the same form, but keeps no moving averages. Keras 2 writes it as a
+    fused node in training mode, with constants for gamma and beta.
     """
     chosen = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
     held = {role: [leaf for leaf in found if _held(model, leaf)] for role, found in chosen.items()}
@@ -198,6 +210,8 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
     values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
     both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averaged])
     found = frozenset(o[:4] for o in both)
+    if form.training and not any(isinstance(o, VariableKey) for origin in both for o in origin):
+        return None
     edges = {r: tuple(dict.fromkeys(_quantizable(model, graph, found, taken))) for r, found in used.items()}
     return Site(
         graph.name,

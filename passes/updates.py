@@ -5,8 +5,8 @@
   resources and on references, inside branches of If and behind Switch and Merge;
 - zero-debiased: a biased average is kept so, read again, and the moving average assigned from it.
 
-They have in common that a statistic passes through a few elementwise ops into an assignment. A statistic that
-normalises does not: a reduction, or what follows the batch norm, comes first.
+They have in common that a statistic passes through elementwise ops into an assignment, beside the batch norm that it
+normalises.
 """
 
 from __future__ import annotations
@@ -57,9 +57,14 @@ Calls = tuple[tuple[str, str], ...]
 """The calls, as (graph, node), that lead from the statistic's graph to where the walk is."""
 
 
-def update(model: Model, graph: Graph, statistic: Value, calls: Calls = ()) -> Update:
-    """What becomes of a statistic that a graph computes, when it is called so."""
-    walk = _Walk(model)
+def update(
+    model: Model, graph: Graph, statistic: Value, calls: Calls = (), normalising: frozenset[Edge] = frozenset()
+) -> Update:
+    """What becomes of a statistic that a graph computes, when it is called so.
+
+    The edges in `normalising` are those by which it enters the batch norm itself.
+    """
+    walk = _Walk(model, normalising)
     found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, calls)))
     edges = tuple(dict.fromkeys(r.entered for r in found))
     weights = [w for w in (_weight(model, e) for e in edges) if w is not None]
@@ -99,6 +104,7 @@ class _Walk:
     """Forward from a statistic to assignments."""
 
     model: Model
+    normalising: frozenset[Edge] = frozenset()
     proxies: dict[tuple[str, str], None] = field(default_factory=dict)
     seen: set[tuple[str, Value, Edge | None, Calls]] = field(default_factory=set)
 
@@ -108,6 +114,8 @@ class _Walk:
         self.seen.add((graph.name, value, entered, calls))
         for edge in self.model.analysis_of(graph, consumers).get(value, ()):
             user = graph.nodes.get(edge.node)
+            if edge in self.normalising:
+                continue
             if user is None:
                 yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
