@@ -40,15 +40,16 @@ _X, _MEAN, _GAMMA, _BETA = (any_value(name) for name in (INPUT, MEAN, GAMMA, BET
 _SHIFTED = _add(any_value(VARIANCE), any_value(EPSILON))
 _CENTRED = _sub(_X, _MEAN)
 
-HALF, MINUS_HALF = "half", "minus_half"
-EXPONENTS = {HALF: 0.5, MINUS_HALF: -0.5}
-"""Captured exponents, and what they have to be."""
+ONE, HALF, MINUS_HALF = "one", "half", "minus_half"
+NUMBERS = {ONE: 1.0, HALF: 0.5, MINUS_HALF: -0.5}
+"""Captured numbers, and what they have to be."""
 
 _SQRTS = (node("Sqrt", _SHIFTED), node("Pow", _SHIFTED, any_value(HALF)))
 _RSQRTS = (
     node("Rsqrt", _SHIFTED),
     node("Pow", _SHIFTED, any_value(MINUS_HALF)),
     *(node("Reciprocal|Inv", sqrt) for sqrt in _SQRTS),
+    *(_div(any_value(ONE), sqrt) for sqrt in _SQRTS),
 )
 
 
@@ -129,13 +130,13 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
             if graph.nodes[root].op in form.ops:
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
-                    if epsilon is not None and _exponents(graph, match) and _parameters(model, graph, match):
+                    if epsilon is not None and _numbers(graph, match) and _parameters(model, graph, match):
                         return Found(root, match, epsilon)
     return None
 
 
-def _exponents(graph: Graph, match: Match) -> bool:
-    return all(scalar(graph, match[name].value) == wanted for name, wanted in EXPONENTS.items() if name in match)
+def _numbers(graph: Graph, match: Match) -> bool:
+    return all(scalar(graph, match[name].value) == wanted for name, wanted in NUMBERS.items() if name in match)
 
 
 def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:

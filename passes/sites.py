@@ -12,7 +12,7 @@ import numpy as np
 
 from passes.decomposed import INPUT, Found, decomposed, near_misses
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from passes.updates import Update, assigned, consumers, update
+from passes.updates import Update, assigned, averaged, consumers, update
 from rewriter import ops
 from rewriter.choices import Leaf, leaves
 from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins, running
@@ -175,7 +175,7 @@ class _Decomposed:
         own = frozenset(edge for edges in self.inputs.values() for edge in edges)
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
-                if not _held(model, leaf):
+                if not _held(model, leaf) and not _from_average(model, leaf):
                     self.updates[role] = update(model, model.graphs[leaf.graph], leaf.value, leaf.calls, own)
 
 
@@ -200,15 +200,16 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
     """
     chosen = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
     held = {role: [leaf for leaf in found if _held(model, leaf)] for role, found in chosen.items()}
-    averaged = [u.targets[-1] if u.targets else None for u in _updates(form)]
-    if form.kind == "decomposed" and not _moving(model, held) and not any(averaged):
+    averages = [u.targets[-1] if u.targets else None for u in _updates(form)]
+    computed = [f for r in STATISTICS for f in chosen[r] if f not in held[r] and _from_average(model, f)]
+    if form.kind == "decomposed" and not (computed or _moving(model, held) or any(averages)):
         return None
     mode: Mode = "inference"
     if form.training or form.updates:
-        mode = "both" if held[MEAN] and not form.training else "training"
+        mode = "both" if (held[MEAN] or computed) and not form.training else "training"
     used = {r: chosen[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
     values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
-    both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averaged])
+    both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
     found = frozenset(o[:4] for o in both)
     if form.training and not any(isinstance(o, VariableKey) for origin in both for o in origin):
         return None
@@ -228,7 +229,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         frozenset(tuple(_keys(*o)) for o in both),
         tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
         tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),
-        _reason(model, graph, mode, found),
+        _reason(model, graph, mode, found) or _computed(computed),
     )
 
 
@@ -326,6 +327,14 @@ def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origi
             if not isinstance(origin, VariableKey):
                 return f"its {role.replace('_', ' ')} is {_described(origin)}"
     return ""
+
+
+def _from_average(model: Model, leaf: Leaf) -> bool:
+    return averaged(model, model.graphs[leaf.graph], leaf.value)
+
+
+def _computed(found: list[Leaf]) -> str:
+    return f"a moving statistic is computed by {found[0].value.node}, not a variable" if found else ""
 
 
 def _described(origin: Origin | None) -> str:

@@ -52,7 +52,15 @@ class MainGraphTraining:
         mode = self._mode(signature)
         running = self._running(signature, mode)
         own = [s for s in running if trains(s, mode)]
-        changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and averages(self.model, s)]
+        changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
+        if own and {key for s in own for key in s.variables} & {
+            key for s in running if not trains(s, mode) for key in s.variables
+        }:
+            yield Note(
+                "there is no signature 'train': what chooses between training and inference is not a boolean "
+                "placeholder whose value could be given"
+            )
+            return
         if own:
             changed = []
             yield Note(_described(mode))
@@ -63,6 +71,14 @@ class MainGraphTraining:
             )
             return
         yield from self._copy(signature, mode, changed, own)
+
+    def _trainable(self, site: Site) -> bool:
+        """Whether its averages can be updated; a reference cannot be read in every round of a loop."""
+        held = averages(self.model, site)
+        looped = site.node in self.model.analysis_of(self.graph, loop_frames)
+        return bool(held) and not (
+            looped and any(self.graph.nodes[a.holder.node].op in REFERENCES for a in held.values())
+        )
 
     def _signature(self) -> Signature | None:
         """The signature to train: the default one if it computes a batch norm, else the first that does."""
@@ -114,10 +130,14 @@ class MainGraphTraining:
         training = Training(self.model, MAIN, name, self.momentum)
         for site in changed:
             yield from training.edits(site)
-        updates: list[Expr] = [Use("", Value(name(run))) for run in runs]
+        updates: list[Expr] = []
+        for run in runs:
+            rounds = self._rounds(run, copied)
+            yield from (RunAfter(MAIN, name(n), (name(run),)) for n in rounds)
+            updates += [] if rounds else [Use("", Value(name(run)))]
         for holder, value in training.updates.items():
             update = self._assign(name, holder, value)
-            rounds = self._rounds(training.after[holder], copied)
+            rounds = self._rounds(training.after[holder].node, copied)
             # Nothing outside waits for what runs in a loop, but every next round does.
             yield from (RunAfter(MAIN, name(n), (update,), f"{prefix}/{holder.node}") for n in rounds)
             updates += [] if rounds else [update]
@@ -131,13 +151,13 @@ class MainGraphTraining:
         if changed:
             yield from notes(self.model, changed, changed, self.momentum)
 
-    def _rounds(self, site: Site, copied: _Copied) -> list[str]:
-        """The ends of the rounds of the loop that a site lies in."""
-        frame_of = self.model.analysis_of(self.graph, loop_frames)
-        if site.node not in frame_of:
+    def _rounds(self, inside: str, copied: _Copied) -> list[str]:
+        """The ends of the rounds of the loop that a node lies in."""
+        frame_of = copied.frame_of
+        if inside not in frame_of:
             return []
-        ends = [n for n in copied.names if self.graph.nodes[n].op == "NextIteration"]
-        return [n for n in ends if frame_of[n] == frame_of[site.node]]
+        ends = [n for n in copied.needed if self.graph.nodes[n].op == "NextIteration"]
+        return [n for n in ends if frame_of[n] == frame_of[inside]]
 
     def _assign(self, name: Callable[[str], str], holder: Value, value: Expr) -> Expr:
         held = Value(name(holder.node), holder.port)

@@ -18,12 +18,12 @@ from typing import NamedTuple
 import numpy as np
 
 from rewriter import ops
-from rewriter.dataflow import call_graph
+from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
 
 ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
-READS = frozenset({"Const", "Identity", "ReadVariableOp"})
+READS = frozenset({"Identity", "ReadVariableOp"})
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,22 @@ def update(
     )
 
 
+def averaged(model: Model, graph: Graph, value: Value) -> bool:
+    """Whether a value is computed from a moving average by arithmetic alone."""
+    waiting, seen = [value], set[Value]()
+    while waiting:
+        found = origin(graph, waiting.pop())
+        if found in seen:
+            continue
+        seen.add(found)
+        node = graph.nodes[found.node]
+        if node.op in ARITHMETIC or node.op in ("Maximum", "Minimum"):
+            waiting += node.inputs
+        elif any(isinstance(o, VariableKey) for o in origins(model, graph.name, found)):
+            return True
+    return False
+
+
 def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
     """Whether the value used at an edge enters an average there."""
     user = graph.nodes[edge.node]
@@ -119,6 +135,8 @@ class _Walk:
             if user is None:
                 yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
+                if self._trained(graph, user.inputs[0]):
+                    continue  # an optimizer written in single ops
                 run = calls[0] if calls else (graph.name, user.name)
                 yield _Reached(entered or edge, run, (graph.name, user.inputs[0]))
                 yield from self._read_again(graph, user, entered or edge, calls)
@@ -133,6 +151,11 @@ class _Walk:
                     yield from self.from_value(graph, Value(user.name, port), entered, calls)
             else:
                 yield from self._into(graph, user, edge.position, entered, calls)
+
+    def _trained(self, graph: Graph, holder: Value) -> bool:
+        """Whether a trainable variable is assigned."""
+        found = origins(self.model, graph.name, holder)
+        return any(isinstance(o, VariableKey) and self.model.variables[o.key].trainable for o in found)
 
     @staticmethod
     def _passes(node: Node, position: int) -> bool:
@@ -158,9 +181,10 @@ class _Walk:
 
     def _read_again(self, graph: Graph, assign: Node, entered: Edge, calls: Calls) -> Iterator[_Reached]:
         """Further assignments from what the variable holds after this one."""
+        holder = origin(graph, assign.inputs[0])
         yield from self.from_value(graph, Value(assign.name), entered, calls)
         for node in self.model.analysis_of(graph, _followers).get(assign.name, ()):
-            if node.op in READS and node.inputs:
+            if node.op in READS and origin(graph, node.inputs[0]) == holder:
                 yield from self.from_value(graph, Value(node.name), entered, calls)
 
 

@@ -191,7 +191,7 @@ class Draft:
             return passed[value.node] if value.node in passed else Value(names[value.node], value.port)
 
         for name, new in names.items():
-            inner = callee.nodes[name]
+            inner = callee.nodes[name].with_attrs(_class=None)  # it names nodes of the function
             after = (*node.after, *(names[a] for a in inner.after if a in names))
             self.nodes[new] = replace(inner, name=new, inputs=tuple(moved(v) for v in inner.inputs), after=after)
         effects = tuple(names[e.node] for e in callee.effects if e.node in names)

@@ -36,6 +36,10 @@ class Assumption:
         if node.op == "LogicalNot":
             inner = self.known(node.inputs[0])
             return None if inner is None else not inner
+        if node.op in ("LogicalAnd", "LogicalOr"):
+            deciding = node.op == "LogicalOr"
+            inputs = [self.known(v) for v in node.inputs]
+            return deciding if deciding in inputs else None if None in inputs else not deciding
         passed = ops.forwarded(node, value.port)
         return None if passed is None else self.known(passed)
 
