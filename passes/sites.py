@@ -16,7 +16,7 @@ from passes.updates import Update, assigned, averaged, consumers, update
 from rewriter import ops
 from rewriter.choices import Leaf, leaves
 from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins, running
-from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
 STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
@@ -284,14 +284,37 @@ def _quantizable(model: Model, graph: Graph, found: Iterable[Leaf], taken: froze
 def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -> Iterator[Edge]:
     """The uses of the same value in the gradients that a graph holds.
 
-    A gradient follows the output of a batch norm. So does what updates the next one's moving averages, but
-    that leads to an assignment.
+    A gradient of a batch norm follows its output. It is a fused kernel's, or a product that nothing which the
+    graph returns needs. What updates a variable follows the output too, but leads to an assignment.
     """
     value = graph.nodes[edge.node].inputs[edge.position]
     others = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in taken]
-    if others:
-        after = model.analysis(_after_batch_norms)(graph.name)
-        yield from (e for e in others if e.node in after and not assigned(model, graph, e))
+    for other in others:
+        op = graph.nodes[other.node].op
+        if (op == "Mul" or op.startswith("FusedBatchNormGrad")) and not assigned(model, graph, other):
+            after, returned = model.analysis(_after_batch_norms)(graph.name), model.analysis(_returned)(graph.name)
+            if other.node in after and (op != "Mul" or other.node not in returned):
+                yield other
+
+
+def _returned(model: Model) -> Callable[[str], frozenset[str]]:
+    """Graph -> the nodes that its results, or the main graph's signatures, need."""
+
+    @cache
+    def needed(name: str) -> frozenset[str]:
+        graph = model.graphs[name]
+        waiting = [r.value.node for r in graph.results]
+        if name == MAIN:
+            waiting = [v.node for s in model.signatures.values() for v in s.fetches]
+        found: set[str] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += [*(v.node for v in graph.nodes[node].inputs), *graph.nodes[node].after]
+        return frozenset(found)
+
+    return needed
 
 
 def _after_batch_norms(model: Model) -> Callable[[str], frozenset[str]]:

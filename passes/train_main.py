@@ -112,9 +112,11 @@ class MainGraphTraining:
     def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
         runs = tuple(dict.fromkeys(r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)))
         needed = mode.needed([*(v.node for v in signature.fetches), *runs])
-        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
         frame_of = self.model.analysis_of(self.graph, loop_frames)
-        copied = _Copied(self.graph, mode, needed, [s.node for s in changed] + [e.node for e in edges], frame_of)
+        looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
+        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
+        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped]
+        copied = _Copied(self.graph, mode, needed, differing, frame_of)
         prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
         yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
 

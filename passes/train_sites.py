@@ -15,12 +15,12 @@ from passes.sites import STATISTICS, Site
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
-from rewriter.expr import Expr, Use, array, constant, op, ordered, stop_gradient
+from rewriter.expr import Apply, Expr, Use, array, constant, op, ordered, stop_gradient
 from rewriter.frames import Frame, frames
 from rewriter.ir import Edge, Graph, Model, Value
-from rewriter.pattern import origin
 
 DEFAULT_MOMENTUM = 0.99
+CONCAT = {"N": ops.attr(2), "T": ops.dtype_attr("int32"), "Tidx": ops.dtype_attr("int32")}
 
 
 def loop_frames(_: Model, graph: Graph) -> Mapping[str, Frame]:
@@ -134,22 +134,42 @@ class Training:
         dtype = ops.output_dtype(self.model, graph, graph.nodes[held.node].inputs[held.position])
         if x.dtype != dtype:
             x = op("Cast", x, DstT=ops.Dtype(dtype))
-        axes = self._axes(graph, site, x)
+        shaped = self._shaped(graph, site, held)
+        axes = self._axes(site, held, shaped, x)
         mean = op("Mean", x, axes, keep_dims=True)
         variance = op("Mean", op("SquaredDifference", x, stop_gradient(mean)), axes, keep_dims=True)
-        vector = array(np.array([-1], dtype=np.int32))
-        return {MEAN: op("Reshape", mean, vector), VARIANCE: op("Reshape", variance, vector)}
+        own = op("Shape", Use(dtype, self._value(self._used(graph, held))))
+        return {MEAN: op("Reshape", mean, own), VARIANCE: op("Reshape", variance, own)}
 
-    def _axes(self, graph: Graph, site: Site, x: Expr) -> Expr:
-        """The axes to reduce: the shape that the mean is given says where the channels are, else they are last."""
+    def _axes(self, site: Site, held: Edge, shaped: Expr, x: Expr) -> Expr:
+        """The axes to reduce: all that the mean is broadcast over, where it has the shape in which x meets it."""
+        keys = {key[2] for key in site.variables}
+        vectors = all(k is not None and len(self.model.variables[k].shape or ()) == 1 for k in keys)
+        if vectors and held == site.inputs[MEAN][0]:
+            return op("Range", constant(0, "int32"), op("Rank", x) - 1, constant(1, "int32"))
+        missing = op("Reshape", op("Rank", x) - op("Rank", shaped), array(np.array([1], dtype=np.int32)))
+        ones = op("Fill", missing, constant(1, "int32"))
+        sizes = Apply("int32", "ConcatV2", (ones, op("Shape", shaped), constant(0, "int32")), CONCAT)
+        broadcast = op("Where", op("Equal", sizes, constant(1, "int32")))
+        return op("Cast", op("Reshape", broadcast, array(np.array([-1], dtype=np.int32))), DstT=ops.Dtype("int32"))
+
+    @staticmethod
+    def _used(graph: Graph, edge: Edge) -> Value:
+        return graph.nodes[edge.node].inputs[edge.position]
+
+    def _shaped(self, graph: Graph, site: Site, held: Edge) -> Expr:
+        """The moving mean as x meets it, made again from its own value: the graph's is rewired to the batch's."""
+        way = []
         edge = site.inputs[MEAN][0]
-        node = graph.nodes[graph.nodes[edge.node].inputs[edge.position].node]
-        while node.op in ops.FORWARDS and node.op != "ReadVariableOp":
-            node = graph.nodes[node.inputs[0].node]
-        if node.op == "Reshape":
-            shape = ops.constant_of(graph, origin(graph, node.inputs[1]))
-            if shape is not None:
-                channel = int(np.argmax(shape != 1))
-                return array(np.array([i for i in range(shape.size) if i != channel], dtype=np.int32))
-        last = op("Rank", x) - 1
-        return op("Range", constant(0, "int32"), last, constant(1, "int32"))
+        while edge != held:
+            node = graph.nodes[self._used(graph, edge).node]
+            edge = Edge(graph.name, node.name, 0)
+            way.append(node)
+        start = self._used(graph, held)
+        value: Expr = Use(ops.output_dtype(self.model, graph, start), self._value(start))
+        for node in reversed(way):
+            if node.op in ops.VIEWS:
+                rest = tuple(Use(ops.output_dtype(self.model, graph, v), self._value(v)) for v in node.inputs[1:])
+                attrs = {k: v for k, v in node.attrs.items() if not k.startswith("_")}
+                value = Apply(value.dtype, node.op, (value, *rest), attrs)
+        return value

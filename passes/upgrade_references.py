@@ -9,7 +9,7 @@ from typing import Any
 from passes.updates import consumers
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
-from rewriter.edit import Edit, Note, Replace, Rewire, RunAfter
+from rewriter.edit import Edit, Note, Refetch, Replace, Rewire, RunAfter
 from rewriter.expr import Apply, Use, op, ordered
 from rewriter.ir import MAIN, Attrs, Edge, Graph, Model, Node, Value
 
@@ -39,12 +39,21 @@ class UpgradeReferences:
     ``tf.saved_model.load`` neither lists reference variables nor gives them gradients. Every op that reads or
     changes one is replaced by its twin for resources, in place and under its name; where a value is used that
     an assignment gives, the variable is read after the assignment.
+
+    Attributes:
+        keep: leave them as they are, and say what that means.
     """
+
+    keep: bool = False
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Nothing where there is no reference variable."""
         main = model.graphs[MAIN]
         variables = [n for n in main.nodes.values() if n.op in REFERENCES]
+        if self.keep:
+            if variables:
+                yield Note(f"{len(variables)} reference variables are kept: the result trains in V1 sessions only")
+            return
         work = _Work(model, main)
         for node in variables:
             yield Replace(MAIN, node.name, "VarHandleOp", (), _handle_attrs(node))
@@ -76,6 +85,7 @@ class _Work:
 
     def uses(self, reference: Value, handle: Value) -> Iterator[Edit]:
         """Edits for what uses a reference that is `handle` now."""
+        yield from self._fetches(reference, self._read(handle, reference))
         for edge in self.model.analysis_of(self.graph, consumers).get(reference, ()):
             user = self.graph.nodes[edge.node]
             if user.op in FORWARDS and not (user.op == "RefSwitch" and edge.position):
@@ -84,7 +94,7 @@ class _Work:
                     yield from self.uses(Value(user.name, port), Value(user.name, port))
             elif self._takes_reference(user, edge.position):
                 yield from self._replace(user, self._twin(user.op), {})
-                if user.op not in ("Identity", "IsVariableInitialized"):
+                if ops.op_def(self.model, user.op).output_arg[0].is_ref:
                     yield from self._after(user, handle)
             else:
                 yield Rewire(edge, self._read(handle, reference), f"{handle.node}/value")
@@ -116,6 +126,8 @@ class _Work:
 
     def _after(self, assign: Node, handle: Value) -> Iterator[Edit]:
         """What used the reference that an assignment gives reads the variable after it."""
+        given = Value(assign.name)
+        yield from self._fetches(given, ordered(self._read(handle, given), [Use("", given)]))
         for edge in self.model.analysis_of(self.graph, consumers).get(Value(assign.name), ()):
             user = self.graph.nodes[edge.node]
             if user.op in FORWARDS or (user.op != "Identity" and self._takes_reference(user, edge.position)):
@@ -124,6 +136,13 @@ class _Work:
             else:
                 value = self._read(handle, Value(assign.name))
                 yield Rewire(edge, ordered(value, [Use("", Value(assign.name))]), f"{assign.name}/value")
+
+    def _fetches(self, reference: Value, value: Apply) -> Iterator[Edit]:
+        """Outputs of signatures that are references."""
+        for signature in self.model.signatures.values():
+            for position, fetched in enumerate(signature.fetches):
+                if fetched == reference:
+                    yield Refetch(signature.name, position, value, f"{reference.node}/value")
 
     def _again(self, user: Node, edge: Edge, handle: Value) -> Iterator[Edit]:
         yield from self._replace(user, FORWARDS.get(user.op) or self._twin(user.op), {})

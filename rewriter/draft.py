@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Attrs, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
-from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, shape_attr, shapes_attr
+from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, registered, shape_attr, shapes_attr
+
+HANDLES = ("VarHandleOp", "ReadVariableOp")
+"""Stateful ops that change nothing."""
 
 Need = Handle | PerCall
 """What a function may need from its callers."""
@@ -22,6 +25,7 @@ class Draft:
         entry: whether calls enter the model here, so that per-call values are computed here.
         bound: the variables that the function captures already, and the arguments that carry them.
         needs: what the function takes from its callers, and the argument that carries it.
+        inlined: what stands for the outputs of calls that were inlined.
     """
 
     def __init__(self, graph: Graph, entry: bool, bound: Mapping[Variable, str] | None = None) -> None:
@@ -37,6 +41,7 @@ class Draft:
         self._minted: dict[str, int] = {}
         self._frames = dict(frames(graph))
         self._entered: dict[tuple[Value, Frame], Value] = {}
+        self.inlined: dict[Value, Value] = {}
         self._last: list[str] = []
 
     def mint(self, hint: str) -> str:
@@ -194,7 +199,7 @@ class Draft:
             inner = callee.nodes[name].with_attrs(_class=None)  # it names nodes of the function
             after = (*node.after, *(names[a] for a in inner.after if a in names))
             self.nodes[new] = replace(inner, name=new, inputs=tuple(moved(v) for v in inner.inputs), after=after)
-        effects = tuple(names[e.node] for e in callee.effects if e.node in names)
+        effects = tuple(dict.fromkeys(names[n] for n in self._running(callee) if n in names)) or node.after
         results = {Value(call, port): moved(r.value) for port, r in enumerate(callee.results)}
         for user in list(self.nodes.values()):
             inputs = tuple(results.get(v, v) for v in user.inputs)
@@ -202,6 +207,17 @@ class Draft:
             if inputs != user.inputs or after != user.after:
                 self.nodes[user.name] = replace(user, inputs=inputs, after=after)
         self.results = [r._replace(value=results.get(r.value, r.value)) for r in self.results]
+        self.inlined.update(results)
+
+    @staticmethod
+    def _running(callee: Graph) -> Iterator[str]:
+        """What has run when a call has: effects, results, and every op that has an effect."""
+        yield from (e.node for e in callee.effects)
+        yield from (r.value.node for r in callee.results)
+        for node in callee.nodes.values():
+            definition = registered(node.op)
+            if definition is not None and definition.is_stateful and node.op not in HANDLES:
+                yield node.name
 
     def set_attr(self, node: str, name: str, value: Any) -> None:
         """Set or, with None, remove an attribute of a node."""

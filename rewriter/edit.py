@@ -138,6 +138,16 @@ class Expose:
 
 
 @dataclass(frozen=True)
+class Refetch:
+    """Let an output of a signature that the main graph computes be another value."""
+
+    signature: str
+    position: int
+    value: Expr
+    scope: str
+
+
+@dataclass(frozen=True)
 class MainSignature:
     """A signature with the inputs and output names of the signature `like`, computed in the main graph."""
 
@@ -183,6 +193,7 @@ Edit = (
     | AddVariable
     | Expose
     | AddSignature
+    | Refetch
     | Skip
     | Note
 )
@@ -207,6 +218,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     model = _expose(model, batch)
     drafts = _Drafts(model)
     signed = dict(model.main_signatures)
+    fetched: dict[tuple[str, int], Value] = {}
     for edit in batch:
         match edit:
             case Rewire(edge, value, scope):
@@ -225,10 +237,22 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
                 drafts[graph].set_attr(node, name, proto)
             case AddSignature(name, MainSignature() as value):
                 signed[name] = _sign(model, drafts[MAIN], name, value)
+            case Refetch(name, position, value, scope):
+                fetched[name, position] = drafts[MAIN].place(value, scope)
             case _:
                 pass
     make_stateful(model, drafts)
-    return replace(lift(model, drafts), main_signatures=signed)
+    inlined = drafts[MAIN].inlined if MAIN in drafts else {}
+    old = {n: _refetched(s, fetched, inlined) for n, s in model.signatures.items()}
+    new = {n: _refetched(s, {}, inlined) for n, s in signed.items()}
+    return replace(lift(model, drafts), signatures=old, main_signatures=new)
+
+
+def _refetched(
+    signature: Signature, fetched: Mapping[tuple[str, int], Value], inlined: Mapping[Value, Value]
+) -> Signature:
+    values = [fetched.get((signature.name, i), v) for i, v in enumerate(signature.fetches)]
+    return replace(signature, fetches=tuple(inlined.get(v, v) for v in values))
 
 
 def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:

@@ -27,9 +27,15 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
+from tensorflow.python.checkpoint.graph_view import ObjectGraphView
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 import bnqat
+from passes.batch_norm import batch_norms
+from passes.derive_training import TRAIN
+from passes.roles import ROLES
+from rewriter.dataflow import call_graph
+from rewriter.savedmodel.read import load
 
 SIZES = (2, 4, 32, 224, 15600)
 """What is tried for an unknown size other than the batch's, until the model runs: the last suits audio."""
@@ -123,7 +129,10 @@ def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
 
 
 def _serves_the_same(source: Path, target: Path, optimize: bool) -> str:
-    before = dict(_v1_outputs(source, optimize))
+    try:
+        before = dict(_v1_outputs(source, optimize))
+    except tf.errors.OpError:
+        return NOT_APPLICABLE  # the source does not run on random inputs, serialised examples for one
     after = dict(_v1_outputs(target, optimize))
     for name, outputs in before.items():
         for key, value in outputs.items():
@@ -171,9 +180,7 @@ def _train(source: Path, target: Path, row: Row) -> None:
     for v in variables:
         if v.name.startswith("quantization/start_step"):
             v.assign(0)
-    layers = [bn.variables for bn in bnqat.inspect(target).batch_norms]
-    parameters = _named(variables, [b[r] for b in layers for r in ("gamma", "beta") if r in b])
-    statistics = _named(variables, [b[r] for b in layers for r in ("moving_mean", "moving_variance") if r in b])
+    parameters, statistics = _layers(target, loaded)
     before = [v.numpy() for v in statistics]
 
     def run(fed: dict[str, np.ndarray]) -> Any:
@@ -185,6 +192,10 @@ def _train(source: Path, target: Path, row: Row) -> None:
         return None if loss is None else tape.gradient(loss, parameters)
 
     row.trains = _guarded(partial(_ran, run, specs))
+    if row.trains != YES and row.same == NOT_APPLICABLE:
+        row.trains = NOT_APPLICABLE
+        row.notes.append("neither the source nor the result runs on random inputs")
+        return
     still = [v.name for v, b in zip(statistics, before, strict=True) if np.array_equal(v.numpy(), b)]
     row.moves = f"{NO}: {len(still)} of {len(statistics)} do not change, {still[0]} for one" if still else YES
     row.moves = row.moves if statistics else NOT_APPLICABLE
@@ -256,9 +267,26 @@ def _training(loaded: Any) -> tuple[Any, Mapping[str, Any], list[Any]]:
     return signed, signed.structured_input_signature[1], list(loaded.variables)
 
 
-def _named(variables: list[Any], names: list[str]) -> list[Any]:
-    wanted = {f"{n}:0" for n in names}
-    return [v for v in variables if v.name in wanted]
+def _layers(target: Path, loaded: Any) -> tuple[list[Any], list[Any]]:
+    """Gammas and betas, and moving statistics, of the batch norms that the result trains."""
+    read = load(target)
+    trained = read.analysis(call_graph).reached(TRAIN) if TRAIN in read.graphs else set(read.graphs)
+    named = {v.name.partition(":")[0]: v for v in getattr(loaded, "variables", ())}
+    found: dict[str, list[Any]] = {role: [] for role in ROLES}
+    for bn in read.analysis(batch_norms):
+        if any(s.training and s.graph in trained for s in bn.sites):
+            for role, key in bn.variables.items():
+                found[role].append(_held(loaded, key) if read.object_based else named[read.variables[key].node])
+    parameters, statistics = found["gamma"] + found["beta"], found["moving_mean"] + found["moving_variance"]
+    return list({id(v): v for v in parameters}.values()), list({id(v): v for v in statistics}.values())
+
+
+def _held(root: Any, key: str) -> Any:
+    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique."""
+    found = root
+    for part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
+        found = ObjectGraphView(root).children(found)[part.replace(".S", "/").replace("..", ".")]
+    return found
 
 
 def models(folder: Path) -> list[Path]:
@@ -276,6 +304,8 @@ def show(rows: list[Row]) -> None:
         table.add_row(row.model, str(row.found), str(row.rewritten), *(c.partition(":")[0] for c in columns))
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     for row in rows:
+        for note in row.notes:
+            print(f"{row.model}: note: {note}")
         if row.declined:
             print(f"{row.model}: declined: {row.declined}")
         for reason, count in row.skipped.items():

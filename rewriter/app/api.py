@@ -99,7 +99,7 @@ def rewrite(
     momentum: float | None = None,
     quantize_average: Literal["statistic", "none"] = "statistic",
     unfreeze_constants: bool = False,
-    keep_references: bool = False,
+    keep_ref: bool = False,
     tags: Collection[str] | None = None,
     passes: Sequence[Pass | str] | None = None,
     overwrite: bool = False,
@@ -116,7 +116,7 @@ def rewrite(
         momentum: of derived training, where the source does not say it.
         quantize_average: whether a batch's statistics are quantised before they enter the moving averages.
         unfreeze_constants: make batch norms' parameters that are constants variables again.
-        keep_references: leave TensorFlow 1's reference variables as they are; then the result can be trained
+        keep_ref: leave TensorFlow 1's reference variables as they are; then the result can be trained
             in V1 sessions only.
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
@@ -133,14 +133,14 @@ def rewrite(
     """
     widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(ROLES, operator.index(bits))
     known: dict[str, Pass] = {
-        "upgrade-references": UpgradeReferences(),
+        "upgrade-references": UpgradeReferences(keep=keep_ref),
         "unfreeze-constants": UnfreezeConstants(),
         "derive-training": DeriveTraining(momentum),
         "inline-branches": InlineBranches(),
         "cut-gradients": CutGradients(),
         "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
     }
-    left = {"upgrade-references": keep_references, "unfreeze-constants": not unfreeze_constants}
+    left = {"unfreeze-constants": not unfreeze_constants}
     default = [name for name in known if not left.get(name)]
     chosen = [_named(p, known) if isinstance(p, str) else p for p in (default if passes is None else passes)]
     target = Path(target)
@@ -150,9 +150,10 @@ def rewrite(
     before = load(source, tags)
     check(before)
     after, steps = Pipeline(chosen, observers).run(before)
-    if after.graphs == before.graphs:
-        raise NothingToRewriteError(_why_nothing(source, before, steps))
     report = _report(before, after, steps)
+    quantizing = any(isinstance(each, QuantizeBatchNorm) for each in chosen)
+    if after.graphs == before.graphs or (quantizing and not report.sites_rewritten):
+        raise NothingToRewriteError(_why_nothing(source, before, steps))
     if dry_run:
         return report
 

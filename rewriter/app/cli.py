@@ -109,7 +109,6 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
 )
 @click.option(
     "--keep-ref",
-    "keep_references",
     is_flag=True,
     help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
 )

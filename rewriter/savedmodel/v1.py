@@ -117,9 +117,10 @@ def _value(text: str) -> Value:
 
 
 def write_signature(meta: Any, signature: Signature) -> None:
-    """A SignatureDef like the one whose inputs it has, with outputs of its own."""
+    """A SignatureDef, a new one like the one whose inputs it has, with the tensors that are its outputs."""
     proto = meta.signature_def[signature.name]
-    proto.CopyFrom(meta.signature_def[signature.like])
+    if signature.like:
+        proto.CopyFrom(meta.signature_def[signature.like])
     names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
     for key, info in proto.outputs.items():
         if info.WhichOneof("encoding") == "coo_sparse":

@@ -110,7 +110,7 @@ def _lower(model: Model) -> tuple[Any, Any, list[str]]:
     meta = proto.meta_graphs[source.index]
     if not model.object_based:
         _write_graphs(v1.extend(model, meta, _added(model)), meta)
-        for signature in model.main_signatures.values():
+        for signature in (*model.signatures.values(), *model.main_signatures.values()):
             v1.write_signature(meta, signature)
         return proto, None, []
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
