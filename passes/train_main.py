@@ -53,12 +53,10 @@ class MainGraphTraining:
         running = self._running(signature, mode)
         own = [s for s in running if trains(s, mode)]
         changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
-        if own and {key for s in own for key in s.variables} & {
-            key for s in running if not trains(s, mode) for key in s.variables
-        }:
+        if self._undecided(running, mode):
             yield Note(
-                "there is no signature 'train': what chooses between training and inference is not a boolean "
-                "placeholder whose value could be given"
+                "there is no signature 'train': what chooses between training and inference is not a single boolean "
+                "placeholder"
             )
             return
         if own:
@@ -71,6 +69,13 @@ class MainGraphTraining:
             )
             return
         yield from self._copy(signature, mode, changed, own)
+
+    @staticmethod
+    def _undecided(running: list[Site], mode: Assumption) -> bool:
+        """Whether some batch norm may train or not, as far as the assumption says."""
+        training = {key for s in running if trains(s, mode) for key in s.variables}
+        others = [s for s in running if not trains(s, mode)]
+        return any(s.mode == "both" or training & s.variables for s in others)
 
     def _trainable(self, site: Site) -> bool:
         """Whether its averages can be updated; a reference cannot be read in every round of a loop."""

@@ -122,12 +122,25 @@ class Assumption:
         found: set[str] = set()
         for name in nodes:
             node = self.graph.nodes[name]
-            taken = list(ops.callees(self.model, node))
-            if node.op in BRANCHES and self.known(node.inputs[0]) is not None:
-                taken = [taken[0 if self.known(node.inputs[0]) else 1]]
-            for function in taken:
+            for function in self._taken(node):
                 found |= calls.reached(function)
         return frozenset(found)
+
+    def _taken(self, node: Node) -> tuple[str, ...]:
+        """The functions that a node calls, as far as its predicate is known."""
+        called = ops.callees(self.model, node)
+        predicate = self.known(node.inputs[0]) if node.op in BRANCHES else None
+        return called if predicate is None else (called[0 if predicate else 1],)
+
+    def _passed(self, node: Node) -> tuple[Value, ...]:
+        """What a node needs; of a branch that is known, only what that branch uses."""
+        taken = self._taken(node)
+        if node.op not in BRANCHES or len(taken) > 1:
+            return node.inputs
+        branch = self.model.graphs[taken[0]]
+        used = {value.node for value, _ in branch.edges()}
+        passed = zip(branch.arguments, node.inputs[1:], strict=True)
+        return (node.inputs[0], *(value for argument, value in passed if argument in used))
 
     def needed(self, roots: Iterable[str]) -> dict[str, None]:
         """The nodes that these need, themselves among them."""
@@ -140,7 +153,7 @@ class Assumption:
             found[name] = None
             node = self.graph.nodes[name]
             chosen = self.chosen(node)
-            inputs = node.inputs if chosen is None else (chosen,)
+            inputs = self._passed(node) if chosen is None else (chosen,)
             waiting += [v.node for v in inputs if v not in self.dead]
             waiting += [n for n in node.after if self.runs(n)]
         return found

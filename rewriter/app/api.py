@@ -186,7 +186,9 @@ def _why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
         return f"the passes changed nothing in {source}"
     reasons = sorted({s.reason for s in skipped})
     more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
-    return f"none of the {len(found)} batch-norm sites of {source} can be rewritten: {reasons[0]}{more}"
+    sites_of = "the batch-norm site" if len(found) == 1 else f"none of the {len(found)} batch-norm sites"
+    cannot = "cannot" if len(found) == 1 else "can"
+    return f"{sites_of} of {source} {cannot} be rewritten: {reasons[0]}{more}"
 
 
 def _report(before: Model, after: Model, steps: list[Step]) -> RewriteReport:

@@ -6,60 +6,122 @@ is held in the collections ``while_context`` and ``cond_context``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from tensorflow.core.protobuf import control_flow_pb2
 
-from rewriter.frames import ENTERS, frames
+from rewriter.frames import ENTERS
 from rewriter.ir import Graph, Node
 
 KINDS = {"while_context": control_flow_pb2.WhileContextDef, "cond_context": control_flow_pb2.CondContextDef}
 
 
 def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
-    """Add contexts for the copies `prefix`/name of nodes: of every loop or branch that was copied."""
+    """Add contexts for the copies `prefix`/name of nodes: of every loop or branch that was copied.
+
+    One that lies in a branch which the copy does not choose any longer stands on its own there.
+    """
 
     def moved(text: str) -> str:
         name, colon, port = text.partition(":")
         return f"{prefix}/{name}{colon}{port}" if name in nodes else text
 
-    for collection, kind in KINDS.items():
-        if collection in meta.collection_def:
+    waiting = [(c, context) for c in KINDS for context in _contexts(meta, c)]
+    while waiting:
+        collection, context = waiting.pop(0)
+        if context.pivot_name.partition(":")[0] not in nodes:
+            continue
+        if collection == "while_context" or _switched(context, nodes):
+            _rename(context, prefix, moved)
             values = meta.collection_def[collection].bytes_list.value
-            found = [kind.FromString(data) for data in values]
-            whole = [context for context in found if context.pivot_name.partition(":")[0] in nodes]
-            for context in whole:
-                if collection == "while_context" or _switched(context, nodes):
-                    _rename(context, prefix, moved)
-                    values.append(context.SerializeToString(deterministic=True))
+            values.append(context.SerializeToString(deterministic=True))
+        else:
+            waiting += [_nested(inner) for inner in context.nested_contexts]
+
+
+def _contexts(meta: Any, collection: str) -> list[Any]:
+    if collection not in meta.collection_def:
+        return []
+    return [KINDS[collection].FromString(data) for data in meta.collection_def[collection].bytes_list.value]
+
+
+def _nested(inner: Any) -> tuple[str, Any]:
+    return ("while_context", inner.while_ctxt) if inner.HasField("while_ctxt") else ("cond_context", inner.cond_ctxt)
 
 
 def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
-    """Let loops' contexts know the nodes that were added to them; `outputs` counts those of a node."""
-    collection = meta.collection_def.get("while_context")
-    if collection is None:
+    """Let contexts know the nodes that were added to their loops and branches; `outputs` counts those of a node.
+
+    A new node belongs where the innermost of its inputs does; an Enter belongs to the loop that it enters.
+    """
+    found = {collection: _contexts(meta, collection) for collection in KINDS}
+    held: dict[str, tuple[int, Any]] = {}
+    loops: dict[str, tuple[int, Any]] = {}
+    for collection, contexts in found.items():
+        for context in contexts:
+            _index(collection, context, 1, held, loops)
+    if not held:
         return
-    inside: dict[str, list[Node]] = {}
-    for name, frame in frames(graph).items():
-        inside.setdefault(frame[-1], []).append(graph.nodes[name])
-    values = collection.bytes_list.value
-    for index, data in enumerate(list(values)):
-        context = control_flow_pb2.WhileContextDef.FromString(data)
-        held = context.values_def
-        known = {text.partition(":")[0] for text in held.values} - set(_outer(held))
-        for node in sorted(inside.get(context.context_name, ()), key=lambda n: n.name):
-            if node.name not in known:
-                held.values.extend(f"{node.name}:{port}" for port in range(outputs(node)))
-                if node.op in ENTERS:
-                    outer = f"{node.inputs[0].node}:{node.inputs[0].port}"
-                    held.values.append(outer)
-                    held.external_values[outer] = f"{node.name}:0"
-        values[index] = context.SerializeToString(deterministic=True)
+    for node in _in_order(graph, held):
+        place = loops.get(node.attrs["frame_name"].s.decode()) if node.op in ENTERS else _innermost(node, held)
+        if place is not None:
+            _add(place[1], node, outputs(node))
+            held[node.name] = place
+    for collection, contexts in found.items():
+        if contexts:
+            values = meta.collection_def[collection].bytes_list.value
+            values[:] = [context.SerializeToString(deterministic=True) for context in contexts]
 
 
-def _outer(held: Any) -> list[str]:
-    return [text.partition(":")[0] for text in held.external_values]
+def _index(
+    collection: str, context: Any, depth: int, held: dict[str, tuple[int, Any]], loops: dict[str, tuple[int, Any]]
+) -> None:
+    """Where each node of a context, or of one nested in it, belongs: the depth and the context."""
+    outer = {text.partition(":")[0] for text in context.values_def.external_values}
+    outer |= {text.partition(":")[0] for text in getattr(context, "loop_exit_names", ())}
+    for text in context.values_def.values:
+        name = text.partition(":")[0]
+        if name not in outer and held.get(name, (0,))[0] < depth:
+            held[name] = (depth, context)
+    if collection == "while_context":
+        loops[context.context_name] = (depth, context)
+    for inner in context.nested_contexts:
+        kind, nested = _nested(inner)
+        _index(kind, nested, depth + 1, held, loops)
+
+
+def _in_order(graph: Graph, held: Mapping[str, Any]) -> list[Node]:
+    """The nodes that no context knows, each after its inputs, but for the ways back of loops."""
+    done: dict[str, None] = {}
+    for start in graph.nodes:
+        stack = [(start, False)]
+        while stack:
+            name, inputs_done = stack.pop()
+            if inputs_done:
+                done[name] = None
+            elif name not in done and name not in held:
+                stack.append((name, True))
+                node = graph.nodes[name]
+                if node.op != "NextIteration":
+                    stack += [(v.node, False) for v in node.inputs]
+    return [graph.nodes[name] for name in done]
+
+
+def _innermost(node: Node, held: Mapping[str, tuple[int, Any]]) -> tuple[int, Any] | None:
+    if node.op in ("Exit", "RefExit", "Merge", "RefMerge"):
+        return None  # what leaves a loop or a branch is not in it
+    sources = (*(v.node for v in node.inputs), *node.after)
+    return max((held[s] for s in sources if s in held), key=lambda place: place[0], default=None)
+
+
+def _add(context: Any, node: Node, count: int) -> None:
+    held = context.values_def
+    held.values.extend(f"{node.name}:{port}" for port in range(count))
+    if node.op in ENTERS:
+        outer = f"{node.inputs[0].node}:{node.inputs[0].port}"
+        held.values.append(outer)
+        held.external_values[outer] = f"{node.name}:0"
 
 
 def _switched(context: Any, nodes: Collection[str]) -> bool:
