@@ -425,3 +425,12 @@ def test_keras_load_model_runs_the_rewritten_graph(model: Paths, rewritten: Path
     np.testing.assert_array_equal(loaded(x, training=False), served)
     source = tf_keras.models.load_model(str(model("keras_save")))
     assert np.abs(source(x, training=False) - served).max() > 1e-3
+
+
+def test_a_layer_normalisation_is_left_alone_and_the_trace_is_the_sources(model: Paths, rewritten: Paths) -> None:
+    assert {site.kind for bn in bnqat.inspect(model("keras_layer_norm")).batch_norms for site in bn.sites} == {"fused"}
+    assert [bn.name for bn in bnqat.inspect(model("keras_layer_norm")).batch_norms] == ["batch_normalization"]
+    loaded = tf.saved_model.load(str(rewritten("keras_layer_norm", start_step=OFF)))
+    x = harness.images((None, 8, 8, 3))
+    assert np.abs(loaded.train(x) - loaded.train(x)).max() > 0  # dropout
+    assert np.abs(loaded.train(x) - loaded.serve(x)).max() > 0

@@ -14,7 +14,7 @@ from tests.models.structures import STRUCTURES
 from tests.models.v1 import V1_MODELS
 from tools.survey import NOT_APPLICABLE, YES, Row, models, survey
 
-LOOPS = ("v1_loop", "v1_loop_by_hand")
+LOOPS = ("v1_loop", "v1_loop_by_hand", "v1_loop_updates")
 """TensorFlow 2 cannot differentiate a V1 while loop; tests/test_v1.py does so in sessions."""
 
 NO_TRAIN = {"function_op": "which TensorFlow 1's format cannot differentiate"}

@@ -131,6 +131,25 @@ def divided(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
     return v.gamma * ((x - mean) / tf.sqrt(variance + EPSILON)) + v.beta
 
 
+def expanded(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
+    """Over axis 1, with parameters expanded one axis at a time."""
+    mean, variance = _statistics(x, v, training, axis=1)
+    mean, variance, beta, gamma = (tf.expand_dims(tf.expand_dims(p, -1), -1) for p in (mean, variance, v.beta, v.gamma))
+    return tf.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+
+
+def textbook(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
+    """As it is read aloud, from left to right."""
+    mean, variance = _statistics(x, v, training)
+    return v.gamma * (x - mean) / tf.sqrt(variance + EPSILON) + v.beta
+
+
+def powers(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
+    """With a power in place of a square root."""
+    mean, variance = _statistics(x, v, training)
+    return (x - mean) * (variance + EPSILON) ** -0.5 * v.gamma + v.beta
+
+
 def by_hand(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
     """The engineer's."""
     mean, variance = _statistics(x, v, training)
@@ -253,6 +272,9 @@ FORMS: dict[str, Callable[[], Form]] = {
     "form_channels_first_train": lambda: Form(channels_first, (6, 4, 4), train=True, axis=1),
     "form_centred": lambda: Form(centred, VECTOR),
     "form_divided": lambda: Form(divided, IMAGE, train=True),
+    "form_expanded": lambda: Form(expanded, (6, 6, 6), axis=1),
+    "form_textbook": lambda: Form(textbook, IMAGE),
+    "form_powers": lambda: Form(powers, VECTOR, train=True),
     "form_by_hand": lambda: Form(by_hand, IMAGE),
     "form_mixed": lambda: Form(mixed, IMAGE),
     "form_float64": _double,

@@ -243,6 +243,35 @@ def _function_op(path: Path) -> Path:
     return save_v1(path, norm, training=False)
 
 
+def _keras_layer_norm(path: Path) -> Path:
+    """Keras 2 writes layer normalisation with the fused op, in training mode, without moving averages."""
+    import tf_keras
+
+    from tests.models import perturb, save_keras
+
+    tf_keras.backend.clear_session()
+    tf_keras.utils.set_random_seed(0)
+    layers = tf_keras.layers
+    stack = [layers.Input((8, 8, 3)), layers.BatchNormalization(momentum=0.9), layers.LayerNormalization()]
+    model = tf_keras.Sequential([*stack, layers.Dropout(0.5), layers.Flatten(), layers.Dense(4)])
+    perturb(model.weights)
+    return save_keras(model, path)
+
+
+def _keras_two_axes(path: Path) -> Path:
+    """Statistics of two axes, in variables that are no vectors."""
+    import tf_keras
+
+    from tests.models import export_keras, perturb
+
+    tf_keras.backend.clear_session()
+    tf_keras.utils.set_random_seed(0)
+    layers = tf_keras.layers
+    model = tf_keras.Sequential([layers.Input((4, 5, 8)), layers.BatchNormalization(axis=[1, 3]), layers.Flatten()])
+    perturb(model.weights)
+    return export_keras(model, path)
+
+
 def _keras3(path: Path) -> Path:
     """An export of Keras 3: batch norm in single ops, inference only."""
     import contextlib
@@ -289,5 +318,7 @@ STRUCTURES: dict[str, Callable[[Path], Path]] = {
     "frozen": _frozen,
     "frozen_v1": _frozen_v1,
     "keras3": _keras3,
+    "keras_layer_norm": _keras_layer_norm,
+    "keras_two_axes": _keras_two_axes,
     "two_layers_of_vectors": lambda p: save(Form(library, (6,), train=True), p),
 }

@@ -119,6 +119,7 @@ class Options:
         control_flow_v2: ``If`` in place of Switch and Merge.
         training: the mode: a Python bool, "placeholder", or "default" for a placeholder with default False.
         train_op: whether the graph holds a loss, gradients and an optimizer.
+        adam: whether the optimizer is Adam, whose slots are assigned in single ops, and not momentum.
         loop: whether the second batch norm lies in a while loop of two rounds.
     """
 
@@ -126,6 +127,7 @@ class Options:
     control_flow_v2: bool = False
     training: bool | str = "default"
     train_op: bool = False
+    adam: bool = False
     loop: bool = False
 
 
@@ -172,12 +174,13 @@ def _net(norm: Norm, training: Any, options: Options) -> tuple[tf.Tensor, tf.Ten
     return x, tf.matmul(tf.reduce_mean(y, [1, 2]), kernels[2])
 
 
-def _train_op(logits: tf.Tensor) -> None:
+def _train_op(logits: tf.Tensor, adam: bool) -> None:
     """A loss and an optimizer, whose op it puts into the collection of train ops."""
     labels = v1.placeholder(tf.int32, [None], name="labels")
     loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits), name="loss")
     with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):
-        v1.train.MomentumOptimizer(0.05, 0.9).minimize(loss, v1.train.get_or_create_global_step())
+        optimizer = v1.train.AdamOptimizer(0.05) if adam else v1.train.MomentumOptimizer(0.05, 0.9)
+        optimizer.minimize(loss, v1.train.get_or_create_global_step())
 
 
 def save_v1(path: Path, norm: Norm, **options: Any) -> Path:
@@ -188,7 +191,7 @@ def save_v1(path: Path, norm: Norm, **options: Any) -> Path:
         x, logits = _net(norm, training, chosen)
         logits = tf.identity(logits, name="logits")
         if chosen.train_op:
-            _train_op(logits)
+            _train_op(logits, chosen.adam)
         inputs = {"x": x} if chosen.training != "placeholder" else {"x": x, "is_training": training}
         write(path, inputs, {"logits": logits})
     return path
@@ -236,6 +239,9 @@ V1_MODELS: dict[str, Callable[[Path], Path]] = {
     "v1_layers_fused_if": lambda p: save_v1(p, layers(fused=True), control_flow_v2=True),
     "v1_layers_plain": lambda p: save_v1(p, layers(fused=False), train_op=True),
     "v1_layers_plain_references": lambda p: save_v1(p, layers(fused=False, scale=False), references=True),
+    "v1_layers_plain_if": lambda p: save_v1(p, layers(fused=False), control_flow_v2=True, train_op=True, adam=True),
+    "v1_layers_fused_adam": lambda p: save_v1(p, layers(fused=True), train_op=True, adam=True),
+    "v1_loop_updates": lambda p: save_v1(p, updated_first, training=True, loop=True),
     "v1_loop": lambda p: save_v1(p, two_fused, training=False, loop=True),
     "v1_loop_by_hand": lambda p: save_v1(p, by_hand, training=False, loop=True, references=True),
 }
