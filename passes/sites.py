@@ -107,7 +107,23 @@ def _unknown(graph: str, node: str) -> Site:
     """A site for what may be a batch norm, but is of no known form."""
     reason = "it is the root of a variable and a constant, as in a batch norm, but of no form that is known"
     nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
-    return Site(graph, node, "decomposed", "inference", 0.0, 1.0, None, nothing, {}, {}, {}, nothing, (), (), reason)
+    return Site(
+        graph=graph,
+        node=node,
+        kind="decomposed",
+        mode="inference",
+        epsilon=0.0,
+        factor=1.0,
+        weight=None,
+        origins=nothing,
+        inputs={},
+        parameters={},
+        statistics={},
+        variables=nothing,
+        runs=(),
+        quantized=(),
+        reason=reason,
+    )
 
 
 def quantized(model: Model) -> frozenset[tuple[str, str]]:
@@ -214,22 +230,23 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
     if form.training and not any(isinstance(o, VariableKey) for origin in both for o in origin):
         return None
     edges = {r: tuple(dict.fromkeys(_quantizable(model, graph, found, taken))) for r, found in used.items()}
+    weights = [u.weight for u in _updates(form) if u.weight is not None]
     return Site(
-        graph.name,
-        form.node,
-        form.kind,
-        mode,
-        form.epsilon,
-        form.factor,
-        form.factor if form.factor != 1.0 else next((u.weight for u in _updates(form) if u.weight is not None), None),
-        found,
-        form.inputs,
-        {r: e for r, e in edges.items() if e},
-        {role: u.edges for role, u in form.updates.items()},
-        frozenset(tuple(_keys(*o)) for o in both),
-        tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
-        tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),
-        _reason(model, graph, mode, found) or _computed(computed),
+        graph=graph.name,
+        node=form.node,
+        kind=form.kind,
+        mode=mode,
+        epsilon=form.epsilon,
+        factor=form.factor,
+        weight=form.factor if form.factor != 1.0 else next(iter(weights), None),
+        origins=found,
+        inputs=form.inputs,
+        parameters={r: e for r, e in edges.items() if e},
+        statistics={role: u.edges for role, u in form.updates.items()},
+        variables=frozenset(tuple(_keys(*o)) for o in both),
+        runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
+        quantized=tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),
+        reason=_reason(model, graph, mode, found) or _computed(computed),
     )
 
 

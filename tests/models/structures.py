@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,11 +12,9 @@ import tensorflow as tf
 from google.protobuf import text_format
 from tensorflow.core.protobuf import saved_model_pb2
 
-from tests.models import Net, save_module
+from tests.models import Net, export_keras, perturb, save_keras, save_module
 from tests.models.forms import EPSILON, IMAGE, Form, Variables, fused, library, save
-from tests.models.v1 import Options, by_hand, draw, v1
-from tests.models.v1 import _net as net_v1
-from tests.models.v1 import _settings as settings_v1
+from tests.models.v1 import Options, by_hand, draw, net, save_v1, settings, v1, variables
 
 X = tf.TensorSpec((None, *IMAGE), name="x")
 
@@ -186,8 +183,8 @@ def _frozen(path: Path) -> Path:
 
 def _frozen_v1(path: Path) -> Path:
     options = Options(training=False)
-    with settings_v1(options):
-        _, logits = net_v1(by_hand, training=False, options=options)
+    with settings(options):
+        _, logits = net(by_hand, training=False, options=options)
         tf.identity(logits, name="logits")
         with v1.Session() as session:
             session.run(v1.global_variables_initializer())
@@ -208,8 +205,8 @@ def _meta_graphs(path: Path) -> Path:
     builder = v1.saved_model.Builder(str(path))
     for tags, training in ((["train"], True), (["serve"], False)):
         options = Options(training=training, train_op=training)
-        with settings_v1(options):
-            x, logits = net_v1(by_hand, training, options)
+        with settings(options):
+            x, logits = net(by_hand, training, options)
             signature = v1.saved_model.predict_signature_def({"x": x}, {"logits": tf.identity(logits)})
             with v1.Session() as session:
                 session.run(v1.global_variables_initializer())
@@ -233,12 +230,8 @@ def _function_op(path: Path) -> Path:
         )[0]
 
     def norm(x: Any, _: Any) -> Any:
-        from tests.models.v1 import _variables
-
-        gamma, beta, mean, variance = _variables(x.shape[-1])
+        gamma, beta, mean, variance = variables(x.shape[-1])
         return tf.ensure_shape(normalise(x, gamma, beta, mean, variance), x.shape)
-
-    from tests.models.v1 import save_v1
 
     return save_v1(path, norm, training=False)
 
@@ -246,8 +239,6 @@ def _function_op(path: Path) -> Path:
 def _keras_layer_norm(path: Path) -> Path:
     """Keras 2 writes layer normalisation with the fused op, in training mode, without moving averages."""
     import tf_keras
-
-    from tests.models import perturb, save_keras
 
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
@@ -261,8 +252,6 @@ def _keras_layer_norm(path: Path) -> Path:
 def _keras_two_axes(path: Path) -> Path:
     """Statistics of two axes, in variables that are no vectors."""
     import tf_keras
-
-    from tests.models import export_keras, perturb
 
     tf_keras.backend.clear_session()
     tf_keras.utils.set_random_seed(0)
@@ -278,8 +267,6 @@ def _keras3(path: Path) -> Path:
     import io
 
     import keras
-
-    from tests.models import perturb
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
@@ -298,8 +285,6 @@ def _keras3(path: Path) -> Path:
         model.export(str(path), verbose=False)
     return path
 
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 STRUCTURES: dict[str, Callable[[Path], Path]] = {
     "nested": lambda p: save(Wrapped(_nested(6)), p),

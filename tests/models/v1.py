@@ -21,7 +21,7 @@ Norm = Callable[[tf.Tensor, Any], tf.Tensor]
 """A batch norm of x in a mode: a Python bool or a boolean tensor."""
 
 
-def _variables(channels: int) -> tuple[Any, Any, Any, Any]:
+def variables(channels: int) -> tuple[Any, Any, Any, Any]:
     ones, zeros = v1.ones_initializer(), v1.zeros_initializer()
     return (
         v1.get_variable("gamma", [channels], initializer=ones),
@@ -44,7 +44,7 @@ def _update(variable: Any, batch: tf.Tensor) -> None:
 
 def by_hand(x: tf.Tensor, training: Any) -> tf.Tensor:
     """The engineer's own, so that any op can be put on its variables; mean and variance are chosen."""
-    gamma, beta, moving_mean, moving_variance = _variables(x.shape[-1])
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     if training is not False:
         batch_mean, batch_variance = tf.nn.moments(x, list(range(x.shape.rank - 1)))
         _update(moving_mean, batch_mean)
@@ -62,7 +62,7 @@ def by_hand(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 def two_fused(x: tf.Tensor, training: Any) -> tf.Tensor:
     """One fused op for each mode, and a choice between the outputs."""
-    gamma, beta, moving_mean, moving_variance = _variables(x.shape[-1])
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
 
     def inference() -> Any:
         return v1.nn.fused_batch_norm(x, gamma, beta, moving_mean, moving_variance, epsilon=EPSILON, is_training=False)[
@@ -80,7 +80,7 @@ def two_fused(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 def updated_first(x: tf.Tensor, training: Any) -> tf.Tensor:
     """Updates as control dependencies of the output, in the branch for training."""
-    gamma, beta, moving_mean, moving_variance = _variables(x.shape[-1])
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
 
     def train() -> Any:
         mean, variance = tf.nn.moments(x, list(range(x.shape.rank - 1)))
@@ -132,7 +132,7 @@ class Options:
 
 
 @contextlib.contextmanager
-def _settings(options: Options) -> Iterator[None]:
+def settings(options: Options) -> Iterator[None]:
     resources, v2 = v1.resource_variables_enabled(), v1.control_flow_v2_enabled()
     (v1.disable_resource_variables if options.references else v1.enable_resource_variables)()
     (v1.enable_control_flow_v2 if options.control_flow_v2 else v1.disable_control_flow_v2)()
@@ -152,7 +152,7 @@ def _mode(training: bool | str) -> Any:
     return v1.placeholder_with_default(False, [], name="is_training")
 
 
-def _net(norm: Norm, training: Any, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
+def net(norm: Norm, training: Any, options: Options) -> tuple[tf.Tensor, tf.Tensor]:
     x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
     kernels = [
         v1.get_variable(f"kernel_{i}", shape, initializer=v1.glorot_uniform_initializer(seed=i))
@@ -186,9 +186,9 @@ def _train_op(logits: tf.Tensor, adam: bool) -> None:
 def save_v1(path: Path, norm: Norm, **options: Any) -> Path:
     """Write a net of two batch norms; tensors are named x, logits and, with a train op, labels and loss."""
     chosen = Options(**options)
-    with _settings(chosen):
+    with settings(chosen):
         training = _mode(chosen.training)
-        x, logits = _net(norm, training, chosen)
+        x, logits = net(norm, training, chosen)
         logits = tf.identity(logits, name="logits")
         if chosen.train_op:
             _train_op(logits, chosen.adam)
