@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import bnqat
 from tests import reference
-from tests.models.v1 import EPSILON, V1_MODELS, v1
+from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, settings, v1, write
 
 Paths = Callable[[str], Path]
 OFF = 2**40
@@ -244,3 +244,66 @@ def test_collections_initialisers_and_saver_know_the_new_variables(name: str, re
 def test_rewriting_twice_adds_nothing(rewritten: Any, tmp_path: Path) -> None:
     with pytest.raises(bnqat.Error, match="quantised already"):
         bnqat.rewrite(rewritten("v1_by_hand"), tmp_path / "again")
+
+
+def custom(path: Path, build: Any, **options: Any) -> Path:
+    """A graph on one hand-written batch norm; `build` gives the signature's output."""
+    with settings(Options(**options)):
+        x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        with v1.variable_scope("norm_0"):
+            y = by_hand(x, training=False)
+        write(path, {"x": x}, {"y": build(y)})
+    return path
+
+
+def outputs(path: Path) -> dict[str, np.ndarray]:
+    with session_of(path) as (session, meta):
+        names = {k: t.name for k, t in meta.signature_def["serving_default"].outputs.items()}
+        return session.run(names, {"x:0": batch(0)[0]})  # type: ignore[no-any-return]
+
+
+def variable(name: str) -> Any:
+    return next(v for v in v1.global_variables() if v.op.name == name)
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda _: variable("norm_0/gamma")._ref(),
+        lambda y: v1.assign(variable("norm_0/beta"), variable("norm_0/beta") + tf.reduce_mean(y, [0, 1, 2])),
+        lambda _: tf.raw_ops.CountUpTo(ref=v1.get_variable("n", [], tf.int32, v1.zeros_initializer())._ref(), limit=9),
+    ],
+    ids=["variable", "assignment", "count"],
+)
+def test_outputs_that_are_references_give_the_same_values(build: Any, tmp_path: Path) -> None:
+    source = custom(tmp_path / "float", build, references=True)
+    bnqat.rewrite(source, tmp_path / "qat", start_step=OFF)
+    np.testing.assert_array_equal(outputs(source)["y"], outputs(tmp_path / "qat")["y"])
+    tf.saved_model.load(str(tmp_path / "qat"))
+
+
+def test_the_output_of_a_branch_that_is_always_taken(tmp_path: Path) -> None:
+    def build(y: Any) -> Any:
+        return tf.cond(tf.constant(value=True), lambda: y + 1.0, lambda: y)
+
+    source = custom(tmp_path / "float", build, control_flow_v2=True)
+    bnqat.rewrite(source, tmp_path / "qat", start_step=OFF)
+    np.testing.assert_array_equal(outputs(source)["y"], outputs(tmp_path / "qat")["y"])
+
+
+@pytest.mark.parametrize("references", [True, False])
+def test_an_update_written_by_hand_keeps_the_float_value(references: bool, tmp_path: Path) -> None:
+    """gamma = clip(gamma - 0 * gradient): the quantised value enters the gradient and not the base."""
+
+    def build(y: Any) -> Any:
+        gamma = variable("norm_0/gamma")
+        (gradient,) = v1.gradients(tf.reduce_sum(tf.square(y)), [gamma])
+        v1.add_to_collection("step", v1.assign(gamma, tf.clip_by_value(gamma - 0.0 * gradient, -9.0, 9.0)).op)
+        return y
+
+    source = custom(tmp_path / "float", build, references=references)
+    bnqat.rewrite(source, tmp_path / "qat", bits=2)
+    with session_of(tmp_path / "qat") as (session, _):
+        before = session.run(variable("norm_0/gamma"))
+        session.run(v1.get_collection("step"), {"x:0": batch(0)[0]})
+        np.testing.assert_array_equal(session.run(variable("norm_0/gamma")), before)
