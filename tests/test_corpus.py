@@ -1,4 +1,7 @@
-"""Public models, made by others, as a user has them who has neither bnqat nor Keras 2."""
+"""Public models, made by others, as a user has them who has neither bnqat nor Keras 2.
+
+One of each kind, as each takes processes of its own; test_survey.py takes every model through all columns.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,20 @@ from pathlib import Path
 import pytest
 
 import bnqat
+from tests.conftest import PUBLIC
 from tests.test_contract import PLAIN_USER
 
 pytestmark = pytest.mark.corpus
 
-V1 = ("MaybeShewill-CV+CRNN_Tensorflow+1", "idealo+image-quality-assessment+1", "intel-analytics+analytics-zoo+1")
-"""Those of TensorFlow 1's format."""
+KERAS = (
+    "ArmDeveloperEcosystem+ml-image-classification-example-for-openmv+1",
+    "mlcommons+tiny+1",
+    "spotify+basic-pitch+1",
+)
+"""Compiled Keras 2 models, which plain loading does not take as they came."""
 
-LOADABLE = ("FlorianColombo+xtrack+1", *V1)
-"""Those that plain loading takes as they came."""
+V1 = ("MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
+"""Those of TensorFlow 1's format."""
 
 PLAIN_LOAD = """
 import sys
@@ -62,12 +70,24 @@ print("fine")
 """
 
 
-def test_whoever_has_only_tensorflow_loads_trains_and_saves_the_result(corpus_model: Path, tmp_path: Path) -> None:
-    loading = run(PLAIN_LOAD, corpus_model)
-    assert loading.stdout == ("" if corpus_model.name in LOADABLE else "fails\n"), loading.stderr[-500:]
-    bnqat.rewrite(corpus_model, tmp_path / "out", bits=4)
-    done = run(V1_USER if corpus_model.name in V1 else PLAIN_USER, tmp_path / "out", tmp_path / "again")
+@pytest.mark.parametrize("name", [*KERAS, *V1])
+def test_whoever_has_only_tensorflow_loads_trains_and_saves_the_result(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    source = public(name, request)
+    if name in KERAS:
+        loading = run(PLAIN_LOAD, source)
+        assert loading.stdout == "fails\n", loading.stderr[-500:]
+    bnqat.rewrite(source, tmp_path / "out", bits=4)
+    done = run(V1_USER if name in V1 else PLAIN_USER, tmp_path / "out", tmp_path / "again")
     assert done.stdout == "fine\n", done.stderr[-2000:]
+
+
+def public(name: str, request: pytest.FixtureRequest) -> Path:
+    if not PUBLIC:
+        pytest.skip("corpus absent: BNQAT_CORPUS is not set")
+    folder: Path = request.getfixturevalue("corpus")
+    return folder / name
 
 
 def run(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
