@@ -135,8 +135,6 @@ class _Walk:
             if user is None:
                 yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
-                if self._trained(graph, user.inputs[0]):
-                    continue  # an optimizer written in single ops
                 run = calls[0] if calls else (graph.name, user.name)
                 yield _Reached(entered or edge, run, (graph.name, user.inputs[0]))
                 yield from self._read_again(graph, user, entered or edge, calls)
@@ -151,11 +149,6 @@ class _Walk:
                     yield from self.from_value(graph, Value(user.name, port), entered, calls)
             else:
                 yield from self._into(graph, user, edge.position, entered, calls)
-
-    def _trained(self, graph: Graph, holder: Value) -> bool:
-        """Whether a trainable variable is assigned."""
-        found = origins(self.model, graph.name, holder)
-        return any(isinstance(o, VariableKey) and self.model.variables[o.key].trainable for o in found)
 
     @staticmethod
     def _passes(node: Node, position: int) -> bool:

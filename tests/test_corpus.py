@@ -24,7 +24,7 @@ KERAS = (
 )
 """Compiled Keras 2 models, which plain loading does not take as they came."""
 
-V1 = ("MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
+V1 = ("idealo+image-quality-assessment+1", "MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
 """Those of TensorFlow 1's format."""
 
 PLAIN_LOAD = """
