@@ -7,33 +7,30 @@ more of gamma and beta are tried before those with fewer.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
-from passes.updates import consumers, scalar
+from passes.updates import ARITHMETIC, consumers, scalar
 from rewriter import ops
 from rewriter.dataflow import Captured, Constant, VariableKey, origins
 from rewriter.ir import Graph, Model, Node, Value
-from rewriter.pattern import Match, Pattern, any_value, matches, node, origin
+from rewriter.pattern import Match, Pattern, any_value, closest, matches, node, origin
 
 INPUT = "x"
 EPSILON = "epsilon"
 
 
-def _add(a: Pattern, b: Pattern) -> Pattern:
-    return node("Add|AddV2", a, b)
+def _binary(names: str, a: Pattern, b: Pattern) -> Pattern:
+    """An op on two values. What is computed from x keeps its shape: another layout would be another form."""
+    return replace(node(names, a, b), shaped=INPUT in a.captures | b.captures)
 
 
-def _mul(a: Pattern, b: Pattern) -> Pattern:
-    return node("Mul", a, b)
-
-
-def _sub(a: Pattern, b: Pattern) -> Pattern:
-    return node("Sub", a, b)
-
-
-def _div(a: Pattern, b: Pattern) -> Pattern:
-    return node("RealDiv|Div", a, b)
+_add = partial(_binary, "Add|AddV2")
+_mul = partial(_binary, "Mul")
+_sub = partial(_binary, "Sub")
+_div = partial(_binary, "RealDiv|Div")
 
 
 _X, _MEAN, _GAMMA, _BETA = (any_value(name) for name in (INPUT, MEAN, GAMMA, BETA))
@@ -77,11 +74,7 @@ def _forms() -> Iterator[Pattern]:
         yield normalised
 
 
-def _captures(pattern: Pattern) -> set[str]:
-    return {pattern.name} | {name for part in pattern.inputs for name in _captures(part)}
-
-
-FORMS = tuple(sorted(_forms(), key=lambda form: -len(_captures(form) & {GAMMA, BETA})))
+FORMS = tuple(sorted(_forms(), key=lambda form: -len(form.captures & {GAMMA, BETA})))
 ANCHORS = frozenset({"Pow", "Rsqrt", "Sqrt"})
 _LONGEST = 5
 """Arithmetic ops between an anchor and the end of the longest form."""
@@ -104,8 +97,8 @@ def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
     return tuple(f for f in found if f is not None)
 
 
-def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[str]:
-    """Roots of a variable that is not trained and a constant, which no form explains."""
+def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[tuple[str, str]]:
+    """Roots of a variable that is not trained and a constant, which no form explains, and why the closest does not."""
     explained = {match.match[VARIANCE].edges[0].node for match in found}
     for anchor in graph.nodes.values():
         if _is_anchor(graph, anchor):
@@ -113,7 +106,17 @@ def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterato
             held = {o for v in shifted.inputs for o in origins(model, graph.name, v)}
             keys = [o.key for o in held if isinstance(o, VariableKey)]
             if shifted.name not in explained and keys and not any(model.variables[k].trainable for k in keys):
-                yield anchor.name
+                yield anchor.name, _why(graph, _below(model, graph, anchor))
+
+
+def _why(graph: Graph, below: list[str]) -> str:
+    """How close the closest form is."""
+    stopped = closest(graph, below, FORMS)
+    if not stopped.node:
+        return "what follows has the ops of a batch norm, but not its variables, or applies one of them twice"
+    found = graph.nodes[stopped.node]
+    expected = " or ".join(sorted(stopped.expected))
+    return f"the closest one agrees in {stopped.matched} ops, but has {expected} where {found.name} is {found.op}"
 
 
 def _is_anchor(graph: Graph, node: Node) -> bool:
@@ -130,7 +133,8 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
             if graph.nodes[root].op in form.ops:
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
-                    if epsilon is not None and _numbers(graph, match) and _parameters(model, graph, match):
+                    fits = _numbers(graph, match) and _parameters(model, graph, match)
+                    if epsilon is not None and fits and not _twice(model, graph, root, match):
                         return Found(root, match, epsilon)
     return None
 
@@ -152,7 +156,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
                 user = graph.nodes.get(edge.node)
                 if user is None or user.name in found:
                     continue
-                if user.op in ("Add", "AddV2", "Mul", "Neg", "Sub", "Div", "RealDiv", "Reciprocal", "Inv"):
+                if user.op in ARITHMETIC or user.op in ("Reciprocal", "Inv"):
                     found[user.name] = None
                     following.append(user.name)
                 elif user.op in ops.VIEWS or user.op in ops.FORWARDS:
@@ -165,3 +169,13 @@ def _parameters(model: Model, graph: Graph, match: Match) -> bool:
     """Whether what matched gamma and beta is something that the model holds, not an input or a computed value."""
     found = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
     return all(isinstance(o, VariableKey | Constant | Captured) for o in found)
+
+
+def _twice(model: Model, graph: Graph, root: str, match: Match) -> bool:
+    """Whether what follows applies gamma or beta once more, which a batch norm does not do."""
+    own = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
+    uses = model.analysis_of(graph, consumers).get(Value(root), ())
+    users = [graph.nodes[e.node] for e in uses if e.node and graph.nodes[e.node].op in ARITHMETIC]
+    others = [v for user in users for v in user.inputs if v.node != root]
+    held = {o for v in others for o in origins(model, graph.name, v) if isinstance(o, VariableKey)}
+    return bool(own & held)

@@ -42,6 +42,7 @@ class Site:
         origins: for each way to call the site, where gamma, beta, moving mean and moving variance come
             from; None for a role that it does not use. More than one where several batch norms share one
             function.
+        interior: of single ops, the nodes but the last, and those between them, which pass values on.
         inputs: the uses of x and of each role's value, by "x" and role.
         parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
             a change of shape or dtype, and in the gradients that the same graph holds.
@@ -61,6 +62,7 @@ class Site:
     factor: float
     weight: float | None
     origins: frozenset[tuple[Origin | None, ...]]
+    interior: tuple[str, ...]
     inputs: Mapping[str, tuple[Edge, ...]]
     parameters: Mapping[str, tuple[Edge, ...]]
     statistics: Mapping[str, tuple[Edge, ...]]
@@ -99,13 +101,13 @@ def sites(model: Model) -> tuple[Site, ...]:
         taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
         found += [_site(model, model.graphs[name], form, taken) for form in forms]
         matched = [form.found for form in forms if isinstance(form, _Decomposed)]
-        found += [_unknown(name, node) for node in near_misses(model, model.graphs[name], matched)]
+        found += [_unknown(name, *missed) for missed in near_misses(model, model.graphs[name], matched)]
     return tuple(site for site in found if site is not None)
 
 
-def _unknown(graph: str, node: str) -> Site:
+def _unknown(graph: str, node: str, why: str) -> Site:
     """A site for what may be a batch norm, but is of no known form."""
-    reason = "it is the root of a variable and a constant, as in a batch norm, but of no form that is known"
+    reason = f"it is the root of a variable and a constant, as in a batch norm, but of no form that is known: {why}"
     nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
     return Site(
         graph=graph,
@@ -116,6 +118,7 @@ def _unknown(graph: str, node: str) -> Site:
         factor=1.0,
         weight=None,
         origins=nothing,
+        interior=(),
         inputs={},
         parameters={},
         statistics={},
@@ -156,6 +159,7 @@ class _Fused:
     """A fused node: x, gamma, beta, mean and variance are its inputs."""
 
     kind: Literal["fused"] = "fused"
+    interior: tuple[str, ...] = ()
 
     def __init__(self, model: Model, graph: Graph, node: Node) -> None:
         get = partial(ops.get, model, node)
@@ -185,6 +189,7 @@ class _Decomposed:
     def __init__(self, model: Model, found: Found) -> None:
         self.found = found
         self.node = found.root
+        self.interior = tuple(n for n in dict.fromkeys(found.match.nodes) if n != found.root)
         self.epsilon = float(np.float32(found.epsilon))
         self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
         self.updates: dict[str, Update] = {}
@@ -240,6 +245,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         factor=form.factor,
         weight=form.factor if form.factor != 1.0 else next(iter(weights), None),
         origins=found,
+        interior=form.interior,
         inputs=form.inputs,
         parameters={r: e for r, e in edges.items() if e},
         statistics={role: u.edges for role, u in form.updates.items()},

@@ -56,7 +56,7 @@ class UpgradeReferences:
             return
         work = _Work(model, main)
         for node in variables:
-            yield Replace(MAIN, node.name, "VarHandleOp", (), _handle_attrs(node))
+            yield Replace(MAIN, node.name, Apply("resource", "VarHandleOp", (), _handle_attrs(node)))
             yield from work.uses(Value(node.name), Value(node.name))
         if variables:
             yield Note(
@@ -122,7 +122,8 @@ class _Work:
         dtype = user.attrs.get("T", user.attrs.get("dtype"))
         if "dtype" in known and dtype is not None:
             attrs["dtype"] = dtype
-        yield Replace(MAIN, user.name, twin, user.inputs, {**attrs, **given})
+        inputs = tuple(Use("", v) for v in user.inputs)
+        yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **given}))
 
     def _after(self, assign: Node, handle: Value) -> Iterator[Edit]:
         """What used the reference that an assignment gives reads the variable after it."""

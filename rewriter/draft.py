@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from rewriter.expr import Apply, Expr, Function, Handle, PerCall, Use, reads_of
+from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
-from rewriter.ir import ARG, MAIN, Attrs, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
+from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
 from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, registered, shape_attr, shapes_attr
 
 HANDLES = ("VarHandleOp", "ReadVariableOp")
 """Stateful ops that change nothing."""
 
-Need = Handle | PerCall
+Need = Handle | PerCall | Passed
 """What a function may need from its callers."""
 
 
@@ -68,20 +68,29 @@ class Draft:
         return self._placed[expr]
 
     def _operands(self, expr: Expr) -> tuple[Expr, ...]:
-        if isinstance(expr, Apply):
-            return (*expr.inputs, *expr.after)
-        return (expr.inner,) if isinstance(expr, PerCall) and self.entry else ()
+        match expr:
+            case Apply():
+                return (*expr.inputs, *expr.after)
+            case Port(of=of):
+                return (of,)
+            case PerCall(inner=inner) if self.entry:
+                return (inner,)
+        return ()
 
     def _place(self, expr: Expr, scope: str) -> Value:
         match expr:
             case Use(value=value):
+                return value
+            case Port(of=of, port=port):
+                return Value(self._placed[of].node, port)
+            case Passed(graph=graph, value=value) if graph == self.graph.name:
                 return value
             case PerCall(inner=inner) if self.entry:
                 self._reads_are_effects(inner)
                 return self._placed[inner]
             case Handle() if self.graph.name == MAIN:
                 return self.var_handle(expr.variable)
-            case Handle() | PerCall():
+            case Handle() | PerCall() | Passed():
                 return Value(self.need(expr))
             case Apply():
                 return Value(self._add_op(expr, self.mint(f"{scope}/{expr.name or expr.op}")))
@@ -100,16 +109,18 @@ class Draft:
         return self._placed[expr]
 
     def _add_op(self, expr: Apply, name: str) -> str:
-        inputs = tuple(self._placed[i] for i in expr.inputs)
-        if self._frames:
-            needed = (*inputs, *(self._placed[e] for e in expr.after))
-            frame = max((self._frames.get(v.node, ()) for v in needed), key=len, default=())
-            inputs = tuple(self._enter(v, i.dtype, frame) for v, i in zip(inputs, expr.inputs, strict=True))
-            if frame:
-                self._frames[name] = frame
+        needed = (*(self._placed[i] for i in expr.inputs), *(self._placed[e] for e in expr.after))
+        frame = max((self._frames.get(v.node, ()) for v in needed), key=len, default=())
+        inputs = self._inputs(expr, frame)
+        if frame:
+            self._frames[name] = frame
         after = tuple(dict.fromkeys(self._placed[e].node for e in expr.after))
         self.nodes[name] = Node(name, expr.op, inputs, after, dict(expr.attrs))
         return name
+
+    def _inputs(self, expr: Apply, frame: Frame) -> tuple[Value, ...]:
+        """An op's inputs in the loop with this frame."""
+        return tuple(self._enter(self._placed[i], i.dtype, frame) for i in expr.inputs)
 
     def _enter(self, value: Value, dtype: str, frame: Frame) -> Value:
         """The value in every round of the loop with this frame."""
@@ -182,9 +193,14 @@ class Draft:
         node = self._node(name)
         self.nodes[name] = replace(node, after=tuple(dict.fromkeys((*node.after, *names))))
 
-    def replace(self, name: str, op: str, inputs: tuple[Value, ...], attrs: Attrs) -> None:
-        """Let a node be of another op."""
-        self.nodes[name] = replace(self._node(name), op=op, inputs=inputs, attrs=attrs)
+    def replace(self, name: str, value: Apply) -> None:
+        """Let a node be another op; what uses the expression elsewhere uses the node."""
+        node = self._node(name)
+        for operand in self._operands(value):
+            self.place(operand, name)
+        inputs = self._inputs(value, self._frames.get(name, ()))
+        self.nodes[name] = replace(node, op=value.op, inputs=inputs, attrs=dict(value.attrs))
+        self._placed[value] = Value(name)
 
     def inline(self, call: str, callee: Graph, first: int) -> None:
         """Put a function's nodes in place of a node that calls it."""

@@ -1,21 +1,13 @@
-"""The closed set of edits, and their application.
-
-Passes yield edits; only `apply` changes anything. It places expressions, mints names, and brings the
-variables and per-call values that expressions need to every graph and every caller.
-"""
+"""The closed set of edits. Passes yield them; only `rewriter.apply` changes anything."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.draft import Draft, define
-from rewriter.expr import Expr, Function
-from rewriter.frames import ENTERS
-from rewriter.ir import MAIN, Attrs, Edge, Endpoint, Error, Exposed, Model, Signature, Value, Variable
-from rewriter.lift import lift, make_stateful
-from rewriter.ops import attr, call_form_of, functions_in
+from rewriter.expr import Apply, Expr, Function
+from rewriter.ir import Edge, Endpoint, Exposed, Value, Variable
 
 
 @dataclass(frozen=True)
@@ -94,13 +86,31 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Replace:
-    """Let a node be of another op, with other inputs and attributes, under its name."""
+    """Let a node be another op under its name: its first output is what `value` computes."""
 
     graph: str
     node: str
-    op: str
-    inputs: tuple[Value, ...]
-    attrs: Attrs
+    value: Apply
+
+
+@dataclass(frozen=True)
+class AddResult:
+    """Let a function return one more value; what calls it is to be told so by other edits."""
+
+    graph: str
+    name: str
+    value: Expr
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Remove nodes that nothing uses any more, and what only they needed.
+
+    A node that still has a use, by a node, a result, a signature or a collection, stays.
+    """
+
+    graph: str
+    nodes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -186,6 +196,8 @@ Edit = (
     | RunAfter
     | SetAttr
     | Replace
+    | AddResult
+    | Sweep
     | Clone
     | Duplicate
     | Inline
@@ -197,203 +209,3 @@ Edit = (
     | Skip
     | Note
 )
-
-
-def apply(model: Model, edits: Iterable[Edit]) -> Model:
-    """A model with the edits made, all in one batch: each refers to the graphs as they were, or to clones.
-
-    Graphs that no edit concerns are the same objects in the result.
-
-    Raises:
-        Error: an edit refers to something that is not there, or a value is needed in a function that
-            cannot be given another argument.
-    """
-    batch = list(edits)
-    if all(isinstance(e, Skip | Note) for e in batch):
-        return model
-    model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
-    model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
-    model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
-    model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
-    model = _expose(model, batch)
-    drafts = _Drafts(model)
-    signed = dict(model.main_signatures)
-    fetched: dict[tuple[str, int], Value] = {}
-    for edit in batch:
-        match edit:
-            case Rewire(edge, value, scope):
-                drafts[edge.graph].rewire(edge, value, scope)
-            case Run(graph, value, scope, last):
-                drafts[graph].run(value, scope, last)
-            case RunAfter(graph, node, others, scope):
-                drafts[graph].run_after(node, others, scope or node)
-            case Replace(graph, node, op, inputs, attrs):
-                drafts[graph].replace(node, op, inputs, attrs)
-            case Inline(graph, node, callee):
-                drafts[graph].inline(
-                    node, model.graphs[callee], call_form_of(model, model.graphs[graph].nodes[node]).first
-                )
-            case SetAttr(graph, node, name, proto):
-                drafts[graph].set_attr(node, name, proto)
-            case AddSignature(name, MainSignature() as value):
-                signed[name] = _sign(model, drafts[MAIN], name, value)
-            case Refetch(name, position, value, scope):
-                fetched[name, position] = drafts[MAIN].place(value, scope)
-            case _:
-                pass
-    make_stateful(model, drafts)
-    inlined = drafts[MAIN].inlined if MAIN in drafts else {}
-    old = {n: _refetched(s, fetched, inlined) for n, s in model.signatures.items()}
-    new = {n: _refetched(s, {}, inlined) for n, s in signed.items()}
-    return replace(lift(model, drafts), signatures=old, main_signatures=new)
-
-
-def _refetched(
-    signature: Signature, fetched: Mapping[tuple[str, int], Value], inlined: Mapping[Value, Value]
-) -> Signature:
-    values = [fetched.get((signature.name, i), v) for i, v in enumerate(signature.fetches)]
-    return replace(signature, fetches=tuple(inlined.get(v, v) for v in values))
-
-
-def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:
-    like = model.signatures[value.like]
-    fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, like.outputs, strict=True))
-    return replace(like, name=name, fetches=fetches, like=like.name)
-
-
-class _Drafts(dict[str, Draft]):
-    """Drafts by graph, opened when first asked for."""
-
-    def __init__(self, model: Model) -> None:
-        super().__init__()
-        self.model = model
-
-    def __missing__(self, name: str) -> Draft:
-        if name not in self.model.graphs:
-            raise Error(f"there is no graph {name!r} to edit")
-        graph = self.model.graphs[name]
-        entry = self.model.entries.get(name)
-        bound = {}
-        if entry is not None:
-            carried = zip(entry.captures, graph.arguments[len(entry.inputs) :], strict=True)
-            bound = {self.model.variables[c]: argument for c, argument in carried if isinstance(c, str)}
-        draft = Draft(graph, name == MAIN or entry is not None, bound)
-        self[name] = draft
-        return draft
-
-
-def _add_variables(model: Model, variables: list[Variable]) -> Model:
-    for variable in variables:
-        if variable.key in model.variables:
-            raise Error(f"the model has a variable {variable.key} already")
-    paths = {v.path: v for v in variables}
-    return replace(
-        model,
-        variables={**model.variables, **{v.key: v for v in variables}},
-        attributes={**model.attributes, **paths},
-    )
-
-
-def _add_functions(model: Model, functions: list[Function]) -> Model:
-    graphs = dict(model.graphs)
-    for function in functions:
-        if function.name in graphs:
-            raise Error(f"the model has a function {function.name} already")
-        graphs[function.name] = define(function)
-    return replace(model, graphs=graphs)
-
-
-def _add_clones(model: Model, clones: list[Clone]) -> Model:
-    if not clones:
-        return model
-    graphs = dict(model.graphs)
-    for clone in clones:
-        if clone.name in graphs:
-            raise Error(f"the model has a function {clone.name} already")
-        source = model.graphs[clone.graph]
-        nodes = source.nodes
-        if clone.callees:
-            nodes = {
-                n.name: replace(n, attrs={k: _renamed(v, clone.callees) for k, v in n.attrs.items()})
-                for n in source.nodes.values()
-            }
-        arguments = source.arguments
-        graphs[clone.name] = replace(
-            source,
-            name=clone.name,
-            nodes=nodes,
-            arguments=(*(arguments[i] for i in clone.inputs), *arguments[len(clone.inputs) :]),
-            results=tuple(source.results[i] for i in clone.outputs) or source.results,
-            attrs=_reordered(source.attrs, clone.inputs),
-        )
-    return replace(model, graphs=graphs)
-
-
-def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
-    graphs = dict(model.graphs)
-    for edit in edits:
-        graph = graphs[edit.graph]
-        names = {name: f"{edit.prefix}/{name}" for name in edit.nodes}
-
-        def moved(value: Value, edit: Duplicate = edit, names: Mapping[str, str] = names) -> Value:
-            while value in edit.instead:
-                value = edit.instead[value]
-            return Value(names.get(value.node, value.node), value.port)
-
-        added = {}
-        for name, new in names.items():
-            if new in graph.nodes:
-                raise Error(f"there is a node {new} already")
-            node = graph.nodes[name]
-            if node.op in ENTERS:
-                # Two loops of one frame's name would run as one.
-                frame = node.attrs["frame_name"].s.decode()
-                node = node.with_attrs(frame_name=attr(f"{edit.prefix}/{frame}"))
-            after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
-            added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)
-        graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **added})
-    copies = tuple((edit.prefix, edit.nodes) for edit in edits if edit.graph == MAIN)
-    return replace(model, graphs=graphs, copies=(*model.copies, *copies))
-
-
-def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
-    """A function's attributes with the shapes of its arguments in a new order."""
-    if "_input_shapes" not in attrs or inputs == tuple(range(len(inputs))):
-        return attrs
-    old = attrs["_input_shapes"]
-    shapes = type(old)()
-    shapes.list.shape.extend([*(old.list.shape[i] for i in inputs), *old.list.shape[len(inputs) :]])
-    return {**attrs, "_input_shapes": shapes}
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """An attribute with functions' names replaced; the attribute itself where it has none of them."""
-    if not any(name in names for name in functions_in(value)):
-        return value
-    copy = type(value)()
-    copy.CopyFrom(value)
-    for function in copy.list.func if copy.WhichOneof("value") == "list" else (copy.func,):
-        function.name = names.get(function.name, function.name)
-    return copy
-
-
-def _expose(model: Model, batch: list[Edit]) -> Model:
-    exposed = {e.path: e.value for e in batch if isinstance(e, Expose)}
-    signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature) and isinstance(e.value, Endpoint)}
-    if not exposed and not signatures:
-        return model
-    entries = dict(model.entries)
-    for value in (*exposed.values(), *signatures.values()):
-        if isinstance(value, Endpoint):
-            like, bound = model.entries[value.like], model.entries[value.bound]
-            entries[value.function] = replace(like, function=value.function, captures=bound.captures, paths=())
-    for path, value in exposed.items():
-        if isinstance(value, Endpoint):
-            entry = entries[value.function]
-            entries[value.function] = replace(entry, paths=(*entry.paths, path))
-    return replace(
-        model,
-        entries=entries,
-        attributes={**model.attributes, **exposed},
-        new_signatures={**model.new_signatures, **signatures},
-    )

@@ -69,6 +69,27 @@ class Apply(Expr):
 
 
 @dataclass(frozen=True, eq=False)
+class Port(Expr):
+    """Another output of an op than its first."""
+
+    of: Apply
+    port: int
+
+
+@dataclass(frozen=True)
+class Passed(Expr):
+    """A value of a graph, used in that graph or in a function that it calls and that is given one more argument."""
+
+    graph: str
+    value: Value
+
+    @property
+    def label(self) -> str:
+        """What an argument that carries it is called."""
+        return f"{self.value.node}_{self.value.port}"
+
+
+@dataclass(frozen=True, eq=False)
 class Handle(Expr):
     """The resource of a variable. The engine brings it to every graph that needs it."""
 
@@ -248,6 +269,8 @@ def _walk(expr: Expr) -> Iterator[Expr]:
         yield e
         if isinstance(e, PerCall):
             stack.append(e.inner)
+        elif isinstance(e, Port):
+            stack.append(e.of)
         elif isinstance(e, Apply):
             stack.extend(reversed((*e.inputs, *e.after)))
 

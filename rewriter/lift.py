@@ -9,7 +9,7 @@ from typing import Any
 from rewriter import ops
 from rewriter.dataflow import CallGraph, call_graph
 from rewriter.draft import Draft, Need
-from rewriter.expr import Handle, PerCall, handle, variables_of
+from rewriter.expr import Handle, Passed, PerCall, handle, variables_of
 from rewriter.ir import MAIN, Entry, Error, Model, Value
 
 
@@ -82,6 +82,8 @@ def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> 
         return False  # it has no callers, and makes what it passes
     before = len(draft.needs)
     for need in needs:
+        if isinstance(need, Passed) and need.graph == name:
+            continue
         if isinstance(need, PerCall) and draft.entry:
             for variable in variables_of(need):
                 draft.need(handle(variable))

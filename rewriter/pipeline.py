@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from rewriter.apply import apply
 from rewriter.check import check
-from rewriter.edit import Edit, Note, Skip, apply
+from rewriter.edit import Edit, Note, Skip
 from rewriter.ir import Error, Model
 
 

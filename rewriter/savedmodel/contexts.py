@@ -51,11 +51,16 @@ def _nested(inner: Any) -> tuple[str, Any]:
 
 
 def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
-    """Let contexts know the nodes that were added to their loops and branches; `outputs` counts those of a node.
+    """Let contexts know the nodes of their loops and branches that were added, and forget those that were removed.
+
+    `outputs` counts those of a node.
 
     A new node belongs where the innermost of its inputs does; an Enter belongs to the loop that it enters.
     """
     found = {collection: _contexts(meta, collection) for collection in KINDS}
+    for contexts in found.values():
+        for context in contexts:
+            _forget(context, graph)
     held: dict[str, tuple[int, Any]] = {}
     loops: dict[str, tuple[int, Any]] = {}
     for collection, contexts in found.items():
@@ -72,6 +77,16 @@ def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
         if contexts:
             values = meta.collection_def[collection].bytes_list.value
             values[:] = [context.SerializeToString(deterministic=True) for context in contexts]
+
+
+def _forget(context: Any, graph: Graph) -> None:
+    held = context.values_def
+    held.values[:] = [text for text in held.values if text.partition(":")[0] in graph.nodes]
+    for outer, inner in list(held.external_values.items()):
+        if not {outer.partition(":")[0], inner.partition(":")[0]} <= graph.nodes.keys():
+            del held.external_values[outer]
+    for nested in context.nested_contexts:
+        _forget(_nested(nested)[1], graph)
 
 
 def _index(

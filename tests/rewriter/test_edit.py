@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from rewriter import expr
+from rewriter.apply import apply
 from rewriter.check import check
 from rewriter.edit import (
     AddSignature,
@@ -22,7 +23,6 @@ from rewriter.edit import (
     Run,
     RunAfter,
     SetAttr,
-    apply,
 )
 from rewriter.expr import Function, Use, constant, handle, op, parameter, per_call, read
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Node, Signature, Spec, Value, Variable
@@ -232,7 +232,7 @@ NEW = Use("float32", Value("copy/neg"))
 
 
 def test_a_node_becomes_another_op_under_its_name() -> None:
-    after = edited(model(INNER), Replace("inner", "neg", "Abs", (Value("x"),), {"T": attr(Dtype("float32"))}))
+    after = edited(model(INNER), Replace("inner", "neg", op("Abs", Use("float32", Value("x")))))
     assert "  neg = Abs(x) {T: float32}\n" in to_text(after.graphs["inner"])
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from rewriter.edit import Duplicate, Rewire, apply
+from rewriter.apply import apply
+from rewriter.edit import Duplicate, Rewire
 from rewriter.expr import Use, constant
 from rewriter.frames import frames
 from rewriter.ir import MAIN, Edge, Graph, Model, Value

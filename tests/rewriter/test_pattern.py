@@ -20,7 +20,7 @@ FORM = node("Sub", node("Mul", any_value("x"), INV), node("Mul", any_value("m"),
 
 def test_captures_are_named_and_inputs_commute() -> None:
     (match,) = matches(GRAPH, "sum", FORM)
-    assert {name: capture.value.node for name, capture in match.items()} == {
+    assert {name: capture.value.node for name, capture in match.captures.items()} == {
         "x": "x",
         "m": "m",
         "v": "v",

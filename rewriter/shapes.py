@@ -1,0 +1,44 @@
+"""Shapes that are known without running anything: those that TensorFlow wrote beside the nodes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rewriter import ops
+from rewriter.ir import ARG, Graph, Node, Value
+
+Shape = tuple[int, ...]
+"""A shape of known rank; -1 is an unknown size."""
+
+
+def shape_of(graph: Graph, value: Value) -> Shape | None:
+    """The shape of a value; None where even its rank is not known.
+
+    TensorFlow writes shapes into the attribute ``_output_shapes`` of nodes and ``_input_shapes`` of functions.
+    Nodes that passes added have none; of them, those that keep a shape are looked through.
+    """
+    while True:
+        node = graph.nodes[value.node]
+        written = _written(node, value.port) or _of_argument(graph, node)
+        if written is not None:
+            return None if written.unknown_rank else tuple(d.size for d in written.dim)
+        if node.op == "Const":
+            return tuple(d.size for d in node.attrs["value"].tensor.tensor_shape.dim)
+        keeps = node.op.startswith("FusedBatchNorm") and value.port == 0
+        passed = node.inputs[0] if keeps else ops.forwarded(node, value.port)
+        if passed is None or node.op == "ReadVariableOp":
+            return None
+        value = passed
+
+
+def _written(node: Node, port: int) -> Any:
+    shapes = node.attrs.get("_output_shapes")
+    return shapes.list.shape[port] if shapes is not None and len(shapes.list.shape) > port else None
+
+
+def _of_argument(graph: Graph, node: Node) -> Any:
+    shapes = graph.attrs.get("_input_shapes")
+    if node.op != ARG or shapes is None:
+        return None
+    position = graph.arguments.index(node.name)
+    return shapes.list.shape[position] if len(shapes.list.shape) > position else None

@@ -1,0 +1,62 @@
+"""Removal of nodes that nothing uses any more."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from rewriter import ops
+from rewriter.edit import Sweep
+from rewriter.ir import ARG, MAIN, Graph, Model, Node
+
+FED = frozenset({"Placeholder", "PlaceholderWithDefault", ARG})
+"""Ops that a caller gives a value."""
+
+
+def sweep(model: Model, edits: Iterable[Sweep]) -> Model:
+    """The model without the nodes named, as far as nothing uses them, and without what only they needed."""
+    graphs = dict(model.graphs)
+    for edit in edits:
+        graphs[edit.graph] = _swept(model, graphs[edit.graph], edit.nodes)
+    return replace(model, graphs=graphs) if graphs != model.graphs else model
+
+
+def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
+    uses = Counter(name for node in graph.nodes.values() for name in _needed(node))
+    uses.update(r.value.node for r in graph.results)
+    uses.update(e.node for e in graph.effects)
+    if graph.name == MAIN:
+        uses.update(_held(model))
+    nodes = dict(graph.nodes)
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name in nodes and not uses[name] and _removable(nodes[name]):
+            needed = list(_needed(nodes.pop(name)))
+            uses.subtract(needed)
+            waiting += needed
+    return replace(graph, nodes=nodes) if len(nodes) < len(graph.nodes) else graph
+
+
+def _needed(node: Node) -> Iterator[str]:
+    """The nodes that a node names: inputs, control inputs, and those that it is placed beside."""
+    yield from (v.node for v in node.inputs)
+    yield from node.after
+    if "_class" in node.attrs:
+        yield from (s.decode().removeprefix("loc:@") for s in node.attrs["_class"].list.s)
+
+
+def _held(model: Model) -> Iterator[str]:
+    """The nodes of the main graph that something outside of it names."""
+    for signature in (*model.signatures.values(), *model.main_signatures.values()):
+        yield from (v.node for v in (*signature.feeds, *signature.fetches))
+    yield from (name for names in model.collections.values() for name in names)
+    yield from model.constants.values()
+
+
+def _removable(node: Node) -> bool:
+    definition = ops.registered(node.op)
+    if node.op == "ReadVariableOp":
+        return True  # stateful, but changes nothing
+    return definition is not None and not definition.is_stateful and node.op not in FED
