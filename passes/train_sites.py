@@ -10,6 +10,7 @@ import numpy as np
 
 from passes.batch_norm import batch_norms, moving_average
 from passes.decomposed import INPUT
+from passes.kernel import POPULATION, population
 from passes.roles import MEAN, VARIANCE
 from passes.sites import STATISTICS, Site
 from rewriter import ops
@@ -95,7 +96,7 @@ class Training:
         if site.kind == "fused":
             node = self.copied(site.node)
             yield SetAttr(self.graph, node, "is_training", None)
-            batch: Mapping[str, Expr] = {r: Use("float32", Value(node, port)) for r, port in STATISTICS.items()}
+            batch: Mapping[str, Expr] = self._kernels(site, node)
         else:
             batch = self._moments(site)
             for role, statistic in batch.items():
@@ -109,6 +110,17 @@ class Training:
             self.updates[holder] = moving_average(
                 before, batch[role], 1 - DEFAULT_MOMENTUM if factor is None else factor
             )
+
+    def _kernels(self, site: Site, node: str) -> Mapping[str, Expr]:
+        """The kernel's statistics; where it stands for single ops, the variance is the population's."""
+        mean, variance = (Use("float32", Value(node, port)) for port in STATISTICS.values())
+        source = self.model.graphs[site.graph].nodes[site.node]
+        if POPULATION not in source.attrs:
+            return {MEAN: mean, VARIANCE: variance}
+        x = source.inputs[0]
+        dtype = ops.output_dtype(self.model, self.model.graphs[site.graph], x)
+        channels = source.attrs[POPULATION].i
+        return {MEAN: mean, VARIANCE: population(variance, Use(dtype, self._value(x)), channels)}
 
     def _old(self, site: Site, holder: Value, old: Value, batch: Expr) -> Expr:
         """The average so far; in a loop, each round reads what the one before left."""

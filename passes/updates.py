@@ -94,11 +94,14 @@ def averaged(model: Model, graph: Graph, value: Value) -> bool:
 
 
 def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
-    """Whether the value used at an edge enters an average there."""
+    """Whether the value used at an edge enters an average there, or in a function that is called there."""
     user = graph.nodes[edge.node]
     if user.op.startswith("Assign"):
         return True
-    return user.op in ARITHMETIC and any(_Walk(model).from_value(graph, Value(user.name), edge, ()))
+    walk = _Walk(model)
+    if user.op in ARITHMETIC:
+        return any(walk.from_value(graph, Value(user.name), edge, ()))
+    return any(walk.into(graph, user, edge.position, None, ()))
 
 
 def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
@@ -148,7 +151,7 @@ class _Walk:
                 for port in range(2 if user.op in ("Switch", "RefSwitch") else 1):
                     yield from self.from_value(graph, Value(user.name, port), entered, calls)
             else:
-                yield from self._into(graph, user, edge.position, entered, calls)
+                yield from self.into(graph, user, edge.position, entered, calls)
 
     @staticmethod
     def _passes(node: Node, position: int) -> bool:
@@ -164,7 +167,8 @@ class _Walk:
         for outer, call in above:
             yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, calls[:-1])
 
-    def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+    def into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        """From what a call passes on."""
         form = ops.call_form(self.model, call)
         if form is not None and not form.carried and position >= form.first:
             for name in ops.callees(self.model, call):

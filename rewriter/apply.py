@@ -70,8 +70,8 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
                 drafts[graph].run_after(node, others, scope or node)
             case Replace(graph, node, value):
                 drafts[graph].replace(node, value)
-            case AddResult(graph, name, value):
-                drafts[graph].add_result(name, drafts[graph].place(value, name), value.dtype)
+            case AddResult(graph, name, value, scope):
+                drafts[graph].add_result(name, drafts[graph].place(value, scope), value.dtype)
             case Inline(graph, node, callee):
                 drafts[graph].inline(
                     node, model.graphs[callee], call_form_of(model, model.graphs[graph].nodes[node]).first

@@ -100,6 +100,7 @@ class AddResult:
     graph: str
     name: str
     value: Expr
+    scope: str
 
 
 @dataclass(frozen=True)

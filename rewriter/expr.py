@@ -252,6 +252,18 @@ def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     return op("SelectV2", condition, then, otherwise)
 
 
+def switch(value: Expr, predicate: Expr) -> tuple[Expr, Expr]:
+    """The value where the predicate is False, and where it is True; ops that use the other of the two do not run."""
+    made = op("Switch", value, predicate)
+    return Port(value.dtype, made, 0), Port(value.dtype, made, 1)
+
+
+def merge(first: Expr, second: Expr) -> Apply:
+    """Whichever of two values is computed."""
+    attrs = {"N": ops.attr(2), "T": ops.dtype_attr(first.dtype)}
+    return Apply(first.dtype, "Merge", (first, second), attrs)
+
+
 def stop_gradient(value: Expr) -> Expr:
     """The value, with no gradient."""
     return op("StopGradient", value)

@@ -156,13 +156,17 @@ def more_dtypes(dtypes: Any, names: list[str]) -> Any:
     return longer
 
 
-def more_scalars(shapes: Any, count: int) -> Any:
-    """A list of shapes, as an ``AttrValue``, with that of a scalar `count` times more."""
+def more_shapes(shapes: Any, added: list[tuple[int, ...]]) -> Any:
+    """A list of shapes, as an ``AttrValue``, with more of them."""
     longer = attr_value_pb2.AttrValue()
     longer.CopyFrom(shapes)
-    for _ in range(count):
-        longer.list.shape.add()
+    longer.list.shape.extend(shapes_attr([*added]).list.shape)
     return longer
+
+
+def more_scalars(shapes: Any, count: int) -> Any:
+    """A list of shapes, as an ``AttrValue``, with that of a scalar `count` times more."""
+    return more_shapes(shapes, [()] * count)
 
 
 class Func(str):

@@ -100,21 +100,24 @@ def node(names: str, *inputs: Pattern) -> Pattern:
     return Pattern(frozenset(names.split("|")), inputs)
 
 
-def passed_on(graph: Graph, value: Value, *, shaped: bool = False) -> Value | None:
-    """What an op that forwards a value, or changes its shape or dtype, passes on; None where it is computed."""
-    found = graph.nodes[value.node]
-    if found.op in ops.VIEWS:
-        return None if shaped else found.inputs[0]
-    return ops.forwarded(found, value.port)
+def origin(graph: Graph, value: Value, *, shaped: bool = False, stop: Collection[str] = ()) -> Value:
+    """The value as it was computed: before ops that forward it or change its shape or dtype.
+
+    With `shaped`, no op that changes the shape is looked through; nor is one in `stop`.
+    """
+    *_, found = _way(graph, value, shaped, stop)
+    return found
 
 
-def origin(graph: Graph, value: Value) -> Value:
-    """The value as it was computed: before ops that forward it or change its shape or dtype."""
-    while True:
-        passed = passed_on(graph, value)
-        if passed is None:
-            return value
-        value = passed
+def _way(graph: Graph, value: Value, shaped: bool, stop: Collection[str]) -> Iterator[Value]:
+    """A value, and what it was before each op that passes it on."""
+    passed: Value | None = value
+    while passed is not None:
+        yield passed
+        found = graph.nodes[passed.node]
+        if found.op in stop or (shaped and found.op in ops.VIEWS):
+            return
+        passed = found.inputs[0] if found.op in ops.VIEWS else ops.forwarded(found, passed.port)
 
 
 def matches(graph: Graph, root: str, pattern: Pattern, stop: Collection[str] = ()) -> Iterator[Match]:
@@ -136,14 +139,8 @@ class _Matcher:
 
     def _origin(self, value: Value, pattern: Pattern) -> tuple[Value, tuple[str, ...]]:
         """A value as it was computed, and the nodes that pass it on."""
-        way: list[str] = []
-        while self.graph.nodes[value.node].op not in self.stop:
-            passed = passed_on(self.graph, value, shaped=pattern.shaped)
-            if passed is None:
-                break
-            way.append(value.node)
-            value = passed
-        return value, tuple(way)
+        *way, found = _way(self.graph, value, pattern.shaped, self.stop)
+        return found, tuple(v.node for v in way)
 
     def used(self, edge: Edge, value: Value, pattern: Pattern, before: Match) -> Iterator[Match]:
         """Matches of a value that is used at an edge."""

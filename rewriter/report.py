@@ -92,6 +92,16 @@ class Skipped:
 
 
 @dataclass(frozen=True)
+class Declined:
+    """A site that a pass, by its class, left as it is, and why."""
+
+    by: str
+    graph: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Changed:
     """What one pass changed: nodes added, removed and changed (inputs, attributes) in one graph."""
 
@@ -108,9 +118,13 @@ class RewriteReport:
 
     Attributes:
         sites_found: sites of the source.
-        sites_rewritten: those of them that are quantised in the result and were not before.
-        sites_added: quantised sites of the functions that the rewrite added.
+        sites_rewritten: those of them that are quantised in the result and were not before; where nothing is
+            quantised, those that are fused.
+        sites_added: quantised sites that the rewrite added: those of new functions, and the second one where a
+            mode is chosen while the graph runs.
+        sites_fused: the source's sites in single ops that the fused kernel computes now.
         skipped: the source's sites that were left as they are.
+        declined: sites that another pass than the quantising one left as they are.
         variables_added: names of the new variables.
         notes: what the user should know: where the training function comes from, what is assumed.
         other_changes: what had to change besides.
@@ -122,7 +136,9 @@ class RewriteReport:
     sites_found: int
     sites_rewritten: int
     sites_added: int
+    sites_fused: int
     skipped: list[Skipped]
+    declined: list[Declined]
     variables_added: list[str]
     notes: list[str]
     other_changes: list[str]

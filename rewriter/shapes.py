@@ -24,8 +24,8 @@ def shape_of(graph: Graph, value: Value) -> Shape | None:
             return None if written.unknown_rank else tuple(d.size for d in written.dim)
         if node.op == "Const":
             return tuple(d.size for d in node.attrs["value"].tensor.tensor_shape.dim)
-        keeps = node.op.startswith("FusedBatchNorm") and value.port == 0
-        passed = node.inputs[0] if keeps else ops.forwarded(node, value.port)
+        fused = node.op.startswith("FusedBatchNorm") and value.port < 3  # noqa: PLR2004  the others have their own
+        passed = node.inputs[min(value.port, 1)] if fused else ops.forwarded(node, value.port)
         if passed is None or node.op == "ReadVariableOp":
             return None
         value = passed

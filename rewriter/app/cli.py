@@ -108,6 +108,14 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
     "--unfreeze-constants", is_flag=True, help="Make batch norms' parameters that are constants variables again."
 )
 @click.option(
+    "--no-fuse",
+    "fuse",
+    is_flag=True,
+    flag_value=False,
+    default=True,
+    help="Leave batch norms that are in single ops, or computed in both modes, as they are.",
+)
+@click.option(
     "--keep-ref",
     is_flag=True,
     help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
@@ -256,9 +264,15 @@ def _shape(shape: list[int | None] | None) -> str:
 
 def _show_rewrite(report: RewriteReport, target: Path | None) -> None:
     click.echo(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
-    click.echo(f", {report.sites_added} in new functions" if report.sites_added else "")
-    for skipped in report.skipped:
-        click.echo(f"skipped: {skipped.node} in {skipped.graph or 'the main graph'}: {skipped.reason}")
+    click.echo(f", {report.sites_added} more in new places" if report.sites_added else "")
+    if report.sites_fused:
+        click.echo(f"{report.sites_fused} of them were single ops and are the fused kernel now")
+    for site in report.skipped:
+        click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+    told = {(s.graph, s.node, s.reason) for s in report.skipped}
+    for left in report.declined:
+        if (left.graph, left.node, left.reason) not in told:
+            click.echo(f"{left.by} left {left.node} in {left.graph or 'the main graph'}: {left.reason}")
     for note in report.notes:
         click.echo(f"note: {note}")
     for change in report.other_changes:

@@ -1,0 +1,53 @@
+"""The uses of a batch's statistics, and what the fused kernel's stand for there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from passes.updates import assigned, consumers
+from rewriter import ops
+from rewriter.edit import Edit, Rewire
+from rewriter.expr import Expr, array, op
+from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.shapes import Shape, shape_of
+
+PASSING = (*ops.VIEWS, "Cast", "Identity", "Switch")
+
+
+def final_uses(model: Model, graph: Graph, value: Value) -> Iterator[tuple[Edge, Value]]:
+    """Where a value is used, after changes of its shape and dtype: the use, and the value used there."""
+    waiting = [value]
+    while waiting:
+        used = waiting.pop()
+        for edge in model.analysis_of(graph, consumers).get(used, ()):
+            user = graph.nodes.get(edge.node)
+            if user is not None and user.op in PASSING and edge.position == 0:
+                waiting += [Value(user.name, port) for port in range(2 if user.op == "Switch" else 1)]
+            else:
+                yield edge, used
+
+
+def moved_averages(model: Model, graph: Graph, value: Value, statistic: Expr, own: Collection[str]) -> Iterator[Edit]:
+    """Let averages take another value for a statistic, outside of the nodes that compute it or normalise with it.
+
+    Other uses stay as they are, as they may be differentiated and the kernel's outputs may not.
+    """
+    for edge, used in final_uses(model, graph, value):
+        if edge.node and edge.node not in own and assigned(model, graph, edge):
+            yield from rewired(model, graph, edge, used, statistic)
+
+
+def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr) -> Iterator[Edit]:
+    """Let one use of a statistic take a vector, in the shape and dtype that are used there."""
+    shape = shape_of(graph, used)
+    if shape is not None and -1 not in shape:
+        dtype = ops.output_dtype(model, graph, used)
+        yield Rewire(edge, shaped(statistic, shape, dtype), used.node)
+
+
+def shaped(vector: Expr, shape: Shape, dtype: str) -> Expr:
+    """A vector in another shape and dtype."""
+    found = vector if len(shape) == 1 else op("Reshape", vector, array(np.array(shape, dtype=np.int32)))
+    return found if found.dtype == dtype else op("Cast", found, DstT=ops.Dtype(dtype))

@@ -1,0 +1,69 @@
+"""The branches of an ``If``, which take more values and give more results."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.edit import AddResult, Edit, SetAttr
+from rewriter.expr import Expr, Passed, Use
+from rewriter.ir import ARG, Graph, Model, Node, Value
+from rewriter.shapes import Shape
+
+FIRST = 1
+"""The input of ``If`` that is the branches' first argument; before it comes the predicate."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """An ``If`` of a graph, whose branches nothing else calls."""
+
+    model: Model
+    graph: Graph
+    node: Node
+
+    @property
+    def predicate(self) -> Value:
+        """The boolean that it chooses by."""
+        return self.node.inputs[0]
+
+    def taken(self, value: bool) -> Graph:
+        """The branch that is taken where the predicate has this value."""
+        then, otherwise = ops.callees(self.model, self.node)
+        return self.model.graphs[then if value else otherwise]
+
+    @property
+    def own(self) -> bool:
+        """Whether nothing else calls the branches, so that they can be changed."""
+        callers = self.model.analysis(call_graph).callers
+        names = ops.callees(self.model, self.node)
+        return len(set(names)) == len(names) and all(len(callers[name]) == 1 for name in names)
+
+    def bring(self, branch: Graph, dtype: str, value: Value) -> Expr:
+        """A value of the graph in a branch: an argument, or one more."""
+        if value in self.node.inputs[FIRST:]:
+            return Use(dtype, Value(branch.arguments[self.node.inputs[FIRST:].index(value)]))
+        return Passed(dtype, self.graph.name, value)
+
+    def outer(self, branch: Graph, value: Value) -> Value:
+        """What a branch's argument is in the graph; other values as they are."""
+        if branch.nodes[value.node].op != ARG:
+            return value
+        return self.node.inputs[FIRST + branch.arguments.index(value.node)]
+
+    def results(self, added: Mapping[str, tuple[Expr, Expr]], shapes: list[Shape], scope: str) -> Iterator[Edit]:
+        """More results, by name: what they are where the predicate is True, and where it is False.
+
+        The first of them is the output ``len(branch.results)`` of the ``If``.
+        """
+        for name, (then, otherwise) in added.items():
+            yield AddResult(self.taken(True).name, name, then, scope)
+            yield AddResult(self.taken(False).name, name, otherwise, scope)
+        dtypes = [then.dtype for then, _ in added.values()]
+        yield SetAttr(self.graph.name, self.node.name, "Tout", ops.more_dtypes(self.node.attrs["Tout"], dtypes))
+        for name in ("output_shapes", "_output_shapes"):
+            known = self.node.attrs.get(name)
+            if known is not None and known.list.shape:
+                yield SetAttr(self.graph.name, self.node.name, name, ops.more_shapes(known, shapes))

@@ -1,0 +1,243 @@
+"""Whether batch norm in single ops can be the fused kernel, and on which operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from passes.decomposed import INPUT
+from passes.kernel import DTYPES, Layout, layout_of
+from passes.moments import NO_GRADIENT, Moments, moments
+from passes.roles import BETA, GAMMA
+from passes.sites import Site, sites
+from passes.updates import ARITHMETIC, consumers
+from rewriter import ops
+from rewriter.dataflow import Computed, VariableKey, origins
+from rewriter.edit import Replace
+from rewriter.expr import Apply, Expr, Use, array, op
+from rewriter.ir import Edge, Error, Graph, Model, Value
+from rewriter.pattern import origin
+from rewriter.shapes import Shape, shape_of
+
+INSIDE = (*ARITHMETIC, "Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Inv", "Reciprocal", "Reshape")
+INSIDE += ("Rsqrt", "Snapshot", "Sqrt", "Squeeze")
+"""Ops that the kernel may stand for. Others between them, as Switch or StopGradient, mean something of their own."""
+
+
+class DeclinedError(Error):
+    """Single ops that have to stay, and why."""
+
+
+Bring = Callable[[str, Value], Expr]
+"""How a value of a graph, of this dtype, comes to where it is needed."""
+
+
+Outer = Callable[[Value], Value]
+
+
+def here(dtype: str, value: Value) -> Expr:
+    """A value in its own graph."""
+    return Use(dtype, value)
+
+
+@dataclass(frozen=True)
+class Fusable:
+    """A site that can be fused.
+
+    Attributes:
+        x: what enters, as it meets the parameters.
+        layout: how the kernel is to see it.
+        channel: the axis of its channels.
+    """
+
+    model: Model
+    site: Site
+    x: Value
+    layout: Layout
+    channel: int
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that the site lies in."""
+        return self.model.graphs[self.site.graph]
+
+    def given(self, bring: Bring = here) -> Expr:
+        """What is normalised, where it is needed."""
+        return bring(self.dtype(self.graph, self.x), self.x)
+
+    def used(self, role: str) -> Value:
+        """What x meets as this role."""
+        return used(self.graph, self.site.inputs[role][0])
+
+    def parameters(self, bring: Bring = here) -> dict[str, Expr]:
+        """Gamma and beta, where there are any, as the kernel takes them."""
+        roles = [r for r in (GAMMA, BETA) if r in self.site.inputs]
+        return {role: self.vector(self.graph, self.used(role), bring) for role in roles}
+
+    def held(self, graph: Graph, values: Mapping[str, Value]) -> dict[str, Expr]:
+        """Moving statistics, by role, as the kernel takes them.
+
+        Raises:
+            DeclinedError: one is computed, or is trained, as the kernel has no gradient for it.
+        """
+        for role, value in values.items():
+            name = role.replace("_", " ")
+            for found in origins(self.model, graph.name, origin(graph, value)):
+                if isinstance(found, Computed):
+                    raise DeclinedError(f"its {name} is computed by {found.node} ({found.op})")
+                if isinstance(found, VariableKey) and self.model.variables[found.key].trainable:
+                    raise DeclinedError(f"its {name} is trained, for which the fused kernel has no gradient")
+        return {role: self.vector(graph, value) for role, value in values.items()}
+
+    def vector(self, graph: Graph, value: Value, bring: Bring = here) -> Expr:
+        """A float32 vector of what a value holds for each channel, before changes of its shape and dtype."""
+        while graph.nodes[value.node].op in (*ops.VIEWS, "Cast"):
+            value = graph.nodes[value.node].inputs[0]
+        dtype = self.dtype(graph, value)
+        found = bring(dtype, value)
+        if shape_of(graph, value) != (self.layout.channels,):
+            found = op("Reshape", found, array(np.array([self.layout.channels], dtype=np.int32)))
+        return found if dtype == "float32" else op("Cast", found, DstT=ops.Dtype("float32"))
+
+    def dtype(self, graph: Graph, value: Value) -> str:
+        """A value's dtype."""
+        return ops.output_dtype(self.model, graph, value)
+
+    def moments_of_x(self, graph: Graph, mean: Value, variance: Value, outer: Outer = lambda value: value) -> Moments:
+        """The batch's statistics that two values of a graph are; `outer` says what a value is in the site's graph.
+
+        Raises:
+            DeclinedError: they are none, or not those of x over all axes but that of the channels.
+        """
+        found = moments(graph, mean, variance)
+        if isinstance(found, str):
+            raise DeclinedError(found)
+        if origin_of_x(self.graph, outer(found.x)) != origin_of_x(self.graph, self.x):
+            raise DeclinedError(f"its statistics are those of {found.x.node}, and what they normalise is {self.x.node}")
+        shape = shape_of(self.graph, self.x) or ()
+        if found.axes != frozenset(range(len(shape))) - {self.channel}:
+            axes = ", ".join(str(a) for a in sorted(found.axes))
+            raise DeclinedError(
+                f"its statistics are taken over the axes {axes} of {len(shape)}, and applied along axis {self.channel}"
+            )
+        return found
+
+    def require_own(self, more: frozenset[str] = frozenset()) -> None:
+        """Refuse single ops of which something else uses what they compute on the way.
+
+        Args:
+            more: nodes that go with them, as those of the moments.
+
+        Raises:
+            DeclinedError: naming the use.
+        """
+        uses = self.model.analysis_of(self.graph, consumers)
+        inside = self.model.analysis(_single_ops)[self.site.graph] | more
+        for name in self.site.interior:
+            for edge in uses.get(Value(name), ()):
+                if edge.node not in inside:
+                    user = f"{edge.node} ({self.graph.nodes[edge.node].op})" if edge.node else "the function's caller"
+                    raise DeclinedError(f"{user} uses {name}, which is computed on the way, so nothing would be saved")
+
+
+def used(graph: Graph, edge: Edge) -> Value:
+    """The value used at an edge of a graph."""
+    return graph.nodes[edge.node].inputs[edge.position]
+
+
+def origin_of_x(graph: Graph, value: Value) -> Value:
+    """What two uses of x have in common: the value in its own shape."""
+    return origin(graph, value, shaped=True, stop=NO_GRADIENT)
+
+
+def replaced(found: Fusable, y: Apply) -> Replace:
+    """Let the last of the single ops be what computes y."""
+    node = found.graph.nodes[found.site.node]
+    dtype = found.dtype(found.graph, Value(node.name))
+    if y.dtype != dtype:
+        y = op("Cast", y, DstT=ops.Dtype(dtype))
+    if "_output_shapes" in node.attrs and not y.op.startswith("FusedBatchNorm"):
+        y = replace(y, attrs={**y.attrs, "_output_shapes": node.attrs["_output_shapes"]})
+    return Replace(found.site.graph, node.name, y)
+
+
+def fusable(model: Model, site: Site) -> Fusable:
+    """How a site can be fused.
+
+    Raises:
+        DeclinedError: it cannot.
+    """
+    if INPUT not in site.inputs:
+        raise DeclinedError(site.reason)
+    graph = model.graphs[site.graph]
+    (edge, *_) = site.inputs[INPUT]
+    x = used(graph, edge)
+    dtype = ops.output_dtype(model, graph, x)
+    if dtype not in DTYPES:
+        raise DeclinedError(f"it computes in {dtype}, which the fused kernel does not have")
+    for name in site.interior:
+        if graph.nodes[name].op not in INSIDE:
+            raise DeclinedError(f"{name} ({graph.nodes[name].op}) lies inside of it, which has an effect of its own")
+    shape = shape_of(graph, x)
+    if shape is None:
+        raise DeclinedError(f"the shape of what enters, {x.node}, is not known before it runs")
+    channel = _channel(shape, list(_met(model, site, edge)))
+    layout = layout_of(shape, channel)
+    if layout is None:
+        raise DeclinedError(f"its channels are axis {channel} of {len(shape)}, for which the kernel has no layout")
+    return Fusable(model, site, x, layout, channel)
+
+
+def _met(model: Model, site: Site, edge: Edge) -> Iterator[Shape]:
+    """The shapes of what x meets, one op after the other, on its way to the end."""
+    graph = model.graphs[site.graph]
+    inside = {*site.interior, site.node}
+    while True:
+        user = graph.nodes[edge.node]
+        for position, value in enumerate(user.inputs):
+            if position != edge.position:
+                shape = shape_of(graph, value)
+                if shape is None:
+                    raise DeclinedError(f"the shape of {value.node} is not known before it runs")
+                yield shape
+        if user.name == site.node:
+            return
+        uses = model.analysis_of(graph, consumers)[Value(user.name)]
+        edge = next(e for e in uses if e.node in inside)
+
+
+def _channel(shape: Shape, met: list[Shape]) -> int:
+    """The axis along which all that x meets is applied."""
+    sizes = {size for other in met for size in other if size != 1}
+    if any(len(other) > len(shape) for other in met) or len(sizes) > 1:
+        raise DeclinedError(f"what it applies to x of shape {_text(shape)} has the shapes {_texts(met)}")
+    if not sizes:
+        found = [axis for axis, size in enumerate(shape) if size == 1 and axis]
+        if not found:
+            raise DeclinedError("its parameters are single numbers, applied to several channels")
+        return found[-1]
+    axes = {len(shape) - len(other) + axis for other in met for axis, size in enumerate(other) if size != 1}
+    (channel, *others) = sorted(axes)
+    if others or any(all(size == 1 for size in other) for other in met):
+        raise DeclinedError(f"what it applies to x of shape {_text(shape)} has the shapes {_texts(met)}")
+    if shape[channel] not in sizes or shape[channel] < 0:
+        raise DeclinedError(f"its parameters have {sizes.pop()} elements, and x has the shape {_text(shape)}")
+    return channel
+
+
+def _text(shape: Shape) -> str:
+    return "[" + ", ".join("?" if size < 0 else str(size) for size in shape) + "]"
+
+
+def _texts(shapes: list[Shape]) -> str:
+    return " and ".join(dict.fromkeys(_text(shape) for shape in shapes))
+
+
+def _single_ops(model: Model) -> Mapping[str, frozenset[str]]:
+    """Graph -> the nodes of all groups of single ops."""
+    found: dict[str, set[str]] = {}
+    for site in model.analysis(sites):
+        found.setdefault(site.graph, set()).update(site.interior, (site.node,))
+    return {graph: frozenset(nodes) for graph, nodes in found.items()}

@@ -1,0 +1,71 @@
+"""The fused kernel in place of batch norm in single ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from passes.batch_statistics import moved_averages
+from passes.fusable import DeclinedError, Fusable, fusable, replaced
+from passes.fuse_chosen import chosen
+from passes.kernel import normalised
+from passes.moments import NO_GRADIENT
+from passes.roles import MEAN, VARIANCE
+from passes.sites import sites
+from rewriter.edit import Edit, Skip, Sweep
+from rewriter.ir import Model
+from rewriter.pattern import origin
+
+
+@dataclass(frozen=True)
+class FuseBatchNorm:
+    """Let ``FusedBatchNormV3`` compute every batch norm that a model computes in single ops.
+
+    Outputs and gradients are those of the single ops but for rounding; so are moving statistics, as the
+    kernel's variance, which is corrected for a sample, is brought back to that of the population. Where a
+    graph chooses between a batch's and the moving statistics while it runs, only one kernel runs.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """A kernel for each site in single ops, or a `Skip` with what stands in the way."""
+        sweeps: list[Edit] = []
+        for site in model.analysis(sites):
+            if site.kind != "decomposed" or site.quantized:
+                continue
+            try:
+                edits = list(_fused(fusable(model, site)))
+            except DeclinedError as e:
+                yield Skip(site.graph, site.node, str(e))
+                continue
+            yield from (e for e in edits if not isinstance(e, Sweep))
+            sweeps += [e for e in edits if isinstance(e, Sweep)]
+        yield from sweeps  # one group of ops may use what another computes
+
+
+def _fused(found: Fusable) -> Iterator[Edit]:
+    if found.site.mode == "both":
+        yield from chosen(found)
+    else:
+        yield from (_training if found.site.mode == "training" else _inference)(found)
+
+
+def _inference(found: Fusable) -> Iterator[Edit]:
+    site = found.site
+    found.require_own()
+    held = {role: found.used(role) for role in (MEAN, VARIANCE)}
+    vectors = found.parameters() | found.held(found.graph, held)
+    yield replaced(found, normalised(found.given(), vectors, found.layout, site.epsilon, training=False).y)
+    yield Sweep(site.graph, site.interior)
+
+
+def _training(found: Fusable) -> Iterator[Edit]:
+    site, graph = found.site, found.graph
+    mean, variance = (origin(graph, found.used(role), stop=NO_GRADIENT) for role in (MEAN, VARIANCE))
+    moments = found.moments_of_x(graph, mean, variance)
+    found.require_own(moments.nodes)
+    kernel = normalised(found.given(), found.parameters(), found.layout, site.epsilon, training=True)
+    yield replaced(found, kernel.y)
+    own = {*site.interior, site.node, *moments.nodes}
+    for value, statistic in ((mean, kernel.mean), (variance, kernel.variance)):
+        yield from moved_averages(found.model, graph, value, statistic, own)
+    yield Sweep(site.graph, (*site.interior, *sorted(moments.nodes)))

@@ -1,0 +1,228 @@
+"""The fused kernel where a graph chooses between a batch's and the moving statistics while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import numpy as np
+
+from passes.batch_statistics import final_uses, rewired
+from passes.branches import FIRST, Branches
+from passes.fusable import DeclinedError, Fusable, replaced
+from passes.kernel import Normalised, normalised
+from passes.moments import NO_GRADIENT
+from passes.predicates import ancestors, assumption, choice, decided_by
+from passes.roles import MEAN, VARIANCE
+from passes.updates import assigned, consumers
+from rewriter import ops
+from rewriter.edit import Edit, Rewire, Sweep
+from rewriter.expr import Expr, Use, array, merge, op, switch
+from rewriter.frames import frames
+from rewriter.ir import ARG, Edge, Graph, Node, Value
+from rewriter.liveness import BRANCHES
+from rewriter.pattern import origin
+from rewriter.shapes import shape_of
+
+STATISTICS = (MEAN, VARIANCE)
+MOMENTS = ("Mean", "Sub")
+"""Ops that give a batch's statistics."""
+
+
+def chosen(found: Fusable) -> Iterator[Edit]:
+    """One kernel for each mode, of which only one runs.
+
+    Raises:
+        DeclinedError: what chooses is neither a Merge nor an If, or does not choose between the two.
+    """
+    graph = found.graph
+    values = [origin(graph, found.used(role), stop=NO_GRADIENT) for role in STATISTICS]
+    choosing = [graph.nodes[v.node] for v in values]
+    if found.site.node in frames(graph):
+        raise DeclinedError("it chooses its mode inside of a while loop")
+    if all(node.op == "Merge" for node in choosing):
+        yield from _Merged(found, choosing).edits()
+    elif choosing[0] == choosing[1] and choosing[0].op in BRANCHES:
+        yield from _Branched(found, choosing[0], values).edits()
+    else:
+        what = " and ".join(dict.fromkeys(f"{node.name} ({node.op})" for node in choosing))
+        raise DeclinedError(f"its statistics are chosen by {what}; one tf.cond, or Switch and Merge, can be followed")
+
+
+def _trains(when: dict[bool, list[tuple[Graph, Value]]]) -> bool:
+    """The value of a predicate with which mean and variance are the batch's."""
+    found = [value for value, pair in when.items() if all(g.nodes[v.node].op in MOMENTS for g, v in pair)]
+    if len(found) != 1:
+        raise DeclinedError("it chooses its statistics, but one of the choices is not the batch's in a known form")
+    return found[0]
+
+
+class _Merged:
+    """Statistics chosen by Merge: x and the parameters are switched before the kernels, and y is merged."""
+
+    def __init__(self, found: Fusable, merges: list[Node]) -> None:
+        self.found, self.model, self.graph = found, found.model, found.graph
+        first, second = (choice(self.model, self.graph, node) for node in merges)
+        if first is None or second is None or first.predicate != second.predicate:
+            raise DeclinedError("what chooses its mean and its variance is not one boolean")
+        self.predicate = first.predicate
+        when = {True: (first.then, second.then), False: (first.otherwise, second.otherwise)}
+        values = {k: [(self.graph, origin(self.graph, v, stop=NO_GRADIENT)) for v in pair] for k, pair in when.items()}
+        self.training = _trains(values)
+        self.batch = [v for _, v in values[self.training]]
+        self.moving = dict(zip(STATISTICS, when[not self.training], strict=True))
+        self.switches: dict[Expr, tuple[Expr, Expr]] = {}
+
+    def edits(self) -> Iterator[Edit]:
+        """Both kernels, and what the averages take."""
+        found, site, layout = self.found, self.found.site, self.found.layout
+        moments = found.moments_of_x(self.graph, self.batch[0], self.batch[1])
+        found.require_own(moments.nodes)
+        x, parameters = found.given(), found.parameters()
+        moving = found.held(self.graph, self.moving)
+
+        def side(on: bool, vectors: dict[str, Expr], training: bool) -> Normalised:
+            known = {role: self._switched(v, on) for role, v in vectors.items()}
+            return normalised(self._switched(x, on), known, layout, site.epsilon, training=training)
+
+        trained = side(self.training, parameters, training=True)
+        inferred = side(not self.training, parameters | moving, training=False)
+        yield replaced(found, op("Identity", merge(inferred.y, trained.y)))
+        # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
+        other = side(not self.training, parameters, training=True)
+        for value, own, spare in zip(
+            self.batch, (trained.mean, trained.variance), (other.mean, other.variance), strict=True
+        ):
+            yield from self._averages(value, own, merge(spare, own), moments.nodes)
+        yield Sweep(site.graph, site.interior)
+
+    def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
+        own = {*self.found.site.interior, self.found.site.node, *moments}
+        for edge, used in final_uses(self.model, self.graph, value):
+            if edge.node and edge.node not in own and assigned(self.model, self.graph, edge):
+                inside = self._only(used, self.training)
+                yield from rewired(self.model, self.graph, edge, used, statistic if inside else always)
+
+    def _only(self, value: Value, on: bool) -> bool:
+        """Whether a value is computed only where the predicate has this value."""
+        return value in assumption(self.model, self.graph, self.predicate, not on).dead
+
+    def _switched(self, value: Expr, on: bool) -> Expr:
+        if isinstance(value, Use) and self._only(value.value, on):
+            return value
+        if value not in self.switches:
+            self.switches[value] = switch(value, Use("bool", self.predicate))
+        return self.switches[value][on]
+
+
+class _Branched:
+    """Statistics chosen by If: its branches compute the kernels too, and it gives y."""
+
+    def __init__(self, found: Fusable, node: Node, values: list[Value]) -> None:
+        self.found, self.model, self.graph = found, found.model, found.graph
+        self.branches = Branches(self.model, self.graph, node)
+        if not self.branches.own:
+            raise DeclinedError(f"the branches of {node.name}, which chooses its statistics, are called elsewhere too")
+        self.ports = [v.port for v in values]
+        when = {k: [self._within(self.branches.taken(k), port) for port in self.ports] for k in (True, False)}
+        self.training = _trains(when)
+        self.batch = when[self.training]
+        self.inside = self.branches.taken(self.training)
+        inferring = self.branches.taken(not self.training)
+        self.moving = {r: inferring.results[p].value for r, p in zip(STATISTICS, self.ports, strict=True)}
+
+    def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
+        """What a branch returns: a value that it computes, or one of the graph that it was given."""
+        value = origin(branch, branch.results[port].value, stop=NO_GRADIENT)
+        if branch.nodes[value.node].op != ARG:
+            return branch, value
+        return self.graph, origin(self.graph, self.branches.outer(branch, value), stop=NO_GRADIENT)
+
+    def edits(self) -> Iterator[Edit]:
+        """A kernel in each branch, one more result, and what the averages take."""
+        found, site, node = self.found, self.found.site, self.branches.node
+        holder, mean = self.batch[0]
+        moments = found.moments_of_x(holder, mean, self.batch[1][1], lambda v: self._outer(holder, v))
+        nodes = moments.nodes if holder is self.graph else frozenset()
+        found.require_own(nodes)
+        inferring = self.branches.taken(not self.training)
+        moving = found.held(inferring, self.moving)
+        trained, inferred = (
+            normalised(
+                found.given(partial(self.branches.bring, branch)),
+                found.parameters(partial(self.branches.bring, branch)) | known,
+                found.layout,
+                site.epsilon,
+                training=branch is self.inside,
+            )
+            for branch, known in ((self.inside, {}), (inferring, moving))
+        )
+        pair = (trained.y, inferred.y) if self.training else (inferred.y, trained.y)
+        shape = shape_of(self.graph, found.x) or ()
+        yield from self.branches.results({"y": pair}, [shape], site.node)
+        y = Use(found.dtype(self.graph, found.x), Value(node.name, len(self.inside.results)))
+        yield replaced(found, op("Identity", y))
+        statistics = (trained.mean, trained.variance)
+        for (_, value), port, statistic in zip(self.batch, self.ports, statistics, strict=True):
+            yield from self._averages(holder, value, port, statistic, moments.nodes)
+        yield Sweep(site.graph, (*site.interior, *sorted(nodes)))
+        yield Sweep(self.inside.name, tuple(sorted(moments.nodes - nodes)))
+
+    def _outer(self, holder: Graph, value: Value) -> Value:
+        return value if holder is self.graph else self.branches.outer(holder, value)
+
+    def _averages(self, holder: Graph, value: Value, port: int, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
+        """Let the branch return the kernel's statistic, and averages use it."""
+        self._require_averages(port)
+        node = self.branches.node
+        if holder is not self.graph:
+            for edge, used in final_uses(self.model, holder, value):
+                if edge.node not in own:
+                    yield from rewired(self.model, holder, edge, used, statistic)
+            return
+        for edge, used in final_uses(self.model, self.graph, value):
+            if edge.node == node.name:
+                argument = Value(self.inside.arguments[edge.position - FIRST])
+                for inner, passed in final_uses(self.model, self.inside, argument):
+                    yield from rewired(self.model, self.inside, inner, passed, statistic)
+                yield from self._unused(edge, used)
+            elif edge.node not in own and self._same_choice(edge):
+                yield from rewired(self.model, self.graph, edge, used, self._result(port))
+
+    def _result(self, port: int) -> Expr:
+        """A chosen statistic as a vector."""
+        value = Value(self.branches.node.name, port)
+        made = Use(ops.output_dtype(self.model, self.graph, value), value)
+        shape = shape_of(self.graph, value) or (0,)
+        if len(shape) == 1:
+            return made
+        return op("Reshape", made, array(np.array([self.found.layout.channels], dtype=np.int32)))
+
+    def _require_averages(self, port: int) -> None:
+        """Refuse chosen statistics that are used for more than averages, as the kernel's have no gradient."""
+        own = {*self.found.site.interior, self.found.site.node}
+        for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port)):
+            if edge.node not in own and not (edge.node and assigned(self.model, self.graph, edge)):
+                what = edge.node or "the function's caller"
+                raise DeclinedError(f"{what} uses the statistic that {self.branches.node.name} chooses")
+
+    def _unused(self, edge: Edge, used: Value) -> Iterator[Edit]:
+        """Pass nothing where a branch has no use for it any longer."""
+        other = self.branches.taken(not self.training)
+        argument = Value(other.arguments[edge.position - FIRST])
+        shape = shape_of(self.graph, used)
+        if argument not in self.model.analysis_of(other, consumers) and shape is not None:
+            dtype = ops.output_dtype(self.model, self.graph, used)
+            yield Rewire(edge, array(np.zeros(shape, dtype)), used.node)
+
+    def _same_choice(self, edge: Edge) -> bool:
+        """Whether a value is used only where another If makes the same choice, and after this one."""
+        node = self.graph.nodes[edge.node] if edge.node else None
+        if node is None or node.op not in BRANCHES or edge.position < FIRST:
+            return False
+        mine, others = self.branches, Branches(self.model, self.graph, node)
+        same = decided_by(self.graph, mine.predicate) == decided_by(self.graph, others.predicate)
+        branch = others.taken(not self.training)
+        argument = Value(branch.arguments[edge.position - FIRST])
+        unused = argument not in self.model.analysis_of(branch, consumers)
+        return same and unused and node.name not in ancestors(self.graph, mine.node.name)

@@ -1,0 +1,85 @@
+"""Mean and variance of a batch in single ops, as `tf.nn.moments`, Keras and people write them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rewriter import ops
+from rewriter.ir import Graph, Value
+from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
+from rewriter.shapes import Shape, shape_of
+
+NO_GRADIENT = ("StopGradient", "PreventGradient")
+X = "x"
+
+_X = replace(any_value(X), shaped=True)
+
+
+def _over(values: Pattern, axes: str) -> Pattern:
+    return node("Mean", values, any_value(axes))
+
+
+MEANS = (_over(_X, "axes"),)
+_INNER = (_over(_X, "inner"), node("StopGradient", _over(_X, "inner")))
+_CENTRED = tuple(node("Sub", _X, inner) for inner in _INNER)
+VARIANCES = (
+    *(_over(node("SquaredDifference", _X, inner), "axes") for inner in _INNER),
+    *(_over(node("Square", centred), "axes") for centred in _CENTRED),
+    *(_over(node("Mul", centred.named("c"), centred.named("c")), "axes") for centred in _CENTRED),
+    node("Sub", _over(node("Square", _X), "axes"), node("Square", _over(_X, "inner"))),
+    node("Sub", _over(node("Mul", _X, _X), "axes"), node("Square", _over(_X, "inner"))),
+)
+"""The gradient through the inner mean is zero, whether or not it is stopped."""
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A batch's mean and variance.
+
+    Attributes:
+        x: what they are of.
+        axes: those over which they are taken, from the front.
+        nodes: what computes them.
+    """
+
+    x: Value
+    axes: frozenset[int]
+    nodes: frozenset[str]
+
+
+def moments(graph: Graph, mean: Value, variance: Value) -> Moments | str:
+    """The moments that two values of a graph are; a reason where they are none."""
+    means = _first(graph, mean, MEANS)
+    if means is None:
+        return f"its mean is computed by {mean.node} ({graph.nodes[mean.node].op}), which is no mean over x"
+    variances = _first(graph, variance, VARIANCES)
+    if variances is None:
+        return (
+            f"its variance is computed by {variance.node} ({graph.nodes[variance.node].op}), in no form that is known"
+        )
+    if means[X].value != variances[X].value:
+        return "its mean and its variance are those of different values"
+    x = means[X].value
+    shape = shape_of(graph, x)
+    found = [_axes(graph, m[name], shape) for m in (means, variances) for name in ("axes", "inner") if name in m]
+    if shape is None or None in found:
+        return "the axes of its mean and variance are not known before it runs"
+    if len(set(found)) > 1:
+        return "its mean and its variance are taken over different axes"
+    return Moments(x, found[0] or frozenset(), frozenset((*means.nodes, *variances.nodes)))
+
+
+def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match | None:
+    """The first match in which all uses of x can be differentiated."""
+    if value.port:
+        return None
+    return next((m for p in patterns for m in matches(graph, value.node, p, stop=NO_GRADIENT)), None)
+
+
+def _axes(graph: Graph, capture: Capture, shape: Shape | None) -> frozenset[int] | None:
+    held = ops.constant_of(graph, origin(graph, capture.value))
+    if held is None or shape is None:
+        return None
+    return frozenset(int(axis) % len(shape) for axis in np.ravel(held))

@@ -1,0 +1,76 @@
+"""What a graph chooses by while it runs, and what that leaves to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from rewriter.ir import Graph, Model, Node, Value
+from rewriter.liveness import Assumption
+from rewriter.pattern import origin
+
+SWITCHES = ("Switch", "RefSwitch")
+
+
+class Choice(NamedTuple):
+    """A Merge, the boolean that decides what it passes on, and its inputs for True and for False."""
+
+    predicate: Value
+    then: Value
+    otherwise: Value
+
+
+def assumption(model: Model, graph: Graph, predicate: Value, value: bool) -> Assumption:
+    """The graph, with a boolean that is assumed to have a value."""
+    memo = model.analysis(_assumptions)
+    key = (graph.name, predicate, value)
+    if key not in memo:
+        memo[key] = Assumption(model, graph, {predicate.node: value})
+    return memo[key]
+
+
+def _assumptions(_: Model) -> dict[tuple[str, Value, bool], Assumption]:
+    """What was assumed already."""
+    return {}
+
+
+def choice(model: Model, graph: Graph, merge: Node) -> Choice | None:
+    """What decides a Merge; None where that is not a single boolean."""
+    for predicate in dict.fromkeys(_predicates(graph, merge)):
+        then, otherwise = (assumption(model, graph, predicate, v).chosen(merge) for v in (True, False))
+        if then is not None and otherwise is not None and then != otherwise:
+            return Choice(predicate, then, otherwise)
+    return None
+
+
+def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
+    """The booleans of the Switches before a Merge, the nearest first."""
+    waiting, seen = [v.node for v in merge.inputs], set[str]()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        node = graph.nodes[name]
+        if node.op in SWITCHES:
+            yield decided_by(graph, node.inputs[1])
+        else:
+            waiting += [*(v.node for v in node.inputs), *node.after]
+
+
+def decided_by(graph: Graph, predicate: Value) -> Value:
+    """The boolean that a predicate passes on."""
+    return origin(graph, predicate)
+
+
+def ancestors(graph: Graph, name: str) -> frozenset[str]:
+    """The nodes that run before a node."""
+    found: set[str] = set()
+    waiting = [name]
+    while waiting:
+        node = graph.nodes[waiting.pop()]
+        for before in (*(v.node for v in node.inputs), *node.after):
+            if before not in found:
+                found.add(before)
+                waiting.append(before)
+    return frozenset(found)

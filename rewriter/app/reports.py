@@ -1,0 +1,124 @@
+"""What a rewrite and an inspection say, from the models before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from passes.batch_norm import BatchNorm
+from passes.quantize_batch_norm import QuantizeBatchNorm
+from passes.sites import Site, quantized, sites
+from rewriter.ir import Model, Signature
+from rewriter.pipeline import Step
+from rewriter.report import (
+    BatchNormReport,
+    Changed,
+    Declined,
+    RewriteReport,
+    SignatureReport,
+    SiteReport,
+    Skipped,
+    Tensor,
+)
+
+
+def describe_signature(model: Model, signature: Signature) -> SignatureReport:
+    """A signature's inputs and outputs."""
+    entry = model.entries.get(signature.entry)
+    specs = signature.specs if entry is None else (*entry.inputs, *entry.outputs)
+    tensors = [Tensor.of(n, s) for n, s in zip((*signature.inputs, *signature.outputs), specs, strict=True)]
+    return SignatureReport(tensors[: len(signature.inputs)], tensors[len(signature.inputs) :])
+
+
+def describe(model: Model, bn: BatchNorm) -> BatchNormReport:
+    """A batch norm and its sites."""
+    names = {role: model.variables[key].name for role, key in bn.variables.items()}
+    momentum = None if bn.factor is None else round(1 - bn.factor, 9)
+    return BatchNormReport(bn.name, names, bn.sites[0].epsilon, momentum, [_describe_site(s) for s in bn.sites])
+
+
+def _describe_site(site: Site) -> SiteReport:
+    reason = "" if site.quantized else site.reason
+    tags = [dict(tag) for tag in site.quantized]
+    return SiteReport(site.graph, site.node, site.kind, site.mode, site.status, reason, tags)
+
+
+def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
+    """Why there is nothing to rewrite, in a sentence."""
+    found = model.analysis(sites)
+    if not found:
+        return (
+            f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
+            "so there is nothing to rewrite"
+        )
+    if all(s.quantized for s in found):
+        return f"all {len(found)} batch-norm sites of {source} are quantised already; there is nothing to add"
+    skipped = [s for step in steps for s in step.skipped]
+    if not skipped:
+        return f"the passes changed nothing in {source}"
+    reasons = sorted({s.reason for s in skipped})
+    more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
+    sites_of = "the batch-norm site" if len(found) == 1 else f"none of the {len(found)} batch-norm sites"
+    cannot = "cannot" if len(found) == 1 else "can"
+    return f"{sites_of} of {source} {cannot} be rewritten: {reasons[0]}{more}"
+
+
+def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
+    """What passes did.
+
+    A site in single ops may have become two fused ones; it counts as one, and is quantised if they are.
+    """
+    found = {(s.graph, s.node): s for s in before.analysis(sites)}
+    left = {(s.graph, s.node): s for s in after.analysis(sites)}
+    now = after.analysis(quantized)
+    single = {k for k, s in found.items() if s.kind == "decomposed"}
+    fused = {k for k in single if k not in left or left[k].kind == "fused"}
+    floats = [k for k in left if k not in found and k not in now and k[0] in before.graphs]
+    if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
+        rewritten = {k for k, s in found.items() if not s.quantized and (k in now or k not in left)}
+    else:
+        rewritten, floats = fused, []
+    reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
+    skipped = [k for k in found if k not in rewritten] + floats
+    return RewriteReport(
+        sites_found=len(found),
+        sites_rewritten=len(rewritten),
+        sites_added=len(now - set(found)),
+        sites_fused=len(fused),
+        skipped=[Skipped(*k, reasons.get(k) or (left | found)[k].reason or "no pass changed it") for k in skipped],
+        declined=[
+            Declined(step.name, s.graph, s.node, s.reason)
+            for step in steps
+            if not isinstance(step.by, QuantizeBatchNorm)
+            for s in step.skipped
+        ],
+        variables_added=[v.name for k, v in after.variables.items() if k not in before.variables],
+        notes=[note for step in steps for note in step.notes],
+        other_changes=[],
+        changes=[change for step in steps for change in _changes(step)],
+        options={type(p).__name__: repr(p) for p in (step.by for step in steps)},
+        versions=_versions(),
+    )
+
+
+def _changes(step: Step) -> Iterator[Changed]:
+    """What a pass changed, by comparison."""
+    for name, graph in step.after.graphs.items():
+        old = step.before.graphs.get(name)
+        if old is graph:
+            continue
+        nodes = old.nodes if old is not None else {}
+        added = sum(1 for n in graph.nodes if n not in nodes)
+        removed = sum(1 for n in nodes if n not in graph.nodes)
+        changed = sum(1 for n, node in graph.nodes.items() if n in nodes and nodes[n] is not node and nodes[n] != node)
+        if added or removed or changed:
+            yield Changed(step.name, name, added, removed, changed)
+
+
+def _versions() -> dict[str, str]:
+    try:
+        own = version("bnqat")
+    except PackageNotFoundError:
+        own = "unknown"
+    return {"bnqat": own, "tensorflow": version("tensorflow")}
