@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rewriter import ops
@@ -10,7 +10,7 @@ from rewriter.dataflow import call_graph
 from rewriter.edit import AddResult, Edit, SetAttr
 from rewriter.expr import Expr, Passed, Use
 from rewriter.ir import ARG, Graph, Model, Node, Value
-from rewriter.shapes import Shape
+from rewriter.shapes import Shape, shape_of
 
 FIRST = 1
 """The input of ``If`` that is the branches' first argument; before it comes the predicate."""
@@ -45,7 +45,7 @@ class Branches:
         """A value of the graph in a branch: an argument, or one more."""
         if value in self.node.inputs[FIRST:]:
             return Use(dtype, Value(branch.arguments[self.node.inputs[FIRST:].index(value)]))
-        return Passed(dtype, self.graph.name, value)
+        return Passed(dtype, self.graph.name, value, shape_of(self.graph, value))
 
     def outer(self, branch: Graph, value: Value) -> Value:
         """What a branch's argument is in the graph; other values as they are."""
@@ -53,7 +53,7 @@ class Branches:
             return value
         return self.node.inputs[FIRST + branch.arguments.index(value.node)]
 
-    def results(self, added: Mapping[str, tuple[Expr, Expr]], shapes: list[Shape], scope: str) -> Iterator[Edit]:
+    def results(self, added: Mapping[str, tuple[Expr, Expr]], shapes: Sequence[Shape | None], scope: str) -> Iterator[Edit]:
         """More results, by name: what they are where the predicate is True, and where it is False.
 
         The first of them is the output ``len(branch.results)`` of the ``If``.

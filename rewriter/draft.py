@@ -9,7 +9,7 @@ from typing import Any
 from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
-from rewriter.ops import Dtype, attr, dtype_attr, more_scalars, registered, shape_attr, shapes_attr
+from rewriter.ops import Dtype, attr, dtype_attr, more_shapes, registered, shape_attr, shapes_attr
 
 HANDLES = ("VarHandleOp", "ReadVariableOp")
 """Stateful ops that change nothing."""
@@ -262,7 +262,7 @@ class Draft:
         attrs = dict(self.graph.attrs)
         if added and "_input_shapes" in attrs:
             # One entry per argument, or the function cannot be loaded; resources and bools are scalars.
-            attrs["_input_shapes"] = more_scalars(attrs["_input_shapes"], len(added))
+            attrs["_input_shapes"] = more_shapes(attrs["_input_shapes"], [need.shape for need in self.needs])
         return replace(
             self.graph,
             nodes=self.nodes,

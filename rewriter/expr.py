@@ -82,6 +82,7 @@ class Passed(Expr):
 
     graph: str
     value: Value
+    shape: tuple[int, ...] | None
 
     @property
     def label(self) -> str:
@@ -94,6 +95,7 @@ class Handle(Expr):
     """The resource of a variable. The engine brings it to every graph that needs it."""
 
     variable: Variable
+    shape = ()
 
     @property
     def label(self) -> str:
@@ -111,6 +113,7 @@ class PerCall(Expr):
 
     label: str
     inner: Expr
+    shape = ()
 
 
 Operand = Expr | bool | int | float

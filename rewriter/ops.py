@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -156,8 +156,8 @@ def more_dtypes(dtypes: Any, names: list[str]) -> Any:
     return longer
 
 
-def more_shapes(shapes: Any, added: list[tuple[int, ...]]) -> Any:
-    """A list of shapes, as an ``AttrValue``, with more of them."""
+def more_shapes(shapes: Any, added: Sequence[tuple[int, ...] | None]) -> Any:
+    """A list of shapes, as an ``AttrValue``, with more of them; None is an unknown rank."""
     longer = attr_value_pb2.AttrValue()
     longer.CopyFrom(shapes)
     longer.list.shape.extend(shapes_attr([*added]).list.shape)
