@@ -53,7 +53,9 @@ class Branches:
             return value
         return self.node.inputs[FIRST + branch.arguments.index(value.node)]
 
-    def results(self, added: Mapping[str, tuple[Expr, Expr]], shapes: Sequence[Shape | None], scope: str) -> Iterator[Edit]:
+    def results(
+        self, added: Mapping[str, tuple[Expr, Expr]], shapes: Sequence[Shape | None], scope: str
+    ) -> Iterator[Edit]:
         """More results, by name: what they are where the predicate is True, and where it is False.
 
         The first of them is the output ``len(branch.results)`` of the ``If``.

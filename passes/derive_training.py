@@ -63,7 +63,8 @@ class DeriveTraining:
         if why_not:
             yield Note(why_not)
         if trace is not None:
-            yield Note(f"train is the source's training trace {trace.function}")
+            own = "serving function, which chooses its mode itself" if trace is serving else "training trace"
+            yield Note(f"train is the source's {own}, {trace.function}")
             if self.momentum is not None:
                 yield Note("the momentum given has no influence: the training trace has its own")
             yield from _clone_trace(model, trace, serving, signed)

@@ -51,7 +51,8 @@ def _infers(model: Model, function: str) -> bool:
 def training_trace(model: Model, serving: Entry) -> Entry | None:
     """A function of the root that takes and returns what serving does and trains the batch norms of it.
 
-    Keras 2 saves its model's call with training=True as one.
+    Keras 2 saves its model's call with training=True as one. A serving function that takes its mode as an
+    argument is one itself.
     """
     calls = model.analysis(call_graph)
 
@@ -69,9 +70,10 @@ def training_trace(model: Model, serving: Entry) -> Entry | None:
 
     wanted = names(serving, training=False)
     of_root = [e for e in model.entries.values() if any("." not in p for p in e.paths)]
-    for entry in sorted(of_root, key=rank):
-        trains = entry.function != serving.function and names(entry, training=True)
-        if trains and wanted <= names(entry, training=False) and align(model, entry, serving) is not None:
+    others = [e for e in of_root if e.function != serving.function]
+    for entry in (*sorted(others, key=rank), serving):
+        trains = names(entry, training=True) and wanted <= names(entry, training=entry is serving)
+        if trains and align(model, entry, serving) is not None:
             return entry
     return None
 

@@ -1,0 +1,84 @@
+"""Nets that differ only in how they compute batch norm, as SavedModels with a training and a serving step."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from tests.models import keras_application, perturb
+from tests.models.chosen import Norm, moments_inside, two_kernels
+
+SIZE = (96, 96, 3)
+
+
+def keras3(net: str, path: Path) -> None:
+    """Keras 3's own layers: single ops; `train` and `serve` are two functions."""
+    import keras
+
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, net)(weights=None, input_shape=SIZE, classes=10)
+    perturb(model.weights)
+    archive = keras.export.ExportArchive()
+    archive.track(model)
+    spec = [tf.TensorSpec((None, *SIZE), name="x")]
+    archive.add_endpoint("serve", lambda x: model(x, training=False), input_signature=spec)
+    archive.add_endpoint("train", lambda x: model(x, training=True), input_signature=spec)
+    with contextlib.redirect_stdout(io.StringIO()):
+        archive.write_out(str(path), verbose=False)
+
+
+def fused(net: str, path: Path) -> None:
+    """Keras 2's layers: the fused kernel; `train` and `serve` are two functions."""
+    model = keras_application(net)
+    spec = [tf.TensorSpec((None, *SIZE), name="x")]
+    module = tf.Module()
+    module.held = model.variables
+    module.serve = tf.function(lambda x: model(x, training=False), input_signature=spec)
+    module.train = tf.function(lambda x: model(x, training=True), input_signature=spec)
+    tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+
+
+def chosen(norm: Norm) -> Callable[[str, Path], None]:
+    """Batch norms of one's own, whose mode is an argument of the one function."""
+
+    def write(net: str, path: Path) -> None:
+        import tf_keras
+
+        class Layer(tf_keras.layers.Layer):
+            def build(self, shape: Any) -> None:
+                for name, initial in (("gamma", "ones"), ("beta", "zeros")):
+                    setattr(self, name, self.add_weight(name, [shape[-1]], initializer=initial))
+                for name, initial in (("moving_mean", "zeros"), ("moving_variance", "ones")):
+                    weight = self.add_weight(name, [shape[-1]], initializer=initial, trainable=False)
+                    setattr(self, name, weight)
+
+            def call(self, x: Any, training: Any = None) -> Any:
+                return norm(x, self, tf.constant(False) if training is None else training)
+
+        def own(layer: Any) -> Any:
+            is_norm = isinstance(layer, tf_keras.layers.BatchNormalization)
+            return Layer(name=layer.name) if is_norm else layer.__class__.from_config(layer.get_config())
+
+        model = tf_keras.models.clone_model(keras_application(net), clone_function=own)
+        perturb(model.weights)
+        module = tf.Module()
+        module.held = model.variables
+        specs = [tf.TensorSpec((None, *SIZE), name="x"), tf.TensorSpec([], tf.bool, name="training")]
+        module.serve = tf.function(lambda x, training: model(x, training=training), input_signature=specs)
+        tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+
+    return write
+
+
+NETS: dict[str, Callable[[str, Path], None]] = {
+    "keras3": keras3,
+    "by_hand": chosen(moments_inside),
+    "two_kernels": chosen(two_kernels),
+    "fused": fused,
+}
+"""By form; each writes a net of this name (`MobileNetV2`, `ResNet50`) to a directory."""
