@@ -17,6 +17,7 @@ from rewriter.edit import (
     AddVariable,
     Clone,
     Define,
+    Dispatch,
     Duplicate,
     Edit,
     Expose,
@@ -34,9 +35,10 @@ from rewriter.edit import (
 )
 from rewriter.expr import Function
 from rewriter.frames import ENTERS
-from rewriter.ir import MAIN, Attrs, Endpoint, Error, Model, Signature, Value, Variable
+from rewriter.ir import MAIN, Attrs, Effect, Endpoint, Error, Model, Node, Signature, Value, Variable, unused
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import attr, call_form_of, functions_in
+from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, functions_in, shapes_attr
+from rewriter.shapes import shape_of
 from rewriter.sweep import sweep
 
 
@@ -56,6 +58,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
+    model = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
     model = _expose(model, batch)
     drafts = _Drafts(model)
     signed = dict(model.main_signatures)
@@ -198,6 +201,29 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
         graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **added})
     copies = tuple((edit.prefix, edit.nodes) for edit in edits if edit.graph == MAIN)
     return replace(model, graphs=graphs, copies=(*model.copies, *copies))
+
+
+def _dispatch(model: Model, edits: list[Dispatch]) -> Model:
+    graphs = dict(model.graphs)
+    for edit in edits:
+        graph = graphs[edit.graph]
+        arguments = {name: graph.nodes[name] for name in graph.arguments}
+        name = unused("mode", arguments)
+        attrs = {
+            "Tcond": dtype_attr("bool"),
+            "Tin": attr([Dtype(dtype_name(node.attrs["T"].type)) for node in arguments.values()]),
+            "Tout": attr([Dtype(result.dtype) for result in graph.results]),
+            "then_branch": attr(Func(edit.then)),
+            "else_branch": attr(Func(edit.otherwise)),
+            "output_shapes": shapes_attr([shape_of(graph, result.value) for result in graph.results]),
+        }
+        inputs = tuple(Value(argument) for argument in (edit.argument, *graph.arguments))
+        node = Node(name, "If" if graph.stateful else "StatelessIf", inputs, attrs=attrs)
+        results = tuple(result._replace(value=Value(name, port)) for port, result in enumerate(graph.results))
+        effects = (Effect(name, name),) if graph.stateful else ()
+        nodes = {**arguments, name: node}
+        graphs[edit.graph] = replace(graph, nodes=nodes, results=results, effects=effects)
+    return replace(model, graphs=graphs) if edits else model
 
 
 def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:

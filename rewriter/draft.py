@@ -223,6 +223,10 @@ class Draft:
             if inputs != user.inputs or after != user.after:
                 self.nodes[user.name] = replace(user, inputs=inputs, after=after)
         self.results = [r._replace(value=results.get(r.value, r.value)) for r in self.results]
+        if any(e.node == call for e in self.effects):
+            self.effects = [e for e in self.effects if e.node != call]
+            for name in effects:
+                self.add_effect(name)
         self.inlined.update(results)
 
     @staticmethod

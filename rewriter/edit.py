@@ -127,6 +127,22 @@ class Inline:
 
 
 @dataclass(frozen=True)
+class Dispatch:
+    """Let a function do no more than call one of two others, which take and return what it does.
+
+    Attributes:
+        argument: of the function, a boolean.
+        then: what it calls where the argument is True.
+        otherwise: what it calls where it is False.
+    """
+
+    graph: str
+    argument: str
+    then: str
+    otherwise: str
+
+
+@dataclass(frozen=True)
 class Define:
     """Add a function that expressions call."""
 
@@ -201,6 +217,7 @@ Edit = (
     | Sweep
     | Clone
     | Duplicate
+    | Dispatch
     | Inline
     | Define
     | AddVariable

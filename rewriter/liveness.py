@@ -55,6 +55,11 @@ class Assumption:
             return living[0] if len(living) == 1 and len(node.inputs) > 1 else None
         return None
 
+    def resolved(self, value: Value) -> Value:
+        """What a value is, where choices are known."""
+        chosen = self.chosen(self.graph.nodes[value.node])
+        return value if chosen is None or value.port else self.resolved(chosen)
+
     @cached_property
     def dead(self) -> frozenset[Value]:
         """The values that are not computed."""

@@ -18,6 +18,7 @@ from passes.fuse_batch_norm import FuseBatchNorm
 from passes.inline_branches import InlineBranches
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
+from passes.split_modes import SplitModes
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
@@ -28,6 +29,9 @@ from rewriter.report import Inspection, RewriteReport
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import save
+
+FUSING = ("split-modes", "fuse-batch-norm", "choose-branch")
+"""Passes that `fuse` is for."""
 
 
 class NothingToRewriteError(Error):
@@ -96,8 +100,8 @@ def rewrite(
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
-            ``unfreeze-constants``, ``fuse-batch-norm``, ``choose-branch``, ``derive-training``,
-            ``inline-branches``, ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
+            ``unfreeze-constants``, ``split-modes``, ``fuse-batch-norm``, ``choose-branch``,
+            ``derive-training``, ``inline-branches``, ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -110,6 +114,7 @@ def rewrite(
     known: dict[str, Pass] = {
         "upgrade-references": UpgradeReferences(keep=keep_ref),
         "unfreeze-constants": UnfreezeConstants(),
+        "split-modes": SplitModes(),
         "fuse-batch-norm": FuseBatchNorm(),
         "choose-branch": ChooseBranch(),
         "derive-training": DeriveTraining(momentum),
@@ -117,7 +122,7 @@ def rewrite(
         "cut-gradients": CutGradients(),
         "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
     }
-    wanted = {"unfreeze-constants": unfreeze_constants, "fuse-batch-norm": fuse, "choose-branch": fuse}
+    wanted = {"unfreeze-constants": unfreeze_constants, **dict.fromkeys(FUSING, fuse)}
     default = [name for name in known if wanted.get(name, True)]
     chosen = [_named(p, known) if isinstance(p, str) else p for p in (default if passes is None else passes)]
     target = Path(target)

@@ -67,26 +67,30 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
 def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     """What passes did.
 
-    A site in single ops may have become two fused ones; it counts as one, and is quantised if they are.
+    A site may have become several, as one for each mode; it counts as one, and is quantised if they are.
     """
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
     left = {(s.graph, s.node): s for s in after.analysis(sites)}
     now = after.analysis(quantized)
+    became = {
+        k: [k] if k in left else [j for j in left if j not in found and _shares(s, left[j])] for k, s in found.items()
+    }
     single = {k for k, s in found.items() if s.kind == "decomposed"}
-    fused = {k for k in single if k not in left or left[k].kind == "fused"}
-    floats = [k for k in left if k not in found and k not in now and k[0] in before.graphs]
+    fused = {k for k in single if all(left[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
-        rewritten = {k for k, s in found.items() if not s.quantized and (k in now or k not in left)}
+        rewritten = {k for k, s in found.items() if not s.quantized and now.issuperset(became[k])}
     else:
-        rewritten, floats = fused, []
+        rewritten = fused
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
-    skipped = [k for k in found if k not in rewritten] + floats
+    why = {
+        k: next((r for j in became[k] if (r := reasons.get(j) or left[j].reason)), "no pass changed it") for k in found
+    }
     return RewriteReport(
         sites_found=len(found),
         sites_rewritten=len(rewritten),
         sites_added=len(now - set(found)),
         sites_fused=len(fused),
-        skipped=[Skipped(*k, reasons.get(k) or (left | found)[k].reason or "no pass changed it") for k in skipped],
+        skipped=[Skipped(*k, next(filter(None, told[k]), "no pass changed it")) for k in found if k not in rewritten],
         declined=[
             Declined(step.name, s.graph, s.node, s.reason)
             for step in steps
@@ -100,6 +104,11 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         options={type(p).__name__: repr(p) for p in (step.by for step in steps)},
         versions=_versions(),
     )
+
+
+def _shares(site: Site, other: Site) -> bool:
+    """Whether two sites compute the same batch norm."""
+    return any(any(key) for key in site.variables & other.variables)
 
 
 def _changes(step: Step) -> Iterator[Changed]:

@@ -1,0 +1,101 @@
+"""One function for each mode, where a function takes its mode as an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from passes.roles import MEAN, VARIANCE
+from passes.sites import sites
+from passes.updates import consumers
+from rewriter import ops
+from rewriter.dataflow import call_graph, running
+from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
+from rewriter.expr import Use, constant
+from rewriter.ir import MAIN, Graph, Model, Value
+from rewriter.liveness import BRANCHES, Assumption
+from rewriter.ops import dtype_name
+from rewriter.pattern import origin
+
+SELECTS = ("Select", "SelectV2")
+
+
+@dataclass(frozen=True)
+class SplitModes:
+    """Let a function that chooses between training and inference by an argument choose once, at its beginning.
+
+    Each of the two functions that it then calls computes one mode only, without a conditional at every batch
+    norm: neither mode pays for the other, and TensorFlow fuses a convolution with the batch norm after it.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Two copies of every function in which an argument decides how batch norms are computed."""
+        calls = model.analysis(call_graph)
+        for name in sorted(model.analysis(running) - calls.opaque - {MAIN}):
+            argument = _deciding(model, model.graphs[name])
+            if argument is not None:
+                yield from _split(model, model.graphs[name], argument)
+
+
+def _deciding(model: Model, graph: Graph) -> str | None:
+    """The boolean argument that decides the most conditionals of batch norms."""
+    counts = {
+        name: sum(_chooses(model, graph, each) for each in _decided(graph, Assumption(model, graph, {name: True})))
+        for name in graph.arguments
+        if dtype_name(graph.nodes[name].attrs["T"].type) == "bool"
+    }
+    return max((name for name, count in counts.items() if count), key=lambda name: counts[name], default=None)
+
+
+def _decided(graph: Graph, known: Assumption) -> list[str]:
+    """The conditionals whose choice is known."""
+    return [
+        node.name
+        for node in graph.nodes.values()
+        if node.op in (*BRANCHES, *SELECTS) and known.known(node.inputs[0]) is not None
+    ]
+
+
+def _chooses(model: Model, graph: Graph, name: str) -> bool:
+    """Whether a conditional has to do with a batch norm: in a branch, among its inputs or its outputs."""
+    held = model.analysis(_held)
+    node = graph.nodes[name]
+    reached = set().union(*(model.analysis(call_graph).reached(f) for f in ops.callees(model, node)))
+    near = {origin(graph, v).node for v in node.inputs} | {name}
+    return not reached.isdisjoint(held) or not near.isdisjoint(held.get(graph.name, ()))
+
+
+def _held(model: Model) -> Mapping[str, set[str]]:
+    """Graph -> the nodes that end its batch norms, and those that compute their statistics."""
+    found: dict[str, set[str]] = {}
+    for site in model.analysis(sites):
+        if not site.quantized:
+            graph = model.graphs[site.graph]
+            edges = [site.inputs[r][0] for r in (MEAN, VARIANCE) if r in site.inputs]
+            ends = {origin(graph, graph.nodes[e.node].inputs[e.position]).node for e in edges}
+            found.setdefault(site.graph, set()).update(ends, (site.node,))
+    return found
+
+
+def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
+    names = {True: f"{graph.name}_when_{argument}", False: f"{graph.name}_unless_{argument}"}
+    uses = model.analysis_of(graph, consumers)
+    for value, name in names.items():
+        known = Assumption(model, graph, {argument: value})
+        yield Clone(graph.name, name)
+        for edge in uses.get(Value(argument), ()):
+            yield Rewire(edge._replace(graph=name), constant(value, "bool"), argument)
+        for each in _decided(graph, known):
+            node = graph.nodes[each]
+            if node.op in SELECTS:
+                taken = known.resolved(Value(each))
+                dtype = ops.output_dtype(model, graph, taken)
+                for edge in uses.get(Value(each), ()):
+                    yield Rewire(edge._replace(graph=name), Use(dtype, taken), each)
+        for each in _decided(graph, known):
+            node = graph.nodes[each]
+            if node.op in BRANCHES:
+                then, otherwise = ops.callees(model, node)
+                yield Inline(name, each, then if known.known(node.inputs[0]) else otherwise)
+        yield Sweep(name, tuple(graph.nodes))
+    yield Dispatch(graph.name, argument, names[True], names[False])
