@@ -82,9 +82,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     else:
         rewritten = fused
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
-    why = {
-        k: next((r for j in became[k] if (r := reasons.get(j) or left[j].reason)), "no pass changed it") for k in found
-    }
+    told = {k: [reasons.get(j) or left[j].reason for j in became[k]] for k in found}
     return RewriteReport(
         sites_found=len(found),
         sites_rewritten=len(rewritten),
