@@ -215,6 +215,7 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> Model:
             "Tout": attr([Dtype(result.dtype) for result in graph.results]),
             "then_branch": attr(Func(edit.then)),
             "else_branch": attr(Func(edit.otherwise)),
+            "_lower_using_switch_merge": attr(value=True),  # as tf.cond has it; else the branches are not optimised
             "output_shapes": shapes_attr([shape_of(graph, result.value) for result in graph.results]),
         }
         inputs = tuple(Value(argument) for argument in (edit.argument, *graph.arguments))

@@ -83,7 +83,7 @@ def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) 
     if form == "fused":
         del paths["fused"]
     else:
-        bnqat.rewrite(paths["source"], paths["fused"], passes=["fuse-batch-norm", "choose-branch"])
+        bnqat.rewrite(paths["source"], paths["fused"], passes=["split-modes", "fuse-batch-norm", "choose-branch"])
         paths["single"] = folder / f"{net}_single"
         if not paths["single"].exists():
             NETS["fused"](net, paths["single"])
