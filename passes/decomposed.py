@@ -134,8 +134,9 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
                     fits = _numbers(graph, match) and _parameters(model, graph, match)
-                    if epsilon is not None and fits and not _twice(model, graph, root, match):
-                        return Found(root, match, epsilon)
+                    if epsilon is not None and fits:
+                        # What applies gamma twice has a part that is a batch norm, but is none itself.
+                        return None if _twice(model, graph, root, match) else Found(root, match, epsilon)
     return None
 
 
@@ -166,9 +167,12 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
 
 
 def _parameters(model: Model, graph: Graph, match: Match) -> bool:
-    """Whether what matched gamma and beta is something that the model holds, not an input or a computed value."""
-    found = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
-    return all(isinstance(o, VariableKey | Constant | Captured) for o in found)
+    """Whether what matched gamma and beta is something that the model holds, not a number or a computed value."""
+    values = [match[role].value for role in (GAMMA, BETA) if role in match]
+    constants = [ops.constant_of(graph, value) for value in values]
+    found = {o for value in values for o in origins(model, graph.name, value)}
+    plain = any(c is not None and not c.ndim for c in constants)
+    return not plain and all(isinstance(o, VariableKey | Constant | Captured) for o in found)
 
 
 def _twice(model: Model, graph: Graph, root: str, match: Match) -> bool:

@@ -92,14 +92,27 @@ class Fusable:
         return {role: self.vector(graph, value) for role, value in values.items()}
 
     def vector(self, graph: Graph, value: Value, bring: Bring = here) -> Expr:
-        """A float32 vector of what a value holds for each channel, before changes of its shape and dtype."""
+        """A float32 vector of what a value holds for each channel, before changes of its shape and dtype.
+
+        Raises:
+            DeclinedError: it does not hold one number for each channel.
+        """
         while graph.nodes[value.node].op in (*ops.VIEWS, "Cast"):
             value = graph.nodes[value.node].inputs[0]
         dtype = self.dtype(graph, value)
         found = bring(dtype, value)
-        if shape_of(graph, value) != (self.layout.channels,):
+        shape = self._shape(graph, value)
+        if shape is None or np.prod(shape) != self.layout.channels:
+            known = "unknown shape" if shape is None else f"the shape {_text(shape)}"
+            raise DeclinedError(f"{value.node} has {known}, and x has {self.layout.channels} channels")
+        if len(shape) != 1:
             found = op("Reshape", found, array(np.array([self.layout.channels], dtype=np.int32)))
         return found if dtype == "float32" else op("Cast", found, DstT=ops.Dtype("float32"))
+
+    def _shape(self, graph: Graph, value: Value) -> Shape | None:
+        """A value's shape, or that of the variable whose value it is."""
+        held = [o for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
+        return shape_of(graph, value) or (self.model.variables[held[0].key].shape if held else None)
 
     def dtype(self, graph: Graph, value: Value) -> str:
         """A value's dtype."""

@@ -81,7 +81,7 @@ class Mismatch:
 
     Attributes:
         matched: the number of ops that are as they should be.
-        node: the node that is not.
+        node: the one that is not, or that passes on what is not.
         expected: the ops of which it should be one.
     """
 
@@ -175,7 +175,7 @@ class _Matcher:
         if not pattern.ops:
             return Mismatch(0)
         if node.op not in pattern.ops or len(node.inputs) != len(pattern.inputs):
-            return Mismatch(0, found.node, pattern.ops)
+            return Mismatch(0, value.node, pattern.ops)
         best = Mismatch(-1)
         for order in self._orders(node.op, len(node.inputs)):
             parts = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -72,9 +72,8 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
     left = {(s.graph, s.node): s for s in after.analysis(sites)}
     now = after.analysis(quantized)
-    became = {
-        k: [k] if k in left else [j for j in left if j not in found and _shares(s, left[j])] for k, s in found.items()
-    }
+    new = _by_variables({k: s for k, s in left.items() if k not in found})
+    became = {k: [k] if k in left else [j for key in s.variables for j in new.get(key, ())] for k, s in found.items()}
     single = {k for k, s in found.items() if s.kind == "decomposed"}
     fused = {k for k in single if all(left[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
@@ -104,9 +103,17 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     )
 
 
-def _shares(site: Site, other: Site) -> bool:
-    """Whether two sites compute the same batch norm."""
-    return any(any(key) for key in site.variables & other.variables)
+Key = tuple[str, str]
+"""A site by its graph and node."""
+
+
+def _by_variables(sites_of: Mapping[Key, Site]) -> Mapping[tuple[str | None, ...], list[Key]]:
+    found: dict[tuple[str | None, ...], list[Key]] = {}
+    for key, site in sites_of.items():
+        for variables in site.variables:
+            if any(variables):
+                found.setdefault(variables, []).append(key)
+    return found
 
 
 def _changes(step: Step) -> Iterator[Changed]:

@@ -1,0 +1,74 @@
+"""Graphs of single ops as short text: a line is ``name = Op(inputs) shape``, with ? for an unknown size."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import numpy as np
+
+from rewriter import ops
+from rewriter.draft import var_handle
+from rewriter.ir import MAIN, Graph, Model, Node, Signature, Value, Variable
+from rewriter.text import to_text
+
+LINE = re.compile(r"^(\S+) = (\w+)\((.*?)\)(?: =(\S+))? (\[.*\]|-)$")
+ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
+TRAINED = ("gamma", "beta")
+
+
+CHANNELS = 6
+
+
+def model(text: str) -> Model:
+    """A model whose main graph has the variables of one batch norm, their values by role, and these lines.
+
+    The signature returns the node of the last line.
+    """
+    held = {r: Variable(r, f"norm/{r}", "float32", (CHANNELS,), trainable=r in TRAINED) for r in ROLES}
+    nodes: dict[str, Node] = {}
+    for role, variable in held.items():
+        nodes[f"{role}/v"] = var_handle(f"{role}/v", variable)
+        read = {"dtype": ops.dtype_attr("float32"), "_output_shapes": ops.shapes_attr([(CHANNELS,)])}
+        nodes[role] = Node(role, "ReadVariableOp", (Value(f"{role}/v"),), attrs=read)
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        node = _node(line)
+        nodes[node.name] = node
+    last = list(nodes)[-1]
+    signature = Signature("serving_default", "", ("x",), ("y",), (Value("x"),), (Value(last),))
+    return Model({MAIN: Graph(MAIN, nodes)}, held, signatures={"serving_default": signature})
+
+
+def _node(line: str) -> Node:
+    found = LINE.match(line)
+    assert found is not None, line
+    name, op, inputs, content, shape = found.groups()
+    sizes = None if shape == "-" else tuple(-1 if s == "?" else int(s) for s in re.findall(r"\?|\d+", shape))
+    attrs = {"_output_shapes": ops.shapes_attr([sizes])}
+    if op == "Const":
+        value = np.array(ast.literal_eval(content), np.float32 if "." in content else np.int32)
+        attrs |= {"value": ops.attr(value), "dtype": ops.dtype_attr(value.dtype.name)}
+    elif op == "Placeholder":
+        attrs["dtype"] = ops.dtype_attr("float32")
+    else:
+        attrs["T"] = ops.dtype_attr("float32")
+    if op == "Mean":
+        attrs["keep_dims"] = ops.attr(len(sizes or ()) > 1)
+    values = tuple(Value(*_port(v)) for v in inputs.split(", ") if v)
+    return Node(name, op, values, attrs=attrs)
+
+
+def _port(text: str) -> tuple[str, int]:
+    name, _, port = text.partition(":")
+    return name, int(port or 0)
+
+
+def text_of(after: Model, attributes: tuple[str, ...] = ("data_format", "epsilon", "is_training")) -> list[str]:
+    """The lines of the main graph but for the variables; of attributes, those of the kernel."""
+    lines = []
+    for node in after.graphs[MAIN].nodes.values():
+        if node.op not in ("VarHandleOp", "ReadVariableOp"):
+            kept = {k: v for k, v in node.attrs.items() if k in attributes}
+            graph = Graph(MAIN, {node.name: Node(node.name, node.op, node.inputs, node.after, kept)})
+            lines.append(to_text(graph).splitlines()[1].strip())
+    return lines

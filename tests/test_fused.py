@@ -1,0 +1,182 @@
+"""What the fused kernel computes against the single ops of the source: outputs, gradients, moving statistics.
+
+The tolerance is 1e-5 of the largest element, for float32: the kernel adds in another order, and a step repeats the
+rounding of the ones before. A wrong epsilon or a variance that stays corrected is far outside of it, which is tested.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from passes import kernel
+from passes.decomposed import FORMS as PATTERNS
+from passes.sites import sites
+from rewriter.pattern import Pattern
+from rewriter.savedmodel.read import load
+from tests.models.chosen import NORMS, Chosen
+from tests.models.forms import FORMS, IMAGE, Variables, save
+
+Paths = Callable[[str], Path]
+FUSING = ["split-modes", "fuse-batch-norm", "choose-branch"]
+TOLERANCE = 1e-5
+STEPS = 50
+
+
+def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+    """The largest difference of any element, relative to the largest element of its array."""
+    return max(float(np.abs(a - b).max() / np.abs(b).max()) for a, b in zip(found, wanted, strict=True))
+
+
+def batch(index: int, shape: Any) -> tf.Tensor:
+    rng = np.random.default_rng(index)
+    return tf.constant(rng.normal(0.3, 1.5, [8, *shape]).astype("float32"))
+
+
+def step(module: Any, call: Any, *inputs: Any, rate: float = 0.01) -> list[np.ndarray]:
+    """Outputs, gradients and moving statistics of a training step, which is made."""
+    layers = list(module.layers)
+    trained = [module.mix, *(p for v in layers for p in (v.gamma, v.beta))]
+    with tf.GradientTape() as tape:
+        y = call(*inputs)
+        loss = tf.reduce_mean(tf.square(y - 0.3))
+    gradients = tape.gradient(loss, trained)
+    for variable, gradient in zip(trained, gradients, strict=True):
+        variable.assign_sub(rate * gradient)
+    held = [s.numpy() for v in layers for s in (v.moving_mean, v.moving_variance)]
+    return [y.numpy(), *(g.numpy() for g in gradients), *held]
+
+
+class Every(tf.Module):
+    """Every pattern once, on one set of variables; `train` has the batch's statistics in their place."""
+
+    def __init__(self, patterns: tuple[Pattern, ...]) -> None:
+        super().__init__()
+        self.patterns = patterns
+        self.v = Variables(6)
+        spec = tf.TensorSpec((None, *IMAGE), name="x")
+        self.serve = tf.function(lambda x: self.call(x, training=False), input_signature=[spec])
+        self.train = tf.function(lambda x: self.call(x, training=True), input_signature=[spec])
+
+    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+        return tf.stack([self.one(p, x, training) for p in self.patterns])
+
+    def one(self, pattern: Pattern, x: tf.Tensor, training: bool) -> tf.Tensor:
+        values = {"x": x, "epsilon": 1e-3, "one": 1.0, "half": 0.5, "minus_half": -0.5}
+        values |= {r: tf.convert_to_tensor(getattr(self.v, r)) for r in ("gamma", "beta")}
+        if training:
+            mean, variance = tf.nn.moments(x, [0, 1, 2])
+            for held, new in ((self.v.moving_mean, mean), (self.v.moving_variance, variance)):
+                held.assign_sub((held - new) * 0.1)
+        else:
+            mean, variance = (tf.convert_to_tensor(s) for s in (self.v.moving_mean, self.v.moving_variance))
+        return computed(pattern, values | {"moving_mean": mean, "moving_variance": variance}, {})
+
+
+def computed(pattern: Pattern, values: dict[str, Any], made: dict[str, Any]) -> Any:
+    """A pattern as a graph computes it."""
+    if not pattern.ops:
+        return values[pattern.name]
+    if pattern.name not in made or not pattern.name:
+        op = sorted(pattern.ops)[-1].removesuffix("Inv")
+        inputs = [computed(p, values, made) for p in pattern.inputs]
+        names = {1: ("x",), 2: ("x", "y")}[len(inputs)]
+        result = getattr(tf.raw_ops, op)(**dict(zip(names, inputs, strict=True)))
+        if not pattern.name:
+            return result
+        made[pattern.name] = result
+    return made[pattern.name]
+
+
+def test_every_pattern_is_fused_and_computes_the_same(tmp_path: Path) -> None:
+    module = Every(PATTERNS)
+    assert len(PATTERNS) > 100
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
+    assert (report.sites_found, report.sites_fused) == (2 * len(PATTERNS), 2 * len(PATTERNS))
+    loaded, x = tf.saved_model.load(str(tmp_path / "f")), batch(0, IMAGE)
+    assert difference([loaded.serve(x).numpy()], [module.serve(x).numpy()]) < TOLERANCE
+    assert difference([loaded.train(x).numpy()], [module.train(x).numpy()]) < TOLERANCE
+    held = [[m.v.moving_mean.numpy(), m.v.moving_variance.numpy()] for m in (loaded, module)]
+    assert difference(*held) < TOLERANCE
+
+
+TRAINED = ["library_sequence", "library_video", "channels_first_train", "divided", "powers"]
+
+
+def trained(name: str, tmp_path: Path) -> float:
+    """The largest difference over 50 steps of the source's own training, fused alone."""
+    module = FORMS[f"form_{name}"]()
+    save(module, tmp_path / "m")
+    bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
+    loaded = tf.saved_model.load(str(tmp_path / "f"))
+    shape = module.serve.input_signature[0].shape[1:]
+    worst = difference([loaded.serve(batch(0, shape)).numpy()], [module.serve(batch(0, shape)).numpy()])
+    for index in range(STEPS):
+        x = batch(index, shape)
+        wanted, found = (step(m, m.train, x) for m in (module, loaded))
+        worst = max(worst, difference(found, wanted))
+    return worst
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_fifty_steps_are_the_sources(name: str, tmp_path: Path) -> None:
+    assert trained(name, tmp_path) < TOLERANCE
+
+
+def _other_epsilon(*args: Any, **kwargs: Any) -> Any:
+    x, vectors, layout, epsilon = args
+    return kernel.normalised(x, vectors, layout, 1.05 * epsilon, **kwargs)
+
+
+MUTATIONS = {
+    "epsilon": ("passes.fuse_batch_norm.normalised", _other_epsilon),
+    "correction": ("passes.kernel.population", lambda corrected, *_: corrected),
+}
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_the_tolerance_finds_a_wrong_kernel(mutation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target, replacement = MUTATIONS[mutation]
+    monkeypatch.setattr(target, replacement)
+    assert trained("divided", tmp_path) > 2 * TOLERANCE
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_a_mode_that_is_chosen_while_running(name: str, tmp_path: Path) -> None:
+    """Training and inference by turns, fused alone; then at once, by the mode's argument."""
+    module = Chosen(NORMS[name])
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
+    assert (report.declined, report.skipped) == ([], [] if report.sites_fused else report.skipped)
+    loaded = tf.saved_model.load(str(tmp_path / "f"))
+    for index in range(6):
+        x, training = batch(index, IMAGE), tf.constant(index % 2 == 0)
+        wanted, found = (step(m, m.serve, x, training) for m in (module, loaded))
+        assert difference(found, wanted) < TOLERANCE
+    kinds = {(s.kind, s.mode) for s in load(tmp_path / "f").analysis(sites)}
+    assert kinds == {("fused", "training"), ("fused", "inference")}
+    for training in (True, False):
+        ran = executed(tmp_path / "f", {"x": batch(0, IMAGE).numpy(), "training": training})
+        assert ran == [training] * 2 + [True] * (0 if training or "kernels_always" not in name else 2)
+
+
+def executed(path: Path, feeds: dict[str, Any]) -> list[bool]:
+    """Of each fused kernel that runs, whether it trains, in a V1 session."""
+    v1 = tf.compat.v1
+    with tf.Graph().as_default(), v1.Session() as session:
+        signature = v1.saved_model.load(session, ["serve"], str(path)).signature_def["serving_default"]
+        seen = v1.RunMetadata()
+        options = v1.RunOptions(trace_level=v1.RunOptions.FULL_TRACE, output_partition_graphs=True)
+        fetches = [t.name for t in signature.outputs.values()]
+        fed = {signature.inputs[k].name: v for k, v in feeds.items()}
+        session.run(fetches, fed, options=options, run_metadata=seen)
+    ran = {n.node_name for d in seen.step_stats.dev_stats for n in d.node_stats}
+    nodes = [n for g in seen.partition_graphs for n in g.node if n.op.startswith("FusedBatchNorm")]
+    return sorted(n.attr["is_training"].b for n in nodes if n.name in ran)
