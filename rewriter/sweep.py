@@ -16,10 +16,11 @@ FED = frozenset({"Placeholder", "PlaceholderWithDefault", ARG})
 
 def sweep(model: Model, edits: Iterable[Sweep]) -> Model:
     """The model without the nodes named, as far as nothing uses them, and without what only they needed."""
-    graphs = dict(model.graphs)
+    named: dict[str, list[str]] = {}
     for edit in edits:
-        graphs[edit.graph] = _swept(model, graphs[edit.graph], edit.nodes)
-    return replace(model, graphs=graphs) if graphs != model.graphs else model
+        named.setdefault(edit.graph, []).extend(edit.nodes)
+    swept = {name: _swept(model, model.graphs[name], nodes) for name, nodes in named.items()}
+    return replace(model, graphs={**model.graphs, **swept}) if swept else model
 
 
 def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:

@@ -65,18 +65,15 @@ class Every(tf.Module):
         self.train = tf.function(lambda x: self.call(x, training=True), input_signature=[spec])
 
     def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
-        return tf.stack([self.one(p, x, training) for p in self.patterns])
-
-    def one(self, pattern: Pattern, x: tf.Tensor, training: bool) -> tf.Tensor:
         values = {"x": x, "epsilon": 1e-3, "one": 1.0, "half": 0.5, "minus_half": -0.5}
         values |= {r: tf.convert_to_tensor(getattr(self.v, r)) for r in ("gamma", "beta")}
+        mean, variance = (tf.convert_to_tensor(s) for s in (self.v.moving_mean, self.v.moving_variance))
         if training:
             mean, variance = tf.nn.moments(x, [0, 1, 2])
             for held, new in ((self.v.moving_mean, mean), (self.v.moving_variance, variance)):
                 held.assign_sub((held - new) * 0.1)
-        else:
-            mean, variance = (tf.convert_to_tensor(s) for s in (self.v.moving_mean, self.v.moving_variance))
-        return computed(pattern, values | {"moving_mean": mean, "moving_variance": variance}, {})
+        values |= {"moving_mean": mean, "moving_variance": variance}
+        return tf.stack([computed(p, values, {}) for p in self.patterns])
 
 
 def computed(pattern: Pattern, values: dict[str, Any], made: dict[str, Any]) -> Any:
