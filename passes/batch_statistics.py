@@ -41,7 +41,7 @@ def moved_averages(model: Model, graph: Graph, value: Value, statistic: Expr, ow
 
 def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr) -> Iterator[Edit]:
     """Let one use of a statistic take a vector, in the shape and dtype that are used there."""
-    shape = shape_of(graph, used)
+    shape = shape_of(model, graph, used)
     if shape is not None and -1 not in shape:
         dtype = ops.output_dtype(model, graph, used)
         yield Rewire(edge, shaped(statistic, shape, dtype), used.node)

@@ -45,7 +45,7 @@ class Branches:
         """A value of the graph in a branch: an argument, or one more."""
         if value in self.node.inputs[FIRST:]:
             return Use(dtype, Value(branch.arguments[self.node.inputs[FIRST:].index(value)]))
-        return Passed(dtype, self.graph.name, value, shape_of(self.graph, value))
+        return Passed(dtype, self.graph.name, value, shape_of(self.model, self.graph, value))
 
     def outer(self, branch: Graph, value: Value) -> Value:
         """What a branch's argument is in the graph; other values as they are."""

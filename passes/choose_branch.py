@@ -152,7 +152,7 @@ class _Moved:
         zeros = [self._zeros(value) for value in values]
         pairs = [(self._value(v), z) if self.on else (z, self._value(v)) for v, z in zip(values, zeros, strict=True)]
         added = {f"statistic_{index}": pair for index, pair in enumerate(pairs)}
-        shapes = [shape_of(self.graph, value) or () for value in values]
+        shapes = [shape_of(self.model, self.graph, value) or () for value in values]
         yield from self.branches.results(added, shapes, self.site.node)
 
     def _uses(self, branches: Branches, on: bool, edge: Edge) -> bool:
@@ -206,12 +206,12 @@ class _Moved:
     def _instead(self, value: Value) -> Expr:
         """A value of the same dtype and shape, which costs nothing."""
         x = self.graph.nodes[self.site.node].inputs[0]
-        shapes, dtypes = (shape_of(self.graph, v) for v in (value, x)), (self._dtype(v) for v in (value, x))
+        shapes, dtypes = (shape_of(self.model, self.graph, v) for v in (value, x)), (self._dtype(v) for v in (value, x))
         return Use(self._dtype(x), x) if len({*shapes}) == len({*dtypes}) == 1 else self._zeros(value)
 
     def _zeros(self, value: Value) -> Expr:
         """Zeros of the same dtype and shape, none where a size is not known."""
-        shape = shape_of(self.graph, value)
+        shape = shape_of(self.model, self.graph, value)
         size = [max(s, 0) for s in shape] if shape is not None else [SMALL]
         if shape is None or np.prod(size) >= SMALL:
             raise DeclinedError(f"nothing of the shape of {value.node} can stand for it where it is not used")

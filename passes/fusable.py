@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,9 +16,9 @@ from passes.updates import ARITHMETIC, consumers
 from rewriter import ops
 from rewriter.dataflow import Computed, VariableKey, origins
 from rewriter.edit import Replace
-from rewriter.expr import Apply, Expr, Use, array, op
+from rewriter.expr import Apply, Expr, Use, array, op, ordered
 from rewriter.ir import Edge, Error, Graph, Model, Value
-from rewriter.pattern import origin
+from rewriter.pattern import origin, way
 from rewriter.shapes import Shape, shape_of
 
 INSIDE = (*ARITHMETIC, "Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Inv", "Reciprocal", "Reshape")
@@ -87,7 +87,8 @@ class Fusable:
             for found in origins(self.model, graph.name, origin(graph, value)):
                 if isinstance(found, Computed):
                     raise DeclinedError(f"its {name} is computed by {found.node} ({found.op})")
-                if isinstance(found, VariableKey) and self.model.variables[found.key].trainable:
+                # Some Keras versions mark every variable as trainable; what is averaged is not trained.
+                if isinstance(found, VariableKey) and found.key not in self.model.analysis(_averaged):
                     raise DeclinedError(f"its {name} is trained, for which the fused kernel has no gradient")
         return {role: self.vector(graph, value) for role, value in values.items()}
 
@@ -101,18 +102,13 @@ class Fusable:
             value = graph.nodes[value.node].inputs[0]
         dtype = self.dtype(graph, value)
         found = bring(dtype, value)
-        shape = self._shape(graph, value)
+        shape = shape_of(self.model, graph, value)
         if shape is None or np.prod(shape) != self.layout.channels:
             known = "unknown shape" if shape is None else f"the shape {_text(shape)}"
             raise DeclinedError(f"{value.node} has {known}, and x has {self.layout.channels} channels")
         if len(shape) != 1:
             found = op("Reshape", found, array(np.array([self.layout.channels], dtype=np.int32)))
         return found if dtype == "float32" else op("Cast", found, DstT=ops.Dtype("float32"))
-
-    def _shape(self, graph: Graph, value: Value) -> Shape | None:
-        """A value's shape, or that of the variable whose value it is."""
-        held = [o for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
-        return shape_of(graph, value) or (self.model.variables[held[0].key].shape if held else None)
 
     def dtype(self, graph: Graph, value: Value) -> str:
         """A value's dtype."""
@@ -124,18 +120,28 @@ class Fusable:
         Raises:
             DeclinedError: they are none, or not those of x over all axes but that of the channels.
         """
-        found = moments(graph, mean, variance)
+        found = moments(self.model, graph, mean, variance)
         if isinstance(found, str):
             raise DeclinedError(found)
         if origin_of_x(self.graph, outer(found.x)) != origin_of_x(self.graph, self.x):
             raise DeclinedError(f"its statistics are those of {found.x.node}, and what they normalise is {self.x.node}")
-        shape = shape_of(self.graph, self.x) or ()
+        shape = shape_of(self.model, self.graph, self.x) or ()
         if found.axes != frozenset(range(len(shape))) - {self.channel}:
             axes = ", ".join(str(a) for a in sorted(found.axes))
             raise DeclinedError(
                 f"its statistics are taken over the axes {axes} of {len(shape)}, and applied along axis {self.channel}"
             )
         return found
+
+    def waiting(self, y: Apply, graph: Graph, values: Iterable[Value], nodes: Iterable[str]) -> Apply:
+        """Y, after all that waits before the nodes that it stands for: these, and those that pass these values on.
+
+        In TensorFlow 1's graphs an update may run only because what is normalised waits for it.
+        """
+        passing = (v.node for value in values for v in (*way(graph, value, stop=NO_GRADIENT),)[:-1])
+        replaced = {*nodes, *passing}
+        before = {name for node in replaced for name in graph.nodes[node].after} - replaced
+        return ordered(op("Identity", y), [Use("", Value(name)) for name in sorted(before)]) if before else y
 
     def require_own(self, more: frozenset[str] = frozenset()) -> None:
         """Refuse single ops of which something else uses what they compute on the way.
@@ -193,7 +199,7 @@ def fusable(model: Model, site: Site) -> Fusable:
     for name in site.interior:
         if graph.nodes[name].op not in INSIDE:
             raise DeclinedError(f"{name} ({graph.nodes[name].op}) lies inside of it, which has an effect of its own")
-    shape = shape_of(graph, x)
+    shape = shape_of(model, graph, x)
     if shape is None:
         raise DeclinedError(f"the shape of what enters, {x.node}, is not known before it runs")
     channel = _channel(shape, list(_met(model, site, edge)))
@@ -211,7 +217,7 @@ def _met(model: Model, site: Site, edge: Edge) -> Iterator[Shape]:
         user = graph.nodes[edge.node]
         for position, value in enumerate(user.inputs):
             if position != edge.position:
-                shape = shape_of(graph, value)
+                shape = shape_of(model, graph, value)
                 if shape is None:
                     raise DeclinedError(f"the shape of {value.node} is not known before it runs")
                 yield shape
@@ -246,6 +252,14 @@ def _text(shape: Shape) -> str:
 
 def _texts(shapes: list[Shape]) -> str:
     return " and ".join(dict.fromkeys(_text(shape) for shape in shapes))
+
+
+def _averaged(model: Model) -> frozenset[str]:
+    """The variables that moving averages are kept in, and those that are not marked trainable."""
+    kept = {
+        key for s in model.analysis(sites) if any(s.statistics.values()) for v in s.variables for key in v[2:4] if key
+    }
+    return frozenset(kept | {key for key, variable in model.variables.items() if not variable.trainable})
 
 
 def _single_ops(model: Model) -> Mapping[str, frozenset[str]]:

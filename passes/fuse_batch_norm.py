@@ -54,7 +54,8 @@ def _inference(found: Fusable) -> Iterator[Edit]:
     found.require_own()
     held = {role: found.used(role) for role in (MEAN, VARIANCE)}
     vectors = found.parameters() | found.held(found.graph, held)
-    yield replaced(found, normalised(found.given(), vectors, found.layout, site.epsilon, training=False).y)
+    y = normalised(found.given(), vectors, found.layout, site.epsilon, training=False).y
+    yield replaced(found, found.waiting(y, found.graph, (), site.interior))
     yield Sweep(site.graph, site.interior)
 
 
@@ -64,7 +65,8 @@ def _training(found: Fusable) -> Iterator[Edit]:
     moments = found.moments_of_x(graph, mean, variance)
     found.require_own(moments.nodes)
     kernel = normalised(found.given(), found.parameters(), found.layout, site.epsilon, training=True)
-    yield replaced(found, kernel.y)
+    met = [found.used(role) for role in (MEAN, VARIANCE)]
+    yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, *moments.nodes)))
     own = {*site.interior, site.node, *moments.nodes}
     for value, statistic in ((mean, kernel.mean), (variance, kernel.variance)):
         yield from moved_averages(found.model, graph, value, statistic, own)

@@ -49,6 +49,11 @@ def chosen(found: Fusable) -> Iterator[Edit]:
         raise DeclinedError(f"its statistics are chosen by {what}; one tf.cond, or Switch and Merge, can be followed")
 
 
+def _met(found: Fusable) -> list[Value]:
+    """The mean and the variance that x meets."""
+    return [found.used(role) for role in STATISTICS]
+
+
 def _trains(when: dict[bool, list[tuple[Graph, Value]]]) -> bool:
     """The value of a predicate with which mean and variance are the batch's."""
     found = [value for value, pair in when.items() if all(g.nodes[v.node].op in MOMENTS for g, v in pair)]
@@ -62,6 +67,7 @@ class _Merged:
 
     def __init__(self, found: Fusable, merges: list[Node]) -> None:
         self.found, self.model, self.graph = found, found.model, found.graph
+        self.merges = merges
         first, second = (choice(self.model, self.graph, node) for node in merges)
         if first is None or second is None or first.predicate != second.predicate:
             raise DeclinedError("what chooses its mean and its variance is not one boolean")
@@ -69,6 +75,7 @@ class _Merged:
         when = {True: (first.then, second.then), False: (first.otherwise, second.otherwise)}
         values = {k: [(self.graph, origin(self.graph, v, stop=NO_GRADIENT)) for v in pair] for k, pair in when.items()}
         self.training = _trains(values)
+        self.entering = when[self.training]
         self.batch = [v for _, v in values[self.training]]
         self.moving = dict(zip(STATISTICS, when[not self.training], strict=True))
         self.switches: dict[Expr, tuple[Expr, Expr]] = {}
@@ -87,13 +94,16 @@ class _Merged:
 
         trained = side(self.training, parameters, training=True)
         inferred = side(not self.training, parameters | moving, training=False)
-        yield replaced(found, op("Identity", merge(inferred.y, trained.y)))
+        y = merge(inferred.y, found.waiting(trained.y, self.graph, self.entering, moments.nodes))
+        yield replaced(found, self.found.waiting(op("Identity", y), self.graph, _met(found), site.interior))
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
         other = side(not self.training, parameters, training=True)
-        for value, own, spare in zip(
-            self.batch, (trained.mean, trained.variance), (other.mean, other.variance), strict=True
-        ):
-            yield from self._averages(value, own, merge(spare, own), moments.nodes)
+        statistics = {MEAN: (trained.mean, other.mean), VARIANCE: (trained.variance, other.variance)}
+        for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
+            own, spare = statistics[role]
+            yield from self._averages(batch, own, merge(spare, own), moments.nodes)
+            held = self._switched(moving[role], not self.training)
+            yield from self._averages(Value(node.name), own, merge(held, own), moments.nodes)
         yield Sweep(site.graph, site.interior)
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
@@ -157,11 +167,13 @@ class _Branched:
             )
             for branch, known in ((self.inside, {}), (inferring, moving))
         )
-        pair = (trained.y, inferred.y) if self.training else (inferred.y, trained.y)
-        shape = shape_of(self.graph, found.x) or ()
+        returned = [self.inside.results[port].value for port in self.ports]
+        y = found.waiting(trained.y, self.inside, returned, moments.nodes - nodes)
+        pair = (y, inferred.y) if self.training else (inferred.y, y)
+        shape = shape_of(self.model, self.graph, found.x) or ()
         yield from self.branches.results({"y": pair}, [shape], site.node)
-        y = Use(found.dtype(self.graph, found.x), Value(node.name, len(self.inside.results)))
-        yield replaced(found, op("Identity", y))
+        chosen_y = op("Identity", Use(y.dtype, Value(node.name, len(self.inside.results))))
+        yield replaced(found, found.waiting(chosen_y, self.graph, _met(found), (*site.interior, *nodes)))
         statistics = (trained.mean, trained.variance)
         for (_, value), port, statistic in zip(self.batch, self.ports, statistics, strict=True):
             yield from self._averages(holder, value, port, statistic, moments.nodes)
@@ -193,7 +205,7 @@ class _Branched:
         """A chosen statistic as a vector."""
         value = Value(self.branches.node.name, port)
         made = Use(ops.output_dtype(self.model, self.graph, value), value)
-        shape = shape_of(self.graph, value) or (0,)
+        shape = shape_of(self.model, self.graph, value) or (0,)
         if len(shape) == 1:
             return made
         return op("Reshape", made, array(np.array([self.found.layout.channels], dtype=np.int32)))
@@ -210,7 +222,7 @@ class _Branched:
         """Pass nothing where a branch has no use for it any longer."""
         other = self.branches.taken(not self.training)
         argument = Value(other.arguments[edge.position - FIRST])
-        shape = shape_of(self.graph, used)
+        shape = shape_of(self.model, self.graph, used)
         if argument not in self.model.analysis_of(other, consumers) and shape is not None:
             dtype = ops.output_dtype(self.model, self.graph, used)
             yield Rewire(edge, array(np.zeros(shape, dtype)), used.node)

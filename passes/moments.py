@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rewriter import ops
-from rewriter.ir import Graph, Value
+from rewriter.ir import Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
 from rewriter.shapes import Shape, shape_of
 
@@ -49,7 +49,7 @@ class Moments:
     nodes: frozenset[str]
 
 
-def moments(graph: Graph, mean: Value, variance: Value) -> Moments | str:
+def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments | str:
     """The moments that two values of a graph are; a reason where they are none."""
     means = _first(graph, mean, MEANS)
     if means is None:
@@ -62,7 +62,7 @@ def moments(graph: Graph, mean: Value, variance: Value) -> Moments | str:
     if means[X].value != variances[X].value:
         return "its mean and its variance are those of different values"
     x = means[X].value
-    shape = shape_of(graph, x)
+    shape = shape_of(model, graph, x)
     found = [_axes(graph, m[name], shape) for m in (means, variances) for name in ("axes", "inner") if name in m]
     if shape is None or None in found:
         return "the axes of its mean and variance are not known before it runs"

@@ -216,7 +216,7 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> Model:
             "then_branch": attr(Func(edit.then)),
             "else_branch": attr(Func(edit.otherwise)),
             "_lower_using_switch_merge": attr(value=True),  # as tf.cond has it; else the branches are not optimised
-            "output_shapes": shapes_attr([shape_of(graph, result.value) for result in graph.results]),
+            "output_shapes": shapes_attr([shape_of(model, graph, result.value) for result in graph.results]),
         }
         inputs = tuple(Value(argument) for argument in (edit.argument, *graph.arguments))
         node = Node(name, "If" if graph.stateful else "StatelessIf", inputs, attrs=attrs)

@@ -105,11 +105,11 @@ def origin(graph: Graph, value: Value, *, shaped: bool = False, stop: Collection
 
     With `shaped`, no op that changes the shape is looked through; nor is one in `stop`.
     """
-    *_, found = _way(graph, value, shaped, stop)
+    *_, found = way(graph, value, shaped=shaped, stop=stop)
     return found
 
 
-def _way(graph: Graph, value: Value, shaped: bool, stop: Collection[str]) -> Iterator[Value]:
+def way(graph: Graph, value: Value, *, shaped: bool = False, stop: Collection[str] = ()) -> Iterator[Value]:
     """A value, and what it was before each op that passes it on."""
     passed: Value | None = value
     while passed is not None:
@@ -139,8 +139,8 @@ class _Matcher:
 
     def _origin(self, value: Value, pattern: Pattern) -> tuple[Value, tuple[str, ...]]:
         """A value as it was computed, and the nodes that pass it on."""
-        *way, found = _way(self.graph, value, pattern.shaped, self.stop)
-        return found, tuple(v.node for v in way)
+        *passing, found = way(self.graph, value, shaped=pattern.shaped, stop=self.stop)
+        return found, tuple(v.node for v in passing)
 
     def used(self, edge: Edge, value: Value, pattern: Pattern, before: Match) -> Iterator[Match]:
         """Matches of a value that is used at an edge."""

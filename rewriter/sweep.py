@@ -34,9 +34,9 @@ def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
     while waiting:
         name = waiting.pop()
         if name in nodes and not uses[name] and _removable(nodes[name]):
-            needed = list(_needed(nodes.pop(name)))
-            uses.subtract(needed)
-            waiting += needed
+            node = nodes.pop(name)
+            uses.subtract(_needed(node))
+            waiting += (v.node for v in node.inputs)  # what others only wait for is a conditional's pivot, or an effect
     return replace(graph, nodes=nodes) if len(nodes) < len(graph.nodes) else graph
 
 

@@ -2,8 +2,9 @@
 
     python -m tools.survey FOLDER [--json FILE] [--unfreeze-constants]
 
-The columns: batch-norm sites found and rewritten; whether ``tf.saved_model.load`` loads the result; whether every
-signature gives the same bits as the source's while the quantisers are off (both in V1 sessions, which load what
+The columns: batch-norm sites found, rewritten, and raised from single ops to the fused kernel; whether
+``tf.saved_model.load`` loads the result; whether every signature gives the same bits as the source's while the
+quantisers are off, or the same but for rounding where something was raised (both in V1 sessions, which load what
 plain loading does not); whether `train` runs with quantisers on; whether every moving statistic of the batch norms
 that it trains changes; whether a finite gradient reaches every gamma and beta. Exit code 1 if a column fails.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import tensorflow as tf
 from rich.console import Console
 from rich.table import Table
+from tensorflow.core.framework import types_pb2
 from tensorflow.python.checkpoint.graph_view import ObjectGraphView
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
@@ -34,6 +36,7 @@ import bnqat
 from passes.batch_norm import batch_norms
 from passes.derive_training import TRAIN
 from passes.roles import ROLES
+from passes.sites import sites
 from rewriter.dataflow import call_graph
 from rewriter.savedmodel.read import load
 
@@ -42,6 +45,10 @@ SIZES = (2, 4, 32, 224, 15600)
 
 BATCH = 3
 OFF = 2**62
+ROUNDING = 1e-5
+"""What fusing may change, relative to the largest output."""
+HALF_ROUNDING = 2e-2
+"""The same where activations are half or bfloat16."""
 YES, NO, NOT_APPLICABLE = "yes", "no", "-"
 
 
@@ -52,7 +59,9 @@ class Row:
     model: str
     found: int = 0
     rewritten: int = 0
+    fused: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
+    not_fused: dict[str, int] = field(default_factory=dict)
     loads: str = NOT_APPLICABLE
     same: str = NOT_APPLICABLE
     trains: str = NOT_APPLICABLE
@@ -79,8 +88,14 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     row.found, row.rewritten, row.notes = report.sites_found, report.sites_rewritten, report.notes
     for skipped in report.skipped:
         row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
+    row.fused = report.sites_fused
+    for declined in report.declined:
+        row.not_fused[declined.reason] = row.not_fused.get(declined.reason, 0) + 1
+    tolerance = (HALF_ROUNDING if _halves(source) else ROUNDING) if row.fused else 0.0
     # Grappler folds constants into convolutions, which it cannot do with variables; unfrozen, compare without it.
-    row.same = _guarded(partial(_serves_the_same, source, target, optimize=not options.get("unfreeze_constants")))
+    row.same = _guarded(
+        partial(_serves_the_same, source, target, optimize=not options.get("unfreeze_constants"), tolerance=tolerance)
+    )
     row.loads = _guarded(lambda: YES if _load(target) else NO)
     if row.loads == YES:
         _train(source, target, row)
@@ -128,7 +143,14 @@ def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
     return [*first, *(s or size for s in shape[1:])]
 
 
-def _serves_the_same(source: Path, target: Path, optimize: bool) -> str:
+def _halves(path: Path) -> bool:
+    """Whether a batch norm of a model may compute in less than float32."""
+    model = load(path)
+    found = (model.graphs[site.graph].nodes[site.node] for site in model.analysis(sites))
+    return any(node.attrs["T"].type in (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16) for node in found)
+
+
+def _serves_the_same(source: Path, target: Path, optimize: bool, tolerance: float) -> str:
     try:
         before = dict(_v1_outputs(source, optimize))
     except tf.errors.OpError:
@@ -136,9 +158,15 @@ def _serves_the_same(source: Path, target: Path, optimize: bool) -> str:
     after = dict(_v1_outputs(target, optimize))
     for name, outputs in before.items():
         for key, value in outputs.items():
-            if not np.array_equal(value, after[name][key], equal_nan=value.dtype.kind == "f"):
+            if not _equal(value, after[name][key], tolerance):
                 return f"{NO}: signature {name}, output {key}"
     return YES if before else NOT_APPLICABLE
+
+
+def _equal(wanted: np.ndarray, found: np.ndarray, tolerance: float) -> bool:
+    if wanted.dtype.kind != "f" or not tolerance:
+        return np.array_equal(wanted, found, equal_nan=wanted.dtype.kind == "f")
+    return np.allclose(wanted, found, rtol=0, atol=tolerance * np.abs(wanted).max(initial=0), equal_nan=True)
 
 
 def _v1_outputs(path: Path, optimize: bool) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
@@ -297,11 +325,13 @@ def models(folder: Path) -> list[Path]:
 def show(rows: list[Row]) -> None:
     """Print the table and, below it, what did not go through."""
     table = Table()
-    for column in ("model", "found", "rewritten", "loads", "same off", "trains", "stats move", "gradients"):
+    for column in ("model", "found", "rewritten", "fused", "loads", "same off", "trains", "stats move", "gradients"):
         table.add_column(column, overflow="fold")
     for row in rows:
         columns = (row.loads, row.same, row.trains, row.moves, row.gradients)
-        table.add_row(row.model, str(row.found), str(row.rewritten), *(c.partition(":")[0] for c in columns))
+        table.add_row(
+            row.model, str(row.found), str(row.rewritten), str(row.fused), *(c.partition(":")[0] for c in columns)
+        )
     Console(width=None if sys.stdout.isatty() else 140).print(table)
     for row in rows:
         for note in row.notes:
@@ -310,6 +340,8 @@ def show(rows: list[Row]) -> None:
             print(f"{row.model}: declined: {row.declined}")
         for reason, count in row.skipped.items():
             print(f"{row.model}: {count} skipped: {reason}")
+        for reason, count in row.not_fused.items():
+            print(f"{row.model}: {count} not fused: {reason}")
         for name in ("loads", "same", "trains", "moves", "gradients"):
             if ":" in getattr(row, name):
                 print(f"{row.model}: {name}: {getattr(row, name)}")
