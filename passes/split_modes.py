@@ -38,9 +38,16 @@ class SplitModes:
 
 
 def _deciding(model: Model, graph: Graph) -> str | None:
-    """The boolean argument that decides the most conditionals of batch norms."""
+    """The boolean argument that decides the most conditionals of batch norms; none where that is all there is."""
+    if len(graph.nodes) - len(graph.arguments) == 1:
+        return None
+    always = set(_decided(graph, Assumption(model, graph, {})))
     counts = {
-        name: sum(_chooses(model, graph, each) for each in _decided(graph, Assumption(model, graph, {name: True})))
+        name: sum(
+            _chooses(model, graph, each)
+            for each in _decided(graph, Assumption(model, graph, {name: True}))
+            if each not in always
+        )
         for name in graph.arguments
         if dtype_name(graph.nodes[name].attrs["T"].type) == "bool"
     }

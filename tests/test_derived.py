@@ -13,7 +13,9 @@ import bnqat
 from tests.models.forms import FORMS, IMAGE, Form, assign_sub, fused, library
 
 OFF = 2**40
-TOLERANCE = 2e-6
+TOLERANCE = 5e-6
+HALF = 2e-2
+"""In half precision single ops round after each, and the kernel once; two layers of some ten ops."""
 TRAINED = [name for name in FORMS if not name.endswith(("debiased", "tensor"))]
 
 
@@ -34,7 +36,8 @@ def test_derived_training_equals_the_modules_own(name: str, tmp_path: Path) -> N
         x = tf.constant(rng.normal(0.3, 1.5, [8, *spec.shape[1:]]).astype("float32"))
         found = [step(call, layers, x) for call, layers in ((own, module), (loaded.quantization.train, loaded))]
         for a, b in zip(*found, strict=True):
-            np.testing.assert_allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * np.abs(a).max())
+            tolerance = HALF if name == "form_mixed" else TOLERANCE
+            np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(a).max())
 
 
 def step(call: Any, module: Any, x: tf.Tensor) -> list[np.ndarray]:

@@ -21,7 +21,7 @@ from passes.sites import sites
 from rewriter.pattern import Pattern
 from rewriter.savedmodel.read import load
 from tests.models.chosen import NORMS, Chosen
-from tests.models.forms import FORMS, IMAGE, Variables, save
+from tests.models.forms import FORMS, IMAGE, Form, Variables, save
 
 Paths = Callable[[str], Path]
 FUSING = ["split-modes", "fuse-batch-norm", "choose-branch"]
@@ -177,3 +177,48 @@ def executed(path: Path, feeds: dict[str, Any]) -> list[bool]:
     ran = {n.node_name for d in seen.step_stats.dev_stats for n in d.node_stats}
     nodes = [n for g in seen.partition_graphs for n in g.node if n.op.startswith("FusedBatchNorm")]
     return sorted(n.attr["is_training"].b for n in nodes if n.name in ran)
+
+
+def _moments(x: tf.Tensor, axes: list[int]) -> Any:
+    return tf.nn.moments(x, axes, keepdims=True)
+
+
+def instance_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    return tf.nn.batch_normalization(x, *_moments(x, [1, 2]), v.beta, v.gamma, 1e-3)
+
+
+def group_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    grouped = tf.reshape(x, [-1, 4, 4, 3, 2])
+    mean, variance = _moments(grouped, [1, 2, 4])
+    normalised = (grouped - mean) * tf.math.rsqrt(variance + 1e-3)
+    return tf.reshape(normalised, [-1, *IMAGE]) * v.gamma + v.beta
+
+
+def layer_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    return tf.nn.batch_normalization(x, *_moments(x, [1, 2, 3]), v.beta, v.gamma, 1e-3)
+
+
+def l2_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    return x * tf.math.rsqrt(tf.reduce_sum(x**2, -1, keepdims=True) + 1e-3) * v.gamma + v.beta
+
+
+def whitening(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    mean, variance = _moments(x, [0, 1, 2])
+    return (x - mean) / tf.sqrt(variance + 1e-3)
+
+
+def spectral(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+    return x / tf.sqrt(tf.reduce_sum(tf.square(v.gamma)) + 1e-3)
+
+
+OTHERS = (instance_norm, group_norm, layer_norm, l2_norm, whitening, spectral)
+
+
+@pytest.mark.parametrize("norm", OTHERS)
+@pytest.mark.parametrize("train", [True, False])
+def test_other_normalisations_are_left_alone(norm: Any, train: bool, tmp_path: Path) -> None:
+    source = save(Form(norm, IMAGE, train=train), tmp_path / "m")
+    assert load(source).analysis(sites) == ()
+    with pytest.raises(bnqat.NothingToRewriteError, match="holds no batch norm"):
+        bnqat.rewrite(source, tmp_path / "f")
+    assert not (tmp_path / "f").exists()

@@ -195,3 +195,19 @@ def test_wrong_usage(model: Paths, tmp_path: Path) -> None:
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "nothing"), "no pass 'nothing'")
     assert bnqat("rewrite", model("module"), tmp_path / "out", "--passes", ",").returncode == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_fusing_alone_and_not_at_all(model: Paths, tmp_path: Path) -> None:
+    alone = bnqat("rewrite", model("keras3"), tmp_path / "f", "--passes", "fuse-batch-norm")
+    assert alone.returncode == 0, alone.stderr
+    assert alone.stdout.splitlines()[:2] == [
+        "2 of 2 batch-norm sites rewritten",
+        "2 of them were single ops and are the fused kernel now",
+    ]
+    left = bnqat("rewrite", model("form_float64"), tmp_path / "d")
+    assert "FuseBatchNorm left batchnorm/add_1 in " in left.stdout
+    assert "it computes in float64, which the fused kernel does not have" in left.stdout
+    off = bnqat("rewrite", model("keras3"), tmp_path / "q", "--no-fuse")
+    assert "fused kernel" not in off.stdout
+    found = json.loads(bnqat("inspect", tmp_path / "q", "--json").stdout)["batch_norms"]
+    assert {site["kind"] for each in found for site in each["sites"]} == {"decomposed"}
