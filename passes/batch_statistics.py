@@ -6,14 +6,12 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from passes.updates import assigned, consumers
+from passes.updates import PASSING, consumers, only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire
 from rewriter.expr import Expr, array, op
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.shapes import Shape, shape_of
-
-PASSING = (*ops.VIEWS, "Cast", "Identity", "Switch")
 
 
 def final_uses(model: Model, graph: Graph, value: Value) -> Iterator[tuple[Edge, Value]]:
@@ -29,14 +27,14 @@ def final_uses(model: Model, graph: Graph, value: Value) -> Iterator[tuple[Edge,
                 yield edge, used
 
 
-def moved_averages(model: Model, graph: Graph, value: Value, statistic: Expr, own: Collection[str]) -> Iterator[Edit]:
-    """Let averages take another value for a statistic, outside of the nodes that compute it or normalise with it.
+def averages_of(model: Model, graph: Graph, value: Value, own: Collection[str]) -> Iterator[tuple[Edge, Value]]:
+    """The uses of a statistic in averages, outside of the nodes that compute it or normalise with it.
 
-    Other uses stay as they are, as they may be differentiated and the kernel's outputs may not.
+    Where it is used for something else too, that may be differentiated, and the kernel's outputs may not.
     """
     for edge, used in final_uses(model, graph, value):
-        if edge.node and edge.node not in own and assigned(model, graph, edge):
-            yield from rewired(model, graph, edge, used, statistic)
+        if edge.node not in own and only_assigned(model, graph, edge):
+            yield edge, used
 
 
 def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr) -> Iterator[Edit]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from passes.declined import DeclinedError
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.edit import AddResult, Edit, SetAttr
@@ -69,3 +70,16 @@ class Branches:
             known = self.node.attrs.get(name)
             if known is not None and known.list.shape:
                 yield SetAttr(self.graph.name, self.node.name, name, ops.more_shapes(known, shapes))
+
+
+def only_one(edits: list[Edit], extended: set[tuple[str, str]]) -> list[Edit]:
+    """The edits for one batch norm, which may extend an ``If`` that no other one extends.
+
+    Raises:
+        DeclinedError: it is among those that were.
+    """
+    own = {(edit.graph, edit.node) for edit in edits if isinstance(edit, SetAttr)}
+    for _, name in own & extended:
+        raise DeclinedError(f"{name} chooses for another batch norm too")
+    extended |= own
+    return edits

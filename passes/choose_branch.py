@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from passes.branches import FIRST, Branches
+from passes.branches import FIRST, Branches, only_one
 from passes.cones import Cone, cone
-from passes.fusable import DeclinedError
+from passes.declined import DeclinedError
 from passes.predicates import SWITCHES, ancestors, assumption, decided_by
 from passes.sites import STATISTICS, Site, sites
 from passes.updates import consumers
 from rewriter import ops
-from rewriter.edit import Edit, Rewire, SetAttr, Skip, Sweep
+from rewriter.edit import Edit, Rewire, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use, array, merge, switch
 from rewriter.frames import frames
 from rewriter.ir import Edge, Graph, Model, Value
@@ -44,14 +44,10 @@ class ChooseBranch:
         for site in model.analysis(sites):
             if site.kind == "fused" and not site.quantized:
                 try:
-                    edits = list(_chosen(model, site))
-                    for edit in edits:
-                        if isinstance(edit, SetAttr) and (edit.graph, edit.node) in extended:
-                            raise DeclinedError(f"{edit.node} chooses for another batch norm too")
+                    edits = only_one(list(_chosen(model, site)), extended)
                 except DeclinedError as e:
                     yield Skip(site.graph, site.node, str(e))
                     continue
-                extended |= {(e.graph, e.node) for e in edits if isinstance(e, SetAttr)}
                 yield from edits
 
 

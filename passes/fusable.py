@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from passes.declined import DeclinedError
 from passes.decomposed import INPUT
 from passes.kernel import DTYPES, Layout, layout_of
 from passes.moments import NO_GRADIENT, Moments, moments
+from passes.predicates import leads_to
 from passes.roles import BETA, GAMMA
 from passes.sites import Site, sites
 from passes.updates import ARITHMETIC, consumers
@@ -17,17 +19,13 @@ from rewriter import ops
 from rewriter.dataflow import Computed, VariableKey, origins
 from rewriter.edit import Replace
 from rewriter.expr import Apply, Expr, Use, array, op, ordered
-from rewriter.ir import Edge, Error, Graph, Model, Value
+from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.pattern import origin, way
 from rewriter.shapes import Shape, shape_of
 
 INSIDE = (*ARITHMETIC, "Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Inv", "Reciprocal", "Reshape")
 INSIDE += ("Rsqrt", "Snapshot", "Sqrt", "Squeeze")
 """Ops that the kernel may stand for. Others between them, as Switch or StopGradient, mean something of their own."""
-
-
-class DeclinedError(Error):
-    """Single ops that have to stay, and why."""
 
 
 Bring = Callable[[str, Value], Expr]
@@ -131,6 +129,10 @@ class Fusable:
             raise DeclinedError(
                 f"its statistics are taken over the axes {axes} of {len(shape)}, and applied along axis {self.channel}"
             )
+        if found.subtracted is not None and _channel(shape, [found.subtracted]) != self.channel:
+            raise DeclinedError(
+                f"its variance is that of differences from the mean along another axis than {self.channel}"
+            )
         return found
 
     def waiting(self, y: Apply, graph: Graph, values: Iterable[Value], nodes: Iterable[str]) -> Apply:
@@ -140,8 +142,16 @@ class Fusable:
         """
         passing = (v.node for value in values for v in (*way(graph, value, stop=NO_GRADIENT),)[:-1])
         replaced = {*nodes, *passing}
+        # A constant has no input that could wait, so it is what waits, as epsilon does.
+        replaced |= {v.node for n in replaced for v in graph.nodes[n].inputs if graph.nodes[v.node].op == "Const"}
         before = {name for node in replaced for name in graph.nodes[node].after} - replaced
         return ordered(op("Identity", y), [Use("", Value(name)) for name in sorted(before)]) if before else y
+
+    def before_kernel(self, nodes: Iterable[str]) -> bool:
+        """Whether one of some nodes runs before what the kernel takes; then they cannot take what it gives."""
+        roles = [role for role in (GAMMA, BETA) if role in self.site.inputs]
+        taken = {self.x.node, *(self.used(role).node for role in roles)}
+        return leads_to(self.model, self.graph, nodes, taken)
 
     def require_own(self, more: frozenset[str] = frozenset()) -> None:
         """Refuse single ops of which something else uses what they compute on the way.

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from passes.batch_statistics import moved_averages
-from passes.fusable import DeclinedError, Fusable, fusable, replaced
+from passes.batch_statistics import averages_of, rewired
+from passes.branches import only_one
+from passes.declined import DeclinedError
+from passes.fusable import Fusable, fusable, replaced
 from passes.fuse_chosen import chosen
 from passes.kernel import normalised
 from passes.moments import NO_GRADIENT
@@ -29,11 +31,12 @@ class FuseBatchNorm:
     def edits(self, model: Model) -> Iterable[Edit]:
         """A kernel for each site in single ops, or a `Skip` with what stands in the way."""
         sweeps: list[Edit] = []
+        extended: set[tuple[str, str]] = set()
         for site in model.analysis(sites):
             if site.kind != "decomposed" or site.quantized:
                 continue
             try:
-                edits = list(_fused(fusable(model, site)))
+                edits = only_one(list(_fused(fusable(model, site))), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
                 continue
@@ -68,6 +71,9 @@ def _training(found: Fusable) -> Iterator[Edit]:
     met = [found.used(role) for role in (MEAN, VARIANCE)]
     yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, *moments.nodes)))
     own = {*site.interior, site.node, *moments.nodes}
-    for value, statistic in ((mean, kernel.mean), (variance, kernel.variance)):
-        yield from moved_averages(found.model, graph, value, statistic, own)
+    uses = [list(averages_of(found.model, graph, value, own)) for value in (mean, variance)]
+    if not found.before_kernel([edge.node for each in uses for edge, _ in each]):
+        for each, statistic in zip(uses, (kernel.mean, kernel.variance), strict=True):
+            for edge, used in each:
+                yield from rewired(found.model, graph, edge, used, statistic)
     yield Sweep(site.graph, (*site.interior, *sorted(moments.nodes)))

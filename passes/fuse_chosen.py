@@ -7,14 +7,15 @@ from functools import partial
 
 import numpy as np
 
-from passes.batch_statistics import final_uses, rewired
+from passes.batch_statistics import averages_of, final_uses, rewired
 from passes.branches import FIRST, Branches
-from passes.fusable import DeclinedError, Fusable, replaced
+from passes.declined import DeclinedError
+from passes.fusable import Fusable, replaced
 from passes.kernel import Normalised, normalised
 from passes.moments import NO_GRADIENT
-from passes.predicates import ancestors, assumption, choice, decided_by
+from passes.predicates import ancestors, assumption, choice, decided_by, leads_to
 from passes.roles import MEAN, VARIANCE
-from passes.updates import assigned, consumers
+from passes.updates import consumers, only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, Sweep
 from rewriter.expr import Expr, Use, array, merge, op, switch
@@ -108,10 +109,13 @@ class _Merged:
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
         own = {*self.found.site.interior, self.found.site.node, *moments}
-        for edge, used in final_uses(self.model, self.graph, value):
-            if edge.node and edge.node not in own and assigned(self.model, self.graph, edge):
+        for edge, used in averages_of(self.model, self.graph, value, own):
+            if not self.found.before_kernel([edge.node]) and not self._decides([edge.node]):
                 inside = self._only(used, self.training)
                 yield from rewired(self.model, self.graph, edge, used, statistic if inside else always)
+
+    def _decides(self, nodes: list[str]) -> bool:
+        return leads_to(self.model, self.graph, nodes, {self.predicate.node, *(v.node for v in self.moving.values())})
 
     def _only(self, value: Value, on: bool) -> bool:
         """Whether a value is computed only where the predicate has this value."""
@@ -140,6 +144,10 @@ class _Branched:
         self.inside = self.branches.taken(self.training)
         inferring = self.branches.taken(not self.training)
         self.moving = {r: inferring.results[p].value for r, p in zip(STATISTICS, self.ports, strict=True)}
+        if found.before_kernel([node.name]):
+            raise DeclinedError(
+                f"what it normalises, or its gamma or beta, waits for {node.name}, which it would be in"
+            )
 
     def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
         """What a branch returns: a value that it computes, or one of the graph that it was given."""
@@ -188,18 +196,22 @@ class _Branched:
         self._require_averages(port)
         node = self.branches.node
         if holder is not self.graph:
-            for edge, used in final_uses(self.model, holder, value):
-                if edge.node not in own:
-                    yield from rewired(self.model, holder, edge, used, statistic)
+            yield from self._within_branch(holder, value, statistic, own)
             return
         for edge, used in final_uses(self.model, self.graph, value):
             if edge.node == node.name:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
-                for inner, passed in final_uses(self.model, self.inside, argument):
-                    yield from rewired(self.model, self.inside, inner, passed, statistic)
+                yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)
             elif edge.node not in own and self._same_choice(edge):
                 yield from rewired(self.model, self.graph, edge, used, self._result(port))
+
+    def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
+        """Let the branch return the kernel's statistic as the chosen one, and its averages use it."""
+        for edge, used in final_uses(self.model, branch, value):
+            chosen_one = not edge.node and edge.position in self.ports
+            if chosen_one or (edge.node not in own and only_assigned(self.model, branch, edge)):
+                yield from rewired(self.model, branch, edge, used, statistic)
 
     def _result(self, port: int) -> Expr:
         """A chosen statistic as a vector."""
@@ -214,16 +226,21 @@ class _Branched:
         """Refuse chosen statistics that are used for more than averages, as the kernel's have no gradient."""
         own = {*self.found.site.interior, self.found.site.node}
         for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port)):
-            if edge.node not in own and not (edge.node and assigned(self.model, self.graph, edge)):
+            if edge.node not in own and not only_assigned(self.model, self.graph, edge):
                 what = edge.node or "the function's caller"
                 raise DeclinedError(f"{what} uses the statistic that {self.branches.node.name} chooses")
 
     def _unused(self, edge: Edge, used: Value) -> Iterator[Edit]:
         """Pass nothing where a branch has no use for it any longer."""
         other = self.branches.taken(not self.training)
-        argument = Value(other.arguments[edge.position - FIRST])
+        arguments = [Value(branch.arguments[edge.position - FIRST]) for branch in (other, self.inside)]
         shape = shape_of(self.model, self.graph, used)
-        if argument not in self.model.analysis_of(other, consumers) and shape is not None:
+        unused = arguments[0] not in self.model.analysis_of(other, consumers)
+        replaced_by_kernel = all(
+            not e.node or only_assigned(self.model, self.inside, e)
+            for e, _ in final_uses(self.model, self.inside, arguments[1])
+        )
+        if unused and replaced_by_kernel and shape is not None:
             dtype = ops.output_dtype(self.model, self.graph, used)
             yield Rewire(edge, array(np.zeros(shape, dtype)), used.node)
 

@@ -22,7 +22,8 @@ def _over(values: Pattern, axes: str) -> Pattern:
 
 
 MEANS = (_over(_X, "axes"),)
-_INNER = (_over(_X, "inner"), node("StopGradient", _over(_X, "inner")))
+SUBTRACTED = "subtracted"
+_INNER = tuple(inner.named(SUBTRACTED) for inner in (_over(_X, "inner"), node("StopGradient", _over(_X, "inner"))))
 _CENTRED = tuple(node("Sub", _X, inner) for inner in _INNER)
 VARIANCES = (
     *(_over(node("SquaredDifference", _X, inner), "axes") for inner in _INNER),
@@ -42,11 +43,13 @@ class Moments:
         x: what they are of.
         axes: those over which they are taken, from the front.
         nodes: what computes them.
+        subtracted: the shape in which the mean meets x, where the variance is that of differences.
     """
 
     x: Value
     axes: frozenset[int]
     nodes: frozenset[str]
+    subtracted: Shape | None
 
 
 def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments | str:
@@ -68,7 +71,13 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
         return "the axes of its mean and variance are not known before it runs"
     if len(set(found)) > 1:
         return "its mean and its variance are taken over different axes"
-    return Moments(x, found[0] or frozenset(), frozenset((*means.nodes, *variances.nodes)))
+    subtracted = None
+    if SUBTRACTED in variances:
+        edge = variances[SUBTRACTED].edges[0]
+        subtracted = shape_of(model, graph, graph.nodes[edge.node].inputs[edge.position])
+        if subtracted is None:
+            return "the shape in which its mean is subtracted is not known before it runs"
+    return Moments(x, found[0] or frozenset(), frozenset((*means.nodes, *variances.nodes)), subtracted)
 
 
 def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match | None:

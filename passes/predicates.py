@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import NamedTuple
 
+from passes.updates import consumers, following
+from rewriter import ops
 from rewriter.ir import Graph, Model, Node, Value
 from rewriter.liveness import Assumption
-from rewriter.pattern import origin
 
 SWITCHES = ("Switch", "RefSwitch")
 
@@ -59,8 +60,26 @@ def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
 
 
 def decided_by(graph: Graph, predicate: Value) -> Value:
-    """The boolean that a predicate passes on."""
-    return origin(graph, predicate)
+    """The boolean that a predicate passes on. Two reads of one variable may differ."""
+    while graph.nodes[predicate.node].op == "Identity":
+        predicate = graph.nodes[predicate.node].inputs[0]
+    return predicate
+
+
+def leads_to(model: Model, graph: Graph, starts: Iterable[str], ends: Container[str]) -> bool:
+    """Whether one of some nodes has to run before one of others."""
+    uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
+    waiting, seen = list(starts), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name in ends:
+            return True
+        if name not in seen and name:
+            seen.add(name)
+            count = ops.output_count(model, graph.nodes[name])
+            waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
+            waiting += [node.name for node in followers.get(name, ())]
+    return False
 
 
 def ancestors(graph: Graph, name: str) -> frozenset[str]:

@@ -16,6 +16,7 @@ from rewriter.ir import MAIN, Graph, Model, Value
 from rewriter.liveness import BRANCHES, Assumption
 from rewriter.ops import dtype_name
 from rewriter.pattern import origin
+from rewriter.shapes import shape_of
 
 SELECTS = ("Select", "SelectV2")
 
@@ -49,7 +50,7 @@ def _deciding(model: Model, graph: Graph) -> str | None:
             if each not in always
         )
         for name in graph.arguments
-        if dtype_name(graph.nodes[name].attrs["T"].type) == "bool"
+        if dtype_name(graph.nodes[name].attrs["T"].type) == "bool" and shape_of(model, graph, Value(name)) == ()
     }
     return max((name for name, count in counts.items() if count), key=lambda name: counts[name], default=None)
 
@@ -97,7 +98,9 @@ def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
             if node.op in SELECTS:
                 taken = known.resolved(Value(each))
                 dtype = ops.output_dtype(model, graph, taken)
-                for edge in uses.get(Value(each), ()):
+                shapes = {shape_of(model, graph, v) for v in (taken, Value(each))}
+                same = len(shapes) == 1 and None not in shapes  # else it is broadcast
+                for edge in uses.get(Value(each), ()) if same else ():
                     yield Rewire(edge._replace(graph=name), Use(dtype, taken), each)
         for each in _decided(graph, known):
             node = graph.nodes[each]

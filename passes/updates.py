@@ -23,6 +23,9 @@ from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
 
 ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
+PASSING = (*ops.VIEWS, "Cast", "Identity", "Switch")
+"""Ops whose first outputs are what comes in first, perhaps in another shape or dtype."""
+
 READS = frozenset({"Identity", "ReadVariableOp"})
 
 
@@ -104,12 +107,34 @@ def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
     return any(walk.into(graph, user, edge.position, None, ()))
 
 
+def only_assigned(model: Model, graph: Graph, edge: Edge) -> bool:
+    """Whether the value used at an edge enters averages there, and nothing else."""
+    user = graph.nodes.get(edge.node)
+    if user is None:
+        return False
+    if user.op.startswith("Assign"):
+        return True
+    uses = model.analysis_of(graph, consumers)
+    if user.op in ARITHMETIC or (user.op in PASSING and edge.position == 0):
+        after = [e for port in range(ops.output_count(model, user)) for e in uses.get(Value(user.name, port), ())]
+        return bool(after) and all(only_assigned(model, graph, e) for e in after)
+    form = ops.call_form(model, user)
+    if form is None or form.carried or edge.position < form.first:
+        return False
+    inner = []
+    for name in ops.callees(model, user):
+        callee = model.graphs[name]
+        argument = Value(callee.arguments[edge.position - form.first])
+        inner += [(callee, e) for e in model.analysis_of(callee, consumers).get(argument, ())]
+    return bool(inner) and all(only_assigned(model, callee, e) for callee, e in inner)
+
+
 def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
     """All uses of each value of a graph (to be memoised)."""
     return graph.consumers()
 
 
-def _followers(_: Model, graph: Graph) -> Mapping[str, list[Node]]:
+def following(_: Model, graph: Graph) -> Mapping[str, list[Node]]:
     """The nodes that run after each node, by control inputs."""
     found: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
@@ -180,7 +205,7 @@ class _Walk:
         """Further assignments from what the variable holds after this one."""
         holder = origin(graph, assign.inputs[0])
         yield from self.from_value(graph, Value(assign.name), entered, calls)
-        for node in self.model.analysis_of(graph, _followers).get(assign.name, ()):
+        for node in self.model.analysis_of(graph, following).get(assign.name, ()):
             if node.op in READS and origin(graph, node.inputs[0]) == holder:
                 yield from self.from_value(graph, Value(node.name), entered, calls)
 

@@ -199,7 +199,8 @@ class Draft:
         for operand in self._operands(value):
             self.place(operand, name)
         inputs = self._inputs(value, self._frames.get(name, ()))
-        self.nodes[name] = replace(node, op=value.op, inputs=inputs, attrs=dict(value.attrs))
+        after = tuple(dict.fromkeys((*node.after, *(self._placed[e].node for e in value.after))))
+        self.nodes[name] = replace(node, op=value.op, inputs=inputs, after=after, attrs=dict(value.attrs))
         self._placed[value] = Value(name)
 
     def inline(self, call: str, callee: Graph, first: int) -> None:
