@@ -113,10 +113,14 @@ def _why(graph: Graph, below: list[str]) -> str:
     """How close the closest form is."""
     stopped = closest(graph, below, FORMS)
     if not stopped.node:
-        return "what follows has the ops of a batch norm, but not its variables, or applies one of them twice"
+        return "the ops are those of a batch norm, but not on its variables, or with gamma or beta applied twice"
     found = graph.nodes[stopped.node]
+    while found.op in ("Identity", "IdentityN", "Cast"):
+        found = graph.nodes[found.inputs[0].node]
     expected = " or ".join(sorted(stopped.expected))
-    return f"the closest one agrees in {stopped.matched} ops, but has {expected} where {found.name} is {found.op}"
+    return (
+        f"the closest one, of which {stopped.matched} ops agree, has {expected} in place of {found.name} ({found.op})"
+    )
 
 
 def _is_anchor(graph: Graph, node: Node) -> bool:

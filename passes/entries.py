@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from passes.batch_norm import batch_norms
 from passes.sites import sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
-from rewriter.ir import MAIN, Entry, Error, Model, Signature, Spec, Value
+from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
+from rewriter.liveness import Assumption
 
 HINT = " (--passes quantize-batch-norm rewrites without a training function)"
 
@@ -44,8 +45,48 @@ def serving_entry(model: Model) -> Entry:
 
 
 def _infers(model: Model, function: str) -> bool:
-    reached = model.analysis(call_graph).reached(function)
+    reached = running_from(model, function)
     return any(s.graph in reached and s.inference for s in model.analysis(sites))
+
+
+def running_from(model: Model, function: str) -> frozenset[str]:
+    """The graphs that can run when a function does: not the branches that its constants rule out.
+
+    A serving function may call the one that takes the mode as an argument, with a constant.
+    """
+    memo = model.analysis(_run)
+    if function not in memo:
+        memo[function] = frozenset(_running(model, function, {}, set()))
+    return memo[function]
+
+
+def _run(_: Model) -> dict[str, frozenset[str]]:
+    """What was found already."""
+    return {}
+
+
+def _running(model: Model, name: str, known: dict[str, bool], seen: set[tuple[str, frozenset[Any]]]) -> set[str]:
+    """The graphs that run, where some boolean arguments of the first are known."""
+    graph = model.graphs[name]
+    key = (name, frozenset(known.items()))
+    if key in seen:
+        return {name}
+    seen.add(key)
+    found = {name}
+    assumed = Assumption(model, graph, known)
+    for node in dict.fromkeys(call.node for call in model.analysis(call_graph).calls.get(name, [])):
+        call = graph.nodes[node]
+        form = ops.call_form_of(model, call)
+        passed = [assumed.known(v) if _boolean(model, graph, v) else None for v in call.inputs[form.first :]]
+        for callee in assumed.taken(call):
+            arguments = model.graphs[callee].arguments
+            inner = {a: v for a, v in zip(arguments, passed, strict=True) if v is not None and not form.carried}
+            found |= _running(model, callee, inner, seen)
+    return found
+
+
+def _boolean(model: Model, graph: Graph, value: Value) -> bool:
+    return ops.output_dtype(model, graph, value) == "bool"
 
 
 def training_trace(model: Model, serving: Entry) -> Entry | None:
@@ -54,10 +95,9 @@ def training_trace(model: Model, serving: Entry) -> Entry | None:
     Keras 2 saves its model's call with training=True as one. A serving function that takes its mode as an
     argument is one itself.
     """
-    calls = model.analysis(call_graph)
 
     def names(entry: Entry, training: bool) -> set[str]:
-        reached = calls.reached(entry.function)
+        reached = running_from(model, entry.function)
         return {
             bn.name
             for bn in model.analysis(batch_norms)

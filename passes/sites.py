@@ -107,7 +107,9 @@ def sites(model: Model) -> tuple[Site, ...]:
 
 def _unknown(graph: str, node: str, why: str) -> Site:
     """A site for what may be a batch norm, but is of no known form."""
-    reason = f"it is the root of a variable and a constant, as in a batch norm, but of no form that is known: {why}"
+    reason = (
+        f"it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: {why}"
+    )
     nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
     return Site(
         graph=graph,

@@ -19,6 +19,7 @@ from rewriter.edit import Edit, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, array, constant, op, ordered, stop_gradient
 from rewriter.frames import Frame, frames
 from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.shapes import shape_of
 
 DEFAULT_MOMENTUM = 0.99
 CONCAT = {"N": ops.attr(2), "T": ops.dtype_attr("int32"), "Tidx": ops.dtype_attr("int32")}
@@ -139,8 +140,7 @@ class Training:
     def _moments(self, site: Site) -> Mapping[str, Expr]:
         """Mean and (population) variance over all axes but that of the channels, as ``tf.nn.moments`` has them."""
         graph = self.model.graphs[site.graph]
-        (edge, *_) = site.inputs[INPUT]
-        value = graph.nodes[edge.node].inputs[edge.position]
+        value = self._entering(site)
         x: Expr = Use(ops.output_dtype(self.model, graph, value), self._value(value))
         held = site.parameters[MEAN][0]
         dtype = ops.output_dtype(self.model, graph, graph.nodes[held.node].inputs[held.position])
@@ -153,11 +153,18 @@ class Training:
         own = op("Shape", Use(dtype, self._value(self._used(graph, held))))
         return {MEAN: op("Reshape", mean, own), VARIANCE: op("Reshape", variance, own)}
 
+    def _entering(self, site: Site) -> Value:
+        """What a site normalises, in its own graph."""
+        return self._used(self.model.graphs[site.graph], site.inputs[INPUT][0])
+
     def _axes(self, site: Site, held: Edge, shaped: Expr, x: Expr) -> Expr:
         """The axes to reduce: all that the mean is broadcast over, where it has the shape in which x meets it."""
         keys = {key[2] for key in site.variables}
         vectors = all(k is not None and len(self.model.variables[k].shape or ()) == 1 for k in keys)
         if vectors and held == site.inputs[MEAN][0]:
+            shape = shape_of(self.model, self.model.graphs[site.graph], self._entering(site))
+            if shape is not None:
+                return array(np.arange(len(shape) - 1, dtype=np.int32))
             return op("Range", constant(0, "int32"), op("Rank", x) - 1, constant(1, "int32"))
         missing = op("Reshape", op("Rank", x) - op("Rank", shaped), array(np.array([1], dtype=np.int32)))
         ones = op("Fill", missing, constant(1, "int32"))

@@ -127,11 +127,11 @@ class Assumption:
         found: set[str] = set()
         for name in nodes:
             node = self.graph.nodes[name]
-            for function in self._taken(node):
+            for function in self.taken(node):
                 found |= calls.reached(function)
         return frozenset(found)
 
-    def _taken(self, node: Node) -> tuple[str, ...]:
+    def taken(self, node: Node) -> tuple[str, ...]:
         """The functions that a node calls, as far as its predicate is known."""
         called = ops.callees(self.model, node)
         predicate = self.known(node.inputs[0]) if node.op in BRANCHES else None
@@ -139,7 +139,7 @@ class Assumption:
 
     def _passed(self, node: Node) -> tuple[Value, ...]:
         """What a node needs; of a branch that is known, only what that branch uses."""
-        taken = self._taken(node)
+        taken = self.taken(node)
         if node.op not in BRANCHES or len(taken) > 1:
             return node.inputs
         branch = self.model.graphs[taken[0]]

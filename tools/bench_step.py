@@ -106,10 +106,12 @@ def main() -> None:
     """Print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--form", nargs="+", choices=list(NETS), default=["keras3", "by_hand", "two_kernels"])
-    parser.add_argument("--net", nargs="+", default=["MobileNetV2"])
+    parser.add_argument("--net", nargs="+", choices=["MobileNetV2", "ResNet50"], default=["MobileNetV2"])
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--pairs", type=int, default=30, help="rounds")
+    parser.add_argument("--pairs", type=int, default=30, help="rounds, 2 or more (default 30)")
     options = parser.parse_args()
+    if options.pairs < WARM_UP or min(options.batch) < 1:
+        parser.error("there are at least 2 rounds, and at least 1 image in a batch")
     table = Table("net", "form", "batch", "step", "source", "result", "to the source", "to a single fused kernel")
     with tempfile.TemporaryDirectory() as folder:
         for net in options.net:

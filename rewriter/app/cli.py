@@ -23,6 +23,19 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 2
 
+PASSES = (
+    "upgrade-references",
+    "unfreeze-constants",
+    "split-modes",
+    "fuse-batch-norm",
+    "choose-branch",
+    "derive-training",
+    "inline-branches",
+    "cut-gradients",
+    "quantize-batch-norm",
+)
+"""By name; `rewriter.app.api` makes them, which takes TensorFlow."""
+
 
 class Bits(click.ParamType[Any, Any]):
     """``8`` or ``gamma=4,beta=8``."""
@@ -121,7 +134,11 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
     help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
 )
 @TAGS
-@click.option("--passes", help="Passes to run instead of the default ones, comma-separated; your own as module:Class.")
+@click.option(
+    "--passes",
+    help="Passes to run instead of the default ones, in this order, comma-separated: "
+    f"{', '.join(PASSES)}, or your own as module:Class.",
+)
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
 @click.option(
@@ -133,6 +150,8 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
 
     if names is not None and not names:
         raise click.UsageError("--passes names no pass")
+    if names and not options["fuse"]:
+        raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
 
     def check() -> None:
         require_model(source)
@@ -266,7 +285,7 @@ def _show_rewrite(report: RewriteReport, target: Path | None) -> None:
     click.echo(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
     click.echo(f", {report.sites_added} more in new places" if report.sites_added else "")
     if report.sites_fused:
-        click.echo(f"{report.sites_fused} of them were single ops and are the fused kernel now")
+        click.echo(f"{_count(report.sites_fused, 'site')} in single ops became the fused kernel")
     for site in report.skipped:
         click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
     told = {(s.graph, s.node, s.reason) for s in report.skipped}

@@ -9,7 +9,8 @@ from pathlib import Path
 from passes.batch_norm import BatchNorm
 from passes.quantize_batch_norm import QuantizeBatchNorm
 from passes.sites import Site, quantized, sites
-from rewriter.ir import Model, Signature
+from rewriter.dataflow import call_graph, running
+from rewriter.ir import MAIN, Model, Signature
 from rewriter.pipeline import Step
 from rewriter.report import (
     BatchNormReport,
@@ -56,7 +57,8 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
         return f"all {len(found)} batch-norm sites of {source} are quantised already; there is nothing to add"
     skipped = [s for step in steps for s in step.skipped]
     if not skipped:
-        return f"the passes changed nothing in {source}"
+        why = ": its batch norms are the fused kernel already" if all(s.kind == "fused" for s in found) else ""
+        return f"the passes changed nothing in {source}{why}"
     reasons = sorted({s.reason for s in skipped})
     more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
     sites_of = "the batch-norm site" if len(found) == 1 else f"none of the {len(found)} batch-norm sites"
@@ -70,22 +72,22 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     A site may have become several, as one for each mode; it counts as one, and is quantised if they are.
     """
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    left = {(s.graph, s.node): s for s in after.analysis(sites)}
+    orphaned = before.analysis(running) - after.analysis(running)
+    left = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
     now = after.analysis(quantized)
-    new = _by_variables({k: s for k, s in left.items() if k not in found})
-    became = {k: [k] if k in left else [j for key in s.variables for j in new.get(key, ())] for k, s in found.items()}
+    became = _became(before, after, found, left)
     single = {k for k, s in found.items() if s.kind == "decomposed"}
     fused = {k for k in single if all(left[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
         rewritten = {k for k, s in found.items() if not s.quantized and now.issuperset(became[k])}
     else:
-        rewritten = fused
+        rewritten = fused | {k for k in found if became[k] and _changed(before, after, k)}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     told = {k: [reasons.get(j) or left[j].reason for j in became[k]] for k in found}
     return RewriteReport(
         sites_found=len(found),
         sites_rewritten=len(rewritten),
-        sites_added=len(now - set(found)),
+        sites_added=len(now.difference(found, *became.values())),
         sites_fused=len(fused),
         skipped=[Skipped(*k, next(filter(None, told[k]), "no pass changed it")) for k in found if k not in rewritten],
         declined=[
@@ -107,13 +109,29 @@ Key = tuple[str, str]
 """A site by its graph and node."""
 
 
-def _by_variables(sites_of: Mapping[Key, Site]) -> Mapping[tuple[str | None, ...], list[Key]]:
-    found: dict[tuple[str | None, ...], list[Key]] = {}
-    for key, site in sites_of.items():
-        for variables in site.variables:
+def _became(
+    before: Model, after: Model, found: Mapping[Key, Site], left: Mapping[Key, Site]
+) -> Mapping[Key, list[Key]]:
+    """What each site is now: itself, or the new ones of its batch norm in its graph, or where its callers get to."""
+    new: dict[tuple[str | None, ...], list[Key]] = {}
+    for key, site in left.items():
+        for variables in site.variables if key not in found else ():
             if any(variables):
-                found.setdefault(variables, []).append(key)
-    return found
+                new.setdefault(variables, []).append(key)
+    calls = after.analysis(call_graph)
+    reached = set().union(*(calls.reached(name) for name in before.entries if name in after.graphs), {MAIN})
+    became: dict[Key, list[Key]] = {}
+    for key, site in found.items():
+        heirs = [heir for variables in site.variables for heir in new.get(variables, ())]
+        near = [heir for heir in heirs if heir[0] == key[0]]
+        became[key] = [key] if key in left else near or [heir for heir in heirs if heir[0] in reached]
+    return became
+
+
+def _changed(before: Model, after: Model, key: Key) -> bool:
+    """Whether a site's node is another one now."""
+    graph, node = key
+    return graph not in after.graphs or after.graphs[graph].nodes.get(node) != before.graphs[graph].nodes[node]
 
 
 def _changes(step: Step) -> Iterator[Changed]:

@@ -202,7 +202,7 @@ def test_fusing_alone_and_not_at_all(model: Paths, tmp_path: Path) -> None:
     assert alone.returncode == 0, alone.stderr
     assert alone.stdout.splitlines()[:2] == [
         "2 of 2 batch-norm sites rewritten",
-        "2 of them were single ops and are the fused kernel now",
+        "2 sites in single ops became the fused kernel",
     ]
     left = bnqat("rewrite", model("form_float64"), tmp_path / "d")
     assert "FuseBatchNorm left batchnorm/add_1 in " in left.stdout

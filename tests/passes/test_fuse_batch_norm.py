@@ -259,6 +259,6 @@ def test_the_closest_form_is_named_and_what_stops_it() -> None:
     """
     _, reasons = fused(model(X + INV + lines))
     assert reasons == [
-        "it is the root of a variable and a constant, as in a batch norm, but of no form that is known: the closest "
-        "one agrees in 5 ops, but has Sub where beta is ReadVariableOp"
+        "it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: the "
+        "closest, of which 5 ops agree, has Sub in place of beta (ReadVariableOp)"
     ]
