@@ -81,7 +81,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
         rewritten = {k for k, s in found.items() if not s.quantized and now.issuperset(became[k])}
     else:
-        rewritten = fused | {k for k in found if became[k] and _changed(before, after, k)}
+        rewritten = fused | {k for k in found if became[k] != [k] or _changed(before, after, k)}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     told = {k: [reasons.get(j) or left[j].reason for j in became[k]] for k in found}
     return RewriteReport(
