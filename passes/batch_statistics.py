@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from passes.updates import PASSING, consumers, only_assigned
+from passes.updates import consumers, only_assigned, shown
 from rewriter import ops
 from rewriter.edit import Edit, Rewire
 from rewriter.expr import Expr, array, op
@@ -21,7 +21,7 @@ def final_uses(model: Model, graph: Graph, value: Value) -> Iterator[tuple[Edge,
         used = waiting.pop()
         for edge in model.analysis_of(graph, consumers).get(used, ()):
             user = graph.nodes.get(edge.node)
-            if user is not None and user.op in PASSING and edge.position == 0:
+            if user is not None and shown(graph, user, edge.position):
                 waiting += [Value(user.name, port) for port in range(2 if user.op == "Switch" else 1)]
             else:
                 yield edge, used

@@ -12,10 +12,11 @@ from functools import partial
 from typing import NamedTuple
 
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
-from passes.updates import ARITHMETIC, consumers, scalar
+from passes.updates import ARITHMETIC, consumers, scalar, update
 from rewriter import ops
+from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, VariableKey, origins
-from rewriter.ir import Graph, Model, Node, Value
+from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import Match, Pattern, any_value, closest, matches, node, origin
 
 INPUT = "x"
@@ -98,15 +99,25 @@ def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
 
 
 def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[tuple[str, str]]:
-    """Roots of a variable that is not trained and a constant, which no form explains, and why the closest does not."""
+    """Roots of a moving or a batch's variance plus a constant, which no form explains, and why the closest does not."""
     explained = {match.match[VARIANCE].edges[0].node for match in found}
     for anchor in graph.nodes.values():
         if _is_anchor(graph, anchor):
             shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
-            held = {o for v in shifted.inputs for o in origins(model, graph.name, v)}
-            keys = [o.key for o in held if isinstance(o, VariableKey)]
-            if shifted.name not in explained and keys and not any(model.variables[k].trainable for k in keys):
+            if shifted.name not in explained and _is_variance(model, graph, shifted):
                 yield anchor.name, _why(graph, _below(model, graph, anchor))
+
+
+def _is_variance(model: Model, graph: Graph, shifted: Node) -> bool:
+    """Whether what a constant is added to may be a variable that is not trained, or is averaged in one."""
+    for position, value in enumerate(shifted.inputs):
+        for leaf in leaves(model, Edge(graph.name, shifted.name, position), value):
+            held = [o.key for o in origins(model, leaf.graph, leaf.value) if isinstance(o, VariableKey)]
+            if held and not any(model.variables[k].trainable for k in held):
+                return True
+            if not held and update(model, model.graphs[leaf.graph], leaf.value, leaf.calls).targets:
+                return True
+    return False
 
 
 def _why(graph: Graph, below: list[str]) -> str:
@@ -118,9 +129,7 @@ def _why(graph: Graph, below: list[str]) -> str:
     while found.op in ("Identity", "IdentityN", "Cast"):
         found = graph.nodes[found.inputs[0].node]
     expected = " or ".join(sorted(stopped.expected))
-    return (
-        f"the closest one, of which {stopped.matched} ops agree, has {expected} in place of {found.name} ({found.op})"
-    )
+    return f"the closest, of which {stopped.matched} ops agree, has {expected} in place of {found.name} ({found.op})"
 
 
 def _is_anchor(graph: Graph, node: Node) -> bool:
@@ -164,7 +173,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
                 if user.op in ARITHMETIC or user.op in ("Reciprocal", "Inv"):
                     found[user.name] = None
                     following.append(user.name)
-                elif user.op in ops.VIEWS or user.op in ops.FORWARDS:
+                elif user.op in ops.FORWARDS or ops.viewed(graph, user) is not None:
                     waiting += [Value(user.name, 0), Value(user.name, 1)]
         level = following
     return list(found)

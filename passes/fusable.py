@@ -24,7 +24,7 @@ from rewriter.pattern import origin, way
 from rewriter.shapes import Shape, shape_of
 
 INSIDE = (*ARITHMETIC, "Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Inv", "Reciprocal", "Reshape")
-INSIDE += ("Rsqrt", "Snapshot", "Sqrt", "Squeeze")
+INSIDE += ("Rsqrt", "Snapshot", "Sqrt", "Squeeze", "StridedSlice")
 """Ops that the kernel may stand for. Others between them, as Switch or StopGradient, mean something of their own."""
 
 
@@ -96,8 +96,10 @@ class Fusable:
         Raises:
             DeclinedError: it does not hold one number for each channel.
         """
-        while graph.nodes[value.node].op in (*ops.VIEWS, "Cast"):
-            value = graph.nodes[value.node].inputs[0]
+        node = graph.nodes[value.node]
+        while node.op == "Cast" or ops.viewed(graph, node) is not None:
+            value = node.inputs[0]
+            node = graph.nodes[value.node]
         dtype = self.dtype(graph, value)
         found = bring(dtype, value)
         shape = shape_of(self.model, graph, value)

@@ -58,7 +58,7 @@ def _average(graph: Graph, value: Value) -> Average | None:
             return Average(node.inputs[0], value)
         if node.op in REFERENCES:
             return Average(value, old)
-        passed = node.inputs[0] if node.op in ops.VIEWS else ops.forwarded(node, value.port)
+        passed = ops.viewed(graph, node) or ops.forwarded(node, value.port)
         if passed is None:
             return None
         old, value = value, passed
@@ -187,7 +187,7 @@ class Training:
         start = self._used(graph, held)
         value: Expr = Use(ops.output_dtype(self.model, graph, start), self._value(start))
         for node in reversed(way):
-            if node.op in ops.VIEWS:
+            if ops.viewed(graph, node) is not None:
                 rest = tuple(Use(ops.output_dtype(self.model, graph, v), self._value(v)) for v in node.inputs[1:])
                 attrs = {k: v for k, v in node.attrs.items() if not k.startswith("_")}
                 value = Apply(value.dtype, node.op, (value, *rest), attrs)

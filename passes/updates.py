@@ -23,9 +23,6 @@ from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
 
 ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
-PASSING = (*ops.VIEWS, "Cast", "Identity", "Switch")
-"""Ops whose first outputs are what comes in first, perhaps in another shape or dtype."""
-
 READS = frozenset({"Identity", "ReadVariableOp"})
 
 
@@ -97,14 +94,16 @@ def averaged(model: Model, graph: Graph, value: Value) -> bool:
 
 
 def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
-    """Whether the value used at an edge enters an average there, or in a function that is called there."""
+    """Whether the value used at an edge enters an average there."""
     user = graph.nodes[edge.node]
     if user.op.startswith("Assign"):
         return True
-    walk = _Walk(model)
-    if user.op in ARITHMETIC:
-        return any(walk.from_value(graph, Value(user.name), edge, ()))
-    return any(walk.into(graph, user, edge.position, None, ()))
+    return user.op in ARITHMETIC and any(_Walk(model).from_value(graph, Value(user.name), edge, ()))
+
+
+def shown(graph: Graph, user: Node, position: int) -> bool:
+    """Whether a node's outputs are what comes in here, perhaps in another shape or dtype."""
+    return position == 0 and (user.op in ("Cast", "Identity", "Switch") or ops.viewed(graph, user) is not None)
 
 
 def only_assigned(model: Model, graph: Graph, edge: Edge) -> bool:
@@ -115,7 +114,7 @@ def only_assigned(model: Model, graph: Graph, edge: Edge) -> bool:
     if user.op.startswith("Assign"):
         return True
     uses = model.analysis_of(graph, consumers)
-    if user.op in ARITHMETIC or (user.op in PASSING and edge.position == 0):
+    if user.op in ARITHMETIC or shown(graph, user, edge.position):
         after = [e for port in range(ops.output_count(model, user)) for e in uses.get(Value(user.name, port), ())]
         return bool(after) and all(only_assigned(model, graph, e) for e in after)
     form = ops.call_form(model, user)
@@ -172,16 +171,16 @@ class _Walk:
                     yield from self.from_value(graph, Value(user.name), entered or edge, calls)
             elif user.op in ARITHMETIC:
                 yield from self.from_value(graph, Value(user.name), entered or edge, calls)
-            elif self._passes(user, edge.position):
+            elif self._passes(graph, user, edge.position):
                 for port in range(2 if user.op in ("Switch", "RefSwitch") else 1):
                     yield from self.from_value(graph, Value(user.name, port), entered, calls)
             else:
-                yield from self.into(graph, user, edge.position, entered, calls)
+                yield from self._into(graph, user, edge.position, entered, calls)
 
     @staticmethod
-    def _passes(node: Node, position: int) -> bool:
+    def _passes(graph: Graph, node: Node, position: int) -> bool:
         """Whether a node's first output is what comes in here, perhaps in another shape or dtype."""
-        if node.op in ops.VIEWS or node.op in ops.FORWARDS:
+        if node.op in ops.FORWARDS or ops.viewed(graph, node) is not None:
             return position == 0
         return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
 
@@ -192,8 +191,7 @@ class _Walk:
         for outer, call in above:
             yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, calls[:-1])
 
-    def into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
-        """From what a call passes on."""
+    def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
         form = ops.call_form(self.model, call)
         if form is not None and not form.carried and position >= form.first:
             for name in ops.callees(self.model, call):

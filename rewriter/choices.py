@@ -51,7 +51,7 @@ def _leaves(
     while value not in seen:
         node = graph.nodes[value.node]
         passed = ops.forwarded(node, value.port)
-        if node.op in ops.VIEWS or node.op == "Cast":
+        if node.op == "Cast" or ops.viewed(graph, node) is not None:
             edge = Edge(graph.name, node.name, 0)
             value = node.inputs[0]
         elif passed is not None:

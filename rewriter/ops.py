@@ -63,7 +63,7 @@ FORWARDS: Mapping[str, int] = dict.fromkeys(
 """Ops whose outputs are, or read, one of their inputs: the index of that input."""
 
 VIEWS = frozenset({"ExpandDims", "Reshape", "Squeeze"})
-"""Ops whose output is their first input in another shape."""
+"""Ops whose output is their first input in another shape, as that of some StridedSlice is: `viewed` knows."""
 
 CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2": 1}
 """Ops whose first output is one of several inputs: the index of the first of them."""
@@ -348,6 +348,27 @@ def output_dtype(model: Model, graph: Graph, value: Value) -> str:
                 attrs[arg.number_attr].i if arg.number_attr else 1
             )
     return dtype_name(dtypes[value.port]).removesuffix("_ref")
+
+
+def viewed(graph: Graph, node: Node) -> Value | None:
+    """What a node gives in another shape; None where it does anything else."""
+    return node.inputs[0] if node.op in VIEWS or _adds_axes(graph, node) else None
+
+
+def _adds_axes(graph: Graph, node: Node) -> bool:
+    """Whether a node is ``v[None, :, None]`` or the like: a StridedSlice that takes all and adds axes of size 1.
+
+    Source: op ``StridedSlice``: bit i of a mask is about the i-th part of the slice.
+    """
+    strides = constant_of(graph, node.inputs[3]) if node.op == "StridedSlice" else None
+    if strides is None or (strides != 1).any():
+        return False
+    masks = {name: node.attrs[name].i if name in node.attrs else 0 for name in MASKS}
+    whole = masks["begin_mask"] & masks["end_mask"] | masks["new_axis_mask"]
+    return not masks["shrink_axis_mask"] and whole | masks["ellipsis_mask"] == (1 << strides.size) - 1
+
+
+MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axis_mask")
 
 
 def constant_of(graph: Graph, value: Value) -> np.ndarray | None:

@@ -115,9 +115,10 @@ def way(graph: Graph, value: Value, *, shaped: bool = False, stop: Collection[st
     while passed is not None:
         yield passed
         found = graph.nodes[passed.node]
-        if found.op in stop or (shaped and found.op in ops.VIEWS):
+        view = ops.viewed(graph, found)
+        if found.op in stop or (shaped and view is not None):
             return
-        passed = found.inputs[0] if found.op in ops.VIEWS else ops.forwarded(found, passed.port)
+        passed = view or ops.forwarded(found, passed.port)
 
 
 def matches(graph: Graph, root: str, pattern: Pattern, stop: Collection[str] = ()) -> Iterator[Match]:

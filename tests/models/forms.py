@@ -138,6 +138,15 @@ def expanded(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
     return tf.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
 
 
+def indexed(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
+    """Over axis 1, with parameters indexed as arrays are."""
+    mean, variance = _statistics(x, v, training, axis=1)
+    mean, variance, beta, gamma = (
+        tf.convert_to_tensor(p)[tf.newaxis, :, tf.newaxis, tf.newaxis] for p in (mean, variance, v.beta, v.gamma)
+    )
+    return (x - mean) / tf.sqrt(variance + EPSILON) * gamma + beta
+
+
 def textbook(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
     """As it is read aloud, from left to right."""
     mean, variance = _statistics(x, v, training)
@@ -273,6 +282,7 @@ FORMS: dict[str, Callable[[], Form]] = {
     "form_centred": lambda: Form(centred, VECTOR),
     "form_divided": lambda: Form(divided, IMAGE, train=True),
     "form_expanded": lambda: Form(expanded, (6, 6, 6), axis=1),
+    "form_indexed": lambda: Form(indexed, (6, 6, 6), train=True, axis=1),
     "form_textbook": lambda: Form(textbook, IMAGE),
     "form_powers": lambda: Form(powers, VECTOR, train=True),
     "form_by_hand": lambda: Form(by_hand, IMAGE),

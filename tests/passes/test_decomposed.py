@@ -9,7 +9,8 @@ import tensorflow as tf
 from passes.batch_norm import batch_norms
 from passes.sites import sites
 from rewriter.savedmodel.read import load
-from tests.models.forms import FORMS, VECTOR, Form, Variables, save
+from tests.models.chosen import Chosen, _moments, _moving, _update
+from tests.models.forms import FORMS, VECTOR, Form, Variables, assign_sub, save
 
 Paths = Callable[[str], Path]
 DECOMPOSED = [n for n in FORMS if n.startswith(("form_library", "form_channels", "form_centred", "form_divided"))]
@@ -56,3 +57,29 @@ def test_a_layer_normalisation_is_no_batch_norm(tmp_path: Path) -> None:
 def test_a_residual_is_no_beta(tmp_path: Path) -> None:
     found = load(save(Form(residual, VECTOR, center=False), tmp_path / "m")).analysis(batch_norms)
     assert [set(bn.variables) for bn in found] == [{"gamma", "moving_mean", "moving_variance"}] * 2
+
+
+def test_a_near_match_is_listed_in_every_mode(tmp_path: Path) -> None:
+    """Gamma is applied to the mean twice; what chooses, and a batch's statistics, are looked through."""
+
+    def applied(x: tf.Tensor, v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
+        inv = tf.math.rsqrt(variance + 1e-3) * v.gamma
+        return x * inv - mean * inv * v.gamma + v.beta
+
+    def chosen(x: tf.Tensor, v: Variables, training: tf.Tensor) -> tf.Tensor:
+        batch = _moments(x)
+        tf.cond(training, lambda: _update(v, *batch), lambda: tf.constant(0))
+        return applied(x, v, *tf.cond(training, lambda: batch, lambda: _moving(v)))
+
+    def trained(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
+        mean, variance = _moments(x) if training else _moving(v)
+        if training:
+            assign_sub(v, mean, variance)
+        return applied(x, v, mean, variance)
+
+    module = Chosen(chosen)
+    tf.saved_model.save(module, str(tmp_path / "c"), signatures={"serving_default": module.serve})
+    for path, count in ((tmp_path / "c", 2), (save(Form(trained, VECTOR, train=True), tmp_path / "t"), 4)):
+        reasons = [site.reason for site in load(path).analysis(sites)]
+        assert len(reasons) == count
+        assert all(reason.startswith("it begins like a batch norm") for reason in reasons)
