@@ -62,3 +62,21 @@ def test_the_function_that_takes_its_mode_is_train(tmp_path: Path) -> None:
     held = loaded.layers[0].moving_mean.numpy()
     loaded.serve(x, tf.constant(value=False))
     assert (loaded.quantization.step.numpy(), (loaded.layers[0].moving_mean.numpy() == held).all()) == (1, True)
+
+
+def test_a_function_that_serves_with_the_mode_fixed_is_trained_by_derivation(tmp_path: Path) -> None:
+    """`serve(x)` calls the function that takes the mode with False; no trace of it trains."""
+    module = Chosen(NORMS["chosen_moments_inside"])
+    body = module.serve
+    module.serve = tf.function(
+        lambda x: body(x, tf.constant(value=False)), input_signature=[tf.TensorSpec((None, *IMAGE), name="x")]
+    )
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=9)
+    assert (report.sites_found, report.sites_rewritten, report.sites_fused, report.skipped) == (2, 2, 2, [])
+    assert any("derived from serving" in note for note in report.notes)
+    loaded, x = tf.saved_model.load(str(tmp_path / "q")), tf.random.stateless_normal((4, *IMAGE), (1, 2))
+    held = [v.numpy() for layer in loaded.layers for v in (layer.moving_mean, layer.moving_variance)]
+    assert (loaded.train(x).numpy() != loaded.serve(x).numpy()).any()
+    moved = [v.numpy() for layer in loaded.layers for v in (layer.moving_mean, layer.moving_variance)]
+    assert all((a != b).any() for a, b in zip(moved, held, strict=True))
