@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def ratio(seconds: dict[str, list[float]], name: str, base: str) -> str:
     return f"{middle:.2f} ({low:.2f}, {high:.2f})"
 
 
-def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) -> list[list[str]]:
-    """The rows of one form of one net."""
+def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) -> Iterator[list[str]]:
+    """The rows of one form of one net, as they are measured."""
     paths = {name: folder / f"{net}_{form}_{name}" for name in ("source", "fused", "quantised")}
     NETS[form](net, paths["source"])
     bnqat.rewrite(paths["source"], paths["quantised"])
@@ -87,7 +88,6 @@ def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) 
         paths["single"] = folder / f"{net}_single"
         if not paths["single"].exists():
             NETS["fused"](net, paths["single"])
-    rows = []
     for batch in batches:
         x = tf.random.normal([batch, 96, 96, 3])
         made = {name: steps(path, x) for name, path in paths.items()}
@@ -98,8 +98,7 @@ def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) 
                 if name not in ("source", "single"):
                     ratios = [ratio(seconds, name, "source"), ratio(seconds, name, base)]
                     milliseconds = f"{1000 * statistics.median(seconds['source']):.0f} ms"
-                    rows.append([net, form, str(batch), kind, milliseconds, name, *ratios])
-    return rows
+                    yield [net, form, str(batch), kind, milliseconds, name, *ratios]
 
 
 def main() -> None:
@@ -118,6 +117,7 @@ def main() -> None:
             for form in options.form:
                 for row in measure(form, net, Path(folder), options.batch, options.pairs):
                     table.add_row(*row)
+                    print(*row, sep="  ", file=sys.stderr)
     Console(width=None if os.isatty(1) else 160).print(table)
 
 
