@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from passes.declined import DeclinedError
+from passes.predicates import decided_by, leads_to
+from passes.updates import consumers
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.edit import AddResult, Edit, SetAttr
 from rewriter.expr import Expr, Passed, Use
-from rewriter.ir import ARG, Graph, Model, Node, Value
+from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
+from rewriter.liveness import BRANCHES
 from rewriter.shapes import Shape, shape_of
 
 FIRST = 1
@@ -41,6 +44,22 @@ class Branches:
         callers = self.model.analysis(call_graph).callers
         names = ops.callees(self.model, self.node)
         return len(set(names)) == len(names) and all(len(callers[name]) == 1 for name in names)
+
+    def uses(self, on: bool, edge: Edge) -> bool:
+        """Whether the branch for this value of the predicate uses what comes in at an edge."""
+        branch = self.taken(on)
+        return Value(branch.arguments[edge.position - FIRST]) in self.model.analysis_of(branch, consumers)
+
+    def chooses_alike(self, edge: Edge, on: bool) -> bool:
+        """Whether a value is used only where an ``If`` makes the same choice: this one, or one that comes after it."""
+        node = self.graph.nodes.get(edge.node)
+        if node is None or node.op not in BRANCHES or edge.position < FIRST:
+            return False
+        other = Branches(self.model, self.graph, node)
+        same = decided_by(self.graph, other.predicate) == decided_by(self.graph, self.predicate)
+        if not same or other.uses(not on, edge):
+            return False
+        return node == self.node or not leads_to(self.model, self.graph, [node.name], {self.node.name})
 
     def bring(self, branch: Graph, dtype: str, value: Value) -> Expr:
         """A value of the graph in a branch: an argument, or one more."""

@@ -10,7 +10,7 @@ import numpy as np
 from passes.branches import FIRST, Branches, only_one
 from passes.cones import Cone, cone
 from passes.declined import DeclinedError
-from passes.predicates import SWITCHES, ancestors, assumption, decided_by
+from passes.predicates import SWITCHES, assumption, decided_by, leads_to
 from passes.sites import STATISTICS, Site, sites
 from passes.updates import consumers
 from rewriter import ops
@@ -18,7 +18,6 @@ from rewriter.edit import Edit, Rewire, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use, array, merge, switch
 from rewriter.frames import frames
 from rewriter.ir import Edge, Graph, Model, Value
-from rewriter.liveness import BRANCHES
 from rewriter.shapes import shape_of
 
 SMALL = 1 << 16
@@ -81,7 +80,7 @@ class _Switched:
         if len(predicates) > 1 or len(ports) > 1 or not ports:
             return
         self.predicate, on = predicates.pop(), bool(ports.pop())
-        if self._only(self.site.node, on) or self.site.node in ancestors(self.graph, self.predicate.node):
+        if self._only(self.site.node, on) or leads_to(self.model, self.graph, [self.site.node], {self.predicate.node}):
             return
         if any(Value(self.site.node, port) in self.uses for port in GRADIENTS):
             raise DeclinedError(HELD)
@@ -119,8 +118,8 @@ class _Moved:
 
     def edits(self) -> Iterator[Edit]:
         """Nothing where both branches use what follows the kernel."""
-        users = {on for edge, _ in self.cone.ends for on in (False, True) if self._uses(self.branches, on, edge)}
-        if len(users) != 1 or self.site.node in ancestors(self.graph, self.branches.predicate.node):
+        users = {on for edge, _ in self.cone.ends for on in (False, True) if self.branches.uses(on, edge)}
+        if len(users) != 1 or leads_to(self.model, self.graph, [self.site.node], {self.branches.predicate.node}):
             return
         (self.on,) = users
         if not self.branches.own:
@@ -151,26 +150,12 @@ class _Moved:
         shapes = [shape_of(self.model, self.graph, value) or () for value in values]
         yield from self.branches.results(added, shapes, self.site.node)
 
-    def _uses(self, branches: Branches, on: bool, edge: Edge) -> bool:
-        """Whether a branch uses what comes in at an edge."""
-        branch = branches.taken(on)
-        return Value(branch.arguments[edge.position - FIRST]) in self.model.analysis_of(branch, consumers)
-
     def _statistics(self, port: int) -> Cone:
         """What follows a batch statistic, which has to be used in the same mode only."""
         found = cone(self.model, self.graph, Value(self.site.node, port))
-        if found is None or not all(self._same_choice(edge) for edge, _ in found.ends):
+        if found is None or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
             raise DeclinedError("its batch's statistics are used whatever the mode is")
         return found
-
-    def _same_choice(self, edge: Edge) -> bool:
-        node = self.graph.nodes[edge.node]
-        if node.op not in BRANCHES:
-            return False
-        other = Branches(self.model, self.graph, node)
-        same = decided_by(self.graph, other.predicate) == decided_by(self.graph, self.branches.predicate)
-        before = node.name in ancestors(self.graph, self.branches.node.name)
-        return same and not self._uses(other, not self.on, edge) and not before
 
     def _moved(self, name: str) -> Apply:
         """A node in the branch."""

@@ -20,7 +20,7 @@ class Cone:
     """A node and all that follows it, up to choices.
 
     Attributes:
-        nodes: their names, each after those that it uses.
+        nodes: their names.
         ends: what is used where a choice begins (a Switch, or an ``If``), and where.
     """
 
@@ -42,8 +42,7 @@ def cone(model: Model, graph: Graph, start: Value) -> Cone | None:
                 ends[edge, value] = None
             elif user is None or not _moveable(user) or len(found) > LONGEST:
                 return None
-            else:
-                found.pop(user.name, None)  # after the last of what it uses
+            elif user.name not in found:
                 found[user.name] = None
                 waiting += [Value(user.name, port) for port in range(ops.output_count(model, user))]
     return Cone((start.node, *found), tuple(ends))

@@ -76,4 +76,4 @@ def _training(found: Fusable) -> Iterator[Edit]:
         for each, statistic in zip(uses, (kernel.mean, kernel.variance), strict=True):
             for edge, used in each:
                 yield from rewired(found.model, graph, edge, used, statistic)
-    yield Sweep(site.graph, (*site.interior, *sorted(moments.nodes)))
+    yield Sweep(site.graph, site.interior)

@@ -13,9 +13,9 @@ from passes.declined import DeclinedError
 from passes.fusable import Fusable, replaced
 from passes.kernel import Normalised, normalised
 from passes.moments import NO_GRADIENT
-from passes.predicates import ancestors, assumption, choice, decided_by, leads_to
+from passes.predicates import assumption, choice, leads_to
 from passes.roles import MEAN, VARIANCE
-from passes.updates import consumers, only_assigned
+from passes.updates import only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, Sweep
 from rewriter.expr import Expr, Use, array, merge, op, switch
@@ -203,7 +203,7 @@ class _Branched:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)
-            elif edge.node not in own and self._same_choice(edge):
+            elif edge.node not in own and self.branches.chooses_alike(edge, self.training):
                 yield from rewired(self.model, self.graph, edge, used, self._result(port))
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
@@ -232,26 +232,13 @@ class _Branched:
 
     def _unused(self, edge: Edge, used: Value) -> Iterator[Edit]:
         """Pass nothing where a branch has no use for it any longer."""
-        other = self.branches.taken(not self.training)
-        arguments = [Value(branch.arguments[edge.position - FIRST]) for branch in (other, self.inside)]
+        argument = Value(self.inside.arguments[edge.position - FIRST])
         shape = shape_of(self.model, self.graph, used)
-        unused = arguments[0] not in self.model.analysis_of(other, consumers)
+        unused = not self.branches.uses(not self.training, edge)
         replaced_by_kernel = all(
             not e.node or only_assigned(self.model, self.inside, e)
-            for e, _ in final_uses(self.model, self.inside, arguments[1])
+            for e, _ in final_uses(self.model, self.inside, argument)
         )
         if unused and replaced_by_kernel and shape is not None:
             dtype = ops.output_dtype(self.model, self.graph, used)
             yield Rewire(edge, array(np.zeros(shape, dtype)), used.node)
-
-    def _same_choice(self, edge: Edge) -> bool:
-        """Whether a value is used only where another If makes the same choice, and after this one."""
-        node = self.graph.nodes[edge.node] if edge.node else None
-        if node is None or node.op not in BRANCHES or edge.position < FIRST:
-            return False
-        mine, others = self.branches, Branches(self.model, self.graph, node)
-        same = decided_by(self.graph, mine.predicate) == decided_by(self.graph, others.predicate)
-        branch = others.taken(not self.training)
-        argument = Value(branch.arguments[edge.position - FIRST])
-        unused = argument not in self.model.analysis_of(branch, consumers)
-        return same and unused and node.name not in ancestors(self.graph, mine.node.name)

@@ -80,16 +80,3 @@ def leads_to(model: Model, graph: Graph, starts: Iterable[str], ends: Container[
             waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
             waiting += [node.name for node in followers.get(name, ())]
     return False
-
-
-def ancestors(graph: Graph, name: str) -> frozenset[str]:
-    """The nodes that run before a node."""
-    found: set[str] = set()
-    waiting = [name]
-    while waiting:
-        node = graph.nodes[waiting.pop()]
-        for before in (*(v.node for v in node.inputs), *node.after):
-            if before not in found:
-                found.add(before)
-                waiting.append(before)
-    return frozenset(found)

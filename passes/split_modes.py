@@ -93,7 +93,8 @@ def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
         yield Clone(graph.name, name)
         for edge in uses.get(Value(argument), ()):
             yield Rewire(edge._replace(graph=name), constant(value, "bool"), argument)
-        for each in _decided(graph, known):
+        decided = _decided(graph, known)
+        for each in decided:
             node = graph.nodes[each]
             if node.op in SELECTS:
                 taken = known.resolved(Value(each))
@@ -102,7 +103,7 @@ def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
                 same = len(shapes) == 1 and None not in shapes  # else it is broadcast
                 for edge in uses.get(Value(each), ()) if same else ():
                     yield Rewire(edge._replace(graph=name), Use(dtype, taken), each)
-        for each in _decided(graph, known):
+        for each in decided:
             node = graph.nodes[each]
             if node.op in BRANCHES:
                 then, otherwise = ops.callees(model, node)

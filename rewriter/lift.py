@@ -112,7 +112,7 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
             _carry(called[-1], needs)
             shapes = node.attrs.get("output_shapes")
             if shapes is not None and shapes.list.shape:
-                attrs["output_shapes"] = ops.more_scalars(shapes, len(needs))
+                attrs["output_shapes"] = ops.more_shapes(shapes, [n.shape for n in needs])
             attrs["_output_shapes"] = None
         draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *passed)))
 

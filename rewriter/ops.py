@@ -164,11 +164,6 @@ def more_shapes(shapes: Any, added: Sequence[tuple[int, ...] | None]) -> Any:
     return longer
 
 
-def more_scalars(shapes: Any, count: int) -> Any:
-    """A list of shapes, as an ``AttrValue``, with that of a scalar `count` times more."""
-    return more_shapes(shapes, [()] * count)
-
-
 class Func(str):
     """A function by name; `attr` makes a function attribute of it."""
 
