@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,63 +14,72 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 import pytest
+from filelock import FileLock
 
 import bnqat
 from tests.models.all import ALL
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
-ran: set[str] = set()
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """A folder that all processes of one run share."""
+    own = tmp_path_factory.getbasetemp()
+    return own if worker_id == "master" else own.parent
+
+
+def once(target: Path, make: Callable[[Path], Any]) -> Path:
+    """A directory, made by the first process that asks for it; the others wait until it is whole."""
+    target.parent.mkdir(exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if not target.exists():
+            make(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def corpus(shared: Path) -> Path:
     """The public models, those without weights filled with random ones."""
-    folder = tmp_path_factory.mktemp("corpus")
-    command = [sys.executable, str(Path(CORPUS) / "fill_weights.py"), str(folder)]
-    subprocess.run(command, check=True, capture_output=True)
-    return folder
+
+    def fill(folder: Path) -> None:
+        command = [sys.executable, str(Path(CORPUS) / "fill_weights.py"), str(folder)]
+        subprocess.run(command, check=True, capture_output=True)
+
+    return once(shared / "corpus", fill)
 
 
 @pytest.fixture(params=PUBLIC or ["absent"])
-def corpus_model(request: pytest.FixtureRequest) -> Iterator[Path]:
+def corpus_model(request: pytest.FixtureRequest) -> Path:
     """A public model; skipped, and the summary says so, where the corpus is absent."""
     if not PUBLIC:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")
-    yield request.getfixturevalue("corpus") / request.param
-    ran.add(request.param)
+    request.node.user_properties.append(("corpus", request.param))
+    folder: Path = request.getfixturevalue("corpus")
+    return folder / request.param
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def model(shared: Path) -> Callable[[str], Path]:
     """Path of a model by name, written when first asked for."""
-    folder = tmp_path_factory.mktemp("models")
-
-    def path(name: str) -> Path:
-        target = folder / name
-        return target if target.exists() else ALL[name](target)
-
-    return path
+    return lambda name: once(shared / "models" / name, ALL[name])
 
 
 @pytest.fixture(scope="session")
-def rewritten(model: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]:
     """Path of a rewritten model by name and options, written when first asked for."""
-    folder = tmp_path_factory.mktemp("rewritten")
-    done: dict[str, Path] = {}
 
     def path(name: str, **options: Any) -> Path:
-        key = repr((name, sorted(options.items())))
-        if key not in done:
-            target = folder / f"{name}-{len(done)}"
-            bnqat.rewrite(model(name), target, **options)
-            done[key] = target
-        return done[key]
+        key = sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
+        return once(shared / "rewritten" / f"{name}-{key}", lambda target: bnqat.rewrite(model(name), target, **options))
 
     return path
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say whether the public models were used; `.ci/run` reads this line."""
+    """Say whether tests of the public models ran, and passed; `.ci/run` reads this line."""
+    properties = [p for report in terminalreporter.getreports("passed") for p in report.user_properties]
+    ran = {value for name, value in properties if name == "corpus"}
     state = f"{len(ran)} of {len(PUBLIC)} models ran" if CORPUS else "absent, its tests were skipped"
     terminalreporter.write_line(f"corpus: {state}")
