@@ -6,34 +6,48 @@ from collections.abc import Collection, Iterator
 
 import numpy as np
 
+from passes.fusable import Fusable
 from passes.updates import consumers, only_assigned, shown
 from rewriter import ops
 from rewriter.edit import Edit, Rewire
 from rewriter.expr import Expr, array, op
-from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.shapes import Shape, shape_of
 
 
-def final_uses(model: Model, graph: Graph, value: Value) -> Iterator[tuple[Edge, Value]]:
-    """Where a value is used, after changes of its shape and dtype: the use, and the value used there."""
+def final_uses(
+    model: Model, graph: Graph, value: Value, precise: Collection[str], switches: Collection[str] = ()
+) -> Iterator[tuple[Edge, Value]]:
+    """Where a value is used, after changes of its shape and dtype: the use, and the value used there.
+
+    A cast to a dtype that is not `precise` is a use, and so is a Switch that is not among `switches`.
+    """
     waiting = [value]
     while waiting:
         used = waiting.pop()
         for edge in model.analysis_of(graph, consumers).get(used, ()):
             user = graph.nodes.get(edge.node)
-            if user is not None and shown(graph, user, edge.position):
-                waiting += [Value(user.name, port) for port in range(2 if user.op == "Switch" else 1)]
-            else:
+            if user is None or not shown(graph, user, edge.position) or _ends(model, graph, user, precise, switches):
                 yield edge, used
+            else:
+                waiting += [Value(user.name, port) for port in range(2 if user.op == "Switch" else 1)]
 
 
-def averages_of(model: Model, graph: Graph, value: Value, own: Collection[str]) -> Iterator[tuple[Edge, Value]]:
+def _ends(model: Model, graph: Graph, user: Node, precise: Collection[str], switches: Collection[str]) -> bool:
+    """Whether a node that passes a value on means something of its own."""
+    rounds = user.op == "Cast" and ops.output_dtype(model, graph, Value(user.name)) not in precise
+    return rounds or (user.op == "Switch" and user.name not in switches)
+
+
+def averages_of(
+    found: Fusable, value: Value, own: Collection[str], switches: Collection[str] = ()
+) -> Iterator[tuple[Edge, Value]]:
     """The uses of a statistic in averages, outside of the nodes that compute it or normalise with it.
 
     Where it is used for something else too, that may be differentiated, and the kernel's outputs may not.
     """
-    for edge, used in final_uses(model, graph, value):
-        if edge.node not in own and only_assigned(model, graph, edge):
+    for edge, used in final_uses(found.model, found.graph, value, found.precise, switches):
+        if edge.node not in own and only_assigned(found.model, found.graph, edge):
             yield edge, used
 
 

@@ -14,9 +14,9 @@ from passes.predicates import SWITCHES, assumption, decided_by, leads_to
 from passes.sites import STATISTICS, Site, sites
 from passes.updates import consumers
 from rewriter import ops
-from rewriter.edit import Edit, Rewire, Skip, Sweep
+from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use, array, merge, switch
-from rewriter.frames import frames
+from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.shapes import shape_of
 
@@ -53,8 +53,10 @@ class ChooseBranch:
 def _chosen(model: Model, site: Site) -> Iterator[Edit]:
     graph = model.graphs[site.graph]
     found = cone(model, graph, Value(site.node))
-    if found is None or not found.ends or site.node in frames(graph):
+    if not found.ends or site.node in model.analysis_of(graph, loop_frames):
         return
+    if found.others:
+        raise DeclinedError(f"{found.others[0] or 'its caller'} uses it whatever the mode is")
     choosing = {edge.node for edge, _ in found.ends}
     kinds = {graph.nodes[name].op in SWITCHES for name in choosing}
     if kinds == {True}:
@@ -140,6 +142,9 @@ class _Moved:
                 yield Rewire(edge, Use(dtype, Value(self.branches.node.name, port)), self.site.node)
         if returned:
             yield from self._results(list(returned))
+        before = dict.fromkeys(name for n in self.nodes for name in self.graph.nodes[n].after if name not in self.nodes)
+        if before:
+            yield RunAfter(self.graph.name, self.branches.node.name, tuple(before))
         yield Sweep(self.graph.name, self.nodes)
 
     def _results(self, values: list[Value]) -> Iterator[Edit]:
@@ -153,7 +158,7 @@ class _Moved:
     def _statistics(self, port: int) -> Cone:
         """What follows a batch statistic, which has to be used in the same mode only."""
         found = cone(self.model, self.graph, Value(self.site.node, port))
-        if found is None or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
+        if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
             raise DeclinedError("its batch's statistics are used whatever the mode is")
         return found
 

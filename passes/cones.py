@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from passes.branches import FIRST
 from passes.predicates import SWITCHES
-from passes.updates import consumers
+from passes.updates import consumers, following
 from rewriter import ops
-from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 from rewriter.liveness import BRANCHES
+from rewriter.sweep import held
 
 LONGEST = 16
 """Nodes that may lie between a batch norm and a choice."""
@@ -22,30 +23,38 @@ class Cone:
     Attributes:
         nodes: their names.
         ends: what is used where a choice begins (a Switch, or an ``If``), and where.
+        others: what else uses it or waits for it, whatever is chosen: a node that cannot move, one of it that a
+            signature or a collection names, or the function's caller ("").
     """
 
     nodes: tuple[str, ...]
     ends: tuple[tuple[Edge, Value], ...]
+    others: tuple[str, ...]
 
 
-def cone(model: Model, graph: Graph, start: Value) -> Cone | None:
-    """What follows one output of a node; None where it leads elsewhere than to choices."""
-    uses = model.analysis_of(graph, consumers)
+def cone(model: Model, graph: Graph, start: Value) -> Cone:
+    """What follows one output of a node."""
+    uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
     found: dict[str, None] = {}
     ends: dict[tuple[Edge, Value], None] = {}
+    others: dict[str, None] = {}
+    named = held(model) if graph.name == MAIN else frozenset()
     waiting = [start]
     while waiting:
         value = waiting.pop(0)
+        if value.node in named:
+            others[value.node] = None
+        others |= dict.fromkeys(user.name for user in followers.get(value.node, ()))
         for edge in uses.get(value, ()):
             user = graph.nodes.get(edge.node)
             if user is not None and _chooses(user, edge):
                 ends[edge, value] = None
             elif user is None or not _moveable(user) or len(found) > LONGEST:
-                return None
+                others[edge.node] = None
             elif user.name not in found:
                 found[user.name] = None
                 waiting += [Value(user.name, port) for port in range(ops.output_count(model, user))]
-    return Cone((start.node, *found), tuple(ends))
+    return Cone((start.node, *found), tuple(ends), tuple(others))
 
 
 def _chooses(node: Node, edge: Edge) -> bool:

@@ -6,6 +6,7 @@ more of gamma and beta are tried before those with fewer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,6 +19,7 @@ from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, VariableKey, origins
 from rewriter.ir import Edge, Graph, Model, Node, Value
 from rewriter.pattern import Match, Pattern, any_value, closest, matches, node, origin
+from rewriter.shapes import Shape, shape_of
 
 INPUT = "x"
 EPSILON = "epsilon"
@@ -76,9 +78,12 @@ def _forms() -> Iterator[Pattern]:
 
 
 FORMS = tuple(sorted(_forms(), key=lambda form: -len(form.captures & {GAMMA, BETA})))
-ANCHORS = frozenset({"Pow", "Rsqrt", "Sqrt"})
-_LONGEST = 5
-"""Arithmetic ops between an anchor and the end of the longest form."""
+PARTS = frozenset(part for form in FORMS for part in form.parts)
+ANCHORS = frozenset(op for part in PARTS if _SHIFTED in part.inputs for op in part.ops)
+"""Ops on the sum of a variance and epsilon, with which every form begins."""
+OPS = frozenset(op for part in PARTS for op in part.ops)
+_LONGEST = max(form.depth for form in FORMS) - 2
+"""Ops after an anchor up to the end of the longest form; the other two are the anchor and the sum that it is of."""
 
 
 class Found(NamedTuple):
@@ -147,7 +152,7 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
                     fits = _numbers(graph, match) and _parameters(model, graph, match)
-                    if epsilon is not None and fits:
+                    if epsilon is not None and fits and anchor.name in match.nodes:
                         # What applies gamma twice has a part that is a batch norm, but is none itself.
                         return None if _twice(model, graph, root, match) else Found(root, match, epsilon)
     return None
@@ -158,7 +163,7 @@ def _numbers(graph: Graph, match: Match) -> bool:
 
 
 def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
-    """The arithmetic nodes that follow an anchor closely."""
+    """The ops of forms that follow an anchor closely."""
     uses = model.analysis_of(graph, consumers)
     found: dict[str, None] = {}
     level = [anchor.name]
@@ -170,7 +175,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
                 user = graph.nodes.get(edge.node)
                 if user is None or user.name in found:
                     continue
-                if user.op in ARITHMETIC or user.op in ("Reciprocal", "Inv"):
+                if user.op in OPS:
                     found[user.name] = None
                     following.append(user.name)
                 elif user.op in ops.FORWARDS or ops.viewed(graph, user) is not None:
@@ -180,12 +185,20 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
 
 
 def _parameters(model: Model, graph: Graph, match: Match) -> bool:
-    """Whether what matched gamma and beta is something that the model holds, not a number or a computed value."""
+    """Whether what matched gamma and beta is something that the model holds, with one element for each channel."""
     values = [match[role].value for role in (GAMMA, BETA) if role in match]
     constants = [ops.constant_of(graph, value) for value in values]
     found = {o for value in values for o in origins(model, graph.name, value)}
     plain = any(c is not None and not c.ndim for c in constants)
-    return not plain and all(isinstance(o, VariableKey | Constant | Captured) for o in found)
+    held = all(isinstance(o, VariableKey | Constant | Captured) for o in found)
+    edges = [match[role].edges[0] for role in (VARIANCE, GAMMA, BETA) if role in match]
+    sizes = {_size(shape_of(model, graph, graph.nodes[e.node].inputs[e.position])) for e in edges} - {None}
+    return held and not plain and len(sizes) <= 1
+
+
+def _size(shape: Shape | None) -> int | None:
+    """The number of elements, where it is known."""
+    return None if shape is None or any(size < 0 for size in shape) else math.prod(shape)
 
 
 def _twice(model: Model, graph: Graph, root: str, match: Match) -> bool:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from passes.batch_norm import batch_norms
-from passes.sites import sites
+from passes.roles import MEAN
+from passes.sites import Site, sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
@@ -49,40 +51,48 @@ def _infers(model: Model, function: str) -> bool:
     return any(s.graph in reached and s.inference for s in model.analysis(sites))
 
 
-def running_from(model: Model, function: str) -> frozenset[str]:
-    """The graphs that can run when a function does: not the branches that its constants rule out.
+def running_from(model: Model, function: str) -> Mapping[str, list[Assumption]]:
+    """The graphs that can run when a function does, and what is known in them: not branches that constants rule out.
 
     A serving function may call the one that takes the mode as an argument, with a constant.
     """
     memo = model.analysis(_run)
     if function not in memo:
-        memo[function] = frozenset(_running(model, function, {}, set()))
+        memo[function] = {}
+        _running(model, function, {}, memo[function])
     return memo[function]
 
 
-def _run(_: Model) -> dict[str, frozenset[str]]:
+def _run(_: Model) -> dict[str, dict[str, list[Assumption]]]:
     """What was found already."""
     return {}
 
 
-def _running(model: Model, name: str, known: dict[str, bool], seen: set[tuple[str, frozenset[Any]]]) -> set[str]:
-    """The graphs that run, where some boolean arguments of the first are known."""
+def _running(model: Model, name: str, known: Mapping[Value, bool], found: dict[str, list[Assumption]]) -> None:
+    """Collect what runs, where some boolean arguments of a function are known."""
     graph = model.graphs[name]
-    key = (name, frozenset(known.items()))
-    if key in seen:
-        return {name}
-    seen.add(key)
-    found = {name}
     assumed = Assumption(model, graph, known)
+    if any(other.values == known for other in found.setdefault(name, [])):
+        return
+    found[name].append(assumed)
     for node in dict.fromkeys(call.node for call in model.analysis(call_graph).calls.get(name, [])):
         call = graph.nodes[node]
         form = ops.call_form_of(model, call)
         passed = [assumed.known(v) if _boolean(model, graph, v) else None for v in call.inputs[form.first :]]
         for callee in assumed.taken(call):
             arguments = model.graphs[callee].arguments
-            inner = {a: v for a, v in zip(arguments, passed, strict=True) if v is not None and not form.carried}
-            found |= _running(model, callee, inner, seen)
-    return found
+            inner = {Value(a): v for a, v in zip(arguments, passed, strict=True) if v is not None and not form.carried}
+            _running(model, callee, inner, found)
+
+
+def _trains(site: Site, assumed: Assumption) -> bool:
+    """Whether a site may train, as far as is known: it is not settled that its mode, or its updates', is another."""
+    if not site.training:
+        return False
+    if site.mode == "both" and any(assumed.settles(e) and assumed.passes(e) for e in site.parameters.get(MEAN, ())):
+        return False
+    updates = [edge for edges in site.statistics.values() for edge in edges]
+    return not updates or any(assumed.passes(edge) for edge in updates)
 
 
 def _boolean(model: Model, graph: Graph, value: Value) -> bool:
@@ -101,7 +111,7 @@ def training_trace(model: Model, serving: Entry) -> Entry | None:
         return {
             bn.name
             for bn in model.analysis(batch_norms)
-            if any(s.graph in reached and (s.training or not training) for s in bn.sites)
+            if any(not training or _trains(s, known) for s in bn.sites for known in reached.get(s.graph, ()))
         }
 
     def rank(entry: Entry) -> tuple[bool, bool, str]:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from passes.declined import DeclinedError
-from passes.decomposed import INPUT
-from passes.kernel import DTYPES, Layout, layout_of
+from passes.decomposed import INPUT, OPS
+from passes.kernel import DTYPES, WIDE, Layout, layout_of
 from passes.moments import NO_GRADIENT, Moments, moments
-from passes.predicates import leads_to
-from passes.roles import BETA, GAMMA
+from passes.predicates import gated, gates, leads_to
+from passes.roles import BETA, GAMMA, MEAN, VARIANCE
 from passes.sites import Site, sites
-from passes.updates import ARITHMETIC, consumers
+from passes.updates import consumers
 from rewriter import ops
-from rewriter.dataflow import Computed, VariableKey, origins
+from rewriter.dataflow import Argument, Computed, VariableKey, origins
 from rewriter.edit import Replace
 from rewriter.expr import Apply, Expr, Use, array, op, ordered
+from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.pattern import origin, way
 from rewriter.shapes import Shape, shape_of
 
-INSIDE = (*ARITHMETIC, "Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Inv", "Reciprocal", "Reshape")
-INSIDE += ("Rsqrt", "Snapshot", "Sqrt", "Squeeze", "StridedSlice")
+INSIDE = OPS | {"Cast", "EnsureShape", "ExpandDims", "Identity", "IdentityN", "Reshape", "Snapshot", "Squeeze"}
+INSIDE |= {"StridedSlice"}
 """Ops that the kernel may stand for. Others between them, as Switch or StopGradient, mean something of their own."""
 
+
+HALVES = frozenset(DTYPES) - WIDE
+"""Dtypes whose values a cast to a wide one keeps."""
 
 Bring = Callable[[str, Value], Expr]
 """How a value of a graph, of this dtype, comes to where it is needed."""
@@ -48,6 +52,7 @@ class Fusable:
         x: what enters, as it meets the parameters.
         layout: how the kernel is to see it.
         channel: the axis of its channels.
+        fed: what will take the statistics of kernels of the same graph, by the nodes that those kernels need.
     """
 
     model: Model
@@ -55,6 +60,7 @@ class Fusable:
     x: Value
     layout: Layout
     channel: int
+    fed: dict[str, list[str]]
 
     @property
     def graph(self) -> Graph:
@@ -68,6 +74,21 @@ class Fusable:
     def used(self, role: str) -> Value:
         """What x meets as this role."""
         return used(self.graph, self.site.inputs[role][0])
+
+    @property
+    def precise(self) -> frozenset[str]:
+        """The dtypes that values may be cast to on the way: the kernel computes in float32, and rounds to that of x."""
+        return WIDE | {self.dtype(self.graph, self.x)}
+
+    def computed(self, graph: Graph, value: Value) -> Value:
+        """A statistic as it was computed, before changes of its shape and dtype.
+
+        Raises:
+            DeclinedError: it is rounded to fewer digits on the way.
+        """
+        passing = [v.node for v in way(graph, value, stop=NO_GRADIENT)]
+        require_precise(graph, passing, self.precise)
+        return origin(graph, value, stop=NO_GRADIENT)
 
     def parameters(self, bring: Bring = here) -> dict[str, Expr]:
         """Gamma and beta, where there are any, as the kernel takes them."""
@@ -85,6 +106,10 @@ class Fusable:
             for found in origins(self.model, graph.name, origin(graph, value)):
                 if isinstance(found, Computed):
                     raise DeclinedError(f"its {name} is computed by {found.node} ({found.op})")
+                if isinstance(found, Argument):
+                    raise DeclinedError(
+                        f"its {name} may come from a caller, to whom the fused kernel gives no gradient"
+                    )
                 # Some Keras versions mark every variable as trainable; what is averaged is not trained.
                 if isinstance(found, VariableKey) and found.key not in self.model.analysis(_averaged):
                     raise DeclinedError(f"its {name} is trained, for which the fused kernel has no gradient")
@@ -98,6 +123,7 @@ class Fusable:
         """
         node = graph.nodes[value.node]
         while node.op == "Cast" or ops.viewed(graph, node) is not None:
+            require_precise(graph, [node.name], self.precise)
             value = node.inputs[0]
             node = graph.nodes[value.node]
         dtype = self.dtype(graph, value)
@@ -125,6 +151,8 @@ class Fusable:
             raise DeclinedError(found)
         if origin_of_x(self.graph, outer(found.x)) != origin_of_x(self.graph, self.x):
             raise DeclinedError(f"its statistics are those of {found.x.node}, and what they normalise is {self.x.node}")
+        require_precise(graph, sorted(found.nodes), self.precise)
+        self._require_same_x(graph, found, outer)
         shape = shape_of(self.model, self.graph, self.x) or ()
         if found.axes != frozenset(range(len(shape))) - {self.channel}:
             axes = ", ".join(str(a) for a in sorted(found.axes))
@@ -136,6 +164,20 @@ class Fusable:
                 f"its variance is that of differences from the mean along another axis than {self.channel}"
             )
         return found
+
+    def _require_same_x(self, graph: Graph, found: Moments, outer: Outer) -> None:
+        """Refuse statistics of x in other digits than those that are normalised."""
+        normalised = _casts(self.graph, self.x)
+        for edge in found.uses:
+            averaged = _casts(graph, used(graph, edge)) | _casts(self.graph, outer(found.x))
+            for holder, name in sorted(averaged ^ normalised):
+                node = self.model.graphs[holder].nodes[name]
+                before = self.dtype(self.model.graphs[holder], node.inputs[0])
+                after = self.dtype(self.model.graphs[holder], Value(name))
+                if before not in HALVES or after not in WIDE:
+                    raise DeclinedError(
+                        f"{name} casts x to {after}, but not both for its statistics and to normalise it"
+                    )
 
     def waiting(self, y: Apply, graph: Graph, values: Iterable[Value], nodes: Iterable[str]) -> Apply:
         """Y, after all that waits before the nodes that it stands for: these, and those that pass these values on.
@@ -149,11 +191,38 @@ class Fusable:
         before = {name for node in replaced for name in graph.nodes[node].after} - replaced
         return ordered(op("Identity", y), [Use("", Value(name)) for name in sorted(before)]) if before else y
 
-    def before_kernel(self, nodes: Iterable[str]) -> bool:
-        """Whether one of some nodes runs before what the kernel takes; then they cannot take what it gives."""
-        roles = [role for role in (GAMMA, BETA) if role in self.site.inputs]
-        taken = {self.x.node, *(self.used(role).node for role in roles)}
-        return leads_to(self.model, self.graph, nodes, taken)
+    @property
+    def taken(self) -> tuple[Value, ...]:
+        """What a kernel in training mode takes: x and, where there are any, gamma and beta."""
+        return (self.x, *(self.used(role) for role in (GAMMA, BETA) if role in self.site.inputs))
+
+    def before_kernel(self, nodes: Iterable[str], more: Collection[str] = ()) -> bool:
+        """Whether one of some nodes runs before what the kernel takes; then they cannot take what it gives.
+
+        What the kernel needs besides x and the parameters are the nodes in `more`.
+        """
+        return leads_to(self.model, self.graph, nodes, {*(v.node for v in self.taken), *more}, self.fed)
+
+    def feeds(self, nodes: Sequence[str], more: Collection[str] = ()) -> None:
+        """Keep in mind that some nodes will take what the kernel gives."""
+        for name in {*(v.node for v in self.taken), *more}:
+            self.fed.setdefault(name, []).extend(nodes)
+
+    def runs_with(self, statistic: Value) -> bool:
+        """Whether the kernel runs wherever a batch's statistic is computed.
+
+        Raises:
+            DeclinedError: it would run where the single ops do not.
+        """
+        met = [self.used(role) for role in (MEAN, VARIANCE)]
+        for gate in frozenset().union(*(gates(self.graph, v) for v in met)):
+            if not gated(self.model, self.graph, gate, self.taken):
+                raise DeclinedError(f"its statistics are there only if {gate[0].node} is {gate[1]}, and x always")
+        frame_of = self.model.analysis_of(self.graph, loop_frames)
+        if frame_of.get(statistic.node) != frame_of.get(self.site.node):
+            return False
+        needed = frozenset().union(*(gates(self.graph, v) for v in self.taken))
+        return all(gated(self.model, self.graph, gate, [statistic]) for gate in needed)
 
     def require_own(self, more: frozenset[str] = frozenset()) -> None:
         """Refuse single ops of which something else uses what they compute on the way.
@@ -173,9 +242,29 @@ class Fusable:
                     raise DeclinedError(f"{user} uses {name}, which is computed on the way, so nothing would be saved")
 
 
+def require_precise(graph: Graph, names: Iterable[str], precise: Collection[str]) -> None:
+    """Refuse casts to other dtypes than these.
+
+    Raises:
+        DeclinedError: naming the cast.
+    """
+    for name in names:
+        node = graph.nodes[name]
+        if node.op == "Cast" and ops.dtype_name(node.attrs["DstT"].type) not in precise:
+            raise DeclinedError(
+                f"{name} rounds to {ops.dtype_name(node.attrs['DstT'].type)}, which the kernel does not"
+            )
+
+
 def used(graph: Graph, edge: Edge) -> Value:
     """The value used at an edge of a graph."""
     return graph.nodes[edge.node].inputs[edge.position]
+
+
+def _casts(graph: Graph, value: Value) -> frozenset[tuple[str, str]]:
+    """(graph, node) of the casts between x in its own shape and its use."""
+    passing = (v.node for v in way(graph, value, shaped=True, stop=NO_GRADIENT))
+    return frozenset((graph.name, name) for name in passing if graph.nodes[name].op == "Cast")
 
 
 def origin_of_x(graph: Graph, value: Value) -> Value:
@@ -194,8 +283,8 @@ def replaced(found: Fusable, y: Apply) -> Replace:
     return Replace(found.site.graph, node.name, y)
 
 
-def fusable(model: Model, site: Site) -> Fusable:
-    """How a site can be fused.
+def fusable(model: Model, site: Site, fed: dict[str, list[str]]) -> Fusable:
+    """How a site can be fused; `fed` is what `Fusable.feeds` kept in mind of others of its graph.
 
     Raises:
         DeclinedError: it cannot.
@@ -211,6 +300,7 @@ def fusable(model: Model, site: Site) -> Fusable:
     for name in site.interior:
         if graph.nodes[name].op not in INSIDE:
             raise DeclinedError(f"{name} ({graph.nodes[name].op}) lies inside of it, which has an effect of its own")
+    require_precise(graph, site.interior, WIDE | {dtype})
     shape = shape_of(model, graph, x)
     if shape is None:
         raise DeclinedError(f"the shape of what enters, {x.node}, is not known before it runs")
@@ -218,7 +308,7 @@ def fusable(model: Model, site: Site) -> Fusable:
     layout = layout_of(shape, channel)
     if layout is None:
         raise DeclinedError(f"its channels are axis {channel} of {len(shape)}, for which the kernel has no layout")
-    return Fusable(model, site, x, layout, channel)
+    return Fusable(model, site, x, layout, channel, fed)
 
 
 def _met(model: Model, site: Site, edge: Edge) -> Iterator[Shape]:

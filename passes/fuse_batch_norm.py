@@ -11,12 +11,10 @@ from passes.declined import DeclinedError
 from passes.fusable import Fusable, fusable, replaced
 from passes.fuse_chosen import chosen
 from passes.kernel import normalised
-from passes.moments import NO_GRADIENT
 from passes.roles import MEAN, VARIANCE
 from passes.sites import sites
 from rewriter.edit import Edit, Skip, Sweep
 from rewriter.ir import Model
-from rewriter.pattern import origin
 
 
 @dataclass(frozen=True)
@@ -32,11 +30,12 @@ class FuseBatchNorm:
         """A kernel for each site in single ops, or a `Skip` with what stands in the way."""
         sweeps: list[Edit] = []
         extended: set[tuple[str, str]] = set()
+        fed: dict[str, dict[str, list[str]]] = {}
         for site in model.analysis(sites):
             if site.kind != "decomposed" or site.quantized:
                 continue
             try:
-                edits = only_one(list(_fused(fusable(model, site))), extended)
+                edits = only_one(list(_fused(fusable(model, site, fed.setdefault(site.graph, {})))), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
                 continue
@@ -64,15 +63,17 @@ def _inference(found: Fusable) -> Iterator[Edit]:
 
 def _training(found: Fusable) -> Iterator[Edit]:
     site, graph = found.site, found.graph
-    mean, variance = (origin(graph, found.used(role), stop=NO_GRADIENT) for role in (MEAN, VARIANCE))
+    mean, variance = (found.computed(graph, found.used(role)) for role in (MEAN, VARIANCE))
     moments = found.moments_of_x(graph, mean, variance)
     found.require_own(moments.nodes)
     kernel = normalised(found.given(), found.parameters(), found.layout, site.epsilon, training=True)
     met = [found.used(role) for role in (MEAN, VARIANCE)]
-    yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, *moments.nodes)))
+    yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, site.node, *moments.nodes)))
     own = {*site.interior, site.node, *moments.nodes}
-    uses = [list(averages_of(found.model, graph, value, own)) for value in (mean, variance)]
-    if not found.before_kernel([edge.node for each in uses for edge, _ in each]):
+    uses = [list(averages_of(found, value, own)) for value in (mean, variance)]
+    nodes = [edge.node for each in uses for edge, _ in each]
+    if found.runs_with(mean) and not found.before_kernel(nodes):
+        found.feeds(nodes)
         for each, statistic in zip(uses, (kernel.mean, kernel.variance), strict=True):
             for edge, used in each:
                 yield from rewired(found.model, graph, edge, used, statistic)

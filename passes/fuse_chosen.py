@@ -12,17 +12,15 @@ from passes.branches import FIRST, Branches
 from passes.declined import DeclinedError
 from passes.fusable import Fusable, replaced
 from passes.kernel import Normalised, normalised
-from passes.moments import NO_GRADIENT
-from passes.predicates import assumption, choice, leads_to
+from passes.predicates import assumption, choice, decided_by
 from passes.roles import MEAN, VARIANCE
 from passes.updates import only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, Sweep
 from rewriter.expr import Expr, Use, array, merge, op, switch
-from rewriter.frames import frames
+from rewriter.frames import loop_frames
 from rewriter.ir import ARG, Edge, Graph, Node, Value
 from rewriter.liveness import BRANCHES
-from rewriter.pattern import origin
 from rewriter.shapes import shape_of
 
 STATISTICS = (MEAN, VARIANCE)
@@ -37,9 +35,9 @@ def chosen(found: Fusable) -> Iterator[Edit]:
         DeclinedError: what chooses is neither a Merge nor an If, or does not choose between the two.
     """
     graph = found.graph
-    values = [origin(graph, found.used(role), stop=NO_GRADIENT) for role in STATISTICS]
+    values = [found.computed(graph, found.used(role)) for role in STATISTICS]
     choosing = [graph.nodes[v.node] for v in values]
-    if found.site.node in frames(graph):
+    if found.site.node in found.model.analysis_of(graph, loop_frames):
         raise DeclinedError("it chooses its mode inside of a while loop")
     if all(node.op == "Merge" for node in choosing):
         yield from _Merged(found, choosing).edits()
@@ -74,12 +72,14 @@ class _Merged:
             raise DeclinedError("what chooses its mean and its variance is not one boolean")
         self.predicate = first.predicate
         when = {True: (first.then, second.then), False: (first.otherwise, second.otherwise)}
-        values = {k: [(self.graph, origin(self.graph, v, stop=NO_GRADIENT)) for v in pair] for k, pair in when.items()}
+        values = {k: [(self.graph, found.computed(self.graph, v)) for v in pair] for k, pair in when.items()}
         self.training = _trains(values)
         self.entering = when[self.training]
         self.batch = [v for _, v in values[self.training]]
         self.moving = dict(zip(STATISTICS, when[not self.training], strict=True))
         self.switches: dict[Expr, tuple[Expr, Expr]] = {}
+        nodes = [node for node in self.graph.nodes.values() if node.op == "Switch"]
+        self.gates = {n.name for n in nodes if decided_by(self.graph, n.inputs[1]) == self.predicate}
 
     def edits(self) -> Iterator[Edit]:
         """Both kernels, and what the averages take."""
@@ -109,13 +109,12 @@ class _Merged:
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
         own = {*self.found.site.interior, self.found.site.node, *moments}
-        for edge, used in averages_of(self.model, self.graph, value, own):
-            if not self.found.before_kernel([edge.node]) and not self._decides([edge.node]):
+        taken = {self.predicate.node, *(v.node for v in self.moving.values())}
+        for edge, used in averages_of(self.found, value, own, self.gates):
+            if not self.found.before_kernel([edge.node], taken):
+                self.found.feeds([edge.node], taken)
                 inside = self._only(used, self.training)
                 yield from rewired(self.model, self.graph, edge, used, statistic if inside else always)
-
-    def _decides(self, nodes: list[str]) -> bool:
-        return leads_to(self.model, self.graph, nodes, {self.predicate.node, *(v.node for v in self.moving.values())})
 
     def _only(self, value: Value, on: bool) -> bool:
         """Whether a value is computed only where the predicate has this value."""
@@ -141,6 +140,10 @@ class _Branched:
         when = {k: [self._within(self.branches.taken(k), port) for port in self.ports] for k in (True, False)}
         self.training = _trains(when)
         self.batch = when[self.training]
+        if self.batch[0][0] is not self.batch[1][0]:
+            raise DeclinedError(
+                f"one of its mean and its variance is computed in a branch of {node.name}, the other not"
+            )
         self.inside = self.branches.taken(self.training)
         inferring = self.branches.taken(not self.training)
         self.moving = {r: inferring.results[p].value for r, p in zip(STATISTICS, self.ports, strict=True)}
@@ -151,10 +154,10 @@ class _Branched:
 
     def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
         """What a branch returns: a value that it computes, or one of the graph that it was given."""
-        value = origin(branch, branch.results[port].value, stop=NO_GRADIENT)
+        value = self.found.computed(branch, branch.results[port].value)
         if branch.nodes[value.node].op != ARG:
             return branch, value
-        return self.graph, origin(self.graph, self.branches.outer(branch, value), stop=NO_GRADIENT)
+        return self.graph, self.found.computed(self.graph, self.branches.outer(branch, value))
 
     def edits(self) -> Iterator[Edit]:
         """A kernel in each branch, one more result, and what the averages take."""
@@ -189,6 +192,10 @@ class _Branched:
         yield Sweep(self.inside.name, tuple(sorted(moments.nodes - nodes)))
 
     def _outer(self, holder: Graph, value: Value) -> Value:
+        if holder is not self.graph and holder.nodes[value.node].op != ARG:
+            raise DeclinedError(
+                f"its statistics are those of {value.node}, which a branch of {self.branches.node.name} computes"
+            )
         return value if holder is self.graph else self.branches.outer(holder, value)
 
     def _averages(self, holder: Graph, value: Value, port: int, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
@@ -198,7 +205,7 @@ class _Branched:
         if holder is not self.graph:
             yield from self._within_branch(holder, value, statistic, own)
             return
-        for edge, used in final_uses(self.model, self.graph, value):
+        for edge, used in final_uses(self.model, self.graph, value, self.found.precise):
             if edge.node == node.name:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
@@ -208,7 +215,7 @@ class _Branched:
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
         """Let the branch return the kernel's statistic as the chosen one, and its averages use it."""
-        for edge, used in final_uses(self.model, branch, value):
+        for edge, used in final_uses(self.model, branch, value, self.found.precise):
             chosen_one = not edge.node and edge.position in self.ports
             if chosen_one or (edge.node not in own and only_assigned(self.model, branch, edge)):
                 yield from rewired(self.model, branch, edge, used, statistic)
@@ -225,7 +232,7 @@ class _Branched:
     def _require_averages(self, port: int) -> None:
         """Refuse chosen statistics that are used for more than averages, as the kernel's have no gradient."""
         own = {*self.found.site.interior, self.found.site.node}
-        for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port)):
+        for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port), self.found.precise):
             if edge.node not in own and not only_assigned(self.model, self.graph, edge):
                 what = edge.node or "the function's caller"
                 raise DeclinedError(f"{what} uses the statistic that {self.branches.node.name} chooses")
@@ -237,7 +244,7 @@ class _Branched:
         unused = not self.branches.uses(not self.training, edge)
         replaced_by_kernel = all(
             not e.node or only_assigned(self.model, self.inside, e)
-            for e, _ in final_uses(self.model, self.inside, argument)
+            for e, _ in final_uses(self.model, self.inside, argument, self.found.precise)
         )
         if unused and replaced_by_kernel and shape is not None:
             dtype = ops.output_dtype(self.model, self.graph, used)

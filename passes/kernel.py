@@ -16,6 +16,9 @@ from rewriter.shapes import Shape
 DTYPES = ("float32", "half", "float16", "bfloat16")
 """Of x. Parameters and statistics are float32."""
 
+WIDE = frozenset({"float32", "float64"})
+"""Dtypes that hold what the kernel computes with."""
+
 POPULATION = "_population_variance"
 """Attribute of a fused node whose moving variance is to average the population's variance: its number of channels."""
 

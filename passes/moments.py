@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rewriter import ops
-from rewriter.ir import Graph, Model, Value
+from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
 from rewriter.shapes import Shape, shape_of
 
@@ -44,12 +44,14 @@ class Moments:
         axes: those over which they are taken, from the front.
         nodes: what computes them.
         subtracted: the shape in which the mean meets x, where the variance is that of differences.
+        uses: where x enters.
     """
 
     x: Value
     axes: frozenset[int]
     nodes: frozenset[str]
     subtracted: Shape | None
+    uses: tuple[Edge, ...]
 
 
 def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments | str:
@@ -77,7 +79,8 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
         subtracted = shape_of(model, graph, graph.nodes[edge.node].inputs[edge.position])
         if subtracted is None:
             return "the shape in which its mean is subtracted is not known before it runs"
-    return Moments(x, found[0] or frozenset(), frozenset((*means.nodes, *variances.nodes)), subtracted)
+    nodes = frozenset((*means.nodes, *variances.nodes))
+    return Moments(x, found[0] or frozenset(), nodes, subtracted, (*means[X].edges, *variances[X].edges))
 
 
 def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match | None:

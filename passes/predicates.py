@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from passes.updates import consumers, following
 from rewriter import ops
 from rewriter.ir import Graph, Model, Node, Value
 from rewriter.liveness import Assumption
+from rewriter.pattern import way
 
 SWITCHES = ("Switch", "RefSwitch")
 
@@ -26,7 +28,7 @@ def assumption(model: Model, graph: Graph, predicate: Value, value: bool) -> Ass
     memo = model.analysis(_assumptions)
     key = (graph.name, predicate, value)
     if key not in memo:
-        memo[key] = Assumption(model, graph, {predicate.node: value})
+        memo[key] = Assumption(model, graph, {predicate: value})
     return memo[key]
 
 
@@ -66,8 +68,26 @@ def decided_by(graph: Graph, predicate: Value) -> Value:
     return predicate
 
 
-def leads_to(model: Model, graph: Graph, starts: Iterable[str], ends: Container[str]) -> bool:
-    """Whether one of some nodes has to run before one of others."""
+def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
+    """The Switches that a value passes on its way: what decides, and for which value it is passed on."""
+    passed = (v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES)
+    return frozenset((decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed)
+
+
+def gated(model: Model, graph: Graph, gate: tuple[Value, bool], values: Iterable[Value]) -> bool:
+    """Whether one of some values is computed only where a boolean has a value."""
+    predicate, on = gate
+    return not assumption(model, graph, predicate, not on).dead.isdisjoint(values)
+
+
+def leads_to(
+    model: Model,
+    graph: Graph,
+    starts: Iterable[str],
+    ends: Container[str],
+    before: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> bool:
+    """Whether one of some nodes has to run before one of others; `before` has more of what runs after a node."""
     uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
     waiting, seen = list(starts), set[str]()
     while waiting:
@@ -78,5 +98,5 @@ def leads_to(model: Model, graph: Graph, starts: Iterable[str], ends: Container[
             seen.add(name)
             count = ops.output_count(model, graph.nodes[name])
             waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
-            waiting += [node.name for node in followers.get(name, ())]
+            waiting += [*(node.name for node in followers.get(name, ())), *before.get(name, ())]
     return False

@@ -19,6 +19,8 @@ from rewriter.pattern import origin
 from rewriter.shapes import shape_of
 
 SELECTS = ("Select", "SelectV2")
+BODIES = tuple(name for name in ops.CALLS if not name.endswith("PartitionedCall"))
+"""Ops of control flow that run functions."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +28,20 @@ class SplitModes:
     """Let a function that chooses between training and inference by an argument choose once, at its beginning.
 
     Each of the two functions that it then calls computes one mode only, without a conditional at every batch
-    norm: neither mode pays for the other, and TensorFlow fuses a convolution with the batch norm after it.
+    norm: neither mode pays for the other, and TensorFlow fuses a convolution with the batch norm after it. Where a
+    constant decides, what it decides takes the conditional's place.
     """
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Two copies of every function in which an argument decides how batch norms are computed."""
+        """Two copies of every function in which an argument decides how batch norms are computed; no other choices."""
         calls = model.analysis(call_graph)
         for name in sorted(model.analysis(running) - calls.opaque - {MAIN}):
-            argument = _deciding(model, model.graphs[name])
+            graph = model.graphs[name]
+            argument, free = _deciding(model, graph), Assumption(model, graph, {})
             if argument is not None:
-                yield from _split(model, model.graphs[name], argument)
+                yield from _split(model, graph, argument)
+            elif any(_chooses(model, graph, each) for each in _decided(graph, free)):
+                yield from _settled(model, graph, name, free)
 
 
 def _deciding(model: Model, graph: Graph) -> str | None:
@@ -46,7 +52,7 @@ def _deciding(model: Model, graph: Graph) -> str | None:
     counts = {
         name: sum(
             _chooses(model, graph, each)
-            for each in _decided(graph, Assumption(model, graph, {name: True}))
+            for each in _decided(graph, Assumption(model, graph, {Value(name): True}))
             if each not in always
         )
         for name in graph.arguments
@@ -87,26 +93,47 @@ def _held(model: Model) -> Mapping[str, set[str]]:
 
 def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
     names = {True: f"{graph.name}_when_{argument}", False: f"{graph.name}_unless_{argument}"}
-    uses = model.analysis_of(graph, consumers)
     for value, name in names.items():
-        known = Assumption(model, graph, {argument: value})
-        yield Clone(graph.name, name)
-        for edge in uses.get(Value(argument), ()):
+        known = Assumption(model, graph, {Value(argument): value})
+        # Functions that two others run in a conditional or a loop cannot be differentiated in both.
+        bodies = {body: f"{body}_{name.removeprefix(graph.name + '_')}" for body in _bodies(model, graph, known)}
+        for each, copy in {graph.name: name, **bodies}.items():
+            yield Clone(each, copy, bodies)
+        for edge in model.analysis_of(graph, consumers).get(Value(argument), ()):
             yield Rewire(edge._replace(graph=name), constant(value, "bool"), argument)
-        decided = _decided(graph, known)
-        for each in decided:
-            node = graph.nodes[each]
-            if node.op in SELECTS:
-                taken = known.resolved(Value(each))
-                dtype = ops.output_dtype(model, graph, taken)
-                shapes = {shape_of(model, graph, v) for v in (taken, Value(each))}
-                same = len(shapes) == 1 and None not in shapes  # else it is broadcast
-                for edge in uses.get(Value(each), ()) if same else ():
-                    yield Rewire(edge._replace(graph=name), Use(dtype, taken), each)
-        for each in decided:
-            node = graph.nodes[each]
-            if node.op in BRANCHES:
-                then, otherwise = ops.callees(model, node)
-                yield Inline(name, each, then if known.known(node.inputs[0]) else otherwise)
-        yield Sweep(name, tuple(graph.nodes))
+        yield from _settled(model, graph, name, known)
     yield Dispatch(graph.name, argument, names[True], names[False])
+
+
+def _bodies(model: Model, graph: Graph, known: Assumption) -> dict[str, None]:
+    """The functions that conditionals and loops of a graph run, but for those whose choice is known."""
+    found: dict[str, None] = {}
+    settled = set(_decided(graph, known))
+    waiting = [node for node in graph.nodes.values() if node.name not in settled]
+    while waiting:
+        node = waiting.pop()
+        if node.op in BODIES:
+            new = [name for name in ops.callees(model, node) if name not in found]
+            found |= dict.fromkeys(new)
+            waiting += [inner for name in new for inner in model.graphs[name].nodes.values()]
+    return found
+
+
+def _settled(model: Model, graph: Graph, name: str, known: Assumption) -> Iterator[Edit]:
+    """In a graph, or its copy of this name, what is taken in place of each conditional whose choice is known."""
+    uses, decided = model.analysis_of(graph, consumers), _decided(graph, known)
+    for each in decided:
+        node = graph.nodes[each]
+        if node.op in SELECTS:
+            taken = known.resolved(Value(each))
+            dtype = ops.output_dtype(model, graph, taken)
+            shapes = {shape_of(model, graph, v) for v in (taken, Value(each))}
+            same = len(shapes) == 1 and None not in shapes  # else it is broadcast
+            for edge in uses.get(Value(each), ()) if same else ():
+                yield Rewire(edge._replace(graph=name), Use(dtype, taken), each)
+    for each in decided:
+        node = graph.nodes[each]
+        if node.op in BRANCHES:
+            then, otherwise = ops.callees(model, node)
+            yield Inline(name, each, then if known.known(node.inputs[0]) else otherwise)
+    yield Sweep(name, tuple(graph.nodes))

@@ -44,6 +44,11 @@ class FunctionClones:
         Raises:
             Error: no site can be trained, or the order of two updates is not known.
         """
+        if not self.sites:
+            raise Error(
+                "no training function can be derived: serving chooses the mode of its batch norms, and a constant "
+                f"chooses inference; without --no-fuse each mode becomes a function{HINT}"
+            )
         if not self.trainable:
             reason = self.sites[0].reason or "its moving statistics are read in another function"
             raise Error(f"no training function can be derived: {self.sites[0].node} cannot be trained: {reason}{HINT}")

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 from passes.controls import increment
 from passes.sites import STATISTICS, Site, sites
 from passes.train_functions import notes
-from passes.train_sites import Training, averages, loop_frames
+from passes.train_sites import Training, averages
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
 from rewriter.expr import Expr, Use, constant, op, ordered
-from rewriter.frames import Frame
+from rewriter.frames import Frame, loop_frames
 from rewriter.ir import MAIN, Edge, Graph, Model, Signature, Value, unused
 from rewriter.liveness import Assumption
 
@@ -100,16 +100,16 @@ class MainGraphTraining:
     def _mode(self, signature: Signature) -> Assumption:
         """The assumption under which most of a signature's batch norms train; an empty one where none helps."""
         needed = Assumption(self.model, self.graph, {}).needed(v.node for v in signature.fetches)
-        values: dict[str, bool] = {}
+        values: dict[Value, bool] = {}
         for name in needed:
             node = self.graph.nodes[name]
             if node.op in ("Placeholder", "PlaceholderWithDefault") and ops.get(self.model, node, "dtype") == "bool":
-                counts = [self._training(signature, {**values, name: value}) for value in (False, True)]
+                counts = [self._training(signature, {**values, Value(name): value}) for value in (False, True)]
                 if counts[0] != counts[1]:
-                    values[name] = counts[1] > counts[0]
+                    values[Value(name)] = counts[1] > counts[0]
         return Assumption(self.model, self.graph, values)
 
-    def _training(self, signature: Signature, values: Mapping[str, bool]) -> int:
+    def _training(self, signature: Signature, values: Mapping[Value, bool]) -> int:
         assumed = Assumption(self.model, self.graph, values)
         running = self._running(signature, assumed)
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
@@ -130,7 +130,7 @@ class MainGraphTraining:
 
         for node_name in copied.names:
             for position, used in enumerate(self.graph.nodes[node_name].inputs):
-                placeholder = copied.resolved(used).node
+                placeholder = copied.resolved(used)
                 if placeholder in mode.values:
                     known = constant(mode.values[placeholder], "bool")
                     yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
@@ -183,7 +183,7 @@ def trains(site: Site, mode: Assumption) -> bool:
 def _described(mode: Assumption) -> str:
     if not mode.values:
         return "train is the source's own graph, which is in training mode"
-    values = ", ".join(f"{name} = {value}" for name, value in sorted(mode.values.items()))
+    values = ", ".join(f"{placeholder.node} = {value}" for placeholder, value in sorted(mode.values.items()))
     return f"train is the source's own graph with {values}"
 
 
@@ -216,7 +216,7 @@ class _Copied:
         loops: dict[str, list[str]] = {}  # a loop is copied whole
         for name, frame in self.frame_of.items():
             loops.setdefault(frame[0], []).append(name)
-        waiting = [*self.changed, *self.mode.values, *(v.node for v in self.instead)]
+        waiting = [*self.changed, *(v.node for v in (*self.mode.values, *self.instead))]
         found = set(self.changed)
         while waiting:
             for user in users.get(waiting.pop(), ()):

@@ -17,17 +17,12 @@ from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, array, constant, op, ordered, stop_gradient
-from rewriter.frames import Frame, frames
+from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.shapes import shape_of
 
 DEFAULT_MOMENTUM = 0.99
 CONCAT = {"N": ops.attr(2), "T": ops.dtype_attr("int32"), "Tidx": ops.dtype_attr("int32")}
-
-
-def loop_frames(_: Model, graph: Graph) -> Mapping[str, Frame]:
-    """The frames of a graph's nodes (to be memoised)."""
-    return frames(graph)
 
 
 class Average(NamedTuple):

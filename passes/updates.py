@@ -233,7 +233,8 @@ def scalar(graph: Graph, value: Value) -> float | None:
     node = graph.nodes[found.node]
     array = ops.constant_of(graph, found)
     if array is not None:
-        return float(array.reshape(())) if array.size == 1 and array.dtype.kind == "f" else None
+        real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # which NumPy knows as raw bytes
+        return float(array.reshape(())) if array.size == 1 and real else None
     if node.op == "Sub":
         left, right = (scalar(graph, v) for v in node.inputs)
         # TensorFlow's libraries write 1 - decay in float32.

@@ -80,9 +80,8 @@ def _called(model: Model, graph: Graph, leaf: Leaf, node: Node, seen: frozenset[
     for name in called:
         callee = model.graphs[name]
         for inner in _leaves(model, callee, Edge(name, "", port), callee.results[port].value, proxies=leaf.proxies):
-            inside = callee.nodes[inner.value.node]
-            if inner.graph == name and inside.op == ARG:
-                outside = node.inputs[form.first + callee.arguments.index(inside.name)]
+            if inner.graph == name and callee.nodes[inner.value.node].op == ARG:
+                outside = node.inputs[form.first + callee.arguments.index(inner.value.node)]
                 yield from _leaves(model, graph, inner.edge, outside, seen=seen, proxies=inner.proxies)
             else:
                 yield inner._replace(calls=((graph.name, node.name), *inner.calls))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rewriter.ir import Graph, Node
+from rewriter.ir import Graph, Model, Node
 
 Frame = tuple[str, ...]
 """Names of the frames that a node lies in, from the outermost; empty outside of loops."""
@@ -34,6 +34,11 @@ def frames(graph: Graph) -> Mapping[str, Frame]:
         elif node.op in EXITS:
             waiting += [u for u in users.get(node.name, []) if u.name not in found and frame]
     return found
+
+
+def loop_frames(_: Model, graph: Graph) -> Mapping[str, Frame]:
+    """The same (to be memoised)."""
+    return frames(graph)
 
 
 def of_node(node: Node, known: Mapping[str, Frame]) -> Frame:

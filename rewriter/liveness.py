@@ -19,17 +19,17 @@ BRANCHES = ("If", "StatelessIf")
 
 @dataclass(frozen=True)
 class Assumption:
-    """A graph, with the values that some boolean placeholders are assumed to have."""
+    """A graph, with what some of its booleans, as placeholders, are assumed to be."""
 
     model: Model
     graph: Graph
-    values: Mapping[str, bool]
+    values: Mapping[Value, bool]
 
     def known(self, value: Value) -> bool | None:
         """What a boolean is; None where that is not known."""
+        if value in self.values:
+            return self.values[value]
         node = self.graph.nodes[value.node]
-        if node.name in self.values:
-            return self.values[node.name]
         array = ops.constant_of(self.graph, value)
         if array is not None:
             return bool(array.reshape(())) if array.size == 1 else None
@@ -101,12 +101,24 @@ class Assumption:
         """Whether what is used at an edge, perhaps in a branch that the graph calls, can have an effect."""
         if edge.graph != self.graph.name:
             return edge.graph not in self._unused_branches
+        if not edge.node:
+            return True
         node = self.graph.nodes[edge.node]
         value = node.inputs[edge.position]
         if value in self.dead:
             return False
+        if node.op in BRANCHES:
+            return value in self._passed(node)
         chosen = self.chosen(node)
         return chosen is None or edge.position == 0 or node.op not in ops.CHOICES or chosen == value
+
+    def settles(self, edge: Edge) -> bool:
+        """Whether it is known which of several alternatives is taken, of which the value used at an edge is one."""
+        if edge.graph != self.graph.name:
+            nodes = [n for n in self.graph.nodes.values() if n.op in BRANCHES]
+            choosing = [n for n in nodes if edge.graph in ops.callees(self.model, n)]
+            return any(self.known(n.inputs[0]) is not None for n in choosing)
+        return bool(edge.node) and self.chosen(self.graph.nodes[edge.node]) is not None
 
     @cached_property
     def _unused_branches(self) -> frozenset[str]:

@@ -34,6 +34,18 @@ class Pattern:
         """The same pattern, captured as `name`."""
         return replace(self, name=name)
 
+    @property
+    def parts(self) -> Iterator[Pattern]:
+        """The pattern and all that it is made of."""
+        yield self
+        for part in self.inputs:
+            yield from part.parts
+
+    @property
+    def depth(self) -> int:
+        """The number of ops on the longest way through it."""
+        return bool(self.ops) + max((part.depth for part in self.inputs), default=0)
+
     @cached_property
     def captures(self) -> frozenset[str]:
         """The names in it."""

@@ -28,7 +28,7 @@ def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
     uses.update(r.value.node for r in graph.results)
     uses.update(e.node for e in graph.effects)
     if graph.name == MAIN:
-        uses.update(_held(model))
+        uses.update(model.analysis(held))
     nodes = dict(graph.nodes)
     waiting = list(names)
     while waiting:
@@ -48,12 +48,12 @@ def _needed(node: Node) -> Iterator[str]:
         yield from (s.decode().removeprefix("loc:@") for s in node.attrs["_class"].list.s)
 
 
-def _held(model: Model) -> Iterator[str]:
+def held(model: Model) -> frozenset[str]:
     """The nodes of the main graph that something outside of it names."""
+    found = {*model.constants.values(), *(name for names in model.collections.values() for name in names)}
     for signature in (*model.signatures.values(), *model.main_signatures.values()):
-        yield from (v.node for v in (*signature.feeds, *signature.fetches))
-    yield from (name for names in model.collections.values() for name in names)
-    yield from model.constants.values()
+        found.update(v.node for v in (*signature.feeds, *signature.fetches))
+    return frozenset(found)
 
 
 def _removable(node: Node) -> bool:

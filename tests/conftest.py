@@ -55,9 +55,10 @@ def corpus_model(request: pytest.FixtureRequest) -> Path:
     """A public model; skipped, and the summary says so, where the corpus is absent."""
     if not PUBLIC:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")
-    request.node.user_properties.append(("corpus", request.param))
+    name: str = request.param
+    request.node.user_properties.append(("corpus", name))
     folder: Path = request.getfixturevalue("corpus")
-    return folder / request.param
+    return folder / name
 
 
 @pytest.fixture(scope="session")
@@ -72,7 +73,9 @@ def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]
 
     def path(name: str, **options: Any) -> Path:
         key = sha256(repr(sorted(options.items())).encode()).hexdigest()[:12]
-        return once(shared / "rewritten" / f"{name}-{key}", lambda target: bnqat.rewrite(model(name), target, **options))
+        return once(
+            shared / "rewritten" / f"{name}-{key}", lambda target: bnqat.rewrite(model(name), target, **options)
+        )
 
     return path
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
 from rewriter.ir import Error
@@ -35,6 +36,16 @@ PASSES = (
     "quantize-batch-norm",
 )
 """By name; `rewriter.app.api` makes them, which takes TensorFlow."""
+
+OPTIONS_OF = {
+    "bits": "quantize-batch-norm",
+    "start_step": "quantize-batch-norm",
+    "quantize_average": "quantize-batch-norm",
+    "momentum": "derive-training",
+    "keep_ref": "upgrade-references",
+    "unfreeze_constants": "unfreeze-constants",
+}
+"""The pass that each option is for."""
 
 
 class Bits(click.ParamType[Any, Any]):
@@ -152,6 +163,10 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
         raise click.UsageError("--passes names no pass")
     if names and not options["fuse"]:
         raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
+    for option, name in OPTIONS_OF.items():
+        given = click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
+        if given and names and name not in names:
+            raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
 
     def check() -> None:
         require_model(source)
@@ -237,6 +252,9 @@ def _progress(step: Step) -> None:
     click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
+COMPUTED_BY = {"fused": "the fused kernel", "decomposed": "single ops"}
+
+
 def _show_inspection(report: Inspection) -> None:
     from rich import box
     from rich.console import Console
@@ -252,8 +270,10 @@ def _show_inspection(report: Inspection) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("training", "inference", "status"):
-        table.add_column(column, justify="right" if column != "status" else "left")
+    for column in ("training", "inference"):
+        table.add_column(column, justify="right")
+    for column in ("computed by", "status"):
+        table.add_column(column)
     for bn in report.batch_norms:
         modes = [s.mode for s in bn.sites]
         table.add_row(
@@ -263,6 +283,7 @@ def _show_inspection(report: Inspection) -> None:
             "" if bn.momentum is None else f"{bn.momentum:.6g}",
             str(len(modes) - modes.count("inference")),
             str(len(modes) - modes.count("training")),
+            ", ".join(dict.fromkeys(COMPUTED_BY[s.kind] for s in bn.sites)),
             ", ".join(dict.fromkeys(s.status for s in bn.sites)),
         )
     Console(width=None if sys.stdout.isatty() else 160).print(table)

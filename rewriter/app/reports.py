@@ -61,8 +61,11 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
         return f"the passes changed nothing in {source}{why}"
     reasons = sorted({s.reason for s in skipped})
     more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
+    left = len({(s.graph, s.node) for s in skipped})
     sites_of = "the batch-norm site" if len(found) == 1 else f"none of the {len(found)} batch-norm sites"
     cannot = "cannot" if len(found) == 1 else "can"
+    if left < len(found):  # the others are as these passes want them
+        sites_of, cannot = f"{left} of the {len(found)} batch-norm sites", "cannot"
     return f"{sites_of} of {source} {cannot} be rewritten: {reasons[0]}{more}"
 
 

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import bnqat
+from passes.sites import sites
 from passes.split_modes import SplitModes
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from tests.models.chosen import CHOSEN_MODELS, NORMS, Chosen
 from tests.models.forms import IMAGE
+from tests.test_fused import TOLERANCE, batch, difference
 
 Paths = Callable[[str], Path]
 
@@ -47,7 +52,87 @@ def test_an_argument_that_decides_something_else_is_left(tmp_path: Path) -> None
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
     before = load(tmp_path / "m")
     after, _ = Pipeline([SplitModes()]).run(before)
-    assert after is before
+    assert after.graphs.keys() == before.graphs.keys()
+    (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
+    assert [n.inputs[0].node for n in serve.nodes.values() if n.op.endswith("If")] == ["training"]
+    assert {s.mode for s in after.analysis(sites)} == {"inference"}  # which a constant chooses
+
+
+class Twice(Chosen):
+    """Each of two modes decides about one of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__(NORMS["chosen_updates_inside"])
+        flag = tf.TensorSpec([], tf.bool)
+        specs = [tf.TensorSpec((None, *IMAGE), name="x"), flag, flag]
+        self.serve = tf.function(self.both, input_signature=specs)
+
+    def both(self, x: tf.Tensor, first: tf.Tensor, second: tf.Tensor) -> tf.Tensor:
+        return self.norm(tf.nn.relu(self.norm(x, self.layers[0], first)), self.layers[1], second)
+
+
+def test_two_modes_of_one_function_are_chosen_and_differentiated(tmp_path: Path) -> None:
+    """In a process of its own, as TensorFlow keeps the functions that differentiating makes."""
+    module = Twice()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40)
+    assert (report.sites_found, report.sites_fused) == (2, 2)
+    done = subprocess.run([sys.executable, "-c", DIFFERENTIATED, tmp_path], capture_output=True, text=True, check=False)
+    assert done.stdout == "fine\n", done.stderr[-2000:]
+
+
+DIFFERENTIATED = """
+import itertools, sys
+import numpy as np, tensorflow as tf
+models = [tf.saved_model.load(f"{sys.argv[1]}/{name}") for name in "mq"]
+x = tf.random.stateless_normal((4, 4, 4, 6), (1, 2))
+for modes in itertools.product((tf.constant(True), tf.constant(False)), repeat=2):
+    seen = []
+    for model in models:
+        trained = [v for layer in model.layers for v in (layer.gamma, layer.beta)]
+        with tf.GradientTape() as tape:
+            y = model.serve(x, *modes)
+            loss = tf.reduce_sum(y * tf.random.stateless_normal(tf.shape(y), (3, 4)))
+        held = [v for layer in model.layers for v in (layer.moving_mean, layer.moving_variance)]
+        seen.append([y, *tape.gradient(loss, trained), *held])
+    for a, b in zip(*seen, strict=True):
+        assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
+print("fine")
+"""
+
+
+FIXED = {
+    "in a call": lambda m: tf.function(lambda x: m.serve(x, tf.constant(value=False)), m.serve.input_signature[:1]),
+    "inside": lambda m: tf.function(lambda x: m.call(x, tf.constant(value=False)), m.serve.input_signature[:1]),
+}
+
+
+@pytest.mark.parametrize("where", FIXED)
+@pytest.mark.parametrize("name", ["chosen_moments_inside", "chosen_two_kernels", "chosen_two_by_hand"])
+def test_what_a_constant_fixes_to_inference_is_derived(name: str, where: str, tmp_path: Path) -> None:
+    """`train` is the layer's training, though serving fixes the mode; without fusing, that is an error."""
+    chosen, module = Chosen(NORMS[name]), tf.Module()
+    module.layers, module.mix, module.chosen, module.infer = (
+        chosen.layers,
+        chosen.mix,
+        chosen.serve,
+        FIXED[where](chosen),
+    )
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.infer})
+    bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40, momentum=0.9)
+    loaded, x = tf.saved_model.load(str(tmp_path / "q")), batch(0, IMAGE)
+    found, wanted = loaded.train(x), module.chosen(x, tf.constant(value=True))
+    held = [[s.numpy() for v in m.layers for s in (v.moving_mean, v.moving_variance)] for m in (loaded, module)]
+    assert difference([found.numpy(), *held[0]], [wanted.numpy(), *held[1]]) < TOLERANCE
+    try:
+        bnqat.rewrite(tmp_path / "m", tmp_path / "n", fuse=False, momentum=0.9)
+    except bnqat.Error as e:
+        assert "no training function can be derived" in str(e)  # noqa: PT017  else it has to train
+    else:
+        loaded = tf.saved_model.load(str(tmp_path / "n"))
+        before = loaded.layers[0].moving_mean.numpy()
+        loaded.train(x)
+        assert np.abs(loaded.layers[0].moving_mean.numpy() - before).max() > 0
 
 
 def test_the_function_that_takes_its_mode_is_train(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ MODEL = Model({MAIN: Graph(MAIN, {}), **{g.name: g for g in GRAPHS}})
 
 
 def assume(**values: bool) -> Assumption:
-    return Assumption(MODEL, MODEL.graphs["choose"], values)
+    return Assumption(MODEL, MODEL.graphs["choose"], {Value(name): value for name, value in values.items()})
 
 
 def test_nothing_is_dead_or_chosen_without_an_assumption() -> None:
