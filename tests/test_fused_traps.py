@@ -228,7 +228,13 @@ def chosen_twice(m: One, x: tf.Tensor) -> tf.Tensor:
     return norm(x, v, *chosen)
 
 
+def moments_of_the_branch(m: One, x: tf.Tensor) -> tf.Tensor:
+    v = m.layers[0]
+    return norm(x, v, *tf.cond(m.flag, lambda: moments(tf.square(x)), lambda: moving(v)))
+
+
 DECLINED: dict[Body, str] = {
+    moments_of_the_branch: "its statistics are those of cond/Square, which a branch of cond computes",
     waits_for_its_choice: "waits for cond",
     few_digits_of_gamma: "rounds to int8, which the kernel does not",
     few_digits_of_the_mean: "rounds to bfloat16, which the kernel does not",

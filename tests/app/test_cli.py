@@ -58,6 +58,7 @@ def test_inspect(model: Paths) -> None:
     assert {(s["kind"], s["status"], s["reason"]) for s in first["sites"]} == {("fused", "float", "")}
     table = bnqat("inspect", model("keras_save")).stdout
     assert "batch_normalization_1" in table
+    assert "the fused kernel" in table
     assert "2 batch norms at 10 sites" in table
 
 
@@ -194,6 +195,10 @@ def test_wrong_usage(model: Paths, tmp_path: Path) -> None:
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--momentum", "1.5"), "momentum")
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "nothing"), "no pass 'nothing'")
     assert bnqat("rewrite", model("module"), tmp_path / "out", "--passes", ",").returncode == 2
+    for option in (("--bits", "4"), ("--momentum", "0.9"), ("--keep-ref",), ("--no-fuse",)):
+        done = bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "fuse-batch-norm", *option)
+        assert done.returncode == 2
+        assert option[0] in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

@@ -59,6 +59,22 @@ def test_a_residual_is_no_beta(tmp_path: Path) -> None:
     assert [set(bn.variables) for bn in found] == [{"gamma", "moving_mean", "moving_variance"}] * 2
 
 
+@pytest.mark.parametrize(("shape", "role"), [((), "gamma"), ((4, 4, VECTOR[-1]), "beta")])
+def test_gamma_and_beta_have_one_element_for_each_channel(shape: tuple[int, ...], role: str, tmp_path: Path) -> None:
+    """A learned scale of the whole, or an embedding of positions, is something else that follows a batch norm."""
+    held = tf.Variable(tf.fill(shape, 1.5), name="other")
+
+    def norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
+        y = (x - v.moving_mean) * tf.math.rsqrt(v.moving_variance + 1e-3)
+        return y * held if role == "gamma" else y * v.gamma + held
+
+    form = Form(norm, (4, 4, VECTOR[-1]), scale=role == "beta", center=False)
+    form.other = held
+    found = load(save(form, tmp_path / "m")).analysis(batch_norms)
+    expected = {"moving_mean", "moving_variance"} | ({"gamma"} if role == "beta" else set())
+    assert [set(bn.variables) for bn in found] == [expected] * 2
+
+
 def test_a_near_match_is_listed_in_every_mode(tmp_path: Path) -> None:
     """Gamma is applied to the mean twice; what chooses, and a batch's statistics, are looked through."""
 

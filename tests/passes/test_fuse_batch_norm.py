@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from passes.decomposed import FORMS
 from passes.fuse_batch_norm import FuseBatchNorm
 from passes.sites import sites
 from rewriter.ir import Model
+from rewriter.pattern import Pattern
 from rewriter.pipeline import Pipeline
 from tests.passes.singles import model, text_of
 
@@ -76,6 +78,42 @@ def test_single_ops_become_one_kernel_and_nothing_is_left_of_them(form: str) -> 
     after, reasons = fused(model(X + start + INFERENCE[form]))
     assert reasons == []
     assert text_of(after) == ["x = Placeholder()", f"y = {KERNEL}"]
+
+
+NUMBERS = {"epsilon": 0.001, "one": 1.0, "half": 0.5, "minus_half": -0.5}
+
+
+def written(pattern: Pattern) -> tuple[str, str]:
+    """A graph that computes a pattern, as text, and the name of its last node."""
+    text = [X, *(f"{name} = Const() ={number} []" for name, number in NUMBERS.items())]
+    made: dict[Pattern, str] = {}
+
+    def place(part: Pattern) -> str:
+        if not part.ops:
+            return part.name
+        if part not in made:
+            inputs = ", ".join(place(each) for each in part.inputs)
+            made[part] = f"n{len(made)}"
+            op, shape = sorted(part.ops)[-1], "[?, 4, 4, 6]" if "x" in part.captures else "[6]"
+            text.append(f"{made[part]} = {op}({inputs}) {shape}")
+        return made[part]
+
+    return place(pattern), "\n".join(text)
+
+
+def test_every_pattern_becomes_one_kernel() -> None:
+    for pattern in FORMS:
+        name, text = written(pattern)
+        after, reasons = fused(model(text))
+        assert reasons == []
+        absent = iter((f"{name}/Const", f"{name}/Const_1"))
+        gamma, beta = (role if role in pattern.captures else next(absent) for role in ("gamma", "beta"))
+        numbers = {line for line in text_of(after, ()) if line.split(" = ")[0] in NUMBERS}
+        assert [line for line in text_of(after, ()) if line not in numbers] == [
+            "x = Placeholder()",
+            f"{name} = FusedBatchNormV3(x, {gamma}, {beta}, moving_mean, moving_variance)",
+            *(f"{each} = Const()" for each in (gamma, beta) if "/" in each),
+        ]
 
 
 def test_absent_parameters_are_ones_and_zeros() -> None:
