@@ -11,7 +11,7 @@ normalises.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -19,8 +19,9 @@ import numpy as np
 
 from rewriter import ops
 from rewriter.dataflow import VariableKey, call_graph, origins
-from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
+from rewriter.sweep import held
 
 ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
 READS = frozenset({"Identity", "ReadVariableOp"})
@@ -106,17 +107,18 @@ def shown(graph: Graph, user: Node, position: int) -> bool:
     return position == 0 and (user.op in ("Cast", "Identity", "Switch") or ops.viewed(graph, user) is not None)
 
 
-def only_assigned(model: Model, graph: Graph, edge: Edge) -> bool:
-    """Whether the value used at an edge enters averages there, and nothing else."""
+def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int] = ()) -> bool:
+    """Whether the value used at an edge enters averages there, and nothing else but results that are `unused`."""
     user = graph.nodes.get(edge.node)
     if user is None:
-        return False
+        return edge.position in unused
     if user.op.startswith("Assign"):
         return True
     uses = model.analysis_of(graph, consumers)
-    if user.op in ARITHMETIC or shown(graph, user, edge.position):
-        after = [e for port in range(ops.output_count(model, user)) for e in uses.get(Value(user.name, port), ())]
-        return bool(after) and all(only_assigned(model, graph, e) for e in after)
+    outputs = [Value(user.name, port) for port in range(ops.output_count(model, user))]
+    if user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
+        after = [e for value in outputs for e in uses.get(value, ())]
+        return bool(after) and all(only_assigned(model, graph, e, unused) for e in after)
     form = ops.call_form(model, user)
     if form is None or form.carried or edge.position < form.first:
         return False
@@ -125,7 +127,18 @@ def only_assigned(model: Model, graph: Graph, edge: Edge) -> bool:
         callee = model.graphs[name]
         argument = Value(callee.arguments[edge.position - form.first])
         inner += [(callee, e) for e in model.analysis_of(callee, consumers).get(argument, ())]
-    return bool(inner) and all(only_assigned(model, callee, e) for callee, e in inner)
+    ignored = [value.port for value in outputs if _nothing_uses(model, graph, value)]
+    return bool(inner) and all(only_assigned(model, callee, e, ignored) for callee, e in inner)
+
+
+def _nothing_uses(model: Model, graph: Graph, value: Value) -> bool:
+    """Whether a value, as the intermediate results that TensorFlow keeps for gradients, is only passed on to no one."""
+    if graph.name == MAIN and value.node in model.analysis(held):
+        return False
+    users = model.analysis_of(graph, consumers).get(value, ())
+    return all(
+        e.node and graph.nodes[e.node].op == "Identity" and _nothing_uses(model, graph, Value(e.node)) for e in users
+    )
 
 
 def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:

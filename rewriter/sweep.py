@@ -33,7 +33,7 @@ def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
     waiting = list(names)
     while waiting:
         name = waiting.pop()
-        if name in nodes and not uses[name] and _removable(nodes[name]):
+        if name in nodes and not uses[name] and _removable(model, nodes[name]):
             node = nodes.pop(name)
             uses.subtract(_needed(node))
             waiting += (v.node for v in node.inputs)  # what others only wait for is a conditional's pivot, or an effect
@@ -56,7 +56,11 @@ def held(model: Model) -> frozenset[str]:
     return frozenset(found)
 
 
-def _removable(node: Node) -> bool:
+def _removable(model: Model, node: Node) -> bool:
+    called = ops.callees(model, node)
+    if called:
+        inside = [inner for name in called for inner in model.graphs[name].nodes.values()]
+        return all(inner.op == ARG or _removable(model, inner) for inner in inside)
     definition = ops.registered(node.op)
     if node.op == "ReadVariableOp":
         return True  # stateful, but changes nothing

@@ -60,6 +60,28 @@ def test_each_mode_computes_and_updates_what_it_did(name: str, references: bool,
     assert kernels(tmp_path / "f", training=False) == [False, False]
 
 
+def ran(path: Path, training: bool) -> list[np.ndarray]:
+    """Logits, and all variables after each update has been run by itself."""
+    x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
+    with session_of(path) as (session, _):
+        fed = {"x:0": x, "is_training:0": training}
+        logits = session.run("logits:0", fed)
+        for each in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
+            session.run(each, fed)
+        return [logits, *session.run(v1.global_variables())]
+
+
+@pytest.mark.parametrize("name", sorted(set(NORMS) - {"two_fused"}))
+def test_each_mode_computes_and_updates_what_it_did_where_conditionals_are_functions(name: str, tmp_path: Path) -> None:
+    """Without gradients, as a V1 session has none of an If that it loaded."""
+    source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
+    report = bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
+    assert (report.declined, report.sites_fused) == ([], 2)
+    for training in (True, False):
+        assert difference(ran(tmp_path / "f", training), ran(source, training)) < TOLERANCE
+        assert kernels(tmp_path / "f", training) == [training, training]
+
+
 def kernels(path: Path, training: bool) -> Any:
     from tests.test_fused import executed
 

@@ -32,8 +32,8 @@ ALWAYS = "its batch's statistics are used whatever the mode is"
 NOT_FUSED = {
     "form_float64": "it computes in float64, which the fused kernel does not have",
     "keras_two_axes": "has the shapes [1, 4, 1, 8]",
-    **dict.fromkeys(("v1_by_hand", "v1_by_hand_references", "v1_by_hand_if", "v1_layers_plain"), GRADIENT),
-    "v1_layers_plain_if": "one tf.cond, or Switch and Merge, can be followed",
+    **dict.fromkeys(("v1_by_hand", "v1_by_hand_references", "v1_by_hand_if"), GRADIENT),
+    **dict.fromkeys(("v1_layers_plain", "v1_layers_plain_if"), GRADIENT),
 }
 """What stays in single ops, by model, and how the reason ends."""
 NOT_DIFFERENTIABLE = ("MaybeShewill-CV+CRNN_Tensorflow+1",)

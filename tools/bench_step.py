@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnqat
+from rewriter.app.api import FUSING
 from tools.bench_nets import NETS
 
 Step = Callable[[], Any]
@@ -84,7 +85,7 @@ def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) 
     if form == "fused":
         del paths["fused"]
     else:
-        bnqat.rewrite(paths["source"], paths["fused"], passes=["split-modes", "fuse-batch-norm", "choose-branch"])
+        bnqat.rewrite(paths["source"], paths["fused"], passes=FUSING)
         paths["single"] = folder / f"{net}_single"
         if not paths["single"].exists():
             NETS["fused"](net, paths["single"])

@@ -16,6 +16,7 @@ from passes.cut_gradients import CutGradients
 from passes.derive_training import DeriveTraining
 from passes.fuse_batch_norm import FuseBatchNorm
 from passes.inline_branches import InlineBranches
+from passes.merge_choices import MergeChoices
 from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
 from passes.roles import ROLES
 from passes.split_modes import SplitModes
@@ -30,7 +31,7 @@ from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import save
 
-FUSING = ("split-modes", "fuse-batch-norm", "choose-branch")
+FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
 """Passes that `fuse` is for."""
 
 
@@ -100,7 +101,7 @@ def rewrite(
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
-            ``unfreeze-constants``, ``split-modes``, ``fuse-batch-norm``, ``choose-branch``,
+            ``unfreeze-constants``, ``split-modes``, ``merge-choices``, ``fuse-batch-norm``, ``choose-branch``,
             ``derive-training``, ``inline-branches``, ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
@@ -115,6 +116,7 @@ def rewrite(
         "upgrade-references": UpgradeReferences(keep=keep_ref),
         "unfreeze-constants": UnfreezeConstants(),
         "split-modes": SplitModes(),
+        "merge-choices": MergeChoices(),
         "fuse-batch-norm": FuseBatchNorm(),
         "choose-branch": ChooseBranch(),
         "derive-training": DeriveTraining(momentum),

@@ -28,6 +28,7 @@ PASSES = (
     "upgrade-references",
     "unfreeze-constants",
     "split-modes",
+    "merge-choices",
     "fuse-batch-norm",
     "choose-branch",
     "derive-training",

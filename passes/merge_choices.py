@@ -1,0 +1,99 @@
+"""One conditional for mean and variance, where two choose them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from passes.branches import Branches, only_one
+from passes.declined import DeclinedError
+from passes.predicates import decided_by, leads_to
+from passes.roles import MEAN, VARIANCE
+from passes.sites import sites
+from passes.updates import consumers, following
+from rewriter import ops
+from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
+from rewriter.expr import Apply, Expr, Use
+from rewriter.ir import ARG, Graph, Model, Value
+from rewriter.liveness import BRANCHES
+from rewriter.pattern import origin
+from rewriter.shapes import shape_of
+
+MOVED = ("Const", "Identity", "ReadVariableOp")
+"""Ops of a branch that only passes on what it is given, or reads it."""
+
+
+@dataclass(frozen=True)
+class MergeChoices:
+    """Let one ``If`` choose a batch norm's mean and variance, where two choose by the same boolean.
+
+    `tf.compat.v1.layers` writes two. With one, the fused kernel can be computed where it chooses.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """One more result of the conditional that chooses the variance; a `Skip` where they cannot be one."""
+        extended: set[tuple[str, str]] = set()
+        for site in model.analysis(sites):
+            graph = model.graphs[site.graph]
+            if site.kind != "decomposed" or site.mode != "both" or site.quantized:
+                continue
+            edges = [site.inputs[role][0] for role in (MEAN, VARIANCE)]
+            mean, variance = (origin(graph, graph.nodes[e.node].inputs[e.position]) for e in edges)
+            nodes = [graph.nodes[v.node] for v in (mean, variance)]
+            if nodes[0] == nodes[1] or any(node.op not in BRANCHES for node in nodes):
+                continue
+            merged = _Merged(model, graph, mean, Branches(model, graph, nodes[0]), Branches(model, graph, nodes[1]))
+            try:
+                yield from only_one(list(merged.edits()), extended)
+            except DeclinedError as e:
+                yield Skip(site.graph, site.node, str(e))
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What the first conditional chooses, chosen by the second."""
+
+    model: Model
+    graph: Graph
+    value: Value
+    first: Branches
+    second: Branches
+
+    def edits(self) -> Iterator[Edit]:
+        """The second returns the value, and runs when both have run; the first is gone."""
+        first, second = self.first.node.name, self.second.node.name
+        predicates = {decided_by(self.graph, each.predicate) for each in (self.first, self.second)}
+        if len(predicates) > 1:
+            raise DeclinedError(f"{first} and {second}, which choose its statistics, do not choose by the same boolean")
+        ways = ((first, second), (second, first))
+        if any(leads_to(self.model, self.graph, [start], {end}) for start, end in ways):
+            raise DeclinedError(f"{first} and {second}, which choose its statistics, run one after the other")
+        if not (self.first.own and self.second.own):
+            raise DeclinedError(
+                f"the branches of {first} or {second}, which choose its statistics, are called elsewhere"
+            )
+        then, otherwise = (self._moved(on, self.first.taken(on).results[self.value.port].value) for on in (True, False))
+        shape = shape_of(self.model, self.graph, self.value)
+        port = len(self.second.taken(True).results)
+        yield from self.second.results({"mean": (then, otherwise)}, [shape], second)
+        for edge in self.model.analysis_of(self.graph, consumers).get(self.value, ()):
+            yield Rewire(edge, Use(then.dtype, Value(second, port)), second)
+        if self.first.node.after:
+            yield RunAfter(self.graph.name, second, self.first.node.after)
+        for node in self.model.analysis_of(self.graph, following).get(first, ()):
+            yield RunAfter(self.graph.name, node.name, (second,))
+        yield Sweep(self.graph.name, (first,))
+
+    def _moved(self, on: bool, value: Value) -> Expr:
+        """A value of the first conditional's branch in the second's."""
+        branch = self.first.taken(on)
+        node = branch.nodes[value.node]
+        dtype = ops.output_dtype(self.model, branch, value)
+        if node.op == ARG:
+            return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
+        if node.op not in MOVED or node.after:
+            raise DeclinedError(
+                f"{node.name} ({node.op}) computes its mean in a branch, and its variance is in another"
+            )
+        attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
+        return Apply(dtype, node.op, tuple(self._moved(on, v) for v in node.inputs), attrs)

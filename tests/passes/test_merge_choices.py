@@ -1,0 +1,90 @@
+"""The graph's text before and after; what it computes is in tests/test_fused_v1.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensorflow as tf
+
+from passes.merge_choices import MergeChoices
+from rewriter.ir import MAIN, Graph, Model, Node
+from rewriter.pipeline import Pipeline
+from rewriter.savedmodel.read import load
+from rewriter.text import to_text
+from tests.models.v1 import EPSILON, layers, save_v1, v1, variables
+
+
+def merged(before: Model) -> tuple[Model, list[str]]:
+    after, (step,) = Pipeline([MergeChoices()]).run(before)
+    return after, [skip.reason for skip in step.skipped]
+
+
+def lines(graph: Graph, prefix: str) -> list[str]:
+    """The conditionals and what uses them, without attributes."""
+    nodes = [n for n in graph.nodes.values() if n.name.startswith(prefix)]
+    shown = [n for n in nodes if n.op == "If" or any(graph.nodes[v.node].op == "If" for v in n.inputs)]
+    bare = [Graph(MAIN, {n.name: Node(n.name, n.op, n.inputs, n.after)}) for n in shown]
+    return [to_text(each).splitlines()[1].strip().replace(prefix, "") for each in bare]
+
+
+def test_the_conditional_of_the_variance_chooses_the_mean_too(tmp_path: Path) -> None:
+    before = load(save_v1(tmp_path / "m", layers(fused=False), control_flow_v2=True))
+    prefix = "norm_0/batch_normalization/"
+    assert lines(before.graphs[MAIN], prefix)[:4] == [
+        "cond = If(is_training, moments/Squeeze, moving_mean)",
+        "cond/Identity = Identity(cond)",
+        "cond_1 = If(is_training, moments/Squeeze_1, moving_variance)",
+        "cond_1/Identity = Identity(cond_1)",
+    ]
+    after, reasons = merged(before)
+    assert reasons == []
+    assert lines(after.graphs[MAIN], prefix)[:3] == [
+        "cond/Identity = Identity(cond_1:1)",
+        "cond_1 = If(is_training, moments/Squeeze_1, moving_variance, moments/Squeeze, moving_mean)",
+        "cond_1/Identity = Identity(cond_1)",
+    ]
+    node = after.graphs[MAIN].nodes[f"{prefix}cond_1"]
+    then, otherwise = (after.graphs[node.attrs[key].func.name] for key in ("then_branch", "else_branch"))
+    assert then.results[1].value.node == then.arguments[2]
+    read = otherwise.nodes[otherwise.results[1].value.node]
+    assert (read.op, read.inputs[0].node) == ("ReadVariableOp", otherwise.arguments[3])
+    again, _ = merged(after)
+    assert again is after
+
+
+def norm_with(second: Any) -> Any:
+    """A batch norm whose variance is chosen by a second conditional."""
+
+    def norm(x: Any, training: Any) -> Any:
+        gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
+        batch = tf.nn.moments(x, [0, 1, 2])
+        mean = v1.cond(training, lambda: batch[0], lambda: tf.identity(moving_mean))
+        variance = second(training, batch[1], moving_variance, mean)
+        return v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+
+    return norm
+
+
+def other_boolean(training: Any, batch: Any, moving: Any, mean: Any) -> Any:  # noqa: ARG001
+    return v1.cond(tf.logical_or(training, False), lambda: batch, lambda: tf.identity(moving))
+
+
+def after_the_first(training: Any, batch: Any, moving: Any, mean: Any) -> Any:
+    return v1.cond(training, lambda: batch + 0.0 * mean, lambda: tf.identity(moving))
+
+
+REFUSED = {
+    other_boolean: "which choose its statistics, do not choose by the same boolean",
+    after_the_first: "which choose its statistics, run one after the other",
+}
+
+
+@pytest.mark.parametrize("second", REFUSED)
+def test_what_is_not_chosen_alike_stays(second: Any, tmp_path: Path) -> None:
+    before = load(save_v1(tmp_path / "m", norm_with(second), control_flow_v2=True))
+    after, reasons = merged(before)
+    assert after is before
+    assert all(reason.endswith(REFUSED[second]) for reason in reasons)
+    assert len(reasons) == 2
