@@ -110,7 +110,7 @@ def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterato
         if _is_anchor(graph, anchor):
             shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
             if shifted.name not in explained and _is_variance(model, graph, shifted):
-                yield anchor.name, _why(graph, _below(model, graph, anchor))
+                yield anchor.name, _why(model, graph, _below(model, graph, anchor))
 
 
 def _is_variance(model: Model, graph: Graph, shifted: Node) -> bool:
@@ -125,7 +125,7 @@ def _is_variance(model: Model, graph: Graph, shifted: Node) -> bool:
     return False
 
 
-def _why(graph: Graph, below: list[str]) -> str:
+def _why(model: Model, graph: Graph, below: list[str]) -> str:
     """How close the closest form is."""
     stopped = closest(graph, below, FORMS)
     if not stopped.node:
@@ -134,7 +134,9 @@ def _why(graph: Graph, below: list[str]) -> str:
     while found.op in ("Identity", "IdentityN", "Cast"):
         found = graph.nodes[found.inputs[0].node]
     expected = " or ".join(sorted(stopped.expected))
-    return f"the closest, of which {stopped.matched} ops agree, has {expected} in place of {found.name} ({found.op})"
+    held = [o.key for o in origins(model, graph.name, Value(found.name)) if isinstance(o, VariableKey)]
+    there = f"the variable {model.variables[held[0]].name}" if held else f"{found.name} ({found.op})"
+    return f"the closest, of which {stopped.matched} ops agree, has {expected} in place of {there}"
 
 
 def _is_anchor(graph: Graph, node: Node) -> bool:

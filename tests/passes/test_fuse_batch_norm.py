@@ -298,5 +298,5 @@ def test_the_closest_form_is_named_and_what_stops_it() -> None:
     _, reasons = fused(model(X + INV + lines))
     assert reasons == [
         "it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: the "
-        "closest, of which 5 ops agree, has Sub in place of beta (ReadVariableOp)"
+        "closest, of which 5 ops agree, has Sub in place of the variable norm/beta"
     ]
