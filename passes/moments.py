@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from rewriter import ops
-from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.ir import ARG, Edge, Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
 from rewriter.shapes import Shape, shape_of
 
@@ -57,6 +57,8 @@ class Moments:
 def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments | str:
     """The moments that two values of a graph are; a reason where they are none."""
     means = _first(graph, mean, MEANS)
+    if ARG in (graph.nodes[mean.node].op, graph.nodes[variance.node].op):
+        return "its mean or its variance comes from outside of the function that normalises with it"
     if means is None:
         return f"its mean is computed by {mean.node} ({graph.nodes[mean.node].op}), which is no mean over x"
     variances = _first(graph, variance, VARIANCES)

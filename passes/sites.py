@@ -14,7 +14,7 @@ from passes.decomposed import INPUT, Found, decomposed, near_misses
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.updates import Update, assigned, averaged, consumers, update
 from rewriter import ops
-from rewriter.choices import Leaf, leaves
+from rewriter.choices import Leaf, leaves, outside
 from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins, running
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
@@ -199,7 +199,8 @@ class _Decomposed:
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
                 if not _held(model, leaf) and not _from_average(model, leaf):
-                    self.updates[role] = update(model, model.graphs[leaf.graph], leaf.value, leaf.calls, own)
+                    made = outside(model, leaf)
+                    self.updates[role] = update(model, model.graphs[made.graph], made.value, made.calls, own)
 
 
 _Form = _Fused | _Decomposed

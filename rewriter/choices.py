@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from rewriter import ops
+from rewriter.dataflow import call_graph
 from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
 
 
@@ -85,3 +86,21 @@ def _called(model: Model, graph: Graph, leaf: Leaf, node: Node, seen: frozenset[
                 yield from _leaves(model, graph, inner.edge, outside, seen=seen, proxies=inner.proxies)
             else:
                 yield inner._replace(calls=((graph.name, node.name), *inner.calls))
+
+
+def outside(model: Model, leaf: Leaf) -> Leaf:
+    """The same alternative where the only caller of its graph passes it in: as that caller computes it."""
+    graph, callers = model.graphs[leaf.graph], model.analysis(call_graph).callers.get(leaf.graph, ())
+    if leaf.calls or graph.nodes[leaf.value.node].op != ARG or len(callers) != 1:
+        return leaf
+    (call,) = callers
+    outer = model.graphs[call.graph]
+    form = ops.call_form_of(model, outer.nodes[call.node])
+    if form.carried:
+        return leaf
+    value = outer.nodes[call.node].inputs[form.first + graph.arguments.index(leaf.value.node)]
+    passed: Value | None = value
+    while passed is not None:
+        value, node = passed, outer.nodes[passed.node]
+        passed = ops.viewed(outer, node) or ops.forwarded(node, value.port)
+    return outside(model, leaf._replace(graph=outer.name, value=value))

@@ -138,8 +138,9 @@ def a_counter_before(x: Any, p: Any) -> dict[str, Any]:
 SWITCHED = "its statistics are there only if p is True, and x always"
 USED = " uses it whatever the mode is"
 ALWAYS = "its batch's statistics are used whatever the mode is"
+OUTSIDE = "its mean or its variance comes from outside of the function that normalises with it"
 GRAPHS: dict[Graph, tuple[tuple[int, str], tuple[int, str]]] = {
-    norms_in_branches: ((2, ""), (1, "")),
+    norms_in_branches: ((2, ""), (1, OUTSIDE)),
     statistics_switched: ((1, SWITCHED), (1, SWITCHED)),
     update_switched: ((1, ""), (1, "")),
     conditions_of_one_op: ((1, ""), (1, "")),
@@ -150,7 +151,7 @@ GRAPHS: dict[Graph, tuple[tuple[int, str], tuple[int, str]]] = {
     a_counter_before: ((0, ""), (0, ALWAYS)),
 }
 """How many sites are fused, and how the reason ends with which one is left: with Switch and Merge, and with If and
-While, in whose functions a batch norm is not found whose statistics are computed outside."""
+While, in whose body a batch norm is not found whose statistics are computed outside."""
 
 
 def run(path: Path, condition: bool) -> list[np.ndarray]:
@@ -185,3 +186,22 @@ def test_each_condition_computes_and_updates_what_it_did(graph: Graph, control_f
     assert bool(report.declined) == bool(reason)
     for condition in (True, False):
         assert difference(run(tmp_path / "f", condition), run(tmp_path / "m", condition)) < TOLERANCE
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_a_batch_norm_in_a_branch_is_trained_with_statistics_from_outside(fuse: bool, tmp_path: Path) -> None:
+    with settings(Options(control_flow_v2=True)):
+        x, p = v1.placeholder(tf.float32, [None, 4, 4, 6], name="x"), v1.placeholder(tf.bool, [], name="p")
+        write(tmp_path / "m", {"x": x, "p": p}, norms_in_branches(x, p))
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", fuse=fuse, start_step=1, bits=2)
+    assert (report.sites_found, report.sites_rewritten) == (2, 2)
+    wanted = run(tmp_path / "m", condition=True)
+    with session_of(tmp_path / "q") as (session, meta):
+        fed = {"x:0": np.random.default_rng(0).normal(0.3, 1.5, (5, 4, 4, 6)).astype("float32"), "p:0": False}
+        output = meta.signature_def["train"].outputs["y"].name
+        y = session.run(output, fed)
+        held = {v.op.name: v for v in v1.global_variables()}
+        moving = session.run([held["moving_mean"], held["moving_variance"]])
+        quantised = session.run(output, fed)
+    assert difference([y, *moving], [wanted[0], *wanted[-2:]]) < TOLERANCE
+    assert difference([quantised], [y]) > 0.01

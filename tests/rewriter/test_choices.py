@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rewriter.choices import leaves
+from rewriter.choices import leaves, outside
 from rewriter.ir import MAIN, Edge, Graph, Model, Value
 from rewriter.text import from_text
 
@@ -36,6 +36,14 @@ def test_branches_give_what_is_inside_or_passed_in() -> None:
     assert (inside.edge, inside.graph, inside.value) == (Edge("first", "", 0), "g", Value("a"))
     assert (outside.edge, outside.graph, outside.value) == (Edge("second", "", 0), "second", Value("n"))
     assert outside.calls == (("g", "if"),)
+
+
+def test_an_argument_is_what_the_only_caller_passes() -> None:
+    (leaf,) = leaves(MODEL, Edge("first", "", 0), Value("i"))
+    assert (leaf.graph, leaf.value) == ("first", Value("p"))
+    found = outside(MODEL, leaf)
+    assert (found.edge, found.graph, found.value) == (leaf.edge, "g", Value("a"))
+    assert outside(MODEL, found) == found  # nothing calls g
 
 
 def test_a_loop_ends() -> None:
