@@ -88,15 +88,20 @@ def leads_to(
     before: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> bool:
     """Whether one of some nodes has to run before one of others; `before` has more of what runs after a node."""
+    return any(name in ends for name in reached(model, graph, starts, before))
+
+
+def reached(
+    model: Model, graph: Graph, starts: Iterable[str], before: Mapping[str, Iterable[str]] = MappingProxyType({})
+) -> Iterator[str]:
+    """Some nodes, and all that have to run after one of them; `before` has more of what runs after a node."""
     uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
     waiting, seen = list(starts), set[str]()
     while waiting:
         name = waiting.pop()
-        if name in ends:
-            return True
         if name not in seen and name:
             seen.add(name)
+            yield name
             count = ops.output_count(model, graph.nodes[name])
             waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
             waiting += [*(node.name for node in followers.get(name, ())), *before.get(name, ())]
-    return False

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from passes.batch_norm import channels, moving_average, names_of_sites
 from passes.controls import control, counters, step
-from passes.quantizers import Affine, Log, Quantizer, switched
+from passes.predicates import reached
+from passes.quantizers import Affine, Log, Quantizer, row, switched
 from passes.roles import ROLES, VARIANCE
 from passes.sites import TAG, Site, sites
 from rewriter import ops
 from rewriter.edit import AddVariable, Define, Edit, Rewire, RunAfter, SetAttr, Skip
-from rewriter.expr import Expr, Function, Use, per_call, read
-from rewriter.ir import MAIN, Edge, Error, Model, Value
+from rewriter.expr import Apply, Expr, Function, Port, Use, per_call, read
+from rewriter.ir import MAIN, Edge, Error, Graph, Model, Value
+from rewriter.shapes import shape_of
+
+CONDITIONAL = ("Enter", "Merge", "Switch")
+"""Ops of graphs in which some values may not be computed."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class QuantizeBatchNorm:
         # What one run counts comes after that run's comparison.
         yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(model))
         work = _Work(self, model, per_call("quantizers_active", read(count) >= read(start)))
+        if model.object_based:
+            work.stack(todo)
         for site in todo:
             yield from work.parameters(site)
             yield from work.statistics(site)
@@ -80,14 +87,16 @@ class _Work:
     Attributes:
         functions: the quantisers in use; sites with equal ones share a function.
         made: what was made already; a value that several edges use is quantised once.
+        rows: what was quantised together with others of its kind.
     """
 
     def __init__(self, options: QuantizeBatchNorm, model: Model, active: Expr) -> None:
         self.options = options
         self.model = model
         self.active = active
-        self.functions: dict[_Kind, Function] = {}
+        self.functions: dict[tuple[Callable[..., Function], tuple[Any, ...]], Function] = {}
         self.made: dict[tuple[str, Value, _Kind], Expr] = {}
+        self.rows: dict[tuple[str, Value, _Kind], Expr] = {}
 
     def parameters(self, site: Site) -> Iterator[Edit]:
         """Quantise what a site normalises with; never the base of its moving average."""
@@ -125,13 +134,11 @@ class _Work:
 
         Nothing differentiates through a call in TensorFlow 1's format, so there it is placed without one.
         """
-        quantizer: Quantizer = getattr(self.options, role)
-        dtype = ops.output_dtype(self.model, self.model.graphs[graph], value)
-        kind = _Kind(quantizer, site.epsilon, self.model.analysis(channels)[site.graph, site.node], dtype)
+        kind = self._kind(site, role, graph, value)
+        quantizer, dtype = kind.quantizer, kind.dtype
         if (graph, value, kind) not in self.made:
-            if kind not in self.functions:
-                self.functions[kind] = switched(*kind)
-            function = self.functions[kind]
+            quantised = self.rows.get((graph, value, kind))
+            function = self._function(switched, *kind) if quantised is None else self._function(row, kind.size, dtype)
             tag: Mapping[str, str | int] = {
                 "role": role,
                 "scheme": quantizer.scheme,
@@ -140,9 +147,60 @@ class _Work:
                 "batch_norm": self.model.analysis(names_of_sites)[site.graph, site.node],
             }
             place, name = (function, role) if self.model.object_based else (function.inlined, "quantized")
-            made = place(self.active, Use(dtype, value), name=name, **{TAG: json.dumps(tag, sort_keys=True)})
+            first = self.active if quantised is None else quantised
+            made = place(first, Use(dtype, value), name=name, **{TAG: json.dumps(tag, sort_keys=True)})
             self.made[graph, value, kind] = made
         return self.made[graph, value, kind]
+
+    def _kind(self, site: Site, role: str, graph: str, value: Value) -> _Kind:
+        dtype = ops.output_dtype(self.model, self.model.graphs[graph], value)
+        size = self.model.analysis(channels)[site.graph, site.node]
+        return _Kind(getattr(self.options, role), site.epsilon, size, dtype)
+
+    def _function(self, make: Callable[..., Function], *arguments: Any) -> Function:
+        if (make, arguments) not in self.functions:
+            self.functions[make, arguments] = make(*arguments)
+        return self.functions[make, arguments]
+
+    def stack(self, found: Iterable[Site]) -> None:
+        """Quantise vectors of one kind and graph together: a set of ops for all, in place of one for each.
+
+        Parameters that are read before any is used are together, and so are statistics that no average precedes.
+        """
+        edges: dict[str, tuple[list[_Used], list[_Used]]] = {}
+        for site in found:
+            averaged = site.statistics if self.options.average != "none" else {}
+            for late, by_role in enumerate((site.parameters, averaged)):
+                for role, edge in ((role, edge) for role, used in by_role.items() for edge in used):
+                    used = _Used(edge, self._used(edge), self._kind(site, role, edge.graph, self._used(edge)))
+                    edges.setdefault(edge.graph, ([], []))[late].append(used)
+        for name, (parameters, statistics) in edges.items():
+            graph = self.model.graphs[name]
+            if any(node.op in CONDITIONAL for node in graph.nodes.values()):
+                continue
+            after = set(reached(self.model, graph, [u.edge.node for u in statistics]))
+            self._group(graph, statistics, after)
+            self._group(graph, parameters, after | set(reached(self.model, graph, [u.edge.node for u in parameters])))
+
+    def _group(self, graph: Graph, found: list[_Used], after: set[str]) -> None:
+        """Stack what has one kind, but for what is computed after others are used."""
+        groups: dict[_Kind, dict[Value, None]] = {}
+        for used in found:
+            whole = used.kind.size is not None and shape_of(self.model, graph, used.value) == (used.kind.size,)
+            if whole and used.value.node not in after:
+                groups.setdefault(used.kind, {})[used.value] = None
+        for kind, values in groups.items():
+            if len(values) > 1:
+                self._stacked(graph.name, kind, list(values))
+
+    def _stacked(self, graph: str, kind: _Kind, values: list[Value]) -> None:
+        count, dtype = len(values), ops.dtype_attr(kind.dtype)
+        attrs = {"N": ops.attr(count), "T": dtype, "_output_shapes": ops.shapes_attr([(count, kind.size or 0)])}
+        stacked = Apply(kind.dtype, "Pack", tuple(Use(kind.dtype, v) for v in values), attrs, "stacked")
+        quantised = self._function(switched, *kind, count)(self.active, stacked, name="quantized")
+        shapes = ops.shapes_attr([(kind.size or 0,)] * count)
+        rows = Apply(kind.dtype, "Unpack", (quantised,), {"num": ops.attr(count), "T": dtype, "_output_shapes": shapes})
+        self.rows |= {(graph, v, kind): Port(kind.dtype, rows, port) for port, v in enumerate(values)}
 
 
 class _Kind(NamedTuple):
@@ -152,6 +210,14 @@ class _Kind(NamedTuple):
     epsilon: float
     size: int | None
     dtype: str
+
+
+class _Used(NamedTuple):
+    """A value that is to be quantised where it is used at an edge."""
+
+    edge: Edge
+    value: Value
+    kind: _Kind
 
 
 def with_bits(bits: Mapping[str, int]) -> dict[str, Quantizer]:

@@ -131,7 +131,7 @@ class Log:
         return Quantized(op("Maximum", level - epsilon, 0.0), defined)
 
 
-def switched(quantizer: Quantizer, epsilon: float, size: int | None, dtype: str = FLOAT) -> Function:
+def switched(quantizer: Quantizer, epsilon: float, size: int | None, dtype: str = FLOAT, rows: int = 0) -> Function:
     """A function (active, value) -> value, quantised while `active`, with the gradient of the value itself.
 
     ``sg(q) + (v - sg(v))`` is q exactly, with gradient 1. What is selected is the result, so that switched
@@ -142,15 +142,24 @@ def switched(quantizer: Quantizer, epsilon: float, size: int | None, dtype: str 
         epsilon: that of the batch norm.
         size: the number of channels, where it is known.
         dtype: the value's dtype.
+        rows: how many vectors the value holds, each in a row of its own; 0 for a single vector.
     """
     active, value = parameter("active", "bool"), parameter("value", dtype)
     quantized = quantizer(_cast(value, FLOAT), epsilon)
     through = stop_gradient(_cast(quantized.value, dtype)) + (value - stop_gradient(value))
     result = select(op("LogicalAnd", active, quantized.defined), through, value)
     suffix = ("" if size is None else f"_{size}_channels") + ("" if dtype == FLOAT else f"_{dtype}")
+    suffix += f"_{rows}_rows" if rows else ""
     name = f"bnqat_{quantizer.scheme}_{quantizer.bits}_bits_epsilon_{epsilon:.9g}{suffix}"
-    shape = None if size is None else (size,)
+    shape = None if size is None else (rows, size) if rows else (size,)
     return Function(re.sub(r"\W", "_", name), (active, value), ((), shape), result)
+
+
+def row(size: int, dtype: str) -> Function:
+    """A function (quantised, value) -> quantised: which vector a row of quantised ones stands for."""
+    quantized, value = parameter("quantized", dtype), parameter("value", dtype)
+    name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
+    return Function(name, (quantized, value), ((size,), (size,)), op("Identity", quantized))
 
 
 def _cast(value: Expr, dtype: str) -> Expr:
