@@ -20,7 +20,7 @@ from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from rewriter.text import from_text, to_text
-from tests import harness
+from tests import harness, reference
 from tests.models import FusedBatchNorm, Trainable, perturb, save_module
 
 Paths = Callable[[str], Path]
@@ -50,8 +50,11 @@ new_variance = AssignVariableOp(v, bn/moving_variance/AddV2)
 bn/ReadVariableOp = ReadVariableOp(step)
 bn/ReadVariableOp_1 = ReadVariableOp(start)
 bn/GreaterEqual = GreaterEqual(bn/ReadVariableOp, bn/ReadVariableOp_1)
-bn/gamma = PartitionedCall(bn/GreaterEqual, gamma)
-bn/beta = PartitionedCall(bn/GreaterEqual, beta)
+bn/stacked = Pack(gamma, beta)
+bn/quantized = PartitionedCall(bn/GreaterEqual, bn/stacked)
+bn/Unpack = Unpack(bn/quantized)
+bn/gamma = PartitionedCall(bn/Unpack, gamma)
+bn/beta = PartitionedCall(bn/Unpack:1, beta)
 bn/moving_mean/Const = Const()
 bn/moving_mean/Mul = Mul(mean, bn/moving_mean/Const)
 bn/moving_mean/moving_mean = PartitionedCall(bn/GreaterEqual, bn:1)
@@ -71,7 +74,7 @@ effect bn/ReadVariableOp_1 = bn/ReadVariableOp_1
 
 
 def test_text_of_a_training_site() -> None:
-    """Parameters through quantisers, the base of the average not, the average beside the kernel."""
+    """Parameters through quantisers, those of one kind together; the base of the average not; it is beside the kernel."""
     keys = ("gamma", "beta", "moving_mean", "moving_variance")
     variables = {k: Variable(k, f"layer/{k}", "float32", (3,)) for k in keys}
     spec = (Spec("x", "float32", None),)
@@ -99,7 +102,7 @@ def test_counts_of_a_keras_save(model: Paths) -> None:
     roles = [json.loads(n.attrs["_bnqat"].s)["role"] for n in found]
     assert {roles.count(r) for r in ("gamma", "beta", "moving_mean", "moving_variance")} == {10}
     functions = {n.attrs["f"].func.name for n in found}
-    assert len(functions) == 4  # affine and log, with two epsilons; both layers have eight channels
+    assert len(functions) == 5  # affine and log, with two epsilons, and a row of a stack; both have eight channels
 
 
 def test_no_other_attribute_of_a_kernel_changes(model: Paths) -> None:
@@ -186,6 +189,78 @@ def test_gradients_in_the_graph_use_the_quantised_gamma(tmp_path: Path) -> None:
         loss = tf.reduce_sum(loaded.quantization.train(x) ** 2)
     taped = tape.gradient(loss, loaded.kernels[0])
     np.testing.assert_allclose(stored, taped, rtol=0, atol=1e-5 * np.abs(taped).max())
+
+
+class Twice(tf.Module):
+    """A layer in training, then the same in inference, whose averages are read after they were updated; and another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = [FusedBatchNorm(6), FusedBatchNorm(6)]
+        perturb(v for n in self.norms for v in n.variables)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 4, 4, 6), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        first, second = self.norms
+        return first(second(first(x, training=True), training=False), training=False)
+
+
+def stacks(graph: Graph) -> dict[str, tuple[str, int]]:
+    """Tagged node -> the stack of which it stands for a row, and which one."""
+    found = {}
+    for node in graph.nodes.values():
+        if "_bnqat" in node.attrs and graph.nodes[node.inputs[0].node].op == "Unpack":
+            quantised = graph.nodes[graph.nodes[node.inputs[0].node].inputs[0].node]
+            stack = graph.nodes[quantised.inputs[-1].node]
+            assert stack.op == "Pack"
+            assert stack.inputs[node.inputs[0].port] == node.inputs[1]  # the row is that of the raw value
+            found[node.name] = (stack.name, node.inputs[0].port)
+    return found
+
+
+def tagged(graph: Graph) -> dict[str, dict[str, Any]]:
+    return {n.name: json.loads(n.attrs["_bnqat"].s) for n in graph.nodes.values() if "_bnqat" in n.attrs}
+
+
+def test_vectors_of_one_kind_are_quantised_together(model: Paths) -> None:
+    """At most one stack of each size for affine and one for log, though there are 208 quantisers."""
+    before = load(model("mobilenet_export"))
+    after = quantized(before)
+    (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
+    found, tags = stacks(serve), tagged(serve)
+    sizes = {before.variables[key].shape for site in before.analysis(sites) for v in site.variables for key in v if key}
+    alone = [name for name in tags if name not in found]
+    assert len(tags) == 4 * 52
+    assert len({stack for stack, _ in found.values()}) <= 2 * len(sizes)
+    assert len(set(found.values())) == len(found)
+    for name in alone:  # the only layers of their size
+        assert tags[name]["scheme"] == "log"
+    assert sum(n.op == "Round" for n in serve.nodes.values()) == 0  # functions hold the arithmetic
+
+
+def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> None:
+    source = save_module(Twice(), tmp_path / "m")
+    before = load(source)
+    after = quantized(before)
+    (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
+    found, tags = stacks(serve), tagged(serve)
+    alone = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in tags if n not in found)
+    together = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in found)
+    first, second = sorted({tag["batch_norm"] for tag in tags.values()})
+    assert {(first, "moving_mean"), (first, "moving_variance")} <= set(alone)
+    assert {(first, "gamma"), (second, "gamma"), (first, "beta"), (second, "beta")} <= set(together)
+    bnqat.rewrite(source, tmp_path / "off", start_step=2**40, quantize_average="none")
+    bnqat.rewrite(source, tmp_path / "on", bits=3)
+    x = harness.images((None, 4, 4, 6))
+    wanted, off, on = (tf.saved_model.load(str(p)) for p in (source, tmp_path / "off", tmp_path / "on"))
+    for _ in range(3):
+        np.testing.assert_array_equal(off.serve(x), wanted.serve(x))
+    body = harness.concrete(on.serve)
+    for name, tag in harness.tags(body).items():
+        node = body.graph.get_operation_by_name(name)
+        got, raw = harness.fetch(body, [x], [node.outputs[0].name, node.inputs[1].name])
+        quantise = reference.reference(tag["scheme"])
+        np.testing.assert_allclose(got, quantise(raw, 3, 1e-3), rtol=0, atol=2e-7 if tag["scheme"] == "log" else 0)
 
 
 @pytest.mark.parametrize("options", [{"start_step": -1}, {"start_step": 2**63}, {"average": "stored"}])
