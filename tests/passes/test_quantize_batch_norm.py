@@ -74,7 +74,7 @@ effect bn/ReadVariableOp_1 = bn/ReadVariableOp_1
 
 
 def test_text_of_a_training_site() -> None:
-    """Parameters through quantisers, those of one kind together; the base of the average not; it is beside the kernel."""
+    """Parameters through quantisers, those of one kind together; not the base of the average, which is beside it."""
     keys = ("gamma", "beta", "moving_mean", "moving_variance")
     variables = {k: Variable(k, f"layer/{k}", "float32", (3,)) for k in keys}
     spec = (Spec("x", "float32", None),)
