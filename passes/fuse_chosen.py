@@ -210,7 +210,11 @@ class _Branched:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)
-            elif edge.node not in own and self.branches.chooses_alike(edge, self.training):
+            elif (
+                edge.node not in own
+                and self.branches.chooses_alike(edge, self.training)
+                and only_assigned(self.model, self.graph, edge)
+            ):
                 yield from rewired(self.model, self.graph, edge, used, self._result(port))
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:

@@ -33,6 +33,7 @@ class MergeChoices:
     def edits(self, model: Model) -> Iterable[Edit]:
         """One more result of the conditional that chooses the variance; a `Skip` where they cannot be one."""
         extended: set[tuple[str, str]] = set()
+        merged: dict[str, dict[str, list[str]]] = {}
         for site in model.analysis(sites):
             graph = model.graphs[site.graph]
             if site.kind != "decomposed" or site.mode != "both" or site.quantized:
@@ -42,22 +43,28 @@ class MergeChoices:
             nodes = [graph.nodes[v.node] for v in (mean, variance)]
             if nodes[0] == nodes[1] or any(node.op not in BRANCHES for node in nodes):
                 continue
-            merged = _Merged(model, graph, mean, Branches(model, graph, nodes[0]), Branches(model, graph, nodes[1]))
+            first, second = (Branches(model, graph, node) for node in nodes)
+            found = _Merged(model, graph, mean, first, second, merged.setdefault(site.graph, {}))
             try:
-                yield from only_one(list(merged.edits()), extended)
+                yield from only_one(list(found.edits()), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
 
 
 @dataclass(frozen=True)
 class _Merged:
-    """What the first conditional chooses, chosen by the second."""
+    """What the first conditional chooses, chosen by the second.
+
+    Attributes:
+        merged: conditional -> those that it runs together with, as others of the graph were merged.
+    """
 
     model: Model
     graph: Graph
     value: Value
     first: Branches
     second: Branches
+    merged: dict[str, list[str]]
 
     def edits(self) -> Iterator[Edit]:
         """The second returns the value, and runs when both have run; the first is gone."""
@@ -66,7 +73,7 @@ class _Merged:
         if len(predicates) > 1:
             raise DeclinedError(f"{first} and {second}, which choose its statistics, do not choose by the same boolean")
         ways = ((first, second), (second, first))
-        if any(leads_to(self.model, self.graph, [start], {end}) for start, end in ways):
+        if any(leads_to(self.model, self.graph, [start], {end}, self.merged) for start, end in ways):
             raise DeclinedError(f"{first} and {second}, which choose its statistics, run one after the other")
         if not (self.first.own and self.second.own):
             raise DeclinedError(
@@ -83,6 +90,8 @@ class _Merged:
         for node in self.model.analysis_of(self.graph, following).get(first, ()):
             yield RunAfter(self.graph.name, node.name, (second,))
         yield Sweep(self.graph.name, (first,))
+        for name, other in ways:
+            self.merged.setdefault(name, []).append(other)
 
     def _moved(self, on: bool, value: Value) -> Expr:
         """A value of the first conditional's branch in the second's."""

@@ -26,7 +26,9 @@ def make_stateful(model: Model, drafts: dict[str, Draft]) -> None:
         _decline_opaque(calls, name)
         for call in calls.callers.get(name, []):
             draft = drafts[call.graph]
-            node = draft.nodes[call.node]
+            node = draft.nodes.get(call.node)
+            if node is None:
+                continue  # it was inlined
             form = ops.call_form_of(model, node)
             # Which resources the callee only reads is no longer what the attribute says.
             draft.set_node(replace(node.with_attrs(_read_only_resource_inputs=None), op=form.stateful))

@@ -133,7 +133,15 @@ def updated_in_few_digits(m: One, x: tf.Tensor) -> tf.Tensor:
     return norm(x, v, mean, variance)
 
 
+def penalty_by_another_conditional(m: One, x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Another conditional of the same boolean differentiates the batch's variance."""
+    v, pair, many = m.layers[0], moments(x), tf.shape(x)[0] > 1
+    chosen = tf.cond(many, lambda: pair, lambda: moving(v))
+    return norm(x, v, *chosen), tf.cond(many, lambda: tf.reduce_sum(tf.square(pair[1])), lambda: 0.0)
+
+
 BODIES = (
+    penalty_by_another_conditional,
     its_end_waits,
     each_waits_for_the_other,
     one_after_the_other,

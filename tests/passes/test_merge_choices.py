@@ -13,7 +13,7 @@ from rewriter.ir import MAIN, Graph, Model, Node
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from rewriter.text import to_text
-from tests.models.v1 import EPSILON, layers, save_v1, v1, variables
+from tests.models.v1 import EPSILON, Options, layers, save_v1, settings, v1, variables, write
 
 
 def merged(before: Model) -> tuple[Model, list[str]]:
@@ -88,3 +88,30 @@ def test_what_is_not_chosen_alike_stays(second: Any, tmp_path: Path) -> None:
     assert after is before
     assert all(reason.endswith(REFUSED[second]) for reason in reasons)
     assert len(reasons) == 2
+
+
+def test_two_pairs_that_wait_for_each_other_are_not_both_merged(tmp_path: Path) -> None:
+    with settings(Options(control_flow_v2=True)):
+        x, p = v1.placeholder(tf.float32, [None, 4, 4, 6], name="x"), v1.placeholder(tf.bool, [], name="p")
+        held = [variables_of(name) for name in ("a", "b")]
+        batch = tf.nn.moments(x, [0, 1, 2])
+
+        def chosen(which: int, layer: int, after: Any = None) -> Any:
+            with tf.control_dependencies([] if after is None else [after]):
+                statistic = tf.identity(batch[which])
+            return v1.cond(p, lambda: statistic, lambda: tf.identity(held[layer][2 + which]))
+
+        mean_a, variance_b = chosen(0, 0), chosen(1, 1)
+        mean_b, variance_a = chosen(0, 1, mean_a), chosen(1, 0, variance_b)
+        pairs = ((mean_a, variance_a), (mean_b, variance_b))
+        y = sum(v1.nn.batch_normalization(x, *pair, v[1], v[0], EPSILON) for pair, v in zip(pairs, held, strict=True))
+        write(tmp_path / "m", {"x": x, "p": p}, {"y": y})
+    after, reasons = merged(load(tmp_path / "m"))
+    assert len(reasons) == 1
+    assert reasons[0].endswith("which choose its statistics, run one after the other")
+    assert sum(n.op in ("If", "StatelessIf") for n in after.graphs[MAIN].nodes.values()) == 3
+
+
+def variables_of(scope: str) -> Any:
+    with v1.variable_scope(scope):
+        return variables(6)

@@ -16,7 +16,7 @@ from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from tests.models.chosen import CHOSEN_MODELS, NORMS, Chosen
 from tests.models.forms import IMAGE
-from tests.test_fused import TOLERANCE, batch, difference
+from tests.test_fused import FUSING, TOLERANCE, batch, difference
 
 Paths = Callable[[str], Path]
 
@@ -79,6 +79,32 @@ def test_two_modes_of_one_function_are_chosen_and_differentiated(tmp_path: Path)
     assert (report.sites_found, report.sites_fused) == (2, 2)
     done = subprocess.run([sys.executable, "-c", DIFFERENTIATED, tmp_path], capture_output=True, text=True, check=False)
     assert done.stdout == "fine\n", done.stderr[-2000:]
+
+
+class Nested(Chosen):
+    """One layer runs under another condition than its mode, itself in a conditional."""
+
+    def call(self, x: tf.Tensor, training: tf.Tensor) -> tf.Tensor:
+        def norm() -> tf.Tensor:
+            return tf.cond(tf.reduce_max(x) > 1.0, lambda: self.norm(x, self.layers[0], training), lambda: x + 1.0)
+
+        y = tf.cond(tf.reduce_mean(x) > 0.0, norm, lambda: x + 2.0)
+        return self.norm(tf.ensure_shape(y, x.shape), self.layers[1], training)
+
+
+@pytest.mark.parametrize("name", ["chosen_moments_inside", "chosen_two_kernels_updated"])
+def test_a_layer_under_another_condition(name: str, tmp_path: Path) -> None:
+    module = Nested(NORMS[name])
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
+    loaded = tf.saved_model.load(str(tmp_path / "f"))
+    for index in range(6):
+        x, training = batch(index, IMAGE) * [1.0, -1.0, 0.01][index % 3], tf.constant(index < 3)
+        seen = []
+        for each in (loaded, module):
+            y = each.serve(x, training).numpy()
+            seen.append([y, *(s.numpy() for v in each.layers for s in (v.moving_mean, v.moving_variance))])
+        assert difference(*seen) < TOLERANCE
 
 
 DIFFERENTIATED = """
