@@ -55,14 +55,24 @@ def _chosen(model: Model, site: Site) -> Iterator[Edit]:
     found = cone(model, graph, Value(site.node))
     if not found.ends or site.node in model.analysis_of(graph, loop_frames):
         return
-    if found.others:
-        raise DeclinedError(f"{found.others[0] or 'its caller'} uses it whatever the mode is")
     choosing = {edge.node for edge, _ in found.ends}
     kinds = {graph.nodes[name].op in SWITCHES for name in choosing}
     if kinds == {True}:
         yield from _Switched(model, graph, site, found).edits()
     elif kinds == {False} and len(choosing) == 1:
         yield from _Moved(model, graph, site, found, Branches(model, graph, graph.nodes[choosing.pop()])).edits()
+
+
+def _always_used(model: Model, site: Site, found: Cone) -> bool:
+    """Whether something uses a kernel whatever is chosen.
+
+    Raises:
+        DeclinedError: naming it, where the graph computes the batch norm in the other mode too.
+    """
+    others = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
+    if found.others and any(other.variables & site.variables for other in others):
+        raise DeclinedError(f"{found.others[0] or 'its caller'} uses it whatever the mode is")
+    return bool(found.others)
 
 
 class _Switched:
@@ -72,6 +82,7 @@ class _Switched:
         self.model, self.graph, self.site = model, graph, site
         self.node = graph.nodes[site.node]
         self.uses = model.analysis_of(graph, consumers)
+        self.cone = found
         self.switches = [graph.nodes[edge.node] for edge, _ in found.ends]
         self.made: dict[Value, tuple[Expr, Expr]] = {}
 
@@ -83,6 +94,8 @@ class _Switched:
             return
         self.predicate, on = predicates.pop(), bool(ports.pop())
         if self._only(self.site.node, on) or leads_to(self.model, self.graph, [self.site.node], {self.predicate.node}):
+            return
+        if _always_used(self.model, self.site, self.cone):
             return
         if any(Value(self.site.node, port) in self.uses for port in GRADIENTS):
             raise DeclinedError(HELD)
@@ -124,6 +137,8 @@ class _Moved:
         if len(users) != 1 or leads_to(self.model, self.graph, [self.site.node], {self.branches.predicate.node}):
             return
         (self.on,) = users
+        if _always_used(self.model, self.site, self.cone):
+            return
         if not self.branches.own:
             raise DeclinedError(f"the branches of {self.branches.node.name} are called elsewhere too")
         if any(Value(self.site.node, port) in self.model.analysis_of(self.graph, consumers) for port in GRADIENTS):

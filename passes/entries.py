@@ -85,14 +85,14 @@ def _running(model: Model, name: str, known: Mapping[Value, bool], found: dict[s
             _running(model, callee, inner, found)
 
 
-def _trains(site: Site, assumed: Assumption) -> bool:
+def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
     """Whether a site may train, as far as is known: it is not settled that its mode, or its updates', is another."""
-    if not site.training:
-        return False
-    if site.mode == "both" and any(assumed.settles(e) and assumed.passes(e) for e in site.parameters.get(MEAN, ())):
+    known = running.get(site.graph, [])
+    held = site.parameters.get(MEAN, ()) if site.mode == "both" else ()
+    if not site.training or all(any(a.settles(e) and a.passes(e) for e in held) for a in known):
         return False
     updates = [edge for edges in site.statistics.values() for edge in edges]
-    return not updates or any(assumed.passes(edge) for edge in updates)
+    return not updates or any(a.passes(edge) for edge in updates for a in running.get(edge.graph, ()))
 
 
 def _boolean(model: Model, graph: Graph, value: Value) -> bool:
@@ -111,12 +111,12 @@ def training_trace(model: Model, serving: Entry) -> Entry | None:
         return {
             bn.name
             for bn in model.analysis(batch_norms)
-            if any(not training or _trains(s, known) for s in bn.sites for known in reached.get(s.graph, ()))
+            if any(s.graph in reached and (not training or _trains(s, reached)) for s in bn.sites)
         }
 
-    def rank(entry: Entry) -> tuple[bool, bool, str]:
+    def rank(entry: Entry) -> tuple[int, bool, bool, str]:
         alike = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
-        return "__call__" not in entry.paths, not alike, entry.function
+        return -len(names(entry, training=True)), "__call__" not in entry.paths, not alike, entry.function
 
     wanted = names(serving, training=False)
     of_root = [e for e in model.entries.values() if any("." not in p for p in e.paths)]

@@ -174,7 +174,7 @@ class Fusable:
                 node = self.model.graphs[holder].nodes[name]
                 before = self.dtype(self.model.graphs[holder], node.inputs[0])
                 after = self.dtype(self.model.graphs[holder], Value(name))
-                if before not in HALVES or after not in WIDE:
+                if after not in WIDE or before == "float64" or before not in (*WIDE, *HALVES):
                     raise DeclinedError(
                         f"{name} casts x to {after}, but not both for its statistics and to normalise it"
                     )

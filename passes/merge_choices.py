@@ -23,6 +23,12 @@ MOVED = ("Const", "Identity", "ReadVariableOp")
 """Ops of a branch that only passes on what it is given, or reads it."""
 
 
+def _only_reads(branch: Graph, names: Iterable[str]) -> bool:
+    """Whether nodes, which another one waits for, do no more than read, nor what they wait for."""
+    nodes = [branch.nodes[name] for name in names]
+    return all(n.op in (*MOVED, ARG, "NoOp") and _only_reads(branch, n.after) for n in nodes)
+
+
 @dataclass(frozen=True)
 class MergeChoices:
     """Let one ``If`` choose a batch norm's mean and variance, where two choose by the same boolean.
@@ -100,9 +106,9 @@ class _Merged:
         dtype = ops.output_dtype(self.model, branch, value)
         if node.op == ARG:
             return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
-        if node.op not in MOVED or node.after:
+        if node.op not in MOVED or not _only_reads(branch, node.after):
             raise DeclinedError(
-                f"{node.name} ({node.op}) computes its mean in a branch, and its variance is in another"
+                f"{node.name} ({node.op}), which gives its mean in a branch of its own, does more than read"
             )
         attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
         return Apply(dtype, node.op, tuple(self._moved(on, v) for v in node.inputs), attrs)

@@ -140,7 +140,33 @@ def penalty_by_another_conditional(m: One, x: tf.Tensor) -> tuple[tf.Tensor, tf.
     return norm(x, v, *chosen), tf.cond(many, lambda: tf.reduce_sum(tf.square(pair[1])), lambda: 0.0)
 
 
+def two_conditionals(m: One, x: tf.Tensor) -> tf.Tensor:
+    """Mean and variance are chosen apart, and TensorFlow lets each branch wait for its read."""
+    v, many, (mean, variance) = m.layers[0], tf.shape(x)[0] > 1, moments(x)
+    chosen = tf.cond(many, lambda: mean, v.moving_mean.read_value)
+    return norm(x, v, chosen, tf.cond(many, lambda: variance, v.moving_variance.read_value))
+
+
+def moments_in_more_digits(m: One, x: tf.Tensor) -> tf.Tensor:
+    v, wide = m.layers[0], tf.cast(x, tf.float64)
+    mean, variance = (tf.cast(s, tf.float32) for s in moments(wide))
+    averaged(v, mean, variance)
+    return norm(x, v, mean, variance)
+
+
+FUSED = (two_conditionals, moments_in_more_digits)
+
+
+@pytest.mark.parametrize("body", FUSED)
+def test_what_only_looks_different_is_fused(body: Body, tmp_path: Path) -> None:
+    module = One(body)
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
+    assert (report.sites_found, report.sites_fused, report.declined) == (1, 1, [])
+
+
 BODIES = (
+    *FUSED,
     penalty_by_another_conditional,
     its_end_waits,
     each_waits_for_the_other,

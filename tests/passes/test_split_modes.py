@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,6 +126,26 @@ for modes in itertools.product((tf.constant(True), tf.constant(False)), repeat=2
         assert np.abs(a - b).max() < 1e-5 * np.abs(a).max()
 print("fine")
 """
+
+
+def with_modes(module: Twice, first: bool, second: bool) -> Any:
+    def call(x: tf.Tensor) -> tf.Tensor:
+        return module.both(x, tf.constant(first), tf.constant(second))
+
+    return tf.function(call, module.serve.input_signature[:1])
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+def test_of_two_training_functions_the_one_that_trains_most_is_train(fuse: bool, tmp_path: Path) -> None:
+    chosen, module = Twice(), tf.Module()
+    module.layers = chosen.layers
+    for name, modes in (("a_part", (True, False)), ("b_train", (True, True)), ("serve", (False, False))):
+        setattr(module, name, with_modes(chosen, *modes))
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
+    bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40, fuse=fuse)
+    loaded, x = tf.saved_model.load(str(tmp_path / "q")), batch(0, IMAGE)
+    found, wanted = loaded.quantization.train(x), module.b_train(x)
+    assert difference([found.numpy()], [wanted.numpy()]) < TOLERANCE
 
 
 FIXED = {
