@@ -69,10 +69,12 @@ def _always_used(model: Model, site: Site, found: Cone) -> bool:
     Raises:
         DeclinedError: naming it, where the graph computes the batch norm in the other mode too.
     """
-    others = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
-    if found.others and any(other.variables & site.variables for other in others):
+    if not found.others:
+        return False
+    modes = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
+    if any(other.variables & site.variables for other in modes):
         raise DeclinedError(f"{found.others[0] or 'its caller'} uses it whatever the mode is")
-    return bool(found.others)
+    return True
 
 
 class _Switched:

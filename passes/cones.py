@@ -38,7 +38,7 @@ def cone(model: Model, graph: Graph, start: Value) -> Cone:
     found: dict[str, None] = {}
     ends: dict[tuple[Edge, Value], None] = {}
     others: dict[str, None] = {}
-    named = held(model) if graph.name == MAIN else frozenset()
+    named = model.analysis(held) if graph.name == MAIN else frozenset()
     waiting = [start]
     while waiting:
         value = waiting.pop(0)

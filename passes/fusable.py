@@ -29,9 +29,6 @@ INSIDE |= {"StridedSlice"}
 """Ops that the kernel may stand for. Others between them, as Switch or StopGradient, mean something of their own."""
 
 
-HALVES = frozenset(DTYPES) - WIDE
-"""Dtypes whose values a cast to a wide one keeps."""
-
 Bring = Callable[[str, Value], Expr]
 """How a value of a graph, of this dtype, comes to where it is needed."""
 
@@ -174,7 +171,7 @@ class Fusable:
                 node = self.model.graphs[holder].nodes[name]
                 before = self.dtype(self.model.graphs[holder], node.inputs[0])
                 after = self.dtype(self.model.graphs[holder], Value(name))
-                if after not in WIDE or before == "float64" or before not in (*WIDE, *HALVES):
+                if before not in DTYPES or after not in WIDE:  # to fewer digits
                     raise DeclinedError(
                         f"{name} casts x to {after}, but not both for its statistics and to normalise it"
                     )

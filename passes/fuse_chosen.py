@@ -12,7 +12,7 @@ from passes.branches import FIRST, Branches
 from passes.declined import DeclinedError
 from passes.fusable import Fusable, replaced
 from passes.kernel import Normalised, normalised
-from passes.predicates import assumption, choice, decided_by
+from passes.predicates import assumption, choice, switches
 from passes.roles import MEAN, VARIANCE
 from passes.updates import only_assigned
 from rewriter import ops
@@ -78,8 +78,7 @@ class _Merged:
         self.batch = [v for _, v in values[self.training]]
         self.moving = dict(zip(STATISTICS, when[not self.training], strict=True))
         self.switches: dict[Expr, tuple[Expr, Expr]] = {}
-        nodes = [node for node in self.graph.nodes.values() if node.op == "Switch"]
-        self.gates = {n.name for n in nodes if decided_by(self.graph, n.inputs[1]) == self.predicate}
+        self.gates = self.model.analysis_of(self.graph, switches).get(self.predicate, frozenset())
 
     def edits(self) -> Iterator[Edit]:
         """Both kernels, and what the averages take."""

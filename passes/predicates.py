@@ -68,6 +68,15 @@ def decided_by(graph: Graph, predicate: Value) -> Value:
     return predicate
 
 
+def switches(_: Model, graph: Graph) -> Mapping[Value, frozenset[str]]:
+    """The Switches of a graph, by the boolean that decides them (to be memoised)."""
+    found: dict[Value, set[str]] = {}
+    for node in graph.nodes.values():
+        if node.op == "Switch":
+            found.setdefault(decided_by(graph, node.inputs[1]), set()).add(node.name)
+    return {predicate: frozenset(names) for predicate, names in found.items()}
+
+
 def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
     """The Switches that a value passes on its way: what decides, and for which value it is passed on."""
     passed = (v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES)

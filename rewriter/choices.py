@@ -82,8 +82,8 @@ def _called(model: Model, graph: Graph, leaf: Leaf, node: Node, seen: frozenset[
         callee = model.graphs[name]
         for inner in _leaves(model, callee, Edge(name, "", port), callee.results[port].value, proxies=leaf.proxies):
             if inner.graph == name and callee.nodes[inner.value.node].op == ARG:
-                outside = node.inputs[form.first + callee.arguments.index(inner.value.node)]
-                yield from _leaves(model, graph, inner.edge, outside, seen=seen, proxies=inner.proxies)
+                passed = node.inputs[form.first + callee.arguments.index(inner.value.node)]
+                yield from _leaves(model, graph, inner.edge, passed, seen=seen, proxies=inner.proxies)
             else:
                 yield inner._replace(calls=((graph.name, node.name), *inner.calls))
 

@@ -115,10 +115,14 @@ class Assumption:
     def settles(self, edge: Edge) -> bool:
         """Whether it is known which of several alternatives is taken, of which the value used at an edge is one."""
         if edge.graph != self.graph.name:
-            nodes = [n for n in self.graph.nodes.values() if n.op in BRANCHES]
-            choosing = [n for n in nodes if edge.graph in ops.callees(self.model, n)]
-            return any(self.known(n.inputs[0]) is not None for n in choosing)
+            return edge.graph in self._settled_branches
         return bool(edge.node) and self.chosen(self.graph.nodes[edge.node]) is not None
+
+    @cached_property
+    def _settled_branches(self) -> frozenset[str]:
+        """The functions of If nodes of the graph whose predicates are known."""
+        settled = [n for n in self.graph.nodes.values() if n.op in BRANCHES and self.known(n.inputs[0]) is not None]
+        return frozenset(name for node in settled for name in ops.callees(self.model, node))
 
     @cached_property
     def _unused_branches(self) -> frozenset[str]:

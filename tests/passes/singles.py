@@ -63,12 +63,14 @@ def _port(text: str) -> tuple[str, int]:
     return name, int(port or 0)
 
 
+def line_of(node: Node, attributes: tuple[str, ...] = ()) -> str:
+    """A node as a line of text, with these of its attributes."""
+    kept = {k: v for k, v in node.attrs.items() if k in attributes}
+    graph = Graph(MAIN, {node.name: Node(node.name, node.op, node.inputs, node.after, kept)})
+    return to_text(graph).splitlines()[1].strip()
+
+
 def text_of(after: Model, attributes: tuple[str, ...] = ("data_format", "epsilon", "is_training")) -> list[str]:
     """The lines of the main graph but for the variables; of attributes, those of the kernel."""
-    lines = []
-    for node in after.graphs[MAIN].nodes.values():
-        if node.op not in ("VarHandleOp", "ReadVariableOp"):
-            kept = {k: v for k, v in node.attrs.items() if k in attributes}
-            graph = Graph(MAIN, {node.name: Node(node.name, node.op, node.inputs, node.after, kept)})
-            lines.append(to_text(graph).splitlines()[1].strip())
-    return lines
+    shown = (n for n in after.graphs[MAIN].nodes.values() if n.op not in ("VarHandleOp", "ReadVariableOp"))
+    return [line_of(node, attributes) for node in shown]

@@ -8,11 +8,11 @@ from typing import Any
 import tensorflow as tf
 
 from passes.choose_branch import ChooseBranch
-from rewriter.ir import MAIN, Graph, Model, Node
+from rewriter.ir import MAIN, Graph, Model
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
-from rewriter.text import to_text
 from tests.models.v1 import EPSILON, save_v1, two_fused, v1, variables
+from tests.passes.singles import line_of
 
 SHOWN = ("FusedBatchNormV3", "Merge", "Switch", "StatelessIf")
 
@@ -20,8 +20,7 @@ SHOWN = ("FusedBatchNormV3", "Merge", "Switch", "StatelessIf")
 def lines(graph: Graph) -> list[str]:
     """The first layer's kernels and choices, without attributes."""
     nodes = [n for n in graph.nodes.values() if n.op in SHOWN and (n.name.startswith("norm_0") or graph.name)]
-    bare = [Graph(MAIN, {n.name: Node(n.name, n.op, n.inputs, n.after)}) for n in nodes]
-    return [to_text(each).splitlines()[1].strip().replace("norm_0/", "") for each in bare]
+    return [line_of(node).replace("norm_0/", "") for node in nodes]
 
 
 def chosen(before: Model) -> Model:

@@ -9,11 +9,11 @@ import pytest
 import tensorflow as tf
 
 from passes.merge_choices import MergeChoices
-from rewriter.ir import MAIN, Graph, Model, Node
+from rewriter.ir import MAIN, Graph, Model
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
-from rewriter.text import to_text
 from tests.models.v1 import EPSILON, Options, layers, save_v1, settings, v1, variables, write
+from tests.passes.singles import line_of
 
 
 def merged(before: Model) -> tuple[Model, list[str]]:
@@ -25,8 +25,7 @@ def lines(graph: Graph, prefix: str) -> list[str]:
     """The conditionals and what uses them, without attributes."""
     nodes = [n for n in graph.nodes.values() if n.name.startswith(prefix)]
     shown = [n for n in nodes if n.op == "If" or any(graph.nodes[v.node].op == "If" for v in n.inputs)]
-    bare = [Graph(MAIN, {n.name: Node(n.name, n.op, n.inputs, n.after)}) for n in shown]
-    return [to_text(each).splitlines()[1].strip().replace(prefix, "") for each in bare]
+    return [line_of(node).replace(prefix, "") for node in shown]
 
 
 def test_the_conditional_of_the_variance_chooses_the_mean_too(tmp_path: Path) -> None:
