@@ -1,158 +1,251 @@
-"""Quantisers: how one role's values are rounded to few levels.
+"""Quantisers: how one role's values are rounded to few levels, as functions that TensorFlow runs.
 
-A quantiser is a frozen dataclass; called with a float32 vector, it gives the quantised vector and where
-that is defined. Ranges are over the last axis and follow the values (dynamic). Arithmetic is float32, if
-not said otherwise, without a division by a constant, which Grappler and XLA would change into a product.
+A function works on a vector [C], or on several at once, [R, C], each with limits and a width of its own. What it
+is told besides the values, in this order:
+
+- amount: float32 scalar, how much of the quantised value there is in the result; 0: the value itself, bit for bit;
+- bits: int32 [1] or [R, 1], the width in force; 0: the value itself, bit for bit;
+- limits: float32 [2] or [R, 2], unless the range is dynamic;
+- noise: float32 like the values, from 0 to 1, 1 excluded, where rounding is stochastic.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.roles import MAX_BITS, MIN_BITS
-from rewriter.expr import Expr, Function, constant, op, parameter, select, stop_gradient
-from rewriter.ir import Error
-from rewriter.ops import Dtype
-
-FLOAT = "float32"
-TINY = float(np.finfo(np.float32).tiny)
-DOUBLE = "float64"
-
-
-class Quantized(NamedTuple):
-    """A quantised vector; where `defined` is false, the value itself is to be kept."""
-
-    value: Expr
-    defined: Expr
-
-
-class Quantizer(Protocol):
-    """Rounds a vector of one role's values."""
-
-    @property
-    def bits(self) -> int:
-        """Width of a code, 2 to 16."""
-        ...
-
-    @property
-    def scheme(self) -> str:
-        """Name of the scheme."""
-        ...
-
-    def __call__(self, value: Expr, epsilon: float) -> Quantized:
-        """Quantise a float32 vector [..., C]; `epsilon` is that of the batch norm."""
-        ...
-
-
-def _check_bits(bits: int) -> None:
-    if not MIN_BITS <= bits <= MAX_BITS:
-        raise Error(f"{bits} bits: a width is from {MIN_BITS} to {MAX_BITS}")
-
-
-def _reduce(name: str, value: Expr) -> Expr:
-    return op(name, value, constant(-1, "int32"), keep_dims=True)
-
-
-def _or_one(scale: Expr) -> Expr:
-    """The scale, or 1 where it is zero or subnormal: then every code is zero."""
-    return select(scale >= TINY, scale, constant(1.0, FLOAT))
-
-
-def _clip(code: Expr, top: int) -> Expr:
-    return op("Minimum", op("Maximum", code, 0.0), float(top))
+from passes.ranges import Dynamic, Ema, Fixed, Learned
+from passes.schemes import FLOAT, TINY, Grid, Limits, Scheme
+from rewriter.expr import Apply, Expr, Function, Port, array, constant, op, parameter, select, stop_gradient
+from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
 
 
 @dataclass(frozen=True)
-class Affine:
-    """Equally spaced levels from min(v, 0) to max(v, 0), with zero among them.
+class Kind:
+    """What tells one quantising function from another.
 
-    r = float32(1 / (2^bits - 1)); s = (hi - lo) r; z = round(-lo / s); q = clip(round(v / s) + z, 0, 2^bits - 1);
-    v' = (q - z) s. Rounding is half to even. NaN and infinities are kept and do not count for the range.
-
-    Raises:
-        Error: `bits` is not from 2 to 16.
-    """
-
-    bits: int = 8
-    scheme: ClassVar[str] = "affine"
-
-    def __post_init__(self) -> None:
-        _check_bits(self.bits)
-
-    def __call__(self, value: Expr, epsilon: float) -> Quantized:  # noqa: ARG002  it has no influence here
-        """Quantise a float32 vector [..., C]."""
-        top = 2**self.bits - 1
-        finite = op("IsFinite", value)
-        known = select(finite, value, constant(0.0, FLOAT))
-        low = op("Minimum", _reduce("Min", known), 0.0)
-        high = op("Maximum", _reduce("Max", known), 0.0)
-        scale = _or_one((high - low) * constant(np.float32(1 / top), FLOAT))
-        zero = op("Round", -low / scale)
-        code = _clip(op("Round", value / scale) + zero, top)
-        return Quantized((code - zero) * scale, finite)
-
-
-@dataclass(frozen=True)
-class Log:
-    """Levels equally spaced in log(v + epsilon), for variances: what matters is 1 / sqrt(v + epsilon).
-
-    l = log(v + epsilon); s = (max l - min l) (1 / (2^bits - 1)); q = clip(round((l - min l) / s), 0, 2^bits - 1);
-    v' = max(exp(q s + min l) - epsilon, 0). NaN, infinities and negative values are kept and do not count for
-    the range. Logarithms are float64, rounded to float32 at the end: in float32 two libraries' logarithms
-    differ by enough to move a result by 11 units in the last place. So the least and the greatest value are
-    kept, and zero stays exactly zero.
-
-    Raises:
-        Error: `bits` is not from 2 to 16.
-    """
-
-    bits: int = 8
-    scheme: ClassVar[str] = "log"
-
-    def __post_init__(self) -> None:
-        _check_bits(self.bits)
-
-    def __call__(self, value: Expr, epsilon: float) -> Quantized:
-        """Quantise a float32 vector [..., C] of variances."""
-        top = 2**self.bits - 1
-        defined = (value >= 0.0) & (value < float("inf"))
-        shifted = value + epsilon
-        known = op("Log", op("Cast", select(defined, shifted, constant(1.0, FLOAT)), DstT=Dtype(DOUBLE)))
-        low = _reduce("Min", select(defined, known, constant(float("inf"), DOUBLE)))
-        high = _reduce("Max", select(defined, known, constant(float("-inf"), DOUBLE)))
-        span = high - low
-        scale = select(span >= TINY, span * constant(1 / top, DOUBLE), constant(1.0, DOUBLE))
-        code = _clip(op("Round", (known - low) / scale), top)
-        level = op("Cast", op("Exp", code * scale + low), DstT=Dtype(FLOAT))
-        return Quantized(op("Maximum", level - epsilon, 0.0), defined)
-
-
-def switched(quantizer: Quantizer, epsilon: float, size: int | None, dtype: str = FLOAT, rows: int = 0) -> Function:
-    """A function (active, value) -> value, quantised while `active`, with the gradient of the value itself.
-
-    ``sg(q) + (v - sg(v))`` is q exactly, with gradient 1. What is selected is the result, so that switched
-    off the value itself passes, bit for bit. Values of another dtype are quantised in float32.
-
-    Args:
-        quantizer: how values are rounded.
+    Attributes:
+        scheme: its options; the width is no part of the function.
         epsilon: that of the batch norm.
         size: the number of channels, where it is known.
-        dtype: the value's dtype.
+        dtype: the values' dtype; they are quantised in float32.
+        training: whether it is used in training; says something only where that makes a difference.
+    """
+
+    scheme: Scheme
+    epsilon: float
+    size: int | None
+    dtype: str = FLOAT
+    training: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it is told random numbers."""
+        return self.training and self.scheme.rounding == "stochastic"
+
+    @property
+    def observed(self) -> bool:
+        """Whether its range follows what it quantises, in variables."""
+        return self.training and isinstance(self.scheme.range, Ema)
+
+    @property
+    def usual(self) -> Kind:
+        """The same for all that may be quantised together."""
+        range_ = Fixed(0, 1) if isinstance(self.scheme.range, Fixed) else self.scheme.range
+        if isinstance(range_, Ema) and not self.observed:
+            range_ = Ema()
+        scheme = replace(self.scheme, bits=8, range=range_, narrow_range=self.scheme.narrow)
+        return replace(self, scheme=scheme, training=self.stochastic or self.observed)
+
+    @property
+    def plain(self) -> Kind:
+        """The same for all whose function is the same: how limits come about is not part of it."""
+        range_ = Ema() if isinstance(self.scheme.range, Ema) else self.scheme.range
+        return replace(self.usual, scheme=replace(self.scheme, bits=8, range=range_), training=self.stochastic)
+
+
+def quantizing(kind: Kind, rows: int = 0) -> Function:
+    """The function of a kind: (amount, bits, limits?, noise?, value) -> value.
+
+    The result is q a + v (1 - a) for the quantised value q and the amount a. It is ``sg(q a + v (1 - a)) + (v -
+    sg(v))``, which is exact with gradient 1; where codes are clipped, the gradient is 1 - a. What is selected is
+    the result, so that switched off the value itself passes, bit for bit.
+
+    Args:
+        kind: the scheme and the values.
         rows: how many vectors the value holds, each in a row of its own; 0 for a single vector.
     """
-    active, value = parameter("active", "bool"), parameter("value", dtype)
-    quantized = quantizer(_cast(value, FLOAT), epsilon)
-    through = stop_gradient(_cast(quantized.value, dtype)) + (value - stop_gradient(value))
-    result = select(op("LogicalAnd", active, quantized.defined), through, value)
-    suffix = ("" if size is None else f"_{size}_channels") + ("" if dtype == FLOAT else f"_{dtype}")
-    suffix += f"_{rows}_rows" if rows else ""
-    name = f"bnqat_{quantizer.scheme}_{quantizer.bits}_bits_epsilon_{epsilon:.9g}{suffix}"
-    shape = None if size is None else (rows, size) if rows else (size,)
-    return Function(re.sub(r"\W", "_", name), (active, value), ((), shape), result)
+    scheme = kind.scheme
+    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", kind.dtype)
+    told = [amount, bits]
+    shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
+    given = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
+    noise = parameter("noise", FLOAT) if kind.stochastic else None
+    shape = None if kind.size is None else (rows, kind.size) if rows else (kind.size,)
+    if given is not None:
+        told.append(given)
+        shapes.append((rows, 2) if rows else (2,))
+    if noise is not None:
+        told.append(noise)
+        shapes.append(shape)
+    quantized = _Quantized(kind, _cast(value, FLOAT), bits, given, noise)
+    acting = (op("Greater", amount, 0.0)) & op("Greater", bits, 0)
+    result = select(acting & quantized.defined, quantized.through(value, amount), value)
+    name = "_".join(
+        [
+            f"bnqat_{scheme.name}_{scheme.range.name}",
+            *(["narrow"] if scheme.narrow and not scheme.usually_narrow else []),
+            *(["full"] if scheme.usually_narrow and not scheme.narrow else []),
+            *(["stochastic"] if kind.stochastic else []),
+            f"epsilon_{kind.epsilon:.9g}",
+            *([] if kind.size is None else [f"{kind.size}_channels"]),
+            *([] if kind.dtype == FLOAT else [kind.dtype]),
+            *([f"{rows}_rows"] if rows else []),
+        ]
+    )
+    return Function(re.sub(r"\W", "_", name), (*told, value), (*shapes, shape), result)
+
+
+def piped(graph: str, size: int, dtype: str) -> Function:
+    """The function of a pipeline that is a graph: (amount, bits, value) -> value; its gradient is its own."""
+    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", dtype)
+    raw = _cast(value, FLOAT)
+    attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
+    attrs["_output_shapes"] = shapes_attr([(size,)])
+    made = Apply(FLOAT, "PartitionedCall", (raw,), attrs, "pipeline")
+    blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
+    acting = (op("Greater", amount, 0.0)) & op("Greater", bits, 0)
+    result = select(acting, _cast(blend, dtype), value)
+    name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
+    return Function(name, (amount, bits, value), ((), (1,), (size,)), result)
+
+
+class _Quantized:
+    """A float32 value on the grid of its width and limits."""
+
+    def __init__(self, kind: Kind, value: Expr, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
+        scheme = kind.scheme
+        self.kind = kind
+        self.raw = value
+        self.bits = bits
+        self.defined = scheme.defined(value)
+        coordinate = scheme.coordinate(value, kind.epsilon)
+        self.limits = _split(given) if given is not None else scheme.seen(coordinate, self.defined)
+        wide = Limits(*(_cast(limit, scheme.dtype) for limit in self.limits))
+        self.grid: Grid = scheme.grid(wide, bits)
+        self.position = self.grid.position(coordinate)
+        code = _rounded(self.position, noise)
+        if self.grid.zero is not None:
+            code = code + self.grid.zero
+        bottom = constant(0.0, scheme.dtype) if self.grid.bottom is None else self.grid.bottom
+        kept = op("Minimum", op("Maximum", code, bottom), self.grid.top)
+        self.inside = op("Equal", kept, code)
+        self.steps = kept if self.grid.zero is None else kept - self.grid.zero
+        self.value = scheme.value(self.grid.level(self.steps), kind.epsilon)
+
+    def through(self, value: Expr, amount: Expr) -> Expr:
+        """The quantised value, as much as there is to be of it, with its gradients; `value` has its own dtype."""
+        rest = constant(1.0, FLOAT) - amount
+        blend = stop_gradient(_cast(self.value * amount + self.raw * rest, value.dtype))
+        passed = value - stop_gradient(value)
+        if isinstance(self.kind.scheme.range, Dynamic):
+            return blend + passed  # nothing is clipped
+        passed = passed * _cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
+        if not isinstance(self.kind.scheme.range, Learned):
+            return blend + passed
+        return blend + passed + _cast(self._of_limits(amount), value.dtype)
+
+    def _of_limits(self, amount: Expr) -> Expr:
+        """Zeros, with the gradient of the quantised value for the limits."""
+        scheme = self.kind.scheme
+        size = self.kind.size
+        if size is None:
+            raise AssertionError("a learned range is for vectors of known size")
+        inside = _cast(self.inside, scheme.dtype)
+        of_high = (self.steps - self.position * inside) * self.grid.reciprocal
+        slope = scheme.slope(self.value, self.kind.epsilon)
+        factor = scheme.step_gradient_factor(self.bits, size) * amount
+        factor = factor if slope is None else factor * slope
+        result = _zero(self.limits.high) * self._gradient(of_high, factor)
+        if scheme.has_low:
+            of_low = constant(1.0, scheme.dtype) - inside - of_high
+            result = result + _zero(self.limits.low) * self._gradient(of_low, factor)
+        return result
+
+    def _gradient(self, slope: Expr, factor: Expr) -> Expr:
+        """What the gradient is multiplied with; 0 where no value is quantised."""
+        return stop_gradient(select(self.defined, _cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
+
+
+def _zero(value: Expr) -> Expr:
+    """0, with gradient 1."""
+    return value - stop_gradient(value)
+
+
+def _rounded(position: Expr, noise: Expr | None) -> Expr:
+    if noise is None:
+        return op("Round", position)
+    below = op("Floor", position)
+    up = op("Less", _cast(noise, position.dtype), position - below)
+    return below + _cast(up, position.dtype)
+
+
+def _cast(value: Expr, dtype: str) -> Expr:
+    return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))
+
+
+def _split(limits: Expr) -> Limits:
+    """The two limits in [..., 2], each [..., 1]."""
+    attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
+    low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
+    return Limits(low, Port(limits.dtype, low, 1))
+
+
+def observing(kind: Kind, rows: int = 0) -> Function:
+    """A function (value, limits) -> limits: moved towards the least and greatest value, as `Ema` says.
+
+    Limits are float32 [2], or [R, 2]. Where no value counts, they stay.
+    """
+    scheme = kind.scheme
+    if not isinstance(scheme.range, Ema):
+        raise AssertionError("only moving averages are moved")
+    value, old = parameter("value", kind.dtype), parameter("limits", FLOAT)
+    wide = _cast(value, FLOAT)
+    defined = scheme.defined(wide)
+    low, high = (_cast(e, FLOAT) for e in scheme.seen(scheme.coordinate(wide, kind.epsilon), defined))
+    attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "Tidx": dtype_attr("int32")}
+    seen = Apply(FLOAT, "ConcatV2", (low, high, constant(-1, "int32")), attrs)
+    counted = op("Any", defined, constant(-1, "int32"), keep_dims=True)
+    momentum = np.float32(scheme.range.momentum)
+    new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)
+    name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{kind.epsilon:.9g}"
+    name += ("" if kind.size is None else f"_{kind.size}_channels") + ("" if kind.dtype == FLOAT else f"_{kind.dtype}")
+    name += f"_{rows}_rows" if rows else ""
+    shape = None if kind.size is None else (rows, kind.size) if rows else (kind.size,)
+    shapes = (shape, (rows, 2) if rows else (2,))
+    return Function(re.sub(r"\W", "_", name), (value, old), shapes, select(counted, new, old))
+
+
+def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | None) -> Expr:
+    """The limits [L, 2] of learned scales [L] and low limits [L]; None among the schemes for what has none.
+
+    scale counts as max(|scale|, TINY), for the width that a scheme starts with.
+    """
+    bottoms, tops, lows = np.zeros(len(schemes), np.float32), np.zeros(len(schemes), np.float32), []
+    for index, scheme in enumerate(schemes):
+        lows.append(scheme is not None and scheme.has_low)
+        if scheme is not None:
+            bottoms[index], tops[index] = scheme.codes(scheme.bits)
+    size = op("Maximum", op("Abs", scale), TINY)
+    limits = [size * array(bottoms), size * array(tops)]
+    if low is not None:
+        held = low * array(np.array(lows, np.float32))
+        limits = [held + limit for limit in limits]
+    attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "axis": attr(1)}
+    return Apply(FLOAT, "Pack", tuple(limits), attrs)
 
 
 def row(size: int, dtype: str) -> Function:
@@ -160,7 +253,3 @@ def row(size: int, dtype: str) -> Function:
     quantized, value = parameter("quantized", dtype), parameter("value", dtype)
     name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
     return Function(name, (quantized, value), ((size,), (size,)), op("Identity", quantized))
-
-
-def _cast(value: Expr, dtype: str) -> Expr:
-    return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))

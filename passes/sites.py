@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any, Literal
 
@@ -23,7 +23,8 @@ STATISTICS = {MEAN: 1, VARIANCE: 2}
 
 FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 TAG = ops.PROXY
-"""Attribute of the node that quantises its last input: JSON with role, scheme, bits, range, batch_norm."""
+"""Attribute of the node that quantises its last input: JSON as in
+`rewriter.report.SiteReport`."""
 
 Mode = Literal["training", "inference", "both"]
 
@@ -47,6 +48,7 @@ class Site:
         parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
             a change of shape or dtype, and in the gradients that the same graph holds.
         statistics: the uses of the batch's statistics on their way to the moving averages, by role.
+        assigns: (graph, node) of what updates the moving averages themselves, by role; a biased average first.
         variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
             variance; None where it has no such variable. The latter two are also known from their updates.
         runs: (graph, node) of what updates the moving averages, as far out as it is called.
@@ -66,6 +68,7 @@ class Site:
     inputs: Mapping[str, tuple[Edge, ...]]
     parameters: Mapping[str, tuple[Edge, ...]]
     statistics: Mapping[str, tuple[Edge, ...]]
+    assigns: Mapping[str, tuple[tuple[str, str], ...]]
     variables: frozenset[tuple[str | None, ...]]
     runs: tuple[tuple[str, str], ...]
     quantized: tuple[Mapping[str, Any], ...]
@@ -124,6 +127,7 @@ def _unknown(graph: str, node: str, why: str) -> Site:
         inputs={},
         parameters={},
         statistics={},
+        assigns={},
         variables=nothing,
         runs=(),
         quantized=(),
@@ -178,7 +182,7 @@ class _Fused:
                 found = update(model, graph, Value(node.name, port))
                 # Whatever else the graph does with them: these outputs have no other purpose.
                 uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
-                self.updates[role] = Update(tuple(uses), found.runs, found.targets, found.weight, found.proxies)
+                self.updates[role] = replace(found, edges=tuple(uses))
 
 
 class _Decomposed:
@@ -252,6 +256,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         inputs=form.inputs,
         parameters={r: e for r, e in edges.items() if e},
         statistics={role: u.edges for role, u in form.updates.items()},
+        assigns={role: u.assigns for role, u in form.updates.items()},
         variables=frozenset(tuple(_keys(*o)) for o in both),
         runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
         quantized=tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),

@@ -102,7 +102,7 @@ def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
         for edge in model.analysis_of(graph, consumers).get(Value(argument), ()):
             yield Rewire(edge._replace(graph=name), constant(value, "bool"), argument)
         yield from _settled(model, graph, name, known)
-    yield Dispatch(graph.name, argument, names[True], names[False])
+    yield Dispatch(graph.name, Use("bool", Value(argument)), names[True], names[False])
 
 
 def _bodies(model: Model, graph: Graph, known: Assumption) -> dict[str, None]:

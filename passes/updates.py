@@ -35,6 +35,7 @@ class Update:
         edges: where it enters the arithmetic of an average, or an assignment.
         runs: (graph, node) of what assigns, or calls what assigns, in the outermost graph that was met.
         targets: what is assigned, as (graph, resource or reference), the moving average last.
+        assigns: (graph, node) of what assigns, in the order of the targets.
         weight: the constant with which the statistic enters; None where it is not one.
         proxies: (graph, node) of the quantisers on the way.
     """
@@ -42,16 +43,18 @@ class Update:
     edges: tuple[Edge, ...] = ()
     runs: tuple[tuple[str, str], ...] = ()
     targets: tuple[tuple[str, Value], ...] = ()
+    assigns: tuple[tuple[str, str], ...] = ()
     weight: float | None = None
     proxies: tuple[tuple[str, str], ...] = ()
 
 
 class _Reached(NamedTuple):
-    """An assignment that a statistic reaches: where it entered, who runs it, and what is assigned."""
+    """An assignment that a statistic reaches: where it entered, who runs it, what is assigned, and by which node."""
 
     entered: Edge
     run: tuple[str, str]
     target: tuple[str, Value]
+    assign: tuple[str, str]
 
 
 Calls = tuple[tuple[str, str], ...]
@@ -73,6 +76,7 @@ def update(
         edges,
         tuple(dict.fromkeys(r.run for r in found)),
         tuple(dict.fromkeys(r.target for r in found)),
+        tuple(dict.fromkeys(r.assign for r in found)),
         weights[0] if weights else None,
         tuple(walk.proxies),
     )
@@ -176,7 +180,7 @@ class _Walk:
                 yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
                 run = calls[0] if calls else (graph.name, user.name)
-                yield _Reached(entered or edge, run, (graph.name, user.inputs[0]))
+                yield _Reached(entered or edge, run, (graph.name, user.inputs[0]), (graph.name, user.name))
                 yield from self._read_again(graph, user, entered or edge, calls)
             elif ops.PROXY in user.attrs:
                 if edge.position == len(user.inputs) - 1:

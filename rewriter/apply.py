@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 from rewriter.draft import Draft, define
 from rewriter.edit import (
@@ -21,6 +20,7 @@ from rewriter.edit import (
     Duplicate,
     Edit,
     Expose,
+    Import,
     Inline,
     MainSignature,
     Note,
@@ -33,11 +33,23 @@ from rewriter.edit import (
     Skip,
     Sweep,
 )
-from rewriter.expr import Function
 from rewriter.frames import ENTERS
-from rewriter.ir import MAIN, Attrs, Effect, Endpoint, Error, Model, Node, Signature, Value, Variable, unused
+from rewriter.ir import (
+    MAIN,
+    Attrs,
+    Edge,
+    Effect,
+    Endpoint,
+    Error,
+    Model,
+    Node,
+    Signature,
+    Value,
+    Variable,
+    unused,
+)
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, functions_in, shapes_attr
+from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, shapes_attr, with_functions
 from rewriter.shapes import shape_of
 from rewriter.sweep import sweep
 
@@ -55,10 +67,11 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     if all(isinstance(e, Skip | Note) for e in batch):
         return model
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
-    model = _add_functions(model, [e.function for e in batch if isinstance(e, Define)])
+    model = _add_functions(model, [e for e in batch if isinstance(e, Define | Import)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
-    model = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
+    model, choosing = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
+    batch += choosing
     model = _expose(model, batch)
     drafts = _Drafts(model)
     signed = dict(model.main_signatures)
@@ -141,13 +154,15 @@ def _add_variables(model: Model, variables: list[Variable]) -> Model:
     )
 
 
-def _add_functions(model: Model, functions: list[Function]) -> Model:
-    graphs = dict(model.graphs)
-    for function in functions:
-        if function.name in graphs:
-            raise Error(f"the model has a function {function.name} already")
-        graphs[function.name] = define(function)
-    return replace(model, graphs=graphs)
+def _add_functions(model: Model, edits: Iterable[Define | Import]) -> Model:
+    graphs, gradients = dict(model.graphs), dict(model.gradients)
+    for edit in edits:
+        for graph in edit.graphs if isinstance(edit, Import) else (define(edit.function),):
+            if graph.name in graphs:
+                raise Error(f"the model has a function {graph.name} already")
+            graphs[graph.name] = graph
+        gradients |= edit.gradients if isinstance(edit, Import) else {}
+    return replace(model, graphs=graphs, gradients=gradients)
 
 
 def _add_clones(model: Model, clones: list[Clone]) -> Model:
@@ -161,7 +176,7 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
         nodes = source.nodes
         if clone.callees:
             nodes = {
-                n.name: replace(n, attrs={k: _renamed(v, clone.callees) for k, v in n.attrs.items()})
+                n.name: replace(n, attrs={k: with_functions(v, clone.callees) for k, v in n.attrs.items()})
                 for n in source.nodes.values()
             }
         arguments = source.arguments
@@ -203,8 +218,10 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
     return replace(model, graphs=graphs, copies=(*model.copies, *copies))
 
 
-def _dispatch(model: Model, edits: list[Dispatch]) -> Model:
+def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]:
+    """Functions that call one of two others, and the edits by which each is told which."""
     graphs = dict(model.graphs)
+    choosing = []
     for edit in edits:
         graph = graphs[edit.graph]
         arguments = {name: graph.nodes[name] for name in graph.arguments}
@@ -218,13 +235,14 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> Model:
             "_lower_using_switch_merge": attr(value=True),  # as tf.cond has it; else the branches are not optimised
             "output_shapes": shapes_attr([shape_of(model, graph, result.value) for result in graph.results]),
         }
-        inputs = tuple(Value(argument) for argument in (edit.argument, *graph.arguments))
+        inputs = tuple(Value(argument) for argument in (graph.arguments[0], *graph.arguments))
+        choosing.append(Rewire(Edge(graph.name, name, 0), edit.condition, name))
         node = Node(name, "If" if graph.stateful else "StatelessIf", inputs, attrs=attrs)
         results = tuple(result._replace(value=Value(name, port)) for port, result in enumerate(graph.results))
         effects = (Effect(name, name),) if graph.stateful else ()
         nodes = {**arguments, name: node}
         graphs[edit.graph] = replace(graph, nodes=nodes, results=results, effects=effects)
-    return replace(model, graphs=graphs) if edits else model
+    return (replace(model, graphs=graphs) if edits else model), choosing
 
 
 def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
@@ -235,17 +253,6 @@ def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
     shapes = type(old)()
     shapes.list.shape.extend([*(old.list.shape[i] for i in inputs), *old.list.shape[len(inputs) :]])
     return {**attrs, "_input_shapes": shapes}
-
-
-def _renamed(value: Any, names: Mapping[str, str]) -> Any:
-    """An attribute with functions' names replaced; the attribute itself where it has none of them."""
-    if not any(name in names for name in functions_in(value)):
-        return value
-    copy = type(value)()
-    copy.CopyFrom(value)
-    for function in copy.list.func if copy.WhichOneof("value") == "list" else (copy.func,):
-        function.name = names.get(function.name, function.name)
-    return copy
 
 
 def _expose(model: Model, batch: list[Edit]) -> Model:

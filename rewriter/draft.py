@@ -58,6 +58,8 @@ class Draft:
         stack = [expr]
         while stack:
             e = stack[-1]
+            if isinstance(e, PerCall) and self.entry and e.inner not in self._placed:
+                self.place(e.inner, e.label)
             waiting = [] if e in self._placed else [i for i in self._operands(e) if i not in self._placed]
             if waiting:
                 stack.extend(reversed(waiting))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function
-from rewriter.ir import Edge, Endpoint, Exposed, Value, Variable
+from rewriter.ir import Edge, Endpoint, Exposed, Gradient, Graph, Value, Variable
 
 
 @dataclass(frozen=True)
@@ -131,13 +131,13 @@ class Dispatch:
     """Let a function do no more than call one of two others, which take and return what it does.
 
     Attributes:
-        argument: of the function, a boolean.
-        then: what it calls where the argument is True.
-        otherwise: what it calls where it is False.
+        condition: a boolean, from the function's arguments and variables alone.
+        then: what it calls where the condition holds.
+        otherwise: what it calls where it does not.
     """
 
     graph: str
-    argument: str
+    condition: Expr
     then: str
     otherwise: str
 
@@ -147,6 +147,14 @@ class Define:
     """Add a function that expressions call."""
 
     function: Function
+
+
+@dataclass(frozen=True)
+class Import:
+    """Add functions that were made elsewhere, and gradient functions among them, by the kind of op they are for."""
+
+    graphs: tuple[Graph, ...]
+    gradients: Mapping[str, Gradient] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -220,6 +228,7 @@ Edit = (
     | Dispatch
     | Inline
     | Define
+    | Import
     | AddVariable
     | Expose
     | AddSignature

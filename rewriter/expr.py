@@ -113,7 +113,7 @@ class PerCall(Expr):
 
     label: str
     inner: Expr
-    shape = ()
+    shape: tuple[int, ...] = ()
 
 
 Operand = Expr | bool | int | float
@@ -138,9 +138,9 @@ def array(value: np.ndarray) -> Apply:
     return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(value)})
 
 
-def per_call(label: str, inner: Expr) -> PerCall:
-    """`inner`, computed once per call of the model; arguments that carry it are named `label`."""
-    return PerCall(inner.dtype, label, inner)
+def per_call(label: str, inner: Expr, shape: tuple[int, ...] = ()) -> PerCall:
+    """`inner`, of this shape, computed once per call of the model; arguments that carry it are named `label`."""
+    return PerCall(inner.dtype, label, inner, shape)
 
 
 @cache
@@ -238,7 +238,10 @@ def _call_attrs(function: Function) -> Mapping[str, Any]:
 def _inline(expr: Expr, made: dict[Expr, Expr]) -> Expr:
     """An expression with others in place of parameters; each part is made once."""
     if expr not in made:
-        if isinstance(expr, Apply) and expr.inputs:
+        if isinstance(expr, Port):
+            of = _inline(expr.of, made)
+            made[expr] = replace(expr, of=of) if isinstance(of, Apply) else expr
+        elif isinstance(expr, Apply) and expr.inputs:
             made[expr] = replace(expr, inputs=tuple(_inline(i, made) for i in expr.inputs))
         else:
             made[expr] = expr

@@ -154,6 +154,13 @@ class Variable:
     node: str = ""
 
 
+class Gradient(NamedTuple):
+    """A function that differentiates ops of one kind, and how it is called: a ``SavedConcreteFunction``."""
+
+    function: str
+    signature: Any
+
+
 class Spec(NamedTuple):
     """Name, dtype and shape of one tensor that goes in or out (shape None: unknown rank; -1: unknown)."""
 
@@ -247,6 +254,8 @@ class Model:
         object_based: whether it has an object graph, as TensorFlow 2 writes it; TensorFlow 1's has collections.
         constants: the main graph's nodes of captured constants, by their number in the object graph.
         op_defs: op definitions that the model brings for ops that may not be registered here.
+        gradients: what differentiates each kind of op that has a gradient of its own.
+        values: what the source's checkpoint holds, by key; read when it is asked for.
         source: what `rewriter.savedmodel` needs to write the model again; nothing else looks into it.
     """
 
@@ -262,7 +271,9 @@ class Model:
     copies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     object_based: bool = True
     constants: Mapping[int, str] = field(default_factory=dict)
+    gradients: Mapping[str, Gradient] = field(default_factory=dict, compare=False)
     op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)
+    values: Callable[[str], Any] | None = field(default=None, compare=False, repr=False)
     source: Any = field(default=None, compare=False, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     _graph_memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared by its successors
@@ -286,6 +297,19 @@ class Model:
     def new_key(self, name: str) -> str:
         """The checkpoint key that TensorFlow would give a new variable of this name."""
         return f"{name}/.ATTRIBUTES/VARIABLE_VALUE" if self.object_based else name
+
+    def value_of(self, key: str) -> Any:
+        """The value of a variable, as the source's checkpoint or the pass that added it has it; a NumPy array.
+
+        Raises:
+            Error: it cannot be read.
+        """
+        variable = self.variables[key]
+        if variable.initial is not None:
+            return variable.initial
+        if self.values is None:
+            raise Error(f"the model brings no value of {variable.name}")
+        return self.values(key)
 
     def root_entries(self, attribute: str) -> tuple[Entry, ...]:
         """The concrete functions that the root holds under this name (one per trace)."""

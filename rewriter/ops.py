@@ -111,6 +111,17 @@ def callees(model: Model, node: Node) -> tuple[str, ...]:
     return tuple(name for key in form.callees if key in node.attrs for name in functions_in(node.attrs[key]))
 
 
+def with_functions(value: Any, names: Mapping[str, str]) -> Any:
+    """An attribute with functions' names replaced; the attribute itself where it has none of them."""
+    if not any(name in names for name in functions_in(value)):
+        return value
+    copy = type(value)()
+    copy.CopyFrom(value)
+    for function in copy.list.func if copy.WhichOneof("value") == "list" else (copy.func,):
+        function.name = names.get(function.name, function.name)
+    return copy
+
+
 def functions_in(value: Any) -> Iterator[str]:
     """The names of the functions that an attribute refers to."""
     kind = value.WhichOneof("value")

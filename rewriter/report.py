@@ -46,7 +46,8 @@ class SiteReport:
         mode: ``training``, ``inference``, or ``both`` where the graph chooses while it runs.
         status: ``float``, ``quantised`` or ``skipped``.
         reason: why it is skipped; empty otherwise.
-        quantizers: for each quantiser there: role, scheme, bits, range, batch_norm.
+        quantizers: for each quantiser there: role, scheme, bits at first, range, rounding, narrow_range, batch_norm,
+            layer (its place in variables for each layer), and use: parameter, statistic (of a batch) or average.
     """
 
     graph: str

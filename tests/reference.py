@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -10,36 +11,140 @@ F = np.float32
 TINY = np.finfo(F).tiny
 
 
-def affine(v: np.ndarray, bits: int, _epsilon: float = 0.0) -> np.ndarray:
-    """Equally spaced levels from min(v, 0) to max(v, 0). float32 [C] -> float32 [C]."""
-    top = 2**bits - 1
-    finite = np.isfinite(v)
-    known = np.where(finite, v, F(0))
-    low, high = np.minimum(known.min(), F(0)), np.maximum(known.max(), F(0))
-    scale = F(F(high - low) * F(1 / top))
-    scale = scale if scale >= TINY else F(1)
-    zero = np.round(-low / scale)
+class Quantized(NamedTuple):
+    """What a vector [C] becomes, and the gradients of its elements.
+
+    Attributes:
+        value: the quantised vector, float32 [C].
+        inside: whether a code is not clipped, [C]: then the gradient for v is 1, else 0.
+        of_high, of_low: the gradient of a learned range's limits, [C], before the factor.
+    """
+
+    value: np.ndarray
+    inside: np.ndarray
+    of_high: np.ndarray
+    of_low: np.ndarray
+
+
+def codes(scheme: str, bits: int, narrow: bool) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    if scheme in ("symmetric", "power_of_two"):
+        return -(2 ** (bits - 1)) + int(narrow), 2 ** (bits - 1) - 1
+    return 0, 2**bits - 1 - int(narrow)
+
+
+def rounded(position: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
+    """Half to even, or up where the noise is less than the fraction."""
+    if noise is None:
+        nearest: np.ndarray = np.round(position)
+        return nearest
+    below: np.ndarray = np.floor(position)
+    rounded_up: np.ndarray = below + (noise.astype(position.dtype) < position - below)
+    return rounded_up.astype(position.dtype)
+
+
+def counted(scheme: str, v: np.ndarray) -> np.ndarray:
+    """Which values are quantised."""
     with np.errstate(invalid="ignore"):
-        code = np.clip(np.round(v / scale) + zero, F(0), F(top))
-    return np.where(finite, (code - zero) * scale, v).astype(F)
+        known: np.ndarray = (v >= 0) & (v < np.inf) if scheme == "log" else np.isfinite(v)
+    return known
 
 
-def log(v: np.ndarray, bits: int, epsilon: float) -> np.ndarray:
-    """Levels equally spaced in log(v + epsilon). float32 [C] -> float32 [C]."""
-    top = 2**bits - 1
+def seen(scheme: str, v: np.ndarray, epsilon: float) -> tuple[np.floating, np.floating]:
+    """The limits of a vector, in the scheme's coordinate."""
+    known = v[counted(scheme, v)]
+    if scheme == "log":
+        logs = np.log((known + F(epsilon)).astype(np.float64))
+        return logs.min(initial=np.inf), logs.max(initial=-np.inf)
+    return known.min(initial=F(0)), known.max(initial=F(0))
+
+
+def quantize(
+    scheme: str,
+    v: np.ndarray,
+    bits: int,
+    epsilon: float = 0.0,
+    *,
+    narrow: bool = False,
+    limits: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+) -> Quantized:
+    """A float32 vector with its range, or with given limits (float32 [2], in the scheme's coordinate)."""
+    bottom, top = codes(scheme, bits, narrow)
+    defined = counted(scheme, v)
+    low, high = seen(scheme, v, epsilon) if limits is None else (limits[0], limits[1])
+    step: np.floating
+    reciprocal: float | np.floating
     with np.errstate(all="ignore"):
-        defined = (v >= 0) & (v < np.inf)
-        if not defined.any():
-            return v
-        shifted = v + F(epsilon)
-        known = np.log(np.where(defined, shifted, F(1)).astype(np.float64))
-        low, high = known[defined].min(), known[defined].max()
-        scale = (high - low) * (1 / top) if high - low >= TINY else 1.0
-        code = np.clip(np.round((known - low) / scale), 0, top)
-        level = np.exp(code * scale + low).astype(F)
-        return np.where(defined, np.maximum(level - F(epsilon), F(0)), v).astype(F)
+        if scheme == "log":
+            logs = np.log(np.where(defined, v + F(epsilon), F(1)).astype(np.float64))
+            low, high = np.float64(low), np.float64(high)
+            step = (high - low) * (1 / top) if high - low >= TINY else np.float64(1)
+            position = (logs - low) / step
+            raw = rounded(position, noise)
+            code = np.clip(raw, 0, top)
+            level = np.maximum(np.exp(code * step + low).astype(F) - F(epsilon), F(0))
+            inside, rest = code == raw, code
+            slope, reciprocal = level + F(epsilon), 1 / top
+        else:
+            step, zero, reciprocal = linear(scheme, F(low), F(high), bits, narrow)
+            position = v / step
+            raw = rounded(position, noise) + zero
+            code = np.clip(raw, F(bottom), F(top))
+            level = (code - zero) * step
+            inside, rest = code == raw, code - zero
+            slope = np.ones_like(v)
+        of_high = ((rest - position * inside) * reciprocal).astype(F) * slope
+        of_low = ((~inside).astype(F) - ((rest - position * inside) * reciprocal)).astype(F) * slope
+    return Quantized(
+        np.where(defined, level, v).astype(F),
+        inside | ~defined,
+        np.where(defined, of_high, F(0)),
+        np.where(defined, of_low, F(0)) * F(scheme in ("affine", "log")),
+    )
+
+
+def linear(scheme: str, low: np.float32, high: np.float32, bits: int, narrow: bool) -> tuple[np.float32, ...]:
+    """The scale, the zero point, and how the scale grows with the upper limit."""
+    bottom, top = codes(scheme, bits, narrow)
+    reciprocal, zero = F(1 / top), F(0)
+    if scheme == "affine":
+        step = F(F(high - low) * reciprocal)
+    elif scheme == "symmetric":
+        step = F(max(high, -low) * reciprocal) if narrow else max(F(high * reciprocal), F(-low * F(-1 / bottom)))
+    else:
+        greatest = max(high, -low)
+        step = F(0)
+        if greatest >= TINY:
+            mantissa, exponent = np.frexp(np.float64(greatest))
+            step = F(2.0 ** (float(exponent) - float(mantissa == 0.5) - bits + 1))
+            step = step if step >= TINY else F(0)  # kernels take subnormal numbers for zero
+            if not (step * F(top) >= high and step * F(bottom) <= low):
+                step = F(step * F(2))
+    step = step if step >= TINY else F(1)
+    if scheme == "affine":
+        zero = np.round(-low / step)
+    return step, zero, reciprocal
+
+
+def ema(scheme: str, v: np.ndarray, limits: np.ndarray, momentum: float, epsilon: float = 0.0) -> np.ndarray:
+    """The limits after one step with a vector."""
+    if not counted(scheme, v).any():
+        return limits
+    now = np.array(seen(scheme, v, epsilon)).astype(F)
+    return limits * F(momentum) + now * (F(1) - F(momentum))
 
 
 def reference(scheme: str) -> Callable[[np.ndarray, int, float], np.ndarray]:
-    """The reference of a scheme: (vector, bits, epsilon) -> vector."""
-    return affine if scheme == "affine" else log
+    """A scheme with a dynamic range: (vector, bits, epsilon) -> vector."""
+    return lambda v, bits, epsilon: quantize(scheme, v, bits, epsilon).value
+
+
+def affine(v: np.ndarray, bits: int, _epsilon: float = 0.0) -> np.ndarray:
+    """`Affine` of a dynamic range. float32 [C] -> float32 [C]."""
+    return quantize("affine", v, bits).value
+
+
+def log(v: np.ndarray, bits: int, epsilon: float) -> np.ndarray:
+    """`Log` of a dynamic range. float32 [C] -> float32 [C]."""
+    return quantize("log", v, bits, epsilon).value

@@ -12,11 +12,15 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from passes.roles import ROLES
 from tests import reference
 from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, settings, v1, write
 
 Paths = Callable[[str], Path]
 OFF = 2**40
+CONTROLS = {f"quantization/{name}" for name in ("step", "start_step", "ramp_steps")} | {
+    f"quantization/{widths}/{role}" for widths in ("bits", "layer_bits") for role in ROLES
+}
 WITH_TRAIN_OP = [
     "v1_by_hand",
     "v1_by_hand_if",
@@ -185,7 +189,8 @@ def test_derived_training_is_the_sources_training(rewritten: Any) -> None:
     for name in ("v1_two_fused", "v1_two_fused_serving"):
         loaded = tf.saved_model.load(str(rewritten(name, start_step=OFF, momentum=0.9)))
         outputs = loaded.signatures["train"](x=tf.constant(x))["logits"]
-        moved.append([outputs.numpy(), *(v.numpy() for v in loaded.variables if "moving" in v.name)])
+        own = [v for v in loaded.variables if not v.name.startswith("quantization/")]
+        moved.append([outputs.numpy(), *(v.numpy() for v in own if "moving" in v.name)])
     assert len(moved[0]) == 5
     for a, b in zip(*moved, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -230,15 +235,22 @@ def test_upgraded_references_are_reported_and_gone(model: Paths, tmp_path: Path)
 def test_collections_initialisers_and_saver_know_the_new_variables(name: str, rewritten: Any, tmp_path: Path) -> None:
     with session_of(rewritten(name, start_step=7)) as (session, _):
         new = {v.op.name: v for v in v1.global_variables() if v.op.name.startswith("quantization/")}
-        assert sorted(new) == ["quantization/start_step", "quantization/step"]
+        assert set(new) == CONTROLS
         assert not set(new) & {v.op.name for v in v1.trainable_variables()}
         session.run(v1.global_variables_initializer())
-        assert session.run(new) == {"quantization/start_step": 7, "quantization/step": 0}
+        held = session.run(new)
+        assert {k: v for k, v in held.items() if v.ndim == 0} == {
+            "quantization/start_step": 7,
+            "quantization/ramp_steps": 0,
+            "quantization/step": 0,
+            **{f"quantization/bits/{role}": 8 for role in ROLES},
+        }
+        assert all((v == -1).all() for v in held.values() if v.ndim)
         assert session.run(v1.report_uninitialized_variables()).size == 0
         saver = v1.train.Saver()
         saver.save(session, str(tmp_path / "saved"))
     names = dict(tf.train.list_variables(str(tmp_path / "saved")))
-    assert {"quantization/step", "quantization/start_step"} <= set(names)
+    assert set(names) >= CONTROLS
 
 
 def test_rewriting_twice_adds_nothing(rewritten: Any, tmp_path: Path) -> None:

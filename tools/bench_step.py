@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnqat
-from rewriter.app.api import FUSING
+from rewriter.app.lineup import FUSING
 from tools.bench_nets import NETS
 
 Step = Callable[[], Any]

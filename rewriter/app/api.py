@@ -3,36 +3,29 @@
 from __future__ import annotations
 
 import gc
-import operator
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from passes.batch_norm import batch_norms
-from passes.choose_branch import ChooseBranch
-from passes.cut_gradients import CutGradients
-from passes.derive_training import DeriveTraining
-from passes.fuse_batch_norm import FuseBatchNorm
-from passes.inline_branches import InlineBranches
-from passes.merge_choices import MergeChoices
-from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
-from passes.roles import ROLES
-from passes.split_modes import SplitModes
-from passes.unfreeze_constants import UnfreezeConstants
-from passes.upgrade_references import UpgradeReferences
+from passes.pipelines import Function
+from passes.quantize_batch_norm import QuantizeBatchNorm
+from rewriter.app.lineup import lineup
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
+from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.check import check
 from rewriter.ir import Error
-from rewriter.pipeline import Observer, Pass, Pipeline, load_pass
+from rewriter.pipeline import Observer, Pass, Pipeline
 from rewriter.report import Inspection, RewriteReport
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import save
 
-FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
-"""Passes that `fuse` is for."""
+T = TypeVar("T")
+ByRole: TypeAlias = T | Mapping[str, T]
+"""One value for all roles, or values by role."""
 
 
 class NothingToRewriteError(Error):
@@ -72,13 +65,22 @@ def rewrite(
     source: str | Path,
     target: str | Path,
     *,
-    bits: int | Mapping[str, int] = 8,
-    start_step: int = 0,
+    bits: ByRole[int] | None = None,
+    scheme: ByRole[str] | None = None,
+    range: ByRole[str | Sequence[float]] | None = None,  # noqa: A002  what it is called everywhere else
+    range_momentum: ByRole[float] | None = None,
+    rounding: ByRole[str] | None = None,
+    narrow_range: ByRole[bool] | None = None,
+    quantizer: ByRole[Function | str] | None = None,
+    quantize_average: Literal["statistic", "none", "stored"] | None = None,
+    start_step: int | None = None,
+    ramp_steps: int | None = None,
+    freeze_step: int | None = None,
     momentum: float | None = None,
-    quantize_average: Literal["statistic", "none"] = "statistic",
-    unfreeze_constants: bool = False,
-    fuse: bool = True,
-    keep_ref: bool = False,
+    unfreeze_constants: bool | None = None,
+    fuse: bool | None = None,
+    keep_ref: bool | None = None,
+    config: str | Path | Mapping[str, Any] | None = None,
     tags: Collection[str] | None = None,
     passes: Sequence[Pass | str] | None = None,
     overwrite: bool = False,
@@ -91,18 +93,30 @@ def rewrite(
         source: a directory with a SavedModel; it is not changed.
         target: where to write; it must not exist, unless `overwrite` is given.
         bits: the width of every role's codes, 2 to 16, or widths by role (8 for those not named).
+        scheme: "affine", "symmetric", "power_of_two", "log" (the moving variance only) or "none", or these by role.
+        range: "dynamic", "ema", "learned" or two limits, or these by role.
+        range_momentum: of an ema range, 0.99 if not given.
+        rounding: "nearest", or "stochastic" in training.
+        narrow_range: one code fewer.
+        quantizer: a function (vector, context) -> vector in place of a scheme, or its name as "module:function".
+        quantize_average: what is quantised on the way into the moving averages: a batch's "statistic", the average
+            before it is "stored", or "none".
         start_step: the first step at which quantisers act.
+        ramp_steps: for how many steps from there on float and quantised values are blended.
+        freeze_step: the first step at which training uses the moving statistics and no longer updates them; if not
+            given, there is no such phase.
         momentum: of derived training, where the source does not say it.
-        quantize_average: whether a batch's statistics are quantised before they enter the moving averages.
         unfreeze_constants: make batch norms' parameters that are constants variables again.
         fuse: let the fused kernel compute batch norms that are in single ops, and only the mode that is chosen run.
         keep_ref: leave TensorFlow 1's reference variables as they are; then the result can be trained
             in V1 sessions only.
+        config: a TOML file with options, or what one would hold; what is given beside it counts.
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
             ``unfreeze-constants``, ``split-modes``, ``merge-choices``, ``fuse-batch-norm``, ``choose-branch``,
-            ``derive-training``, ``inline-branches``, ``cut-gradients``, ``quantize-batch-norm``, or ``module:Class``.
+            ``derive-training``, ``inline-branches``, ``cut-gradients``, ``freeze-statistics``,
+            ``quantize-batch-norm``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -111,22 +125,9 @@ def rewrite(
         NothingToRewriteError: no pass changed anything; the message says why.
         Error: the model cannot be read or written, or an option is out of range.
     """
-    widths = dict(bits) if isinstance(bits, Mapping) else dict.fromkeys(ROLES, operator.index(bits))
-    known: dict[str, Pass] = {
-        "upgrade-references": UpgradeReferences(keep=keep_ref),
-        "unfreeze-constants": UnfreezeConstants(),
-        "split-modes": SplitModes(),
-        "merge-choices": MergeChoices(),
-        "fuse-batch-norm": FuseBatchNorm(),
-        "choose-branch": ChooseBranch(),
-        "derive-training": DeriveTraining(momentum),
-        "inline-branches": InlineBranches(),
-        "cut-gradients": CutGradients(),
-        "quantize-batch-norm": QuantizeBatchNorm(**with_bits(widths), average=quantize_average, start_step=start_step),
-    }
-    wanted = {"unfreeze-constants": unfreeze_constants, **dict.fromkeys(FUSING, fuse)}
-    default = [name for name in known if wanted.get(name, True)]
-    chosen = [_named(p, known) if isinstance(p, str) else p for p in (default if passes is None else passes)]
+    given = {name: value for name, value in locals().items() if name in (*OF_QUANTIZER, *Settings.model_fields)}
+    options = settings(config, given)
+    chosen = lineup(options, passes)
     target = Path(target)
     if not dry_run:
         refuse_overlap(Path(source), target)
@@ -146,11 +147,3 @@ def rewrite(
         return {**asdict(replace(report, other_changes=changes)), "batch_norms": [asdict(bn) for bn in found]}
 
     return replace(report, other_changes=save(after, target, overwrite, log))
-
-
-def _named(name: str, known: Mapping[str, Pass]) -> Pass:
-    if name in known:
-        return known[name]
-    if ":" not in name:
-        raise Error(f"there is no pass {name!r}; there are {', '.join(known)}, and your own as module:Class")
-    return load_pass(name)

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
-from click.core import ParameterSource
 
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
 if TYPE_CHECKING:
+    from rewriter.app.settings import Settings
     from rewriter.pipeline import Step
     from rewriter.report import Inspection, RewriteReport
 
@@ -34,14 +34,27 @@ PASSES = (
     "derive-training",
     "inline-branches",
     "cut-gradients",
+    "freeze-statistics",
     "quantize-batch-norm",
 )
 """By name; `rewriter.app.api` makes them, which takes TensorFlow."""
 
 OPTIONS_OF = {
-    "bits": "quantize-batch-norm",
-    "start_step": "quantize-batch-norm",
-    "quantize_average": "quantize-batch-norm",
+    **dict.fromkeys(
+        (
+            "bits",
+            "scheme",
+            "range",
+            "rounding",
+            "narrow_range",
+            "quantizer",
+            "quantize_average",
+            "start_step",
+            "ramp_steps",
+        ),
+        "quantize-batch-norm",
+    ),
+    "freeze_step": "freeze-statistics",
     "momentum": "derive-training",
     "keep_ref": "upgrade-references",
     "unfreeze_constants": "unfreeze-constants",
@@ -49,28 +62,68 @@ OPTIONS_OF = {
 """The pass that each option is for."""
 
 
-class Bits(click.ParamType[Any, Any]):
-    """``8`` or ``gamma=4,beta=8``."""
+class ByRole(click.ParamType[Any, Any]):
+    """``8`` or ``gamma=4,beta=8``, with values of another type."""
 
-    name = "bits"
+    def __init__(self, name: str, of: Callable[[str], Any], wrong: str) -> None:
+        """`of` makes a value of a text or raises ValueError; `wrong` says what one looks like."""
+        self.name = name
+        self.of = of
+        self.wrong = wrong
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A width, or widths by role."""
+        """A value, or values by role."""
         if not isinstance(value, str):
             return value
         pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
-        try:
-            widths = {role.strip(): int(width) for role, _, width in pairs}
-        except ValueError:
-            self.fail(f"{value!r} is neither a number nor a list like gamma=4,beta=8", param, ctx)
-        if len(widths) < len(pairs):
-            self.fail(f"{value!r} names a variable twice", param, ctx)
-        for role, width in widths.items():
+        found: dict[str, Any] = {}
+        for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
             if "=" in value and role not in ROLES:
                 self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
-            if not MIN_BITS <= width <= MAX_BITS:
-                self.fail(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}", param, ctx)
-        return widths.get("", widths)
+            if role in found:
+                self.fail(f"{value!r} names {role} twice", param, ctx)
+            try:
+                found[role] = self.of(text)
+            except ValueError:
+                self.fail(f"{text!r}: {self.wrong}", param, ctx)
+        return found.get("", found)
+
+
+def _width(text: str) -> int:
+    if not MIN_BITS <= int(text) <= MAX_BITS:
+        raise ValueError(text)
+    return int(text)
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return check
+
+
+def _limits(text: str) -> str | list[float]:
+    if text in RANGES:
+        return text
+    low, high = text.split(":")
+    return [float(low), float(high)]
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "no": False}[_one_of("yes", "no")(text)]
+
+
+SCHEMES = ("affine", "symmetric", "power_of_two", "log", "none")
+RANGES = ("dynamic", "ema", "learned")
+BITS = ByRole("bits", _width, f"a width is a number from {MIN_BITS} to {MAX_BITS}, or a list like gamma=4,beta=8")
+SCHEME = ByRole("scheme", _one_of(*SCHEMES), f"a scheme is one of {', '.join(SCHEMES)}")
+RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1")
+ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
+NARROW = ByRole("yes|no", _yes, "it is yes or no")
+QUANTIZER = ByRole("module:function", str, "")
+STEPS = click.IntRange(min=0, max=2**63 - 1)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -109,40 +162,44 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
 
 
 @main.command()
-@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
-@click.argument("target", type=click.Path(path_type=Path), metavar="DST")
-@click.option(
-    "--bits", type=Bits(), default=8, show_default=True, help="Width of all codes, or by role: gamma=4,beta=8."
-)
-@click.option(
-    "--start-step",
-    type=click.IntRange(min=0, max=2**63 - 1),
-    default=0,
-    show_default=True,
-    help="First step that quantises.",
-)
-@click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC", required=False)
+@click.argument("target", type=click.Path(path_type=Path), metavar="DST", required=False)
+@click.option("--bits", type=BITS, help="Width of all codes (8 if not given), or by role: gamma=4,beta=8.")
+@click.option("--scheme", type=SCHEME, help=f"How values are rounded, or by role: {', '.join(SCHEMES)}.")
+@click.option("--range", type=RANGE, help="Between which limits, or by role: dynamic, ema, learned, or like -1:1.")
+@click.option("--rounding", type=ROUNDING, help="nearest, or stochastic in training; or by role.")
+@click.option("--narrow-range", type=NARROW, help="One code fewer; or by role.")
+@click.option("--quantizer", type=QUANTIZER, help="Your own function in place of a scheme; or by role.")
 @click.option(
     "--quantize-average",
-    type=click.Choice(["statistic", "none"]),
-    default="statistic",
-    show_default=True,
-    help="What is quantised of the moving averages' update.",
+    type=click.Choice(["statistic", "none", "stored"]),
+    help="What is quantised of the moving averages' update: the batch's statistic (if not given), nothing, or what "
+    "is stored.",
 )
+@click.option("--start-step", type=STEPS, help="First step that quantises (0 if not given).")
+@click.option("--ramp-steps", type=STEPS, help="Steps from there on that blend float and quantised values.")
+@click.option("--freeze-step", type=STEPS, help="First step of training with the moving statistics, not updated.")
+@click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
+@click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with options and rules.")
+@click.option("--print-config", is_flag=True, help="Print the options in force as such a file, and do nothing.")
 @click.option(
-    "--unfreeze-constants", is_flag=True, help="Make batch norms' parameters that are constants variables again."
+    "--unfreeze-constants",
+    is_flag=True,
+    default=None,
+    help="Make batch norms' parameters that are constants variables again.",
 )
 @click.option(
     "--no-fuse",
     "fuse",
     is_flag=True,
     flag_value=False,
-    default=True,
+    default=None,
     help="Leave batch norms that are in single ops, or computed in both modes, as they are.",
 )
 @click.option(
     "--keep-ref",
     is_flag=True,
+    default=None,
     help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
 )
 @TAGS
@@ -156,20 +213,25 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
 @click.option(
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
 )
-def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | None, **options: Any) -> None:
+def rewrite(
+    source: Path | None, target: Path | None, passes: str | None, report_file: Path | None, **options: Any
+) -> None:
     """Write SRC to DST with switchable quantisers on every batch norm, ready to be fine-tuned."""
     names = None if passes is None else [p.strip() for p in passes.split(",") if p.strip()]
-
-    if names is not None and not names:
-        raise click.UsageError("--passes names no pass")
-    if names and not options["fuse"]:
-        raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
-    for option, name in OPTIONS_OF.items():
-        given = click.get_current_context().get_parameter_source(option) == ParameterSource.COMMANDLINE
-        if given and names and name not in names:
-            raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
+    _refuse_unused(names, options)
+    if options.pop("print_config"):
+        with _one_line(tensorflow=False):
+            click.echo(_settings(options).to_toml(), nl=False)
+        return
+    if source is None or target is None:
+        raise click.UsageError(f"Missing argument '{'SRC' if source is None else 'DST'}'.")
+    if names or options["quantizer"] or options["config"]:
+        # A pass or pipeline of one's own may lie in the current directory; last, so that nothing there hides what is
+        # installed.
+        sys.path.append(str(Path.cwd()))
 
     def check() -> None:
+        _settings(options)
         require_model(source)
         if not options["dry_run"]:
             refuse_overlap(source, target)
@@ -177,9 +239,6 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
         if report_file is not None:
             _refuse_report(report_file, source, target)
 
-    if names:
-        # A pass of one's own may lie in the current directory; last, so that nothing there hides what is installed.
-        sys.path.append(str(Path.cwd()))
     with _one_line(check):
         from rewriter.app import api
 
@@ -194,6 +253,26 @@ def rewrite(source: Path, target: Path, passes: str | None, report_file: Path | 
                 raise Error(f"{done} was written, but the report {report_file} was not: {e.strerror}") from e
 
 
+def _settings(options: dict[str, Any]) -> Settings:
+    """The options in force, checked."""
+    from rewriter.app import settings
+
+    own = {k: v for k, v in options.items() if k in (*settings.OF_QUANTIZER, *settings.Settings.model_fields)}
+    return settings.settings(options["config"], own)
+
+
+def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
+    """Refuse options of passes that are not to run."""
+    if names is not None and not names:
+        raise click.UsageError("--passes names no pass")
+    if names and options["fuse"] is False:
+        raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
+    for option, value in options.items():
+        name = OPTIONS_OF.get(option)
+        if value is not None and names and name is not None and name not in names:
+            raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
+
+
 def _refuse_report(report: Path, source: Path, target: Path) -> None:
     if not report.absolute().parent.is_dir():
         raise Error(f"there is no directory {report.parent} to write the report to")
@@ -203,8 +282,8 @@ def _refuse_report(report: Path, source: Path, target: Path) -> None:
 
 
 @contextmanager
-def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
-    """Make the checks, which must not need TensorFlow, and import it quietly.
+def _one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
+    """Make the checks, which must not need TensorFlow, and import it quietly where it is needed.
 
     What a user can mend becomes one line and exit code 2.
     """
@@ -212,8 +291,9 @@ def _one_line(*checks: Callable[[], object]) -> Iterator[None]:
     try:
         for check in checks:
             check()
-        with _quiet():
-            importlib.import_module("rewriter.app.api")
+        if tensorflow:
+            with _quiet():
+                importlib.import_module("rewriter.app.api")
         yield
     except Error as e:
         _fail(str(e))

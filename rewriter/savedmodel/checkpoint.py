@@ -47,10 +47,19 @@ class Checkpoint:
         Raises:
             Error: it cannot be read.
         """
+        value: bytes = self.tensor(key)
+        return value
+
+    def tensor(self, key: str) -> Any:
+        """A tensor, as a NumPy array.
+
+        Raises:
+            Error: it cannot be read.
+        """
         import tensorflow as tf
 
         try:
-            value: bytes = self._reader.get_tensor(key)
+            value: Any = self._reader.get_tensor(key)
         except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as e:
             raise Error(f"cannot read {key} from the checkpoint {self.prefix}: {_first_line(e)}") from e
         return value

@@ -139,6 +139,9 @@ class Additions:
                 self._attach(path, self._list(self.model.captured(value)))
         for name, endpoint in self.model.new_signatures.items():
             self._attach(f"signatures.{name}", self._signature(endpoint))
+        for gradient in self.model.gradients.values():
+            if gradient.signature is not None and gradient.function not in self.objects.concrete_functions:
+                self.objects.concrete_functions[gradient.function].CopyFrom(gradient.signature)
         for entry in self.model.entries.values():
             proto = self.objects.concrete_functions[entry.function]
             del proto.bound_inputs[:]

@@ -11,7 +11,7 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
-from rewriter.ir import MAIN, Error, Graph, Model, Signature
+from rewriter.ir import MAIN, Error, Gradient, Graph, Model, Signature
 from rewriter.savedmodel import v1
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
@@ -73,7 +73,12 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
         trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
     source = Source(path, file.name, proto, index, checkpoint, trackables, {}, protos)
-    model = Model(graphs, op_defs=brought, source=source, object_based=bool(meta.object_graph_def.nodes))
+    values = None if checkpoint is None else checkpoint.tensor
+    objects = bool(meta.object_graph_def.nodes)
+    registered = meta.graph_def.library.registered_gradients
+    concrete = dict(meta.object_graph_def.concrete_functions)
+    gradients = {g.registered_op_type: Gradient(g.gradient_func, concrete.get(g.gradient_func)) for g in registered}
+    model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
     model = _of_objects(model, meta) if model.object_based else _of_collections(model, meta)
     if checkpoint is None and model.variables:
         raise Error(f"{path} has variables but no directory 'variables' with their values")

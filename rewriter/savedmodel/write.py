@@ -179,7 +179,8 @@ def _write_graphs(model: Model, meta: Any) -> None:
     graph_def = meta.graph_def
     library = type(graph_def.library)()
     library.gradient.extend(graph_def.library.gradient)
-    library.registered_gradients.extend(graph_def.library.registered_gradients)
+    for kind, gradient in model.gradients.items():
+        library.registered_gradients.add(registered_op_type=kind, gradient_func=gradient.function)
     find = _definitions(model, meta)
     for name, graph in model.graphs.items():
         if name != MAIN:

@@ -73,7 +73,8 @@ def test_rewrite_and_inspect_the_result(model: Paths, tmp_path: Path) -> None:
     report = json.loads(report_file.read_text())
     assert report["sites_found"] == report["sites_rewritten"] == 2
     assert report["skipped"] == []
-    assert report["variables_added"] == ["quantization/step", "quantization/start_step"]
+    assert report["variables_added"][:3] == ["quantization/step", "quantization/start_step", "quantization/ramp_steps"]
+    assert len(report["variables_added"]) == 3 + 2 * 4
     assert report["schema_version"] == 1
     log = json.loads((tmp_path / "out/assets.extra/bnqat.json").read_text())
     assert log["batch_norms"][0]["sites"]

@@ -12,8 +12,7 @@ import tensorflow as tf
 
 import bnqat
 from passes.controls import step
-from passes.quantize_batch_norm import QuantizeBatchNorm, with_bits
-from passes.quantizers import Affine
+from passes.quantize_batch_norm import QuantizeBatchNorm
 from passes.sites import sites
 from rewriter.edit import Skip
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
@@ -39,7 +38,7 @@ stateful function f(x: float32, g: resource, b: resource, m: resource, v: resour
 }
 """
 AFTER = """\
-stateful function f(x: float32, g: resource, b: resource, m: resource, v: resource, start: resource, step: resource)
+stateful function f(x: float32, g: resource, b: resource, m: resource, v: resource)
 gamma = ReadVariableOp(g)
 beta = ReadVariableOp(b)
 mean = ReadVariableOp(m)
@@ -47,29 +46,67 @@ variance = ReadVariableOp(v)
 bn = FusedBatchNormV3(x, bn/gamma, bn/beta, mean, variance)
 new_mean = AssignVariableOp(m, bn/moving_mean/AddV2)
 new_variance = AssignVariableOp(v, bn/moving_variance/AddV2)
-bn/ReadVariableOp = ReadVariableOp(step)
-bn/ReadVariableOp_1 = ReadVariableOp(start)
-bn/GreaterEqual = GreaterEqual(bn/ReadVariableOp, bn/ReadVariableOp_1)
+bn/Const = Const()
+bn/GatherV2 = GatherV2(bits/ConcatV2, bn/Const, bits/Const)
 bn/stacked = Pack(gamma, beta)
-bn/quantized = PartitionedCall(bn/GreaterEqual, bn/stacked)
+bn/quantized = PartitionedCall(amount/SelectV2, bn/GatherV2, bn/stacked)
 bn/Unpack = Unpack(bn/quantized)
 bn/gamma = PartitionedCall(bn/Unpack, gamma)
 bn/beta = PartitionedCall(bn/Unpack:1, beta)
 bn/moving_mean/Const = Const()
 bn/moving_mean/Mul = Mul(mean, bn/moving_mean/Const)
-bn/moving_mean/moving_mean = PartitionedCall(bn/GreaterEqual, bn:1)
 bn/moving_mean/Const_1 = Const()
-bn/moving_mean/Mul_1 = Mul(bn/moving_mean/moving_mean, bn/moving_mean/Const_1)
+bn/moving_mean/GatherV2 = GatherV2(bits/ConcatV2, bn/moving_mean/Const_1, bits/Const)
+bn/moving_mean/moving_mean = PartitionedCall(amount/SelectV2, bn/moving_mean/GatherV2, bn:1)
+bn/moving_mean/Const_2 = Const()
+bn/moving_mean/Mul_1 = Mul(bn/moving_mean/moving_mean, bn/moving_mean/Const_2)
 bn/moving_mean/AddV2 = AddV2(bn/moving_mean/Mul, bn/moving_mean/Mul_1)
 bn/moving_variance/Mul = Mul(variance, bn/moving_mean/Const)
-bn/moving_variance/moving_variance = PartitionedCall(bn/GreaterEqual, bn:2)
-bn/moving_variance/Mul_1 = Mul(bn/moving_variance/moving_variance, bn/moving_mean/Const_1)
+bn/moving_variance/Const = Const()
+bn/moving_variance/GatherV2 = GatherV2(bits/ConcatV2, bn/moving_variance/Const, bits/Const)
+bn/moving_variance/moving_variance = PartitionedCall(amount/SelectV2, bn/moving_variance/GatherV2, bn:2)
+bn/moving_variance/Mul_1 = Mul(bn/moving_variance/moving_variance, bn/moving_mean/Const_2)
 bn/moving_variance/AddV2 = AddV2(bn/moving_variance/Mul, bn/moving_variance/Mul_1)
 effect new_mean = new_mean
 effect new_variance = new_variance
-effect bn/ReadVariableOp = bn/ReadVariableOp
-effect bn/ReadVariableOp_1 = bn/ReadVariableOp_1
 }
+"""
+
+CONTROLS = """\
+amount/ReadVariableOp = ReadVariableOp(quantization/step)
+amount/ReadVariableOp_1 = ReadVariableOp(quantization/start_step)
+amount/Sub = Sub(amount/ReadVariableOp, amount/ReadVariableOp_1)
+amount/ReadVariableOp_2 = ReadVariableOp(quantization/ramp_steps)
+amount/GreaterEqual = GreaterEqual(amount/Sub, amount/ReadVariableOp_2)
+amount/Const = Const()
+amount/GreaterEqual_1 = GreaterEqual(amount/Sub, amount/Const)
+amount/LogicalAnd = LogicalAnd(amount/GreaterEqual, amount/GreaterEqual_1)
+amount/Const_1 = Const()
+amount/Maximum = Maximum(amount/Sub, amount/Const)
+amount/Cast = Cast(amount/Maximum)
+amount/Const_2 = Const()
+amount/Maximum_1 = Maximum(amount/ReadVariableOp_2, amount/Const_2)
+amount/Cast_1 = Cast(amount/Maximum_1)
+amount/RealDiv = RealDiv(amount/Cast, amount/Cast_1)
+amount/SelectV2 = SelectV2(amount/LogicalAnd, amount/Const_1, amount/RealDiv)
+bits/ReadVariableOp = ReadVariableOp(quantization/layer_bits/gamma)
+bits/Const = Const()
+bits/GreaterEqual = GreaterEqual(bits/ReadVariableOp, bits/Const)
+bits/ReadVariableOp_1 = ReadVariableOp(quantization/bits/gamma)
+bits/SelectV2 = SelectV2(bits/GreaterEqual, bits/ReadVariableOp, bits/ReadVariableOp_1)
+bits/ReadVariableOp_2 = ReadVariableOp(quantization/layer_bits/beta)
+bits/GreaterEqual_1 = GreaterEqual(bits/ReadVariableOp_2, bits/Const)
+bits/ReadVariableOp_3 = ReadVariableOp(quantization/bits/beta)
+bits/SelectV2_1 = SelectV2(bits/GreaterEqual_1, bits/ReadVariableOp_2, bits/ReadVariableOp_3)
+bits/ReadVariableOp_4 = ReadVariableOp(quantization/layer_bits/moving_mean)
+bits/GreaterEqual_2 = GreaterEqual(bits/ReadVariableOp_4, bits/Const)
+bits/ReadVariableOp_5 = ReadVariableOp(quantization/bits/moving_mean)
+bits/SelectV2_2 = SelectV2(bits/GreaterEqual_2, bits/ReadVariableOp_4, bits/ReadVariableOp_5)
+bits/ReadVariableOp_6 = ReadVariableOp(quantization/layer_bits/moving_variance)
+bits/GreaterEqual_3 = GreaterEqual(bits/ReadVariableOp_6, bits/Const)
+bits/ReadVariableOp_7 = ReadVariableOp(quantization/bits/moving_variance)
+bits/SelectV2_3 = SelectV2(bits/GreaterEqual_3, bits/ReadVariableOp_6, bits/ReadVariableOp_7)
+bits/ConcatV2 = ConcatV2(bits/SelectV2, bits/SelectV2_1, bits/SelectV2_2, bits/SelectV2_3, bits/Const)
 """
 
 
@@ -80,10 +117,16 @@ def test_text_of_a_training_site() -> None:
     spec = (Spec("x", "float32", None),)
     graphs = {MAIN: Graph(MAIN, {}), "f": from_text(BEFORE)}
     after = quantized(Model(graphs, variables, {"f": Entry("f", spec, spec, keys)}))
-    lines = [re.sub(r" \{.*| -> .*", "", line).strip() for line in to_text(after.graphs["f"]).splitlines()]
-    assert [re.sub("quantization/(start|step)(_step)?", r"\1", line) for line in lines] == AFTER.splitlines()
+    text = re.sub("quantization_(amount|bits)", r"\1", to_text(after.graphs["f"]))
+    lines = [re.sub(r" \{.*| -> .*|, quantization/[^:]*: resource", "", line).strip() for line in text.splitlines()]
+    controls = [line for line in lines if line.startswith(("amount", "bits"))]
+    reads = [line.split(" = ")[0] for line in controls if "= ReadVariableOp(" in line]
+    assert controls == CONTROLS.splitlines()
+    # What a call reads of the controls is read before anything later assigns them.
+    left = [line for line in lines if line not in controls]
+    assert left == [*AFTER.splitlines()[:-1], *(f"effect {read} = {read}" for read in reads), "}"]
     assert "exponential_avg_factor" not in after.graphs["f"].nodes["bn"].attrs
-    constants = [after.graphs["f"].nodes[f"bn/moving_mean/{n}"] for n in ("Const", "Const_1")]
+    constants = [after.graphs["f"].nodes[f"bn/moving_mean/{n}"] for n in ("Const", "Const_2")]
     assert [c.attrs["value"].tensor.float_val[0] for c in constants] == [0.75, 0.25]
     added = [k for k in after.variables if k not in variables]
     assert after.entries["f"].captures == (*keys, *sorted(added))
@@ -258,18 +301,12 @@ def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> 
     body = harness.concrete(on.serve)
     for name, tag in harness.tags(body).items():
         node = body.graph.get_operation_by_name(name)
-        got, raw = harness.fetch(body, [x], [node.outputs[0].name, node.inputs[1].name])
-        quantise = reference.reference(tag["scheme"])
-        np.testing.assert_allclose(got, quantise(raw, 3, 1e-3), rtol=0, atol=2e-7 if tag["scheme"] == "log" else 0)
+        got, raw = harness.fetch(body, [x], [node.outputs[0].name, node.inputs[-1].name])
+        wanted = reference.quantize(tag["scheme"], raw, 3, 1e-3).value
+        np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-7 if tag["scheme"] == "log" else 0)
 
 
-@pytest.mark.parametrize("options", [{"start_step": -1}, {"start_step": 2**63}, {"average": "stored"}])
+@pytest.mark.parametrize("options", [{"start_step": -1}, {"start_step": 2**63}, {"average": "all"}, {"ramp_steps": -1}])
 def test_options_out_of_range(options: dict[str, object]) -> None:
     with pytest.raises(Error):
         QuantizeBatchNorm(**options)  # type: ignore[arg-type]
-
-
-def test_widths_by_role() -> None:
-    assert with_bits({"gamma": 3}) == {"gamma": Affine(3)}
-    with pytest.raises(Error, match="'scale' is no variable of a batch norm"):
-        with_bits({"scale": 3})

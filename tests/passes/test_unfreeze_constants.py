@@ -27,7 +27,7 @@ def test_constants_become_variables_with_their_values(name: str, model: Paths, t
     }
     report = bnqat.rewrite(model(name), tmp_path / "out", unfreeze_constants=True, start_step=2**40)
     assert report.sites_rewritten == 2
-    assert len(report.variables_added) == 8 + 2
+    assert len(report.variables_added) == 8 + 11
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     held = loaded.variables if name == "frozen_v1" else loaded.quantization.variables
     variables = {v.name: v for v in held if "quantization" not in v.name}

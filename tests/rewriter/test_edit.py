@@ -143,7 +143,7 @@ def test_a_per_call_value_is_computed_where_a_call_enters_and_passed_down() -> N
     assert after.graphs["root"].arguments == ("x", "step")
     root = after.graphs["root"].nodes
     assert [n.op for n in root.values()].count("ReadVariableOp") == 1
-    assert root["call"].inputs[1].node == "call/inputs/GreaterEqual"
+    assert root["call"].inputs[1].node == "active/GreaterEqual"
 
 
 def test_branches_of_an_if_get_the_same_arguments() -> None:

@@ -1,0 +1,86 @@
+"""Which quantiser a layer has: the one of the role, changed by the rules that match the layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from passes.batch_norm import BatchNorm
+from passes.layers import Layer
+from passes.pipelines import Pipeline, Quantizer
+from passes.roles import ROLES
+from passes.schemes import Affine, Scheme, altered
+from rewriter.ir import Error, Model
+
+Options = Mapping[str, Any]
+"""Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `Pipeline`."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Other options for some layers.
+
+    Attributes:
+        match: a regular expression, searched in the layer's name and in those of its variables.
+        options: by role, what is different; None leaves the role's values as they are.
+
+    Raises:
+        Error: it is no regular expression, or there is no such role.
+    """
+
+    match: str
+    options: Mapping[str, Options | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.match)
+        except re.error as e:
+            raise Error(f"{self.match!r} is no regular expression: {e}") from e
+        unknown = set(self.options) - set(ROLES)
+        if unknown:
+            raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
+
+    def matches(self, model: Model, bn: BatchNorm) -> bool:
+        """Whether it is about a batch norm."""
+        names = (bn.name, *(model.variables[key].name for key in bn.variables.values()))
+        return any(re.search(self.match, name) for name in names)
+
+    def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
+        """The quantiser that it makes of another."""
+        options = dict(self.options.get(role) or {})
+        if role not in self.options or (quantizer is None and not {"scheme", "quantizer"} & set(options)):
+            return quantizer
+        if self.options[role] is None:
+            return None
+        own = options.pop("quantizer", None)
+        if own is None and isinstance(quantizer, Pipeline) and "scheme" not in options:
+            own = quantizer
+        if isinstance(own, Pipeline):
+            return replace(own, bits=options.get("bits", own.bits))
+        return altered(quantizer if isinstance(quantizer, Scheme) else Affine(), options)
+
+
+def chosen(model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer) -> Quantizer | None:
+    """The quantiser of a role in a layer.
+
+    Raises:
+        Error: rules give different ones to batch norms that share a function.
+    """
+    found: dict[str, Quantizer | None] = {}
+    for bn in layer.batch_norms:
+        quantizer: Quantizer | None = default
+        for rule in rules:
+            if rule.matches(model, bn):
+                quantizer = rule.applied(role, quantizer)
+        found[bn.name] = quantizer
+    if len(set(found.values())) > 1:
+        raise Error(f"{', '.join(found)} share a function, so rules must give them the same quantiser for {role}")
+    return next(iter(found.values()))
+
+
+def unmatched(model: Model, rules: Iterable[Rule], layers: Iterable[Layer]) -> Rule | None:
+    """A rule that is about no layer at all."""
+    found = [bn for layer in layers for bn in layer.batch_norms]
+    return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in found)), None)

@@ -1,0 +1,102 @@
+"""A second phase of training, in which the moving statistics are used and no longer updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from passes.controls import control, step
+from passes.derive_training import TRAIN, TRAIN_SIGNATURE
+from passes.sites import STATISTICS, Site, sites
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Note, Replace, Rewire, SetAttr
+from rewriter.expr import Apply, Use, op, per_call, read
+from rewriter.ir import Error, Model
+
+
+@dataclass(frozen=True)
+class FreezeStatistics:
+    """Let training normalise with the moving statistics, from the step on that `quantization.freeze_step` holds.
+
+    Of the training function there are two then, one branch at its root chooses, and only the chosen one runs: with
+    the batch's statistics, which enter the moving averages; or with the moving statistics as serving has them,
+    quantised if they are there. Everything else in them is the same, dropout and the count of steps included.
+
+    Attributes:
+        freeze_step: the first step of the second phase, the variable's initial value; None: there is no such phase.
+
+    Raises:
+        Error: it is negative or beyond int64.
+    """
+
+    freeze_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.freeze_step is not None and not 0 <= self.freeze_step < 2**63:
+            raise Error(f"freeze_step {self.freeze_step}: it is a number of steps, 0 or more, that fits in an int64")
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Nothing where no freeze step is wanted, or the model has one already.
+
+        Raises:
+            Error: there is no training function whose statistics could be frozen.
+        """
+        if self.freeze_step is None:
+            return
+        limit = control(model, "freeze_step", self.freeze_step)
+        if limit.key in model.variables:
+            return
+        tops = [name for name in (TRAIN, TRAIN_SIGNATURE) if name in model.graphs]
+        if not tops:
+            raise Error(
+                "there is no training function with two phases to make: a freeze step needs a model in TensorFlow 2's "
+                "format, and the pass derive-training"
+            )
+        yield AddVariable(limit)
+        calls = model.analysis(call_graph)
+        # A signature may call the function; then the branch is in the function alone.
+        tops = [name for name in tops if calls.reached(name).isdisjoint(set(tops) - {name})]
+        reached = set().union(*(calls.reached(name) for name in tops))
+        # A function that two others run in a conditional or a loop cannot be differentiated in both.
+        names = {name: f"{name}_frozen" for name in sorted(reached)}
+        for name, copy in names.items():
+            yield Clone(name, copy, names)
+        frozen = per_call("statistics_frozen", read(step(model)) >= read(limit))
+        for top in tops:
+            yield Clone(top, f"{top}_learning")
+            yield Dispatch(top, frozen, names[top], f"{top}_learning")
+        found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
+        left = [s for s in found if not _variables(s)]
+        for site in found:
+            if site not in left:
+                yield from _frozen(model, site, names)
+        if left:
+            yield Note(f"{len(left)} sites, {left[0].node} first, stay as they are when statistics are frozen: {WHY}")
+
+
+WHY = "which variables hold their statistics is not known, or they choose their mode while they run"
+
+
+def _variables(site: Site) -> tuple[str, str] | None:
+    """The keys of its moving statistics."""
+    (_, _, mean, variance), *others = site.variables
+    return None if others or mean is None or variance is None or site.mode == "both" else (mean, variance)
+
+
+def _frozen(model: Model, site: Site, names: dict[str, str]) -> Iterator[Edit]:
+    """Let the copy of a site normalise with its moving statistics, and keep its updates from running."""
+    for role, key in zip(STATISTICS, _variables(site) or (), strict=True):
+        average = read(model.variables[key])
+        for edge in site.inputs[role]:
+            graph = model.graphs[edge.graph]
+            used = graph.nodes[edge.node].inputs[edge.position]
+            batch = Use(ops.output_dtype(model, graph, used), used)
+            value = average if site.kind == "fused" else op("Reshape", average, op("Shape", batch))
+            yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
+        for name, node in site.assigns[role]:
+            if name in names:
+                yield Replace(names[name], node, Apply("", "NoOp", ()))
+    if site.kind == "fused":
+        yield SetAttr(names[site.graph], site.node, "is_training", ops.attr(value=False))
+        yield SetAttr(names[site.graph], site.node, "exponential_avg_factor", None)

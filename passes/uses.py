@@ -1,0 +1,98 @@
+"""What is to be quantised: the uses of batch norms' variables and statistics, and which of them go together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+from passes.pipelines import Wanted
+from passes.predicates import reached
+from passes.quantizers import Kind
+from rewriter.edit import Edit
+from rewriter.expr import Expr, Use
+from rewriter.ir import Graph, Model, Value
+from rewriter.shapes import shape_of
+
+CONDITIONAL = ("Enter", "Merge", "Switch")
+"""Ops of graphs in which some values may not be computed."""
+
+
+class Piped(NamedTuple):
+    """A pipeline, and the dtype of what passes through it."""
+
+    wanted: Wanted
+    dtype: str
+
+
+class Vector(NamedTuple):
+    """One value that is quantised once, however often it is used.
+
+    Attributes:
+        value: as the graph has it, or as an edit of it will.
+        layer: its number.
+        tag: what inspection is told about it.
+        statistic: whether it is a batch's statistic, or an average that is to be stored.
+    """
+
+    graph: str
+    value: Expr
+    kind: Kind | Piped
+    role: str
+    layer: int
+    tag: str
+    statistic: bool
+
+
+class Quantity(NamedTuple):
+    """A vector, the node that uses it, and the edits that let it use another value instead."""
+
+    vector: Vector
+    user: str
+    put: Callable[[Expr], Iterator[Edit]]
+
+
+def groups(model: Model, found: Iterable[Quantity]) -> Iterator[tuple[Vector, ...]]:
+    """The vectors, each once: those of one kind and graph together, where none precedes another.
+
+    Parameters that are read before any is used are together, and so are statistics that no average precedes. A set
+    of ops serves them all, in place of one for each.
+    """
+    by_graph: dict[str, list[Quantity]] = {}
+    for each in found:
+        by_graph.setdefault(each.vector.graph, []).append(each)
+    for name, quantities in by_graph.items():
+        graph = model.graphs[name]
+        together: set[Vector] = set()
+        conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
+        if model.object_based and not conditional:
+            for group in _together(model, graph, quantities):
+                together.update(group)
+                yield group
+        yield from ((v,) for v in dict.fromkeys(q.vector for q in quantities) if v not in together)
+
+
+def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[tuple[Vector, ...]]:
+    statistics = [q for q in found if q.vector.statistic]
+    parameters = [q for q in found if not q.vector.statistic]
+    after = set(reached(model, graph, [q.user for q in statistics]))
+    yield from _of_one_kind(model, graph, statistics, after)
+    after |= set(reached(model, graph, [q.user for q in parameters]))
+    yield from _of_one_kind(model, graph, parameters, after)
+
+
+def _of_one_kind(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[tuple[Vector, ...]]:
+    """Vectors of one kind, but for what is computed after others are used."""
+    kinds: dict[Kind, dict[Vector, None]] = {}
+    for quantity in found:
+        vector = quantity.vector
+        made = vector.value.value if isinstance(vector.value, Use) else None
+        if isinstance(vector.kind, Piped):
+            continue
+        if made and made.node not in after and _whole(model, graph, made, vector.kind.size):
+            kinds.setdefault(vector.kind, {})[vector] = None
+    yield from (tuple(vectors) for vectors in kinds.values() if len(vectors) > 1)
+
+
+def _whole(model: Model, graph: Graph, value: Value, size: int | None) -> bool:
+    """Whether a value is a vector of known size."""
+    return size is not None and shape_of(model, graph, value) == (size,)

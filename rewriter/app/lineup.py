@@ -1,0 +1,103 @@
+"""The passes of a rewrite, in their order, made from its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from passes.choice import Rule
+from passes.choose_branch import ChooseBranch
+from passes.cut_gradients import CutGradients
+from passes.derive_training import DeriveTraining
+from passes.freeze_statistics import FreezeStatistics
+from passes.fuse_batch_norm import FuseBatchNorm
+from passes.inline_branches import InlineBranches
+from passes.merge_choices import MergeChoices
+from passes.pipelines import Pipeline, Quantizer
+from passes.quantize_batch_norm import QuantizeBatchNorm
+from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.roles import ROLES
+from passes.schemes import Affine
+from passes.split_modes import SplitModes
+from passes.unfreeze_constants import UnfreezeConstants
+from passes.upgrade_references import UpgradeReferences
+from rewriter.app.settings import Settings
+from rewriter.app.trace import named, trace
+from rewriter.ir import Error
+from rewriter.pipeline import Pass, load_pass
+
+FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
+"""Passes that `fuse` is for."""
+
+
+def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list[Pass]:
+    """The passes to run: those that are named, or the default ones.
+
+    Raises:
+        Error: there is no pass of a name, or options do not go together.
+    """
+    known = passes_of(options)
+    wanted = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
+    default = [name for name in known if wanted.get(name, True)]
+    return [_named(p, known) if isinstance(p, str) else p for p in (default if names is None else names)]
+
+
+def passes_of(options: Settings) -> dict[str, Pass]:
+    """All passes in their order, by name, with their options."""
+    return {
+        "upgrade-references": UpgradeReferences(keep=options.keep_ref),
+        "unfreeze-constants": UnfreezeConstants(),
+        "split-modes": SplitModes(),
+        "merge-choices": MergeChoices(),
+        "fuse-batch-norm": FuseBatchNorm(),
+        "choose-branch": ChooseBranch(),
+        "derive-training": DeriveTraining(options.momentum),
+        "inline-branches": InlineBranches(),
+        "cut-gradients": CutGradients(),
+        "freeze-statistics": FreezeStatistics(options.freeze_step),
+        "quantize-batch-norm": QuantizeBatchNorm(
+            **{role: quantizer_of(options.quantizer(role), role) for role in ROLES},
+            rules=tuple(Rule(r.match, {role: _changes(r.of(role)) for role in ROLES}) for r in options.rules),
+            average=options.quantize_average,
+            start_step=options.start_step,
+            ramp_steps=options.ramp_steps,
+        ),
+    }
+
+
+def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:
+    """A quantiser from all of its options; None for none."""
+    changes = _changes(options)
+    return Rule("", {role: changes}).applied(role, Affine())
+
+
+def _changes(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Options as `Rule` takes them: objects in place of names; None where there is to be no quantiser."""
+    if options.get("scheme") == "none":
+        return None
+    changes = {k: v for k, v in options.items() if k not in ("range", "range_momentum", "quantizer")}
+    if "range" in options or "range_momentum" in options:
+        changes["range"] = _range(options.get("range", "ema"), options.get("range_momentum"))
+    own = options.get("quantizer")
+    if own is not None:
+        changes["quantizer"] = Pipeline(named(own) if isinstance(own, str) else own, trace)
+    return changes
+
+
+def _range(given: str | Sequence[float], momentum: float | None) -> Range:
+    match given:
+        case "ema":
+            return Ema() if momentum is None else Ema(momentum)
+        case "dynamic" | "learned":
+            return DYNAMIC if given == "dynamic" else Learned()
+        case [low, high]:
+            return Fixed(float(low), float(high))
+    raise AssertionError(given)
+
+
+def _named(name: str, known: Mapping[str, Pass]) -> Pass:
+    if name in known:
+        return known[name]
+    if ":" not in name:
+        raise Error(f"there is no pass {name!r}; there are {', '.join(known)}, and your own as module:Class")
+    return load_pass(name)

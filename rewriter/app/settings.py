@@ -1,0 +1,225 @@
+"""The options of a rewrite: built-in defaults, over them a TOML file, over it what is given directly.
+
+Checked without importing TensorFlow, so that a mistake is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from passes.ranges import Ema, Fixed
+from passes.roles import MAX_BITS, MIN_BITS, ROLES, VARIANCE
+from rewriter.ir import Error
+
+Steps = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+
+REMEDIES = {
+    "per_channel": "a range for each channel changes nothing, as there is one value for each channel; leave it out",
+    "bits": f"a width is a whole number from {MIN_BITS} to {MAX_BITS}; to leave something float, scheme = 'none'",
+    "range": 'it is "dynamic", "ema", "learned" or two numbers, [low, high]',
+}
+"""What to do about a key that is wrong."""
+
+
+class _Options(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+
+class Quantizer(_Options):
+    """Options of one quantiser; what is None is as elsewhere.
+
+    Attributes:
+        scheme: "none" leaves the values float.
+        bits: 2 to 16.
+        range: "dynamic", "ema", "learned", or [low, high].
+        range_momentum: of an ema range.
+        rounding: "stochastic" is for training; inference rounds to nearest.
+        narrow_range: one code fewer than 2^bits.
+        quantizer: a pipeline of one's own, in place of a scheme: (vector, context) -> vector, or "module:function".
+    """
+
+    scheme: Literal["affine", "symmetric", "power_of_two", "log", "none"] | None = None
+    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)] | None = None
+    range: Any = None
+    range_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    rounding: Literal["nearest", "stochastic"] | None = None
+    narrow_range: Annotated[bool, Field(strict=True)] | None = None
+    quantizer: Any = None
+
+    @field_validator("range")
+    @classmethod
+    def _range(cls, value: Any) -> Any:
+        if value is None or (isinstance(value, str) and value in ("dynamic", "ema", "learned")):
+            return value
+        if isinstance(value, list | tuple) and [type(v) in (int, float) for v in value] == [True, True]:
+            low, high = (float(v) for v in value)
+            try:
+                Fixed(low, high)
+            except Error as e:
+                raise ValueError(str(e)) from e
+            return [low, high]
+        raise ValueError(REMEDIES["range"])
+
+    @field_validator("quantizer")
+    @classmethod
+    def _quantizer(cls, value: Any) -> Any:
+        if value is None or callable(value) or (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)):
+            return value
+        raise ValueError("it is a function, or the name of one as module:function")
+
+
+OF_QUANTIZER = tuple(Quantizer.model_fields)
+
+
+class Defaults(Quantizer):
+    """Options of all roles, and of some."""
+
+    gamma: Quantizer = Quantizer()
+    beta: Quantizer = Quantizer()
+    moving_mean: Quantizer = Quantizer()
+    moving_variance: Quantizer = Quantizer()
+
+    def of(self, role: str) -> dict[str, Any]:
+        """What is said about a role."""
+        common = self.model_dump(exclude_none=True, exclude={*ROLES, "match"})
+        own: Quantizer = getattr(self, role)
+        return {**common, **own.model_dump(exclude_none=True)}
+
+
+class Rule(Defaults):
+    """Other options for some layers.
+
+    Attributes:
+        match: a regular expression, searched in the layer's name and in those of its variables.
+    """
+
+    match: str
+
+    @field_validator("match")
+    @classmethod
+    def _match(cls, value: str) -> str:
+        try:
+            re.compile(value)
+        except re.error as e:
+            raise ValueError(f"{value!r} is no regular expression: {e}") from e
+        return value
+
+
+class Settings(_Options):
+    """All options of a rewrite; those of the passes are described there."""
+
+    start_step: Steps = 0
+    ramp_steps: Steps = 0
+    freeze_step: Steps | None = None
+    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    quantize_average: Literal["statistic", "none", "stored"] = "statistic"
+    unfreeze_constants: Annotated[bool, Field(strict=True)] = False
+    fuse: Annotated[bool, Field(strict=True)] = True
+    keep_ref: Annotated[bool, Field(strict=True)] = False
+    defaults: Defaults = Defaults()
+    rules: tuple[Rule, ...] = ()
+
+    def quantizer(self, role: str) -> dict[str, Any]:
+        """All options of a role's quantiser."""
+        scheme = "log" if role == VARIANCE else "affine"
+        options = {"scheme": scheme, "bits": 8, "range": "dynamic", "rounding": "nearest", **self.defaults.of(role)}
+        return {"range_momentum": Ema().momentum, **options} if options["range"] == "ema" else options
+
+    def to_toml(self) -> str:
+        """What is in force, as a configuration file."""
+        import tomli_w
+
+        plain = self.model_dump(exclude_none=True, exclude={"defaults", "rules"})
+        plain["defaults"] = {role: self.quantizer(role) for role in ROLES}
+        rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
+        return tomli_w.dumps(_named({**plain, **({"rules": rules} if rules else {})}))
+
+
+def _named(value: Any) -> Any:
+    """The same with names in place of functions."""
+    if isinstance(value, dict):
+        return {k: _named(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_named(v) for v in value]
+    return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
+
+
+def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Settings:
+    """The options in force: those that are given, over those of a file, over the built-in ones.
+
+    Args:
+        config: a TOML file, or what one would hold.
+        given: by name; None for what is not given. Options of quantisers are one value, or values by role.
+
+    Raises:
+        Error: the file cannot be read, or an option is unknown or out of range; the message names it.
+    """
+    where = "" if config is None or isinstance(config, Mapping) else f"{config}: "
+    held = {} if config is None else dict(config) if isinstance(config, Mapping) else _read(Path(config))
+    checked(held, where)
+    own = {k: v for k, v in given.items() if v is not None}
+    defaults = {**held.get("defaults", {})}
+    for option in OF_QUANTIZER:
+        if option not in own:
+            continue
+        value = own.pop(option)
+        by_role = value if isinstance(value, Mapping) else dict.fromkeys(ROLES, value)
+        unknown = set(by_role) - set(ROLES)
+        if unknown:
+            raise Error(
+                f"{option}: {sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}"
+            )
+        defaults |= {role: {**defaults.get(role, {}), option: v} for role, v in by_role.items()}
+    return checked({**held, **own, "defaults": defaults})
+
+
+def checked(options: Mapping[str, Any], where: str = "") -> Settings:
+    """Settings from plain values.
+
+    Raises:
+        Error: an option is unknown or out of range; the message begins with `where` and names it.
+    """
+    try:
+        return Settings.model_validate(options)
+    except ValidationError as e:
+        raise Error(where + _sentence(e.errors()[0])) from e
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        raise Error(f"the configuration {file} cannot be read: {getattr(e, 'strerror', None) or e}") from e
+    except tomllib.TOMLDecodeError as e:
+        raise Error(f"the configuration {file} is not TOML: {e}") from e
+
+
+def _sentence(error: Any) -> str:
+    """What is wrong with which key, and what to do."""
+    place = [str(part) for part in error["loc"]]
+    key = ".".join(place)
+    name = place[-1] if place else ""
+    given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r}"
+    if name in REMEDIES:
+        return f"{key}{given}: {REMEDIES[name]}"
+    if error["type"] == "extra_forbidden":
+        tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": Rule}
+        inner = Quantizer if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
+        known = (inner if place[1:] else Settings).model_fields
+        close = difflib.get_close_matches(name, known, n=1)
+        return f"{key}: there is no such option; " + (
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        )
+    if error["type"] == "missing":
+        return f"{key} is missing"
+    if error["type"] in ("model_type", "tuple_type"):
+        return f"{key}{given}: it is a {'table' if error['type'] == 'model_type' else 'list of tables'}"
+    message = error["msg"].removeprefix("Value error, ").replace("input should be", "it is")
+    return f"{key}{given}: {message[0].lower()}{message[1:]}".replace("input should be", "it is to be")

@@ -1,0 +1,98 @@
+"""Running single quantisers: through a real SavedModel, under XLA, and op by op."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.eager import context, execute
+
+from passes.quantizers import Kind, observing, quantizing
+from rewriter.draft import define
+from rewriter.edit import Define, Edit, Rewire
+from rewriter.expr import Function, Use
+from rewriter.ir import ARG, Edge, Model, Value
+from rewriter.pipeline import Pipeline
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.write import save
+
+DTYPES = {"float32": tf.float32, "half": tf.float16, "int32": tf.int32}
+
+
+@dataclass(frozen=True)
+class Put:
+    """Let `serve` return what a function makes of its arguments."""
+
+    function: Function
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        (entry,) = model.root_entries("serve")
+        pairs = zip(self.function.parameters, model.graphs[entry.function].arguments, strict=True)
+        inputs = [Use(parameter.dtype, Value(argument)) for parameter, argument in pairs]
+        yield Define(self.function)
+        yield Rewire(Edge(entry.function, "", 0), self.function(*inputs), "test")
+
+
+@cache
+def saved(kind: Kind, rows: int = 0, observe: bool = False) -> Any:
+    """A kind's function, of what it is told and the value, loaded from a real SavedModel."""
+    function = (observing if observe else quantizing)(kind, rows)
+    specs = [
+        tf.TensorSpec([None] if shape is None else shape, DTYPES[p.dtype])
+        for p, shape in zip(function.parameters, function.shapes, strict=True)
+    ]
+    module = tf.Module()
+    module.serve = tf.function(lambda *inputs: tf.identity(inputs[-1]), input_signature=specs)
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "target"
+        tf.saved_model.save(module, str(source))
+        save(Pipeline([Put(function)]).run(load(source))[0], target)
+        loaded = tf.saved_model.load(str(target))
+    loaded.serve.owner = loaded
+    return loaded.serve
+
+
+@cache
+def compiled(kind: Kind, jit: bool = True, rows: int = 0) -> Any:
+    """The same inside another function, compiled by XLA or not."""
+    serve = saved(kind, rows)
+    return tf.function(lambda *inputs: serve(*inputs), jit_compile=jit)  # noqa: PLW0108  keeps `serve` alive
+
+
+def eager(kind: Kind, inputs: Sequence[Any]) -> Any:
+    """The same op by op, without a graph."""
+    graph = define(quantizing(kind))
+    values = dict(zip(graph.arguments, ([tf.convert_to_tensor(i)] for i in inputs), strict=True))
+    waiting = [n for n in graph.nodes.values() if n.op != ARG]
+    while waiting:
+        node = next(n for n in waiting if all(v.node in values for v in n.inputs))
+        waiting.remove(node)
+        given = [values[v.node][v.port] for v in node.inputs]
+        attrs = tuple(part for name, proto in node.attrs.items() for part in (name, _plain(proto)))
+        if node.op == "Const":
+            values[node.name] = [tf.constant(tf.make_ndarray(node.attrs["value"].tensor))]
+        else:
+            count = node.attrs["num_split"].i if node.op == "Split" else 1
+            values[node.name] = execute.execute(node.op.encode(), count, given, attrs, context.context())
+    (found,) = graph.results
+    return values[found.value.node][found.value.port]
+
+
+def _plain(proto: Any) -> Any:
+    return getattr(proto, proto.WhichOneof("value"))
+
+
+def told(kind: Kind, v: Any, bits: int, *, amount: float = 1.0, limits: Any = None, noise: Any = None) -> list[Any]:
+    """The inputs of a kind's function for one vector."""
+    inputs = [np.float32(amount), np.array([bits], np.int32)]
+    if kind.scheme.range.name != "dynamic":
+        inputs.append(np.asarray(limits, np.float32))
+    if kind.stochastic:
+        inputs.append(np.asarray(noise, np.float32))
+    return [tf.constant(i) for i in (*inputs, v)]

@@ -1,0 +1,189 @@
+"""Options of quantisers in real graphs: a set in which every pair of values of two options occurs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from tests import harness
+from tests.ports import assert_equal, ports
+from tests.reference import ema
+
+Paths = Callable[..., Path]
+EPSILON = 1e-3
+LIMITS = [0.0, 0.9]
+STATISTICS = ("moving_mean", "moving_variance")
+OPTIONS: Mapping[str, list[Any]] = {
+    "scheme": ["affine", "symmetric", "power_of_two", "log"],
+    "range": ["dynamic", "ema", "learned", "fixed"],
+    "role": ["gamma", "beta", *STATISTICS],
+    "average": ["statistic", "none", "stored"],
+    "rounding": ["nearest", "stochastic"],
+    "narrow": [True, False],
+}
+X = harness.images((None, 8, 8, 3))
+
+
+def refused(case: Mapping[str, Any]) -> bool:
+    """What cannot be, as the errors say."""
+    average = case["role"] in STATISTICS
+    return bool(
+        (case["scheme"] == "log" and case["role"] != "moving_variance")
+        or (case["range"] == "learned" and average)
+        or (case["range"] == "dynamic" and average and case["average"] == "stored")
+    )
+
+
+def pairs(case: Mapping[str, Any]) -> set[frozenset[tuple[str, Any]]]:
+    return {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
+
+
+def covering() -> Iterator[dict[str, Any]]:
+    """Cases that hold every pair that can be; each time the one with most pairs that are missing."""
+    every = [dict(zip(OPTIONS, values, strict=True)) for values in itertools.product(*OPTIONS.values())]
+    possible = [case for case in every if not refused(case)]
+    missing = set().union(*map(pairs, possible))
+    while missing:
+        best = max(possible, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        yield best
+
+
+CASES = list(covering())
+
+
+def test_the_cases_cover_all_pairs() -> None:
+    found = set().union(*map(pairs, CASES))
+    for one, other in itertools.combinations(OPTIONS, 2):
+        for a, b in itertools.product(OPTIONS[one], OPTIONS[other]):
+            alone = {one: a, other: b}
+            rest = [{**dict(zip(OPTIONS, v, strict=True)), **alone} for v in itertools.product(*OPTIONS.values())]
+            assert (frozenset(alone.items()) in found) is not all(map(refused, rest))
+    assert len(CASES) < 40
+
+
+def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
+    role = case["role"]
+    own = {"scheme": case["scheme"], "rounding": case["rounding"], "narrow_range": case["narrow"], "bits": 4}
+    own["range"] = LIMITS if case["range"] == "fixed" else case["range"]
+    others = {r: {"range": "ema"} for r in STATISTICS if case["average"] == "stored"}
+    return {
+        "config": {"defaults": {**others, role: own}},
+        "quantize_average": case["average"],
+    }
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
+def test_every_pair_of_options(case: dict[str, Any], model: Paths, tmp_path: Path) -> None:
+    """Every port equals the reference; ranges move that should; gradients reach what is learned; saving keeps all."""
+    report = bnqat.rewrite(model("module_train"), tmp_path / "out", **options_of(case))
+    assert report.skipped == []
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    role, learned = case["role"], case["range"] == "learned"
+    names = {v.name.partition(":")[0]: v for v in loaded.quantization.variables}
+    state = [v for k, v in names.items() if k in {f"quantization/{s}/{role}" for s in ("range", "scale", "low")}]
+    lows = learned and case["scheme"] in ("affine", "log")
+    assert len(state) == {"ema": 1, "learned": 2 if lows else 1}.get(case["range"], 0)
+    for function in (loaded.serve, loaded.quantization.train):
+        found = ports(harness.concrete(function), [X])
+        for port in found:
+            assert_equal(port, EPSILON)
+        training = function is loaded.quantization.train
+        own = [p for p in found if p.tag["role"] == role]
+        absent = training and role in STATISTICS and case["average"] == "none"
+        assert len(own) == (0 if absent else 2)
+        assert all((p.noise is not None) is (training and case["rounding"] == "stochastic") for p in own)
+        assert all(p.tag["range"] == case["range"] and not np.array_equal(p.got, p.raw) for p in own)
+    for norm in loaded.norms:  # as an optimizer might
+        getattr(norm, role).assign(1.5 * getattr(norm, role))
+    before = [v.numpy() for v in state]
+    with tf.GradientTape() as tape:
+        loss = tf.reduce_sum(loaded.quantization.train(X) ** 2)
+    variables = list(loaded.quantization.trainable_variables)
+    gradients = dict(zip((v.name for v in variables), tape.gradient(loss, variables), strict=True))
+    assert all(g is not None and np.isfinite(g).all() for g in gradients.values())
+    assert all(np.any(g) for k, g in gradients.items() if not k.startswith("quantization/low"))
+    assert learned is any(k.startswith("quantization/scale") for k in gradients)
+    moved = [not np.array_equal(v, old) for v, old in zip(state, before, strict=True)]
+    assert all(moved) if case["range"] == "ema" else not any(moved)
+    served = loaded.serve(X)
+    tf.saved_model.save(loaded, str(tmp_path / "again"))
+    again = tf.saved_model.load(str(tmp_path / "again"))
+    np.testing.assert_array_equal(again.serve(X), served)
+
+
+@pytest.mark.parametrize("scheme", ["affine", "power_of_two"])
+def test_moving_averages_of_a_range_follow_what_is_quantised(scheme: str, model: Paths, tmp_path: Path) -> None:
+    """Of both layers and all roles, from the checkpoint's limits on; not in serving."""
+    schemes = dict.fromkeys(("gamma", "beta", "moving_mean"), scheme)
+    options: dict[str, Any] = {"scheme": schemes, "range": "ema", "range_momentum": 0.75}
+    bnqat.rewrite(model("module_train"), tmp_path / "out", start_step=2, **options)
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    ranges = {role: getattr(loaded.quantization.range, role) for role in OPTIONS["role"]}
+    for role in ("gamma", "beta", "moving_mean"):
+        values = [getattr(n, role).numpy() for n in loaded.norms]
+        limits = [[min(v.min(), 0), max(v.max(), 0)] for v in values]
+        np.testing.assert_array_equal(ranges[role], np.array(limits, np.float32))
+    for _ in range(4):
+        old: dict[str, np.ndarray] = {role: v.numpy() for role, v in ranges.items()}
+        loaded.serve(X)
+        assert all(np.array_equal(v, old[role]) for role, v in ranges.items())
+        raw: dict[tuple[str, int], np.ndarray] = {
+            (p.tag["role"], p.tag["layer"]): p.raw for p in ports(harness.concrete(loaded.quantization.train), [X])
+        }
+        for role, v in ranges.items():  # looking at the ports has run the function
+            v.assign(old[role])
+        loaded.quantization.train(X)
+        for (role, layer), vector in raw.items():
+            kind = "log" if role == "moving_variance" else scheme
+            moved = ema(kind, vector, old[role][layer], 0.75, EPSILON)
+            np.testing.assert_allclose(ranges[role][layer], moved, rtol=1e-6, atol=1e-7)
+
+
+def test_a_learned_scale_learns(model: Paths, tmp_path: Path) -> None:
+    """Gradient descent on scales that are three times too wide brings the output nearer to the float model's."""
+    bnqat.rewrite(model("module_train"), tmp_path / "out", bits=2, range={"gamma": "learned", "beta": "learned"})
+    loaded = tf.saved_model.load(str(tmp_path / "out"))
+    bits = loaded.quantization.bits
+    widths = [getattr(bits, role) for role in OPTIONS["role"]]
+    for width in widths:
+        width.assign(0)
+    target = loaded.quantization.train(X)
+    for width in widths[:2]:
+        width.assign(2)
+    scales = [v for v in loaded.quantization.trainable_variables if v.name.startswith("quantization/")]
+    assert len(scales) == 4
+    for variable in scales:
+        variable.assign(3 * variable)
+    losses = []
+    for _ in range(60):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean((loaded.quantization.train(X) - target) ** 2)
+        losses.append(float(loss))
+        for variable, gradient in zip(scales, tape.gradient(loss, scales), strict=True):
+            variable.assign_sub(0.5 * gradient)
+    assert min(losses[-10:]) < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"scheme": {"gamma": "log"}}, "gamma: the scheme log is for moving_variance"),
+        ({"range": {"moving_mean": "learned"}}, "moving_mean: no gradient reaches moving statistics"),
+        ({"quantize_average": "stored"}, "moving_mean: a stored average needs a range"),
+        ({"range": {"moving_variance": [-1, 1]}}, "variances are not negative"),
+        ({"config": {"rules": [{"match": "nowhere", "bits": 4}]}}, "the rule 'nowhere' matches no layer"),
+        ({"config": {"rules": [{"match": "", "scheme": "log"}]}}, "gamma: the scheme log"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: dict[str, Any], match: str, model: Paths, tmp_path: Path) -> None:
+    with pytest.raises(bnqat.Error, match=match):
+        bnqat.rewrite(model("module_train"), tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
