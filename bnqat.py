@@ -1,18 +1,22 @@
 """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-``bnqat.inspect(model)`` and ``bnqat.rewrite(source, target)``; the passes are objects from `passes`.
+``bnqat.inspect(model)`` and ``bnqat.rewrite(source, target)``; ``bnqat.reestimate_statistics(model, dataset, steps)``
+and ``bnqat.sensitivity(model, inputs)``, which run the model; the passes are objects from `passes`.
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rewriter.app.api import NothingToRewriteError, inspect, rewrite
+    from rewriter.app.reestimate import reestimate_statistics
+    from rewriter.app.sensitivity import sensitivity
     from rewriter.ir import Error
 
-__all__ = ["Error", "NothingToRewriteError", "inspect", "rewrite"]
+__all__ = ["Error", "NothingToRewriteError", "inspect", "reestimate_statistics", "rewrite", "sensitivity"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,6 +26,9 @@ def __getattr__(name: str) -> Any:
         from rewriter.ir import Error
 
         return Error
+    if name in ("reestimate_statistics", "sensitivity"):
+        module = import_module(f"rewriter.app.{name.partition('_')[0]}")
+        return getattr(module, name)
     from rewriter.app import api
 
     return getattr(api, name)

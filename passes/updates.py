@@ -229,9 +229,10 @@ def _weight(model: Model, entered: Edge) -> float | None:
     """The constant factor that a statistic gets on the way to an assignment."""
     graph = model.graphs[entered.graph]
     edge = entered
-    for _ in range(4):  # (m - b), times a correction, times the weight: no form is longer
+    for _ in range(5):  # quantised, (m - b), times a correction, times the weight: no form is longer
         user = graph.nodes.get(edge.node)
-        if user is None or (user.op not in ARITHMETIC and user.op not in ops.FORWARDS):
+        passed = user is not None and (ops.PROXY in user.attrs or user.op in ops.FORWARDS)
+        if user is None or not (passed or user.op in ARITHMETIC):
             return None
         if user.op == "Mul":
             constant = scalar(graph, user.inputs[1 - edge.position])

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from rewriter.app.show import show_inspection, show_rewrite, show_sensitivity
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
 if TYPE_CHECKING:
     from rewriter.app.settings import Settings
     from rewriter.pipeline import Step
-    from rewriter.report import Inspection, RewriteReport
 
 EXIT_FAILED = 2
 
@@ -131,8 +131,8 @@ STEPS = click.IntRange(min=0, max=2**63 - 1)
 def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-    Nothing in a model is executed. Results go to stdout, progress to stderr. Exit code 0: done; 2: wrong
-    usage, unreadable input or nothing to rewrite. (1 is kept for checks that fail.)
+    Nothing in a model is executed, but by `sensitivity`. Results go to stdout, progress to stderr. Exit code 0: done;
+    2: wrong usage, unreadable input or nothing to rewrite. (1 is kept for checks that fail.)
     """
 
 
@@ -158,7 +158,7 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
         if as_json:
             click.echo(report.to_json())
         else:
-            _show_inspection(report)
+            show_inspection(report)
 
 
 @main.command()
@@ -244,7 +244,7 @@ def rewrite(
 
         report = api.rewrite(source, target, passes=names, observers=[_progress], **options)
         written = None if options["dry_run"] else target
-        _show_rewrite(report, written)
+        show_rewrite(report, written)
         if report_file is not None:
             try:
                 report_file.write_text(report.to_json() + "\n", encoding="utf-8")
@@ -271,6 +271,53 @@ def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
         name = OPTIONS_OF.get(option)
         if value is not None and names and name is not None and name not in names:
             raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="QAT_MODEL")
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Inputs, an .npz file.",
+)
+@click.option("--bits", default="8,6,4,3,2", show_default=True, help="Widths to try, comma-separated.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them: .svg, .png, .pdf."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | None, as_json: bool) -> None:
+    """Show how much each quantiser of QAT_MODEL alone changes the outputs. This executes the model."""
+    try:
+        widths = [_width(text) for text in bits.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--bits {bits}: widths are numbers from {MIN_BITS} to {MAX_BITS}, like 8,4") from None
+
+    def check() -> None:
+        require_model(model)
+        if not inputs_file.is_file():
+            raise Error(f"there is no file {inputs_file}")
+
+    with _one_line(check):
+        from rich.console import Console
+        from rich.progress import track
+
+        from rewriter.app import sensitivity as measure
+
+        click.echo(f"executing {model}", err=True)
+        arrays = measure.arrays(inputs_file)
+        console = Console(stderr=True)
+        found = measure.sensitivity(
+            model, arrays, bits=widths, progress=lambda runs: track(runs, "quantisers", console=console, transient=True)
+        )
+        if as_json:
+            click.echo(found.to_json())
+        else:
+            show_sensitivity(found)
+        if plot_file is not None:
+            measure.plot(found, plot_file)
+            click.echo(f"drawn to {plot_file}", err=True)
 
 
 def _refuse_report(report: Path, source: Path, target: Path) -> None:
@@ -331,74 +378,6 @@ def _quiet() -> Iterator[None]:
 
 def _progress(step: Step) -> None:
     click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
-
-
-COMPUTED_BY = {"fused": "the fused kernel", "decomposed": "single ops"}
-
-
-def _show_inspection(report: Inspection) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
-    for name, signature in report.signatures.items():
-        inputs = ", ".join(f"{t.name}: {t.dtype}{_shape(t.shape)}" for t in signature.inputs)
-        outputs = ", ".join(f"{t.name}: {t.dtype}{_shape(t.shape)}" for t in signature.outputs)
-        click.echo(f"signature {name}({inputs}) -> {outputs}")
-    if not report.batch_norms:
-        click.echo("no batch norm found")
-        return
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("training", "inference"):
-        table.add_column(column, justify="right")
-    for column in ("computed by", "status"):
-        table.add_column(column)
-    for bn in report.batch_norms:
-        modes = [s.mode for s in bn.sites]
-        table.add_row(
-            bn.name,
-            " ".join(bn.variables) or "none",
-            f"{bn.epsilon:.4g}",
-            "" if bn.momentum is None else f"{bn.momentum:.6g}",
-            str(len(modes) - modes.count("inference")),
-            str(len(modes) - modes.count("training")),
-            ", ".join(dict.fromkeys(COMPUTED_BY[s.kind] for s in bn.sites)),
-            ", ".join(dict.fromkeys(s.status for s in bn.sites)),
-        )
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
-    sites = {(s.graph, s.node): s for bn in report.batch_norms for s in bn.sites}
-    click.echo(f"{_count(len(report.batch_norms), 'batch norm')} at {_count(len(sites), 'site')}")
-    for site in sites.values():
-        if site.reason:
-            click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def _shape(shape: list[int | None] | None) -> str:
-    return "" if shape is None else "[" + ", ".join("?" if size is None else str(size) for size in shape) + "]"
-
-
-def _show_rewrite(report: RewriteReport, target: Path | None) -> None:
-    click.echo(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
-    click.echo(f", {report.sites_added} more in new places" if report.sites_added else "")
-    if report.sites_fused:
-        click.echo(f"{_count(report.sites_fused, 'site')} in single ops became the fused kernel")
-    for site in report.skipped:
-        click.echo(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-    told = {(s.graph, s.node, s.reason) for s in report.skipped}
-    for left in report.declined:
-        if (left.graph, left.node, left.reason) not in told:
-            click.echo(f"{left.by} left {left.node} in {left.graph or 'the main graph'}: {left.reason}")
-    for note in report.notes:
-        click.echo(f"note: {note}")
-    for change in report.other_changes:
-        click.echo(f"also: {change}")
-    click.echo("dry run: nothing was written" if target is None else f"written to {target}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bnqat
+from rewriter.app.settings import settings
+
+Paths = Callable[..., Path]
+FILE = """
+start_step = 100
+quantize_average = "none"
+
+[defaults]
+bits = 6
+
+[defaults.gamma]
+bits = 4
+scheme = "symmetric"
+
+[[rules]]
+match = "norm_1|_1"
+bits = 3
+[rules.beta]
+scheme = "none"
+"""
+
+
+def command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    line = [str(Path(sys.executable).with_name("bnqat")), "rewrite", *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False, cwd=cwd)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    (tmp_path / "bnqat.toml").write_text(FILE)
+    return tmp_path / "bnqat.toml"
+
+
+def test_what_is_given_counts_over_the_file_and_the_file_over_defaults(config: Path) -> None:
+    plain = settings(config, {})
+    assert (plain.start_step, plain.quantize_average, plain.fuse) == (100, "none", True)
+    assert plain.quantizer("gamma") == {"scheme": "symmetric", "bits": 4, "range": "dynamic", "rounding": "nearest"}
+    assert plain.quantizer("moving_variance")["bits"] == 6
+    over = settings(config, {"bits": 5, "start_step": 7, "scheme": {"beta": "power_of_two"}, "momentum": None})
+    assert [over.quantizer(r)["bits"] for r in ("gamma", "beta", "moving_mean")] == [5, 5, 5]
+    assert over.quantizer("beta")["scheme"] == "power_of_two"
+    assert (over.start_step, over.rules[0].bits) == (7, 3)
+
+
+def test_what_is_printed_is_a_file_that_says_the_same(config: Path, tmp_path: Path) -> None:
+    first = command("--config", config, "--print-config", "--bits", "moving_mean=12", "--range", "beta=-1:1")
+    assert first.returncode == 0, first.stderr
+    printed = tomllib.loads(first.stdout)
+    assert printed["defaults"]["moving_mean"]["bits"] == 12
+    assert printed["defaults"]["beta"]["range"] == [-1.0, 1.0]
+    assert printed["defaults"]["gamma"] == {"scheme": "symmetric", "bits": 4, "range": "dynamic", "rounding": "nearest"}
+    assert printed["rules"] == [{"match": "norm_1|_1", "bits": 3, "beta": {"scheme": "none"}}]
+    (tmp_path / "printed.toml").write_text(first.stdout)
+    assert command("--config", tmp_path / "printed.toml", "--print-config").stdout == first.stdout
+
+
+def test_rules_and_defaults_reach_the_quantizers(config: Path, model: Paths, tmp_path: Path) -> None:
+    done = command(model("module"), tmp_path / "out", "--config", config)
+    assert done.returncode == 0, done.stderr
+    tags = [t for bn in bnqat.inspect(tmp_path / "out").batch_norms for s in bn.sites for t in s.quantizers]
+    assert {(t["layer"], t["role"], t["scheme"], t["bits"]) for t in tags} == {
+        (0, "gamma", "symmetric", 4),
+        (0, "beta", "affine", 6),
+        (0, "moving_mean", "affine", 6),
+        (0, "moving_variance", "log", 6),
+        (1, "gamma", "symmetric", 3),
+        (1, "moving_mean", "affine", 3),
+        (1, "moving_variance", "log", 3),
+    }
+    assert {t["use"] for t in tags} == {"parameter"}
+
+
+def test_a_rule_for_all_leaves_nothing_to_rewrite(model: Paths, tmp_path: Path) -> None:
+    with pytest.raises(bnqat.NothingToRewriteError, match="a rule leaves it as it is"):
+        bnqat.rewrite(model("module"), tmp_path / "out", scheme="none")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bitz = 3", "bitz: there is no such option; there are start_step"),
+        ("start_stp = 3", "start_stp: there is no such option; did you mean start_step?"),
+        ("[defaults]\nbits = 1", "defaults.bits = 1: a width is a whole number from 2 to 16"),
+        ("[defaults.gamma]\nbits = 17", "defaults.gamma.bits = 17: a width is"),
+        ("[defaults.gama]\nbits = 4", "defaults.gama: there is no such option; did you mean gamma?"),
+        (
+            "[defaults.gamma]\nper_channel = true",
+            "defaults.gamma.per_channel: a range for each channel changes nothing",
+        ),
+        ("[defaults]\nrange = [1, 1]", "defaults.range = [1, 1]: "),
+        ("[defaults]\nscheme = 'afine'", "defaults.scheme = 'afine': it is to be 'affine', 'symmetric'"),
+        ("[[rules]]\nbits = 3", "rules.0.match is missing"),
+        ("[[rules]]\nmatch = '('", "is no regular expression"),
+        ("rules = 3", "rules = 3: it is a list of tables"),
+        ("defaults = 3", "defaults = 3: it is a table"),
+        ("start_step = -1", "start_step = -1: it is to be greater than or equal to 0"),
+        ("quantize_average = 'all'", "quantize_average = 'all': it is to be 'statistic', 'none' or 'stored'"),
+        ("[defaults.gamma]\nscheme = 'log'", "gamma: the scheme log is for moving_variance"),
+        ("[defaults.gamma]\nquantizer = 'x'", "it is a function, or the name of one as module:function"),
+        ("bits = ", "is not TOML"),
+    ],
+)
+def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Paths, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(text)
+    with pytest.raises(bnqat.Error) as raised:
+        bnqat.rewrite(model("module"), tmp_path / "out", config=tmp_path / "c.toml")
+    assert message in str(raised.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--scheme", "afine"], "a scheme is one of affine"),
+        (["--range", "gamma=1"], "or two limits like -1:1"),
+        (["--range", "1:1"], "two numbers, [low, high]"),
+        (["--bits", "gamma=4,gamma=5"], "names gamma twice"),
+        (["--rounding", "up"], "rounding is nearest or stochastic"),
+        (["--narrow-range", "maybe"], "it is yes or no"),
+        (["--quantizer", "mine"], "module:function"),
+        (["--freeze-step", "-1"], "-1 is not in the range"),
+        (["--config", "nowhere.toml"], "cannot be read"),
+        (["--freeze-step", "3", "--passes", "quantize-batch-norm"], "is an option of freeze-statistics"),
+    ],
+)
+def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    """Without TensorFlow: there is no model, and the mistake is named first."""
+    done = command("m", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_python_takes_mappings(model: Paths, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"defaults": {"gamma": {"bits": 5}}}
+    bnqat.rewrite(model("module"), tmp_path / "out", config=options, bits={"beta": 3}, ramp_steps=4)
+    tags = [t for bn in bnqat.inspect(tmp_path / "out").batch_norms for s in bn.sites for t in s.quantizers]
+    assert {t["role"]: t["bits"] for t in tags} == {"gamma": 5, "beta": 3, "moving_mean": 8, "moving_variance": 8}
+    with pytest.raises(bnqat.Error, match="bits: 'scale' is no variable of a batch norm"):
+        bnqat.rewrite(model("module"), tmp_path / "x", bits={"scale": 3})

@@ -1,0 +1,279 @@
+"""Accuracy against bits: float, right after rewriting, and after equal fine-tuning; ours beside QKeras.
+
+    python -m tools.bench_accuracy [--task digits clutter] [--seeds 3] [--bits 8 6 4 3 2]
+
+Needs the extra `bench`. For each seed a float net is trained. Every other row starts from its weights: quantised, and
+then fine-tuned with the same batches in the same order, for the same number of epochs, with the same optimizer. Half
+way the moving statistics are frozen: in ours by `freeze_step`, in QKeras' layer by calling it in inference mode.
+
+Tasks:
+
+- `digits`: scikit-learn's 8 x 8 digits, 1257 to train and 540 to test.
+- `clutter`, made here to be harder: two of those digits, each of random contrast, at random places of the left and
+  the right of a 12 x 16 canvas, where they may overlap, under noise of standard deviation 0.1; the class is the digit
+  on the left. 4000 to train, of the digits that train, and 4000 to test, of the others.
+
+Ours: the scheme named, for gamma, beta and moving mean, and `log` for the moving variance, with dynamic ranges;
+`learned`: affine with learned scales of gamma and beta. QKeras: `po2`, powers of two as in its layer's defaults, with
+the number of bits; `fixed`: fixed point with as many integer bits as each of the float net's vectors needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ["TF_USE_LEGACY_KERAS"] = "1"  # QKeras is made for Keras 2
+
+import numpy as np
+import tensorflow as tf
+import tf_keras as keras
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import bnqat
+
+BATCH = 32
+ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
+
+
+Call = Callable[[Any], Any]
+
+
+class Task(NamedTuple):
+    """Data, and what is trained on it.
+
+    Attributes:
+        train: images [N, H, W, 1] and labels [N].
+        channels: of the convolutions; all but the first have stride 2.
+        epochs: of float training, and of fine-tuning.
+    """
+
+    train: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: int
+    channels: tuple[int, ...]
+    epochs: tuple[int, int]
+
+
+def digits(seed: int) -> Task:
+    """Handwritten digits."""
+    x, x_test, y, y_test = _split(seed)
+    return Task((x, y), (x_test, y_test), 10, (16, 32, 32), (10, 5))
+
+
+def clutter(seed: int) -> Task:
+    """The left one of two digits."""
+    x, x_test, y, y_test = _split(seed)
+    rng = np.random.default_rng([seed, 1])
+    return Task(_pairs(x, y, 4000, rng), _pairs(x_test, y_test, 4000, rng), 10, (16, 32, 48), (10, 5))
+
+
+def _split(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    data = load_digits()
+    images = (data.images[..., None] / 16).astype("float32")
+    x, x_test, y, y_test = train_test_split(images, data.target, test_size=0.3, random_state=seed, stratify=data.target)
+    return x, x_test, y, y_test
+
+
+def _pairs(x: np.ndarray, y: np.ndarray, count: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    canvas = rng.normal(0, 0.1, (count, 12, 16, 1)).astype("float32")
+    chosen = rng.integers(len(x), size=(count, 2))
+    for index, pair in enumerate(chosen):
+        for side, one in enumerate(pair):
+            top, left = rng.integers(5), 7 * side + rng.integers(2)
+            canvas[index, top : top + 8, left : left + 8] += rng.uniform(0.5, 1) * x[one]
+    return canvas, y[chosen[:, 0]]
+
+
+TASKS = {"digits": digits, "clutter": clutter}
+
+
+def net(task: Task, normalization: Callable[[int], Any]) -> Any:
+    """Convolutions with batch norm; `normalization` makes the layer for a convolution's number."""
+    x = inputs = keras.Input(task.train[0].shape[1:])
+    for number, channels in enumerate(task.channels):
+        x = keras.layers.Conv2D(channels, 3, 2 if number else 1, "same", use_bias=False)(x)
+        x = keras.layers.ReLU()(normalization(number)(x))
+    x = keras.layers.Flatten()(x)
+    return keras.Model(inputs, keras.layers.Dense(task.classes)(x))
+
+
+def float_layer(_: int) -> Any:
+    """Keras' own, of momentum 0.95."""
+    return keras.layers.BatchNormalization(momentum=0.95, epsilon=1e-3)
+
+
+def fit(
+    phases: Sequence[Callable[[Any], Any]], variables: Any, task: Task, *, epochs: int, rate: float, seed: int
+) -> None:
+    """Train with Adam, its rate falling to 0, on shuffled batches, an equal number of steps in each phase."""
+    images, labels = task.train
+    starts = range(0, len(images) - BATCH + 1, BATCH)
+    total = epochs * len(starts)
+    optimizer = tf.keras.optimizers.Adam(tf.keras.optimizers.schedules.CosineDecay(rate, total))
+    rng = np.random.default_rng(seed)
+    optimizer.build(variables)
+
+    def step_of(call: Callable[[Any], Any]) -> Any:
+        @tf.function
+        def step(x: Any, y: Any) -> None:
+            with tf.GradientTape() as tape:
+                losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, call(x))
+            optimizer.apply_gradients(zip(tape.gradient(losses, variables), variables, strict=True))
+
+        return step
+
+    steps = [step_of(phase) for phase in phases]
+    for epoch in range(epochs):
+        order = rng.permutation(len(images))
+        for number, start in enumerate(starts):
+            chosen = order[start : start + BATCH]
+            phase = (epoch * len(starts) + number) * len(phases) // total
+            steps[phase](tf.constant(images[chosen]), tf.constant(labels[chosen]))
+
+
+def accuracy(serve: Callable[[Any], Any], task: Task) -> float:
+    """Share of right answers, in percent."""
+    images, labels = task.test
+    return float(100 * np.mean(np.argmax(serve(tf.constant(images)), -1) == labels))
+
+
+class Start(NamedTuple):
+    """A trained float net of a seed."""
+
+    task: Task
+    seed: int
+    net: Any
+    saved: Path
+
+    @property
+    def total(self) -> int:
+        """Steps of fine-tuning."""
+        return self.task.epochs[1] * (len(self.task.train[0]) // BATCH)
+
+
+def ours(options: dict[str, Any]) -> Callable[[Start, int], tuple[float, float]]:
+    """Accuracy right after rewriting, and after fine-tuning."""
+
+    def run(start: Start, bits: int) -> tuple[float, float]:
+        with tempfile.TemporaryDirectory() as folder:
+            target = Path(folder) / "qat"
+            bnqat.rewrite(start.saved, target, bits=bits, freeze_step=start.total // 2, **options)
+            model = tf.saved_model.load(str(target))
+            before = accuracy(model.serve, start.task)
+            train, variables = model.quantization.train, list(model.quantization.trainable_variables)
+            fit([train], variables, start.task, epochs=start.task.epochs[1], rate=1e-3, seed=start.seed)
+            return before, accuracy(model.serve, start.task)
+
+    return run
+
+
+def qkeras(kind: str) -> Callable[[Start, int], tuple[float, float]]:
+    """The same with QKeras' layer in place of Keras'."""
+
+    def run(start: Start, bits: int) -> tuple[float, float]:
+        from qkeras import QBatchNormalization
+
+        norms = [layer for layer in start.net.layers if "batch_normalization" in layer.name]
+
+        def layer(number: int) -> Any:
+            quantizers = _qkeras_quantizers(kind, bits, [w.numpy() for w in norms[number].weights])
+            return QBatchNormalization(momentum=0.95, epsilon=1e-3, **quantizers)
+
+        model = net(start.task, layer)
+        model.set_weights(start.net.get_weights())
+        serve = tf.function(partial(model, training=False))
+        before = accuracy(serve, start.task)
+        phases = [partial(model, training=True), partial(model, training=False)]
+        fit(phases, model.trainable_variables, start.task, epochs=start.task.epochs[1], rate=1e-3, seed=start.seed)
+        return before, accuracy(serve, start.task)
+
+    return run
+
+
+def _qkeras_quantizers(kind: str, bits: int, weights: list[np.ndarray]) -> dict[str, str]:
+    names = ("gamma_quantizer", "beta_quantizer", "mean_quantizer", "variance_quantizer")
+    if kind == "po2":
+        signed, positive = f"quantized_po2({bits})", f"quantized_relu_po2({bits})"
+        variance = f"quantized_relu_po2({bits}, quadratic_approximation=True)"
+        return dict(zip(names, (positive, signed, signed, variance), strict=True))
+    integers = [max(0, int(np.ceil(np.log2(np.abs(w).max())))) for w in weights]
+    linear = [f"quantized_bits({bits}, {n}, alpha=1)" for n in integers[:3]]
+    return dict(zip(names, (*linear, f"quantized_relu({bits}, {integers[3]})"), strict=True))
+
+
+LINEAR = ("gamma", "beta", "moving_mean")
+SYSTEMS = {
+    "affine": ours({}),
+    "symmetric": ours({"scheme": dict.fromkeys(LINEAR, "symmetric")}),
+    "power_of_two": ours({"scheme": dict.fromkeys(LINEAR, "power_of_two")}),
+    "learned": ours({"range": {"gamma": "learned", "beta": "learned"}}),
+    "QKeras po2": qkeras("po2"),
+    "QKeras fixed": qkeras("fixed"),
+}
+
+
+def starts(make: Callable[[int], Task], seeds: int, folder: Path) -> Iterator[Start]:
+    """Trained float nets."""
+    for seed in range(seeds):
+        keras.utils.set_random_seed(seed)
+        task = make(seed)
+        model = net(task, float_layer)
+        fit(
+            [partial(model, training=True)],
+            model.trainable_variables,
+            task,
+            epochs=task.epochs[0],
+            rate=3e-3,
+            seed=seed,
+        )
+        target = folder / f"{make.__name__}-{seed}"
+        model.save(str(target), save_format="tf")
+        yield Start(task, seed, model, target)
+
+
+def main() -> None:
+    """Print a table for each task: mean and standard deviation over the seeds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--task", nargs="+", default=list(TASKS), choices=TASKS)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
+    parser.add_argument("--system", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    options = parser.parse_args()
+    console = Console(width=150)
+    for name in options.task:
+        found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        floats = []
+        with tempfile.TemporaryDirectory() as folder:
+            for start in starts(TASKS[name], options.seeds, Path(folder)):
+                floats.append(accuracy(partial(start.net, training=False), start.task))
+                runs = [(bits, system) for bits in options.bits for system in options.system]
+                for bits, system in track(runs, f"{name}, seed {start.seed}", transient=True):
+                    found.setdefault((bits, system), []).append(SYSTEMS[system](start, bits))
+        table = Table(title=f"{name}: float {_spread(floats)} %; right after -> fine-tuned, {options.seeds} seeds")
+        table.add_column("bits", justify="right")
+        for system in options.system:
+            table.add_column(system, justify="right")
+        for bits in options.bits:
+            cells = [[_spread([run[i] for run in found[bits, s]]) for i in (0, 1)] for s in options.system]
+            table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
+        console.print(table)
+
+
+def _spread(values: list[float]) -> str:
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+
+
+if __name__ == "__main__":
+    main()
