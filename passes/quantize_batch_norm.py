@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -15,18 +15,18 @@ from passes.choice import Rule, chosen, unmatched
 from passes.controls import Controls, Initial, counters
 from passes.layers import Layer, layers, layers_of_sites
 from passes.pipelines import Context, Pipeline, Quantizer, Traced, Wanted
-from passes.quantizers import Kind, observing, piped, quantizing, row
+from passes.placing import Placing
+from passes.quantizers import Kind
 from passes.ranges import Dynamic, Ema, Fixed, Learned
 from passes.roles import ROLES, VARIANCE
-from passes.schemes import FLOAT, Affine, Log, Scheme
-from passes.sites import STATISTICS, TAG, Site, sites
+from passes.schemes import Affine, Log, Scheme
+from passes.sites import STATISTICS, Site, sites
 from passes.stored_averages import assigning, dead_zone, storable, stored
 from passes.uses import Piped, Quantity, Vector, groups
 from rewriter import ops
-from rewriter.edit import AddVariable, Define, Edit, Import, Rewire, Run, RunAfter, SetAttr, Skip
-from rewriter.expr import Apply, Expr, Function, Port, Use, array, constant, handle, op, read
-from rewriter.ir import MAIN, Edge, Error, Model, Value, unused
-from rewriter.ops import Dtype
+from rewriter.edit import AddVariable, Define, Edit, Import, Rewire, RunAfter, SetAttr, Skip
+from rewriter.expr import Expr, Use, read
+from rewriter.ir import MAIN, Edge, Error, Model, Value
 
 Average = Literal["statistic", "none", "stored"]
 
@@ -90,10 +90,7 @@ class _Work:
 
     Attributes:
         quantizers: each role's quantisers, one for each layer; None where a layer is to have none.
-        functions: what quantises; sites with equal quantisers share a function.
         values: what stands for each value that a graph has.
-        made: what stands for each vector, quantised.
-        updates: the layers' nodes that update averages, where those are in the main graph.
     """
 
     def __init__(self, options: QuantizeBatchNorm, model: Model) -> None:
@@ -105,10 +102,7 @@ class _Work:
             role: [chosen(model, defaults[role], options.rules, role, layer) for layer in self.layers] for role in ROLES
         }
         self._check()
-        self.functions: dict[tuple[Any, ...], Function] = {}
         self.values: dict[tuple[str, Value], Use] = {}
-        self.made: dict[Vector, Expr] = {}
-        self.traced = Traced({}, {}, {})
 
     def _check(self) -> None:
         """Refuse options that do not go together.
@@ -139,7 +133,7 @@ class _Work:
         used = [q for role in (*site.parameters, *site.statistics) if (q := self.quantizers[role][layer.number])]
         if not used:
             return "a rule leaves it as it is"
-        if site.mode == "both" and any(isinstance(q.range, Ema) or q.rounding == "stochastic" for q in used):
+        if site.mode == "both" and (self._observes(used) or any(q.rounding == "stochastic" for q in used)):
             return (
                 "it chooses its mode while it runs; ema ranges and stochastic rounding need fusing, without --no-fuse"
             )
@@ -147,36 +141,45 @@ class _Work:
             return "the number of its channels is not known, which learned ranges and pipelines need"
         if any(isinstance(q, Pipeline) for q in used) and not self.model.object_based:
             return "a pipeline needs a model in TensorFlow 2's format"
+        if self._observes(used) and site.training and site.graph == MAIN and not site.runs:
+            return "what updates its averages is not known, and an ema range is to be moved with them"
         assigned = [a for found in site.assigns.values() for a in assigning(self.model, found)]
         if self.options.average == "stored" and site.training and not all(storable(self.model, *a) for a in assigned):
             return "what assigns its moving averages keeps them in no resource, so they cannot be stored quantised"
         return ""
+
+    @staticmethod
+    def _observes(used: Iterable[Quantizer]) -> bool:
+        return any(isinstance(q.range, Ema) for q in used)
 
     def edits(self, todo: list[Site]) -> Iterator[Edit]:
         """Quantise what the sites use."""
         limits = {role: np.array([self._limits(role, layer) for layer in self.layers], np.float32) for role in ROLES}
         widths = {r: q.bits if (q := getattr(self.options, r)) is not None else 0 for r in ROLES}
         initial = Initial(self.options.start_step, self.options.ramp_steps, widths, limits)
-        self.controls = Controls(self.model, self.quantizers, initial)
-        yield from (AddVariable(v) for v in self.controls.variables.values() if v.key not in self.model.variables)
+        controls = Controls(self.model, self.quantizers, initial)
+        yield from (AddVariable(v) for v in controls.variables.values() if v.key not in self.model.variables)
         # What one run counts comes after that run's comparison.
-        count = self.controls.variables["step"]
+        count = controls.variables["step"]
         yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(self.model))
         runs = ((self._layer(site).number, run) for site in todo if site.training for run in site.runs)
-        self.updates = {layer: node for layer, (graph, node) in runs if graph == MAIN}
+        updates = {layer: node for layer, (graph, node) in runs if graph == MAIN}
         quantities = [q for site in todo for q in (*self._parameters(site), *self._statistics(site))]
-        yield from self._trace(quantities)
+        traced = self._trace(quantities)
+        if traced.graphs:
+            yield Import(tuple(traced.graphs.values()), traced.gradients)
+        placing = Placing(self.model, controls, traced, updates)
         for group in groups(self.model, quantities):
-            yield from self._place(group)
+            yield from placing.place(group)
         for vector, _, put in quantities:
-            yield from put(self.made[vector])
+            yield from put(placing.made[vector])
         for site in todo:
             if site.kernel_average and self.options.average == "statistic":
                 yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         if self.options.average == "stored":
             yield from dead_zone(self.layers, self.quantizers, limits)
         if self.model.object_based:
-            yield from (Define(function) for function in self.functions.values())
+            yield from (Define(function) for function in placing.functions.values())
 
     def _layer(self, site: Site) -> Layer:
         return self.model.analysis(layers_of_sites)[site.graph, site.node]
@@ -265,100 +268,12 @@ class _Work:
         }
         return Vector(graph, value, kind, role, number, json.dumps(tag, sort_keys=True), statistic)
 
-    def _place(self, group: tuple[Vector, ...]) -> Iterator[Edit]:
-        """Make what stands for each vector, tagged, so that inspection needs no log.
-
-        Nothing differentiates through a call in TensorFlow 1's format, so there it is placed without one.
-        """
-        first, kind = group[0], group[0].kind
-        count = len(group) if len(group) > 1 else 0
-        rows = [self.controls.row(v.role, v.layer) for v in group]
-        value = _stacked(group, kind) if count else first.value
-        told: list[Expr] = [self.controls.amount, _taken(self.controls.bits, np.reshape(rows, (-1, 1) if count else 1))]
-        if isinstance(kind, Piped):
-            function = self._function(piped, self.traced.names[kind.wanted], kind.wanted.size, kind.dtype)
-            self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
-            return
-        if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
-            limits = _taken(self.controls.limits, np.array(rows if count else rows[0]))
-            if kind.observed:
-                limits = self._function(observing, kind, count)(value, limits, name="observed")
-                yield from self._keep(group, limits)
-            told.append(limits)
-        if kind.stochastic:
-            told.append(self._noise(value, rows[0], first.statistic))
-        function = self._function(quantizing, kind.plain, count)
-        if not count:
-            place, name = (function, first.role) if self.model.object_based else (function.inlined, "quantized")
-            self.made[first] = place(*told, value, name=name, **{TAG: first.tag})
-            return
-        quantized = function(*told, value, name="quantized")
-        dtype, size = kind.dtype, kind.size or 0
-        attrs = {
-            "num": ops.attr(count),
-            "T": ops.dtype_attr(dtype),
-            "_output_shapes": ops.shapes_attr([(size,)] * count),
-        }
-        rows_of = Apply(dtype, "Unpack", (quantized,), attrs)
-        for port, vector in enumerate(group):
-            stands = self._function(row, size, dtype)
-            self.made[vector] = stands(Port(dtype, rows_of, port), vector.value, name=vector.role, **{TAG: vector.tag})
-
-    def _trace(self, quantities: Iterable[Quantity]) -> Iterator[Edit]:
+    def _trace(self, quantities: Iterable[Quantity]) -> Traced:
         """Make functions of pipelines, all at once."""
         wanted = list(dict.fromkeys(v.kind.wanted for v, _, _ in quantities if isinstance(v.kind, Piped)))
         tracers = [q.trace for found in self.quantizers.values() for q in found if isinstance(q, Pipeline)]
-        if wanted:
-            self.traced = tracers[0](wanted)
-            yield Import(tuple(self.traced.graphs.values()), self.traced.gradients)
-
-    def _keep(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
-        """Store moved limits, when all that a call does is done."""
-        for role in dict.fromkeys(v.role for v in group):
-            own = [i for i, v in enumerate(group) if v.role == role]
-            layers_of_role = array(np.array([group[i].layer for i in own], np.int32))
-            moved = limits if len(own) == len(group) else _taken(limits, np.array(own))
-            if len(group) == 1:
-                moved = op("Reshape", moved, array(np.array([1, 2], np.int32)))
-            update = op("ResourceScatterUpdate", handle(self.controls.ranges(role)), layers_of_role, moved)
-            if self.model.object_based:
-                yield Run(group[0].graph, update, f"quantization/range/{role}", last=True)
-            else:
-                # In the main graph nothing runs but what a signature needs, such as the update of an average.
-                yield RunAfter(MAIN, self.updates[group[0].layer], (update,), f"quantization/range/{role}")
-
-    def _noise(self, value: Expr, row_: int, statistic: bool) -> Expr:
-        """Random numbers that follow from the step and from what they are for."""
-        counter = array(np.array([row_, statistic], np.uint64))
-        shape = op("Shape", value)
-        return op(
-            "StatelessRandomUniformV2", shape, self.controls.key, counter, constant(1, "int32"), dtype=Dtype(FLOAT)
-        )
-
-    def _function(self, make: Callable[..., Function], *arguments: Any) -> Function:
-        if (make, arguments) not in self.functions:
-            function = make(*arguments)
-            self.functions[make, arguments] = replace(function, name=unused(function.name, self.model.graphs))
-        return self.functions[make, arguments]
-
-
-def _stacked(group: tuple[Vector, ...], kind: Kind | Piped) -> Expr:
-    """The vectors as rows."""
-    attrs = {"N": ops.attr(len(group)), "T": ops.dtype_attr(kind.dtype)}
-    if isinstance(kind, Kind):
-        attrs["_output_shapes"] = ops.shapes_attr([(len(group), kind.size or 0)])
-    return Apply(kind.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")
+        return tracers[0](wanted) if wanted else Traced({}, {}, {})
 
 
 def _rewired(edge: Edge, scope: str, quantized: Expr) -> Iterator[Edit]:
     yield Rewire(edge, quantized, scope)
-
-
-def _taken(values: Expr, index: np.ndarray) -> Expr:
-    """Elements along the first axis, in the index's shape."""
-    attrs = {
-        "Tparams": ops.dtype_attr(values.dtype),
-        "Tindices": ops.dtype_attr("int32"),
-        "Taxis": ops.dtype_attr("int32"),
-    }
-    return Apply(values.dtype, "GatherV2", (values, array(index.astype(np.int32)), constant(0, "int32")), attrs)

@@ -326,3 +326,33 @@ def test_an_update_written_by_hand_keeps_the_float_value(references: bool, tmp_p
         before = session.run(variable("norm_0/gamma"))
         session.run(v1.get_collection("step"), {"x:0": batch(0)[0]})
         np.testing.assert_array_equal(session.run(variable("norm_0/gamma")), before)
+
+
+@pytest.mark.parametrize("average", ["statistic", "stored"])
+@pytest.mark.parametrize("name", ["v1_by_hand", "v1_two_fused", "v1_by_hand_references"])
+def test_ranges_widths_and_noise_in_the_first_format(name: str, average: str, rewritten: Any) -> None:
+    """Ranges move with the averages, in training alone; widths are variables by name; noise follows the step."""
+    options: dict[str, Any] = {"range": "ema", "rounding": "stochastic", "quantize_average": average, "bits": 4}
+    path = str(rewritten(name, **options))
+    loaded = tf.saved_model.load(path)
+    x, _ = batch(0)
+    held = {v.name.partition(":")[0]: v for v in loaded.variables}
+    ranges = [held[f"quantization/range/{role}"] for role in ROLES]
+    before = [v.numpy() for v in ranges]
+    modes = {"is_training": tf.constant(False)} if name == "v1_by_hand_references" else {}
+    (served,) = loaded.signatures["serving_default"](x=tf.constant(x), **modes).values()
+    assert all(np.array_equal(v, old) for v, old in zip(ranges, before, strict=True))
+    loaded.signatures["train"](x=tf.constant(x), **modes)
+    assert held["quantization/step"].numpy() == 1
+    assert all(not np.array_equal(v, old) for v, old in zip(ranges[2:], before[2:], strict=True))
+    for role in ROLES:
+        held[f"quantization/bits/{role}"].assign(0)
+    (off,) = loaded.signatures["serving_default"](x=tf.constant(x), **modes).values()
+    assert not np.array_equal(served, off)
+    with session_of(rewritten(name, **options)) as (session, meta):
+        train = meta.signature_def["train"]
+        fed = {train.inputs[k].name: v for k, v in {"x": x, **dict.fromkeys(modes, False)}.items()}
+        outputs = [t.name for t in train.outputs.values()]
+        once, again = (session.run(outputs, fed)[0] for _ in range(2))
+        assert not np.array_equal(once, again)  # the noise is that of the step
+        assert step_of(session) == 2

@@ -21,6 +21,7 @@ the number of bits; `fixed`: fixed point with as many integer bits as each of th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -249,9 +250,11 @@ def main() -> None:
     parser.add_argument("--task", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
+    parser.add_argument("--json", type=Path, help="write means and standard deviations to this file")
     parser.add_argument("--system", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     options = parser.parse_args()
     console = Console(width=150)
+    measured = {}
     for name in options.task:
         found: dict[tuple[int, str], list[tuple[float, float]]] = {}
         floats = []
@@ -269,10 +272,30 @@ def main() -> None:
             cells = [[_spread([run[i] for run in found[bits, s]]) for i in (0, 1)] for s in options.system]
             table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
         console.print(table)
+        measured[name] = {
+            "float": _moments(floats),
+            "systems": {s: _cells(found, s, options.bits) for s in options.system},
+        }
+    if options.json is not None:
+        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+
+
+def _cells(found: dict[tuple[int, str], list[tuple[float, float]]], system: str, widths: list[int]) -> dict[str, Any]:
+    phases = ("after rewriting", "after fine-tuning")
+    return {
+        str(bits): {phase: _moments([run[i] for run in found[bits, system]]) for i, phase in enumerate(phases)}
+        for bits in widths
+    }
+
+
+def _moments(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return round(float(np.mean(values)), 3), round(float(np.std(values, ddof=1)), 3) if len(values) > 1 else 0.0
 
 
 def _spread(values: list[float]) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else f"{values[0]:.1f}"
+    mean, deviation = _moments(values)
+    return f"{mean:.1f} ± {deviation:.1f}" if len(values) > 1 else f"{mean:.1f}"
 
 
 if __name__ == "__main__":
