@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from passes.controls import control, step
 from passes.derive_training import TRAIN, TRAIN_SIGNATURE
+from passes.roles import ROLES
 from passes.sites import STATISTICS, Site, sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Note, Replace, Rewire, SetAttr
-from rewriter.expr import Apply, Use, op, per_call, read
-from rewriter.ir import Error, Model
+from rewriter.expr import Apply, Expr, Use, op, per_call, read
+from rewriter.ir import Error, Model, Node
 
 
 @dataclass(frozen=True)
@@ -67,27 +68,38 @@ class FreezeStatistics:
             yield Clone(top, f"{top}_learning")
             yield Dispatch(top, frozen, names[top], f"{top}_learning")
         found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
-        left = [s for s in found if not _variables(s)]
+        left = []
         for site in found:
-            if site not in left:
-                yield from _frozen(model, site, names)
+            averages = {role: value for role in STATISTICS if (value := _average(model, site, role)) is not None}
+            if site.mode == "both" or len(averages) < len(STATISTICS):
+                left.append(site)
+            else:
+                yield from _frozen(model, site, averages, names)
         if left:
-            yield Note(f"{len(left)} sites, {left[0].node} first, stay as they are when statistics are frozen: {WHY}")
+            yield Note(
+                f"{len(left)} sites, {left[0].node} first, stay as they are when statistics are frozen: which "
+                "variables hold their statistics is not known, or they choose their mode while they run"
+            )
 
 
-WHY = "which variables hold their statistics is not known, or they choose their mode while they run"
+def _average(model: Model, site: Site, role: str) -> Expr | None:
+    """A moving statistic of a site, read in its graph; None where it is not known."""
+    for graph, node in reversed(site.assigns[role]):
+        if graph == site.graph:
+            assign = model.graphs[graph].nodes[node]
+            return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=ops.Dtype(_dtype(assign)))
+    keys = {keys[ROLES.index(role)] for keys in site.variables}
+    key = keys.pop()
+    return None if keys or key is None else read(model.variables[key])
 
 
-def _variables(site: Site) -> tuple[str, str] | None:
-    """The keys of its moving statistics."""
-    (_, _, mean, variance), *others = site.variables
-    return None if others or mean is None or variance is None or site.mode == "both" else (mean, variance)
+def _dtype(assign: Node) -> str:
+    return ops.dtype_name(assign.attrs["dtype"].type)
 
 
-def _frozen(model: Model, site: Site, names: dict[str, str]) -> Iterator[Edit]:
+def _frozen(model: Model, site: Site, averages: Mapping[str, Expr], names: Mapping[str, str]) -> Iterator[Edit]:
     """Let the copy of a site normalise with its moving statistics, and keep its updates from running."""
-    for role, key in zip(STATISTICS, _variables(site) or (), strict=True):
-        average = read(model.variables[key])
+    for role, average in averages.items():
         for edge in site.inputs[role]:
             graph = model.graphs[edge.graph]
             used = graph.nodes[edge.node].inputs[edge.position]
