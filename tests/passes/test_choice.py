@@ -19,7 +19,7 @@ Paths = Callable[[str], Path]
 def test_layers_that_share_a_function_are_one(model: Paths) -> None:
     alone, shared = (load(model(name)).analysis(layers) for name in ("module", "module_shared"))
     assert [layer.number for layer in alone] == [0, 1]
-    assert [len(layer.batch_norms) for layer in shared] == [2]
+    assert [len(layer.batch_norms) for layer in shared if layer.batch_norms[0].variables] == [2]
     assert shared[0].name == "+".join(bn.name for bn in shared[0].batch_norms)
 
 
@@ -28,7 +28,7 @@ def test_later_rules_change_what_earlier_ones_made(model: Paths) -> None:
     first, second = read.analysis(layers)
     rules = (
         Rule("", {"gamma": {"bits": 4}}),
-        Rule(f"^{second.name}/", {"gamma": {"scheme": "symmetric", "range": Ema()}, "beta": None}),
+        Rule(f"^{second.name}$", {"gamma": {"scheme": "symmetric", "range": Ema()}, "beta": None}),
         Rule("gamma", {"beta": {"scheme": "symmetric", "bits": 3}}),  # every layer has a variable of this name
     )
     assert chosen(read, Affine(), rules, "gamma", first) == Affine(4)
