@@ -11,7 +11,7 @@ import numpy as np
 from passes.pipelines import Quantizer
 from passes.quantizers import learned_limits
 from passes.ranges import Ema, Fixed, Learned
-from passes.roles import ROLES
+from passes.roles import MAX_BITS, ROLES
 from passes.schemes import FLOAT, Scheme
 from rewriter.expr import Apply, Expr, PerCall, array, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
@@ -124,7 +124,7 @@ class Controls:
         return self.variables[f"range/{role}"]
 
     def _bits(self) -> Expr:
-        """Each layer's own width where it has one, else its role's."""
+        """Each layer's own width where it has one, else its role's; from 0 to 16."""
         rows: list[Expr] = []
         shape = (self.layers,)
         for role in ROLES:
@@ -135,7 +135,7 @@ class Controls:
             )
             self.variables |= {f"bits/{role}": of_role, f"layer_bits/{role}": of_layers}
             rows.append(select(read(of_layers) >= 0, read(of_layers), read(of_role)))
-        return _concatenated(rows)
+        return op("Minimum", op("Maximum", _concatenated(rows), 0), MAX_BITS)
 
     def _limits(self) -> PerCall | None:
         """Given limits, moving averages and learned ones, row by row."""

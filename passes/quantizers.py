@@ -4,7 +4,7 @@ A function works on a vector [C], or on several at once, [R, C], each with limit
 is told besides the values, in this order:
 
 - amount: float32 scalar, how much of the quantised value there is in the result; 0: the value itself, bit for bit;
-- bits: int32 [1] or [R, 1], the width in force; 0: the value itself, bit for bit;
+- bits: int32 [1] or [R, 1], the width in force, 0 to 16; 0: the value itself, bit for bit;
 - limits: float32 [2] or [R, 2], unless the range is dynamic;
 - noise: float32 like the values, from 0 to 1, 1 excluded, where rounding is stochastic.
 """

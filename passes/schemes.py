@@ -156,12 +156,10 @@ class Scheme:
 
 
 def by_width(bits: Expr, entry: Callable[[int], float], dtype: str) -> Expr:
-    """What a function gives for int32 widths, read from a table; a width out of range counts as the nearest one."""
-    widths = [min(max(n, MIN_BITS), MAX_BITS) for n in range(MAX_BITS + 1)]
-    table = array(np.array([entry(n) for n in widths], dtype=dtype))
-    inside = op("Minimum", op("Maximum", bits, 0), MAX_BITS)
+    """What a function gives for int32 widths from 0 to 16, read from a table; 0 and 1 count as 2."""
+    table = array(np.array([entry(max(n, MIN_BITS)) for n in range(MAX_BITS + 1)], dtype=dtype))
     attrs = {"Tparams": dtype_attr(dtype), "Tindices": dtype_attr("int32"), "Taxis": dtype_attr("int32")}
-    return Apply(dtype, "GatherV2", (table, inside, constant(0, "int32")), attrs)
+    return Apply(dtype, "GatherV2", (table, bits, constant(0, "int32")), attrs)
 
 
 def _reduce(name: str, value: Expr) -> Expr:

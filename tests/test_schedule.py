@@ -102,6 +102,21 @@ def test_a_width_that_is_assigned_equals_one_that_was_given(rewritten: Paths) ->
         np.testing.assert_array_equal(result.quantization.train(X), given.quantization.train(X))
 
 
+def test_widths_out_of_range_count_as_the_nearest(model: Paths, rewritten: Paths) -> None:
+    source = tf.saved_model.load(str(model("module")))
+    outputs = {}
+    for width in (-5, -1, 0, 1, 2, 16, 17, 2**31 - 1):
+        result = tf.saved_model.load(str(rewritten("module")))
+        for role in ROLES:
+            getattr(result.quantization.bits, role).assign(width)
+        outputs[width] = result.serve(X).numpy()
+        result.quantization.layer_bits.gamma.assign([-7, width])
+        np.testing.assert_array_equal(result.serve(X), outputs[width])
+    for width, like in ((-5, 0), (-1, 0), (1, 2), (17, 16), (2**31 - 1, 16)):
+        np.testing.assert_array_equal(outputs[width], outputs[like])
+    np.testing.assert_array_equal(outputs[0], source.serve(X))
+
+
 def test_controls_survive_saving_and_serving_moves_none(rewritten: Paths, tmp_path: Path) -> None:
     result = tf.saved_model.load(str(rewritten("module", start_step=1, ramp_steps=3, freeze_step=8)))
     for _ in range(2):
