@@ -60,11 +60,13 @@ class Pipeline:
     Attributes:
         function: the function.
         trace: makes graphs of functions.
+        label: what it is called in reports.
         bits: what `quantization.bits` holds for it at first; 0 switches it off, any other number on.
     """
 
-    function: Function
+    function: Function = field(repr=False)
     trace: Callable[[Sequence[Wanted]], Traced] = field(compare=False, repr=False)
+    label: str
     bits: int = 8
     range: ClassVar[Range] = DYNAMIC
     rounding: ClassVar[str] = "nearest"

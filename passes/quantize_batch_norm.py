@@ -257,7 +257,7 @@ class _Work:
             kind = Piped(Wanted(quantizer.function, Context(role, name, site.epsilon), size or 0), value.dtype)
         tag = {
             "role": role,
-            "scheme": quantizer.name,
+            "scheme": quantizer.name if isinstance(quantizer, Scheme) else f"{quantizer.name} {quantizer.label}",
             "bits": quantizer.bits,
             "range": quantizer.range.name,
             "rounding": quantizer.rounding,

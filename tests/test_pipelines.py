@@ -55,12 +55,14 @@ def expected(raw: np.ndarray, role: str) -> np.ndarray:
 def test_every_vector_passes_through_the_function(model: Paths, tmp_path: Path) -> None:
     report = bnqat.rewrite(model("module_train"), tmp_path / "out", quantizer=fixed_point)
     assert report.sites_rewritten == report.sites_found
+    bnqat.rewrite(model("module_train"), tmp_path / "twin", quantizer=fixed_point)
+    assert harness.digest(tmp_path / "out") == harness.digest(tmp_path / "twin")
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     for function in (loaded.serve, loaded.quantization.train):
         found = ports(harness.concrete(function), [X])
         assert {(p.tag["role"], p.tag["layer"]) for p in found} == {(r, layer) for r in ROLES for layer in (0, 1)}
         for port in found:
-            assert port.tag["scheme"] == "pipeline"
+            assert port.tag["scheme"] == "pipeline fixed_point"
             np.testing.assert_array_equal(port.got, expected(port.raw, port.tag["role"]))
             assert not np.array_equal(port.got, port.raw)
 
@@ -130,7 +132,7 @@ def test_rules_choose_it_for_some_layers(model: Paths, tmp_path: Path) -> None:
     assert kinds == {
         **dict.fromkeys([(0, "gamma"), (0, "beta"), (0, "moving_mean"), (1, "moving_mean")], "affine"),
         **dict.fromkeys([(0, "moving_variance"), (1, "moving_variance")], "log"),
-        (1, "gamma"): "pipeline",
+        (1, "gamma"): "pipeline fixed_point",
     }
 
 

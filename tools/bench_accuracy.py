@@ -21,6 +21,7 @@ the number of bits; `fixed`: fixed point with as many integer bits as each of th
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import tempfile
@@ -264,6 +265,7 @@ def main() -> None:
                 runs = [(bits, system) for bits in options.bits for system in options.system]
                 for bits, system in track(runs, f"{name}, seed {start.seed}", transient=True):
                     found.setdefault((bits, system), []).append(SYSTEMS[system](start, bits))
+                    gc.collect()  # models and their functions refer to each other
         table = Table(title=f"{name}: float {_spread(floats)} %; right after -> fine-tuned, {options.seeds} seeds")
         table.add_column("bits", justify="right")
         for system in options.system:

@@ -22,7 +22,7 @@ from passes.split_modes import SplitModes
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
 from rewriter.app.settings import Settings
-from rewriter.app.trace import named, trace
+from rewriter.app.trace import named, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
 
@@ -80,7 +80,8 @@ def _changes(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
         changes["range"] = _range(options.get("range", "ema"), options.get("range_momentum"))
     own = options.get("quantizer")
     if own is not None:
-        changes["quantizer"] = Pipeline(named(own) if isinstance(own, str) else own, trace)
+        function = named(own) if isinstance(own, str) else own
+        changes["quantizer"] = Pipeline(function, trace, own if isinstance(own, str) else title(function))
     return changes
 
 
