@@ -26,10 +26,10 @@ LINEAR = {"affine": False, "symmetric": True, "power_of_two": True}
 
 
 def values() -> Figure:
-    """Quantised values of a vector from -0.6 to 1.5, and of variances over six decades."""
+    """Quantised values of a vector from -0.6 to 1.3, and of variances over six decades."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     linear, log = figure.subplots(1, 2)
-    v = np.linspace(-0.6, 1.5, 1001, dtype=np.float32)
+    v = np.linspace(-0.6, 1.3, 1001, dtype=np.float32)
     linear.plot(v, v, color="0.8")
     for scheme, narrow in LINEAR.items():
         linear.plot(v, quantize(scheme, v, BITS, narrow=narrow).value, label=scheme)
