@@ -10,10 +10,13 @@ from passes.derive_training import TRAIN, TRAIN_SIGNATURE
 from passes.roles import ROLES
 from passes.sites import STATISTICS, Site, sites
 from rewriter import ops
-from rewriter.dataflow import call_graph
-from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Note, Replace, Rewire, SetAttr
+from rewriter.dataflow import VariableKey, call_graph, origins
+from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Replace, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, op, per_call, read
 from rewriter.ir import Error, Model, Node
+
+FROZEN = "_frozen"
+"""What the names of the second phase's functions end with."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class FreezeStatistics:
         """Nothing where no freeze step is wanted, or the model has one already.
 
         Raises:
-            Error: there is no training function whose statistics could be frozen.
+            Error: there is no training function whose statistics could be frozen; the message says why.
         """
         if self.freeze_step is None:
             return
@@ -60,26 +63,55 @@ class FreezeStatistics:
         tops = [name for name in tops if calls.reached(name).isdisjoint(set(tops) - {name})]
         reached = set().union(*(calls.reached(name) for name in tops))
         # A function that two others run in a conditional or a loop cannot be differentiated in both.
-        names = {name: f"{name}_frozen" for name in sorted(reached)}
+        names = {name: f"{name}{FROZEN}" for name in sorted(reached)}
         for name, copy in names.items():
             yield Clone(name, copy, names)
-        frozen = per_call("statistics_frozen", read(step(model)) >= read(limit))
+        second = per_call("statistics_frozen", read(step(model)) >= read(limit))
         for top in tops:
             yield Clone(top, f"{top}_learning")
-            yield Dispatch(top, frozen, names[top], f"{top}_learning")
+            yield Dispatch(top, second, names[top], f"{top}_learning")
         found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
-        left = []
+        _refuse(model, found, reached)
         for site in found:
             averages = {role: value for role in STATISTICS if (value := _average(model, site, role)) is not None}
-            if site.mode == "both" or len(averages) < len(STATISTICS):
-                left.append(site)
-            else:
-                yield from _frozen(model, site, averages, names)
-        if left:
-            yield Note(
-                f"{len(left)} sites, {left[0].node} first, stay as they are when statistics are frozen: which "
-                "variables hold their statistics is not known, or they choose their mode while they run"
+            if len(averages) < len(STATISTICS):
+                raise Error(f"statistics of {site.node} cannot be frozen: which variables hold them is not known")
+            yield from _frozen(model, site, averages, names)
+
+
+def frozen(model: Model) -> frozenset[str]:
+    """The functions of the second phase alone."""
+    calls = model.analysis(call_graph)
+    tops = [f"{name}{FROZEN}" for name in (TRAIN, TRAIN_SIGNATURE)]
+    return frozenset().union(*(calls.reached(name) for name in tops if name in model.graphs))
+
+
+def _refuse(model: Model, found: Iterable[Site], reached: Iterable[str]) -> None:
+    """Refuse training whose statistics cannot be frozen.
+
+    Raises:
+        Error: it cannot; the message says why.
+    """
+    for site in found:
+        if site.mode == "both":
+            raise Error(
+                f"statistics of {site.node} cannot be frozen: it chooses its mode while it runs; --freeze-step needs "
+                "fusing, without --no-fuse"
             )
+        if site.quantized:
+            raise Error("the model is quantised already; statistics are frozen before: rewrite the float model")
+    for name in sorted(reached):
+        graph = model.graphs[name]
+        for node in graph.nodes.values():
+            trains = node.op.startswith("Assign") and any(
+                isinstance(o, VariableKey) and model.variables[o.key].trainable
+                for o in origins(model, name, node.inputs[0])
+            )
+            if trains or node.op.startswith("FusedBatchNormGrad"):
+                raise Error(
+                    f"statistics cannot be frozen in a training function that holds its own gradients ({node.name} in "
+                    f"{name}): they are those of batch statistics; leave --freeze-step away"
+                )
 
 
 def _average(model: Model, site: Site, role: str) -> Expr | None:
@@ -104,7 +136,9 @@ def _frozen(model: Model, site: Site, averages: Mapping[str, Expr], names: Mappi
             graph = model.graphs[edge.graph]
             used = graph.nodes[edge.node].inputs[edge.position]
             batch = Use(ops.output_dtype(model, graph, used), used)
-            value = average if site.kind == "fused" else op("Reshape", average, op("Shape", batch))
+            value = average if average.dtype == batch.dtype else op("Cast", average, DstT=ops.Dtype(batch.dtype))
+            if site.kind == "decomposed":
+                value = op("Reshape", value, op("Shape", batch))
             yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
         for name, node in site.assigns[role]:
             if name in names:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -30,12 +30,10 @@ class Placing:
         made: what stands for each vector, quantised.
     """
 
-    def __init__(self, model: Model, controls: Controls, traced: Traced, updates: Mapping[int, str]) -> None:
-        """`updates`: by layer, a node that updates averages, where the main graph does."""
+    def __init__(self, model: Model, controls: Controls, traced: Traced) -> None:
         self.model = model
         self.controls = controls
         self.traced = traced
-        self.updates = updates
         self.functions: dict[tuple[Any, ...], Function] = {}
         self.made: dict[Vector, Expr] = {}
 
@@ -53,7 +51,7 @@ class Placing:
         if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
             limits = _taken(self.controls.limits, np.array(rows if count else rows[0]))
             if kind.observed:
-                limits = self._call(self._function(observing, kind, count), value, limits, name="observed")
+                limits = self._call(self._function(observing, kind.observing, count), value, limits, name="observed")
                 yield from self._keep(group, limits)
             told.append(limits)
         if kind.stochastic:
@@ -88,11 +86,11 @@ class Placing:
                 yield Run(group[0].graph, update, f"quantization/range/{role}", last=True)
             else:
                 # In the main graph nothing runs but what a signature needs, such as the update of an average.
-                yield RunAfter(MAIN, self.updates[group[0].layer], (update,), f"quantization/range/{role}")
+                yield RunAfter(MAIN, group[0].run, (update,), f"quantization/range/{role}")
 
     def _noise(self, value: Expr, row_: int, statistic: bool) -> Expr:
         """Random numbers that follow from the step and from what they are for."""
-        counter = array(np.array([row_, statistic], np.uint64))
+        counter = array(np.array([0, 2 * row_ + statistic], np.uint64))  # the first counts on with each four numbers
         shape = op("Shape", value)
         return op(
             "StatelessRandomUniformV2", shape, self.controls.key, counter, constant(1, "int32"), dtype=Dtype(FLOAT)
@@ -105,7 +103,8 @@ class Placing:
     def _function(self, make: Callable[..., Function], *arguments: Any) -> Function:
         if (make, arguments) not in self.functions:
             function = make(*arguments)
-            self.functions[make, arguments] = replace(function, name=unused(function.name, self.model.graphs))
+            taken = {*self.model.graphs, *(known.name for known in self.functions.values())}
+            self.functions[make, arguments] = replace(function, name=unused(function.name, taken))
         return self.functions[make, arguments]
 
 

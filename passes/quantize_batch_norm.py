@@ -13,17 +13,19 @@ import numpy as np
 from passes.batch_norm import channels, moving_average, names_of_sites
 from passes.choice import Rule, chosen, unmatched
 from passes.controls import Controls, Initial, counters
+from passes.freeze_statistics import frozen
 from passes.layers import Layer, layers, layers_of_sites
 from passes.pipelines import Context, Pipeline, Quantizer, Traced, Wanted
 from passes.placing import Placing
 from passes.quantizers import Kind
 from passes.ranges import Dynamic, Ema, Fixed, Learned
-from passes.roles import ROLES, VARIANCE
+from passes.roles import BETA, GAMMA, ROLES, VARIANCE
 from passes.schemes import Affine, Log, Scheme
 from passes.sites import STATISTICS, Site, sites
 from passes.stored_averages import assigning, dead_zone, storable, stored
 from passes.uses import Piped, Quantity, Vector, groups
 from rewriter import ops
+from rewriter.dataflow import call_graph
 from rewriter.edit import AddVariable, Define, Edit, Import, Rewire, RunAfter, SetAttr, Skip
 from rewriter.expr import Expr, Use, read
 from rewriter.ir import MAIN, Edge, Error, Model, Value
@@ -81,6 +83,8 @@ class QuantizeBatchNorm:
                 yield Skip(site.graph, site.node, reason)
             else:
                 todo.append(site)
+        if todo and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
+            raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
         if todo:
             yield from work.edits(todo)
 
@@ -141,12 +145,24 @@ class _Work:
             return "the number of its channels is not known, which learned ranges and pipelines need"
         if any(isinstance(q, Pipeline) for q in used) and not self.model.object_based:
             return "a pipeline needs a model in TensorFlow 2's format"
-        if self._observes(used) and site.training and site.graph == MAIN and not site.runs:
+        if self._observes(used) and any(self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training):
+            return "its function is trained several times in a step; an ema range cannot follow it"
+        unknown = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.runs)
+        if self._observes(used) and site.training and unknown:
             return "what updates its averages is not known, and an ema range is to be moved with them"
         assigned = [a for found in site.assigns.values() for a in assigning(self.model, found)]
         if self.options.average == "stored" and site.training and not all(storable(self.model, *a) for a in assigned):
             return "what assigns its moving averages keeps them in no resource, so they cannot be stored quantised"
         return ""
+
+    def _repeated(self, site: Site) -> bool:
+        """Whether a layer's training is met more than once in a graph."""
+        layer = self._layer(site)
+        twins = [s for bn in layer.batch_norms for s in bn.sites if s.training and s.graph == site.graph]
+        calls = [call.graph for call in self.model.analysis(call_graph).callers.get(site.graph, ())]
+        known = [bn for bn in layer.batch_norms if bn.variables]
+        same = {(s.graph, s.node) for s in twins}
+        return len(known) > 1 or len(calls) > len(set(calls)) or (len(same) > 1 and site.graph != MAIN)
 
     @staticmethod
     def _observes(used: Iterable[Quantizer]) -> bool:
@@ -162,13 +178,11 @@ class _Work:
         # What one run counts comes after that run's comparison.
         count = controls.variables["step"]
         yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(self.model))
-        runs = ((self._layer(site).number, run) for site in todo if site.training for run in site.runs)
-        updates = {layer: node for layer, (graph, node) in runs if graph == MAIN}
         quantities = [q for site in todo for q in (*self._parameters(site), *self._statistics(site))]
         traced = self._trace(quantities)
         if traced.graphs:
             yield Import(tuple(traced.graphs.values()), traced.gradients)
-        placing = Placing(self.model, controls, traced, updates)
+        placing = Placing(self.model, controls, traced)
         for group in groups(self.model, quantities):
             yield from placing.place(group)
         for vector, _, put in quantities:
@@ -191,9 +205,7 @@ class _Work:
         """The limits that a range begins with."""
         quantizer = self.quantizers[role][layer.number]
         found = [bn for bn in layer.batch_norms if role in bn.variables]
-        if quantizer is None or isinstance(quantizer.range, Dynamic) or not found:
-            return 0.0, 0.0
-        if isinstance(quantizer, Pipeline):
+        if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not found:
             return 0.0, 0.0
         epsilon = found[0].sites[0].epsilon
         if isinstance(quantizer.range, Fixed):
@@ -248,7 +260,8 @@ class _Work:
         quantizer = self.quantizers[role][number]
         if quantizer is None:
             return None
-        training = site.mode == "training" or statistic
+        second = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
+        training = site.mode == "training" or statistic or second
         size = self._size(site)
         kind: Kind | Piped
         if isinstance(quantizer, Scheme):
@@ -266,7 +279,8 @@ class _Work:
             "layer": number,
             "use": ("average" if self.options.average == "stored" else "statistic") if statistic else "parameter",
         }
-        return Vector(graph, value, kind, role, number, json.dumps(tag, sort_keys=True), statistic)
+        run = next((node for place, node in site.runs if place == MAIN), "")
+        return Vector(graph, value, kind, role, number, json.dumps(tag, sort_keys=True), statistic, run)
 
     def _trace(self, quantities: Iterable[Quantity]) -> Traced:
         """Make functions of pipelines, all at once."""

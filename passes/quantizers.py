@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.ranges import Dynamic, Ema, Fixed, Learned
-from passes.schemes import FLOAT, TINY, Grid, Limits, Scheme
+from passes.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
 from rewriter.expr import Apply, Expr, Function, Port, array, constant, op, parameter, select, stop_gradient
 from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
 
@@ -63,8 +63,16 @@ class Kind:
     @property
     def plain(self) -> Kind:
         """The same for all whose function is the same: how limits come about is not part of it."""
-        range_ = Ema() if isinstance(self.scheme.range, Ema) else self.scheme.range
-        return replace(self.usual, scheme=replace(self.scheme, bits=8, range=range_), training=self.stochastic)
+        scheme = self.usual.scheme
+        range_ = Ema() if isinstance(scheme.range, Ema) else scheme.range
+        rounding: Rounding = "stochastic" if self.stochastic else "nearest"
+        return replace(self, scheme=replace(scheme, range=range_, rounding=rounding), training=self.stochastic)
+
+    @property
+    def observing(self) -> Kind:
+        """The same for all whose limits move in the same way."""
+        scheme = replace(self.usual.scheme, rounding="nearest", narrow_range=None)
+        return replace(self, scheme=scheme, training=True)
 
 
 def quantizing(kind: Kind, rows: int = 0) -> Function:
@@ -115,9 +123,11 @@ def piped(graph: str, size: int, dtype: str) -> Function:
     raw = _cast(value, FLOAT)
     attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
     attrs["_output_shapes"] = shapes_attr([(size,)])
-    made = Apply(FLOAT, "PartitionedCall", (raw,), attrs, "pipeline")
-    blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
     acting = (op("Greater", amount, 0.0)) & op("Greater", bits, 0)
+    # While it does not act, no gradient goes back through it: one that is not finite would be multiplied with 0.
+    given = select(acting, raw, stop_gradient(raw))
+    made = Apply(FLOAT, "PartitionedCall", (given,), attrs, "pipeline")
+    blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
     result = select(acting, _cast(blend, dtype), value)
     name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
     return Function(name, (amount, bits, value), ((), (1,), (size,)), result)

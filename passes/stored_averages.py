@@ -15,8 +15,8 @@ from passes.train_sites import DEFAULT_MOMENTUM
 from rewriter import ops
 from rewriter.dataflow import origins
 from rewriter.edit import Edit, Note, Replace, Rewire
-from rewriter.expr import Expr, Use, op
-from rewriter.ir import Edge, Model
+from rewriter.expr import Expr, Use, op, ordered
+from rewriter.ir import Edge, Model, Value
 
 ASSIGN = "AssignVariableOp"
 BY_DIFFERENCE = {"AssignSubVariableOp": "Sub", "AssignAddVariableOp": "AddV2"}
@@ -39,7 +39,9 @@ def stored(model: Model, graph: str, node: str) -> tuple[Expr, Callable[[Expr], 
     if assign.op == ASSIGN:
         return value, lambda quantized: iter([Rewire(Edge(graph, node, 1), quantized, node)])
     held = Use("resource", resource)
-    old = op("ReadVariableOp", held, dtype=ops.Dtype(value.dtype))
+    # What the assignment waits for, such as another assignment to the same variable, the read has to wait for too.
+    before = [Use("", Value(name)) for name in assign.after]
+    old = ordered(op("ReadVariableOp", held, dtype=ops.Dtype(value.dtype)), before)
     new = op(BY_DIFFERENCE[assign.op], old, value)
     return new, lambda quantized: iter([Replace(graph, node, op(ASSIGN, held, quantized))])
 

@@ -32,6 +32,7 @@ class Vector(NamedTuple):
         layer: its number.
         tag: what inspection is told about it.
         statistic: whether it is a batch's statistic, or an average that is to be stored.
+        run: the node of the main graph that updates the averages of its site, if there is one.
     """
 
     graph: str
@@ -41,6 +42,7 @@ class Vector(NamedTuple):
     layer: int
     tag: str
     statistic: bool
+    run: str
 
 
 class Quantity(NamedTuple):

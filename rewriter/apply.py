@@ -176,7 +176,11 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
         nodes = source.nodes
         if clone.callees:
             nodes = {
-                n.name: replace(n, attrs={k: with_functions(v, clone.callees) for k, v in n.attrs.items()})
+                n.name: replace(
+                    n,
+                    op=clone.callees.get(n.op, n.op),
+                    attrs={k: with_functions(v, clone.callees) for k, v in n.attrs.items()},
+                )
                 for n in source.nodes.values()
             }
         arguments = source.arguments

@@ -21,13 +21,23 @@ from passes.schemes import Affine
 from passes.split_modes import SplitModes
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
-from rewriter.app.settings import Settings
+from rewriter.app.settings import Defaults, Settings
+from rewriter.app.settings import Rule as SettingsRule
 from rewriter.app.trace import named, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
 
 FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
 """Passes that `fuse` is for."""
+
+
+OWNERS = {
+    "freeze_step": "freeze-statistics",
+    "momentum": "derive-training",
+    "keep_ref": "upgrade-references",
+    "unfreeze_constants": "unfreeze-constants",
+}
+"""The pass of each option that is not of quantize-batch-norm."""
 
 
 def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list[Pass]:
@@ -37,9 +47,20 @@ def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list
         Error: there is no pass of a name, or options do not go together.
     """
     known = passes_of(options)
+    named = [name for name in names or () if isinstance(name, str)]
+    for option in sorted(options.model_fields_set - {"fuse"}) if named and len(named) == len(names or ()) else ():
+        owner = OWNERS.get(option, "quantize-batch-norm")
+        if owner not in named and not _empty(options, option):
+            raise Error(f"{option} is an option of {owner}, which is not among the passes that are named")
     wanted = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
     default = [name for name in known if wanted.get(name, True)]
     return [_named(p, known) if isinstance(p, str) else p for p in (default if names is None else names)]
+
+
+def _empty(options: Settings, option: str) -> bool:
+    """Whether a table of quantisers says nothing."""
+    value = getattr(options, option)
+    return bool(value == Defaults() or value == ())
 
 
 def passes_of(options: Settings) -> dict[str, Pass]:
@@ -57,7 +78,9 @@ def passes_of(options: Settings) -> dict[str, Pass]:
         "freeze-statistics": FreezeStatistics(options.freeze_step),
         "quantize-batch-norm": QuantizeBatchNorm(
             **{role: quantizer_of(options.quantizer(role), role) for role in ROLES},
-            rules=tuple(Rule(r.match, {role: _changes(r.of(role)) for role in ROLES}) for r in options.rules),
+            rules=tuple(
+                Rule(r.match, {role: _changes(_ruled(options, r, role)) for role in ROLES}) for r in options.rules
+            ),
             average=options.quantize_average,
             start_step=options.start_step,
             ramp_steps=options.ramp_steps,
@@ -71,13 +94,20 @@ def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:
     return Rule("", {role: changes}).applied(role, Affine())
 
 
+def _ruled(options: Settings, rule: SettingsRule, role: str) -> Mapping[str, Any]:
+    """A rule's options for a role; of a range and its momentum, what it does not give is that of the defaults."""
+    own = rule.of(role)
+    usual = {k: v for k, v in options.quantizer(role).items() if k in ("range", "range_momentum")}
+    return {**usual, **own} if {"range", "range_momentum"} & set(own) else own
+
+
 def _changes(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """Options as `Rule` takes them: objects in place of names; None where there is to be no quantiser."""
     if options.get("scheme") == "none":
         return None
     changes = {k: v for k, v in options.items() if k not in ("range", "range_momentum", "quantizer")}
-    if "range" in options or "range_momentum" in options:
-        changes["range"] = _range(options.get("range", "ema"), options.get("range_momentum"))
+    if "range" in options:
+        changes["range"] = _range(options["range"], options.get("range_momentum"))
     own = options.get("quantizer")
     if own is not None:
         function = named(own) if isinstance(own, str) else own

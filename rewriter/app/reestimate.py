@@ -45,19 +45,43 @@ def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> Non
     averages, stored = _averages(model)
     sums = [np.zeros(v.shape, np.float64) for v, _ in averages]
     batches = iter(dataset)
+
+    def train(batch: Any, start: float) -> list[np.ndarray]:
+        """The averages after one step from averages that are all alike."""
+        for variable, _ in averages:
+            variable.assign(tf.fill(variable.shape, tf.cast(start, variable.dtype)))
+        quantization.train(**batch) if isinstance(batch, Mapping) else quantization.train(*_tuple(batch))
+        return [variable.numpy().astype(np.float64) for variable, _ in averages]
+
     with _acting(quantization, [v for v, _ in averages], stored):
         for done in range(steps):
             batch = next(batches, None)
             if batch is None:
                 raise Error(f"the dataset holds {done} batches, not {steps}")
-            for variable, _ in averages:
-                variable.assign(tf.zeros_like(variable))
             # From an average of zero, one step leaves the batch's statistic times its weight.
-            quantization.train(**batch) if isinstance(batch, Mapping) else quantization.train(*_tuple(batch))
-            for total, (variable, weight) in zip(sums, averages, strict=True):
-                np.add(total, variable.numpy().astype(np.float64) / weight, out=total)
+            found = train(batch, 0.0)
+            if done == 0:
+                quantization.step.assign_sub(1)
+                _check_weights(averages, found, train(batch, 1.0))
+            for total, (_, weight), value in zip(sums, averages, found, strict=True):
+                np.add(total, value / weight, out=total)
     for total, (variable, _) in zip(sums, averages, strict=True):
         variable.assign((total / steps).astype(variable.dtype.as_numpy_dtype))
+
+
+def _check_weights(averages: list[tuple[Any, float]], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
+    """Refuse averages in which a step's batch has another weight than a single update gives it.
+
+    Raises:
+        Error: one is updated several times in a step, or corrected for its start.
+    """
+    for (variable, weight), zero, one in zip(averages, from_zero, from_one, strict=True):
+        found = 1 - float(np.mean(one - zero))
+        if abs(found - weight) > weight / 4:  # dropout changes the batch's statistics between the two
+            raise Error(
+                f"{variable.name} is updated several times in a step, or is corrected for its start (zero-debiased): "
+                "its batches' statistics cannot be told apart"
+            )
 
 
 def _tuple(batch: Any) -> tuple[Any, ...]:

@@ -68,6 +68,8 @@ def sensitivity(
     """
     import tensorflow as tf
 
+    if not bits:
+        raise Error("no width is given to try")
     for width in bits:
         if not MIN_BITS <= width <= MAX_BITS:
             raise Error(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}")
@@ -142,7 +144,11 @@ def _quantizers(model: str | Path) -> dict[tuple[int, str], str]:
 def _widths(loaded: Any) -> dict[str, Any]:
     """The widths of layers by role; quantisers act from now on."""
     quantization = getattr(loaded, "quantization", None)
-    variables = {v.name: v for v in (loaded.variables if quantization is None else quantization.variables)}
+    held = getattr(loaded, "variables", ()) if quantization is None else quantization.variables
+    variables = {v.name: v for v in held}
+    missing = [n for n in ("start_step", "ramp_steps") if f"quantization/{n}:0" not in variables]
+    if missing:
+        raise Error(f"the model's root holds no quantization.{missing[0]}; give the model that bnqat rewrote itself")
     for name in ("start_step", "ramp_steps"):
         variables[f"quantization/{name}:0"].assign(0)
     return {role: variables[f"quantization/layer_bits/{role}:0"] for role in ROLES}
@@ -175,7 +181,7 @@ def _runner(loaded: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[],
 
     if not run():
         raise Error(f"the signature {names[0]} gives no numbers whose error could be measured")
-    return run, len(next(iter(given.values())))
+    return run, max((len(value) for value in given.values() if np.ndim(value)), default=1)
 
 
 def _difference(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from passes.ranges import Ema, Fixed
 from passes.roles import MAX_BITS, MIN_BITS, ROLES, VARIANCE
@@ -126,6 +126,21 @@ class Settings(_Options):
     defaults: Defaults = Defaults()
     rules: tuple[Rule, ...] = ()
 
+    @model_validator(mode="after")
+    def _together(self) -> Settings:
+        tables = {f"defaults.{role}": self.defaults.of(role) for role in ROLES}
+        tables |= {f"rules.{number}.{role}": rule.of(role) for number, rule in enumerate(self.rules) for role in ROLES}
+        averages = any(own.get("range") == "ema" for own in tables.values())
+        for place, own in tables.items():
+            if own.get("range_momentum") is not None and not averages:
+                raise ValueError(f"{place}.range_momentum has no effect, as no range is 'ema'; leave it out")
+            others = [name for name in own if name not in ("quantizer", "bits")]
+            if own.get("quantizer") is not None and others:
+                raise ValueError(
+                    f"{place}.quantizer takes the place of a scheme, so {others[0]} has no effect; leave it out"
+                )
+        return self
+
     def quantizer(self, role: str) -> dict[str, Any]:
         """All options of a role's quantiser."""
         scheme = "log" if role == VARIANCE else "affine"
@@ -207,7 +222,7 @@ def _sentence(error: Any) -> str:
     key = ".".join(place)
     name = place[-1] if place else ""
     given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r}"
-    if name in REMEDIES:
+    if name in REMEDIES and error["type"] != "value_error":
         return f"{key}{given}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": Rule}
@@ -217,9 +232,11 @@ def _sentence(error: Any) -> str:
         return f"{key}: there is no such option; " + (
             f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
         )
+    if not place:
+        return str(error["msg"].removeprefix("Value error, "))
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] in ("model_type", "tuple_type"):
         return f"{key}{given}: it is a {'table' if error['type'] == 'model_type' else 'list of tables'}"
-    message = error["msg"].removeprefix("Value error, ").replace("input should be", "it is")
+    message = error["msg"].removeprefix("Value error, ")
     return f"{key}{given}: {message[0].lower()}{message[1:]}".replace("input should be", "it is to be")

@@ -30,8 +30,8 @@ def named(name: str) -> Function:
         found: Any = import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as e:
-        raise Error(f"there is no {name}: {e}") from e
+    except Exception as e:
+        raise Error(f"there is no {name}: {type(e).__name__}: {_first_line(e)}") from e
     if not callable(found):
         raise Error(f"{name} is no function")
     function: Function = found

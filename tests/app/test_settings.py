@@ -125,7 +125,7 @@ def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Pa
     [
         (["--scheme", "afine"], "a scheme is one of affine"),
         (["--range", "gamma=1"], "or two limits like -1:1"),
-        (["--range", "1:1"], "two numbers, [low, high]"),
+        (["--range", "1:1"], "the first limit is less than the second"),
         (["--bits", "gamma=4,gamma=5"], "names gamma twice"),
         (["--rounding", "up"], "rounding is nearest or stochastic"),
         (["--narrow-range", "maybe"], "it is yes or no"),
