@@ -136,7 +136,7 @@ class _Work:
         layer = self._layer(site)
         used = [q for role in (*site.parameters, *site.statistics) if (q := self.quantizers[role][layer.number])]
         if not used:
-            return "a rule leaves it as it is"
+            return "the scheme none leaves it as it is"
         if site.mode == "both" and (self._observes(used) or any(q.rounding == "stochastic" for q in used)):
             return (
                 "it chooses its mode while it runs; ema ranges and stochastic rounding need fusing, without --no-fuse"

@@ -175,7 +175,8 @@ class _Quantized:
         if size is None:
             raise AssertionError("a learned range is for vectors of known size")
         inside = _cast(self.inside, scheme.dtype)
-        of_high = (self.steps - self.position * inside) * self.grid.reciprocal
+        rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
+        of_high = (self.steps - rounded) * self.grid.reciprocal
         slope = scheme.slope(self.value, self.kind.epsilon)
         factor = scheme.step_gradient_factor(self.bits, size) * amount
         factor = factor if slope is None else factor * slope

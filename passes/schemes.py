@@ -259,7 +259,7 @@ class Log(Scheme):
     Miyashita et al. 2016, arXiv:1603.01025, of v + epsilon in place of v, and with a base that follows the range.
 
     Raises:
-        Error: a fixed range that begins below zero.
+        Error: a fixed range that ends at zero or below.
     """
 
     name: ClassVar[str] = "log"
@@ -268,8 +268,10 @@ class Log(Scheme):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.range, Fixed) and self.range.low < 0:
-            raise Error(f"range {self.range.low:g} to {self.range.high:g}: variances are not negative; begin at 0")
+        if isinstance(self.range, Fixed) and self.range.high <= 0:
+            raise Error(
+                f"range {self.range.low:g} to {self.range.high:g} of moving_variance: variances are not negative"
+            )
 
     def defined(self, value: Expr) -> Expr:
         """Which values are quantised; the others are kept, and do not count for the range."""
@@ -310,8 +312,8 @@ class Log(Scheme):
         return float(logs.min()), float(logs.max())
 
     def fixed(self, given: Fixed, epsilon: float) -> tuple[float, float]:
-        """Given limits, in the scheme's coordinate."""
-        return self.limits_of(np.array([given.low, given.high], np.float32), epsilon)
+        """Given limits, in the scheme's coordinate; they begin at 0 where a negative one is given."""
+        return self.limits_of(np.array([max(given.low, 0.0), given.high], np.float32), epsilon)
 
 
 SCHEMES: Mapping[str, type[Scheme]] = {scheme.name: scheme for scheme in (Affine, Symmetric, PowerOfTwo, Log)}

@@ -94,8 +94,9 @@ def quantize(
             level = (code - zero) * step
             inside, rest = code == raw, code - zero
             slope = np.ones_like(v)
-        of_high = ((rest - position * inside) * reciprocal).astype(F) * slope
-        of_low = ((~inside).astype(F) - ((rest - position * inside) * reciprocal)).astype(F) * slope
+        missed = (rest - np.where(inside, position, 0)) * reciprocal
+        of_high = missed.astype(F) * slope
+        of_low = ((~inside).astype(F) - missed).astype(F) * slope
     return Quantized(
         np.where(defined, level, v).astype(F),
         inside | ~defined,

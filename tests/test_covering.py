@@ -178,7 +178,7 @@ def test_a_learned_scale_learns(model: Paths, tmp_path: Path) -> None:
         ({"scheme": {"gamma": "log"}}, "gamma: the scheme log is for moving_variance"),
         ({"range": {"moving_mean": "learned"}}, "moving_mean: no gradient reaches moving statistics"),
         ({"quantize_average": "stored"}, "moving_mean: a stored average needs a range"),
-        ({"range": {"moving_variance": [-1, 1]}}, "variances are not negative"),
+        ({"range": {"moving_variance": [-1, 0]}}, "variances are not negative"),
         ({"config": {"rules": [{"match": "nowhere", "bits": 4}]}}, "the rule 'nowhere' matches no layer"),
         ({"config": {"rules": [{"match": "", "scheme": "log"}]}}, "gamma: the scheme log"),
     ],

@@ -298,6 +298,8 @@ def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | Non
         require_model(model)
         if not inputs_file.is_file():
             raise Error(f"there is no file {inputs_file}")
+        if plot_file is not None and not plot_file.absolute().parent.is_dir():
+            raise Error(f"there is no directory {plot_file.parent} to draw to")
 
     with _one_line(check):
         from rich.console import Console

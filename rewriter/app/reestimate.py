@@ -45,12 +45,19 @@ def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> Non
     averages, stored = _averages(model)
     sums = [np.zeros(v.shape, np.float64) for v, _ in averages]
     batches = iter(dataset)
+    ranges = [(v, v.numpy()) for v in quantization.variables if v.name.startswith("quantization/range/")]
 
     def train(batch: Any, start: float) -> list[np.ndarray]:
         """The averages after one step from averages that are all alike."""
         for variable, _ in averages:
             variable.assign(tf.fill(variable.shape, tf.cast(start, variable.dtype)))
-        quantization.train(**batch) if isinstance(batch, Mapping) else quantization.train(*_tuple(batch))
+        try:
+            quantization.train(**batch) if isinstance(batch, Mapping) else quantization.train(*_tuple(batch))
+        except (TypeError, ValueError) as e:
+            names = [spec.name for spec in quantization.train.concrete_functions[0].inputs if spec.dtype != tf.resource]
+            raise Error(f"a batch is not what the training function takes ({', '.join(names)}): {e}") from e
+        for variable, value in ranges:
+            variable.assign(value)  # so that every batch meets the same ones
         return [variable.numpy().astype(np.float64) for variable, _ in averages]
 
     with _acting(quantization, [v for v, _ in averages], stored):
@@ -114,7 +121,10 @@ def _averages(model: Any) -> tuple[list[tuple[Any, float]], bool]:
                 found |= dict.fromkeys(keys, bn.factor)
         stored = any(tag.get("use") == "average" for site in read.analysis(sites) for tag in site.quantized)
     if not found:
-        raise Error("the training function updates no moving statistics")
+        raise Error(
+            "no moving statistics that the training function updates were found; load the model outside of a "
+            "distribution strategy"
+        )
     return [(held[key], weight) for key, weight in found.items()], stored
 
 

@@ -70,6 +70,8 @@ def sensitivity(
 
     if not bits:
         raise Error("no width is given to try")
+    if not isinstance(inputs, Mapping):
+        raise Error("inputs are arrays by name, a dict")
     for width in bits:
         if not MIN_BITS <= width <= MAX_BITS:
             raise Error(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}")
@@ -100,7 +102,7 @@ def arrays(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as held:
             return {name: held[name] for name in held.files}
-    except (OSError, ValueError, AttributeError, BadZipFile) as e:
+    except (OSError, ValueError, TypeError, AttributeError, BadZipFile) as e:
         raise Error(f"{file} is no .npz file of arrays: {e}") from e
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from passes.ranges import Ema, Fixed
-from passes.roles import MAX_BITS, MIN_BITS, ROLES, VARIANCE
+from passes.roles import MAX_BITS, MEAN, MIN_BITS, ROLES, VARIANCE
 from rewriter.ir import Error
 
 Steps = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -130,6 +130,16 @@ class Settings(_Options):
     def _together(self) -> Settings:
         tables = {f"defaults.{role}": self.defaults.of(role) for role in ROLES}
         tables |= {f"rules.{number}.{role}": rule.of(role) for number, rule in enumerate(self.rules) for role in ROLES}
+        for place, own in tables.items():
+            role = place.rpartition(".")[2]
+            if own.get("scheme") == "log" and role != VARIANCE:
+                raise ValueError(
+                    f"{place}: the scheme log is for moving_variance, as {role} may have values below zero"
+                )
+            if own.get("range") == "learned" and role in (MEAN, VARIANCE):
+                raise ValueError(
+                    f"{place}: no gradient reaches moving statistics, so a learned range would stay; choose ema"
+                )
         averages = any(own.get("range") == "ema" for own in tables.values())
         for place, own in tables.items():
             if own.get("range_momentum") is not None and not averages:
@@ -176,6 +186,8 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
     Raises:
         Error: the file cannot be read, or an option is unknown or out of range; the message names it.
     """
+    if config is not None and not isinstance(config, str | Path | Mapping):
+        raise Error(f"config is a TOML file's path or a dict, not {config!r}")
     where = "" if config is None or isinstance(config, Mapping) else f"{config}: "
     held = {} if config is None else dict(config) if isinstance(config, Mapping) else _read(Path(config))
     checked(held, where)
@@ -192,7 +204,18 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
                 f"{option}: {sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}"
             )
         defaults |= {role: {**defaults.get(role, {}), option: v} for role, v in by_role.items()}
+        if "rules" in held:
+            held["rules"] = [_without(rule, option, by_role) for rule in held["rules"]]
     return checked({**held, **own, "defaults": defaults})
+
+
+def _without(rule: Mapping[str, Any], option: str, roles: Iterable[str]) -> dict[str, Any]:
+    """A rule that does not say an option for these roles."""
+    common = {k: v for k, v in rule.items() if k in OF_QUANTIZER}
+    tables = {role: {**common, **rule.get(role, {})} for role in ROLES}
+    for role in roles:
+        tables[role].pop(option, None)
+    return {"match": rule["match"], **{role: table for role, table in tables.items() if table}}
 
 
 def checked(options: Mapping[str, Any], where: str = "") -> Settings:
@@ -222,12 +245,14 @@ def _sentence(error: Any) -> str:
     key = ".".join(place)
     name = place[-1] if place else ""
     given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r}"
-    if name in REMEDIES and error["type"] != "value_error":
+    if name in REMEDIES and error["type"] != "value_error" and (place[1:] or name == "per_channel"):
         return f"{key}{given}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": Rule}
         inner = Quantizer if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
         known = (inner if place[1:] else Settings).model_fields
+        if not place[1:] and name in OF_QUANTIZER:
+            return f"{key} is an option of quantisers; it belongs under [defaults], [defaults.gamma] or a rule"
         close = difflib.get_close_matches(name, known, n=1)
         return f"{key}: there is no such option; " + (
             f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"

@@ -95,7 +95,7 @@ def _concrete(wanted: Wanted) -> Any:
     result = concrete.structured_outputs
     if not isinstance(result, tf.Tensor | tf.TensorSpec):
         raise Error(f"the pipeline {name} gives no tensor {place}, but {result!r}")
-    if result.dtype != tf.float32 or not result.shape.is_compatible_with([wanted.size]):
+    if result.dtype != tf.float32 or result.shape.rank != 1 or result.shape[0] != wanted.size:
         raise Error(
             f"the pipeline {name} gives {result.dtype.name} {result.shape} {place}, and not float32 [{wanted.size}]"
         )

@@ -51,7 +51,11 @@ def test_what_is_given_counts_over_the_file_and_the_file_over_defaults(config: P
     over = settings(config, {"bits": 5, "start_step": 7, "scheme": {"beta": "power_of_two"}, "momentum": None})
     assert [over.quantizer(r)["bits"] for r in ("gamma", "beta", "moving_mean")] == [5, 5, 5]
     assert over.quantizer("beta")["scheme"] == "power_of_two"
-    assert (over.start_step, over.rules[0].bits) == (7, 3)
+    assert over.start_step == 7
+    assert over.rules[0].of("beta") == {}
+    assert plain.rules[0].of("gamma") == {"bits": 3}
+    some = settings(config, {"bits": {"gamma": 5}}).rules[0]
+    assert (some.of("gamma"), some.of("moving_mean")) == ({}, {"bits": 3})
 
 
 def test_what_is_printed_is_a_file_that_says_the_same(config: Path, tmp_path: Path) -> None:
@@ -61,7 +65,9 @@ def test_what_is_printed_is_a_file_that_says_the_same(config: Path, tmp_path: Pa
     assert printed["defaults"]["moving_mean"]["bits"] == 12
     assert printed["defaults"]["beta"]["range"] == [-1.0, 1.0]
     assert printed["defaults"]["gamma"] == {"scheme": "symmetric", "bits": 4, "range": "dynamic", "rounding": "nearest"}
-    assert printed["rules"] == [{"match": "norm_1|_1", "bits": 3, "beta": {"scheme": "none"}}]
+    (rule,) = printed["rules"]  # but for the moving mean, which is given
+    assert rule["beta"] == {"scheme": "none", "bits": 3}
+    assert (rule["gamma"], rule.get("moving_mean")) == ({"bits": 3}, None)
     (tmp_path / "printed.toml").write_text(first.stdout)
     assert command("--config", tmp_path / "printed.toml", "--print-config").stdout == first.stdout
 
@@ -83,13 +89,14 @@ def test_rules_and_defaults_reach_the_quantizers(config: Path, model: Paths, tmp
 
 
 def test_a_rule_for_all_leaves_nothing_to_rewrite(model: Paths, tmp_path: Path) -> None:
-    with pytest.raises(bnqat.NothingToRewriteError, match="a rule leaves it as it is"):
+    with pytest.raises(bnqat.NothingToRewriteError, match="the scheme none leaves it as it is"):
         bnqat.rewrite(model("module"), tmp_path / "out", scheme="none")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ("bits = 3", "bits is an option of quantisers; it belongs under [defaults]"),
         ("bitz = 3", "bitz: there is no such option; there are start_step"),
         ("start_stp = 3", "start_stp: there is no such option; did you mean start_step?"),
         ("[defaults]\nbits = 1", "defaults.bits = 1: a width is a whole number from 2 to 16"),
