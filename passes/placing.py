@@ -118,9 +118,4 @@ def _stacked(group: tuple[Vector, ...], kind: Kind | Piped) -> Expr:
 
 def _taken(values: Expr, index: np.ndarray) -> Expr:
     """Elements along the first axis, in the index's shape."""
-    attrs = {
-        "Tparams": ops.dtype_attr(values.dtype),
-        "Tindices": ops.dtype_attr("int32"),
-        "Taxis": ops.dtype_attr("int32"),
-    }
-    return Apply(values.dtype, "GatherV2", (values, array(index.astype(np.int32)), constant(0, "int32")), attrs)
+    return op("GatherV2", values, array(index.astype(np.int32)), constant(0, "int32"))

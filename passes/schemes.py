@@ -15,9 +15,9 @@ import numpy as np
 
 from passes.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
-from rewriter.expr import Apply, Expr, array, constant, op, select
+from rewriter.expr import Expr, array, constant, op, select
 from rewriter.ir import Error
-from rewriter.ops import Dtype, dtype_attr
+from rewriter.ops import Dtype
 
 FLOAT, DOUBLE = "float32", "float64"
 TINY = float(np.finfo(np.float32).tiny)
@@ -158,8 +158,7 @@ class Scheme:
 def by_width(bits: Expr, entry: Callable[[int], float], dtype: str) -> Expr:
     """What a function gives for int32 widths from 0 to 16, read from a table; 0 and 1 count as 2."""
     table = array(np.array([entry(max(n, MIN_BITS)) for n in range(MAX_BITS + 1)], dtype=dtype))
-    attrs = {"Tparams": dtype_attr(dtype), "Tindices": dtype_attr("int32"), "Taxis": dtype_attr("int32")}
-    return Apply(dtype, "GatherV2", (table, bits, constant(0, "int32")), attrs)
+    return op("GatherV2", table, bits, constant(0, "int32"))
 
 
 def _reduce(name: str, value: Expr) -> Expr:

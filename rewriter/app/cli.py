@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.show import show_inspection, show_rewrite, show_sensitivity
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
@@ -23,43 +24,6 @@ if TYPE_CHECKING:
     from rewriter.pipeline import Step
 
 EXIT_FAILED = 2
-
-PASSES = (
-    "upgrade-references",
-    "unfreeze-constants",
-    "split-modes",
-    "merge-choices",
-    "fuse-batch-norm",
-    "choose-branch",
-    "derive-training",
-    "inline-branches",
-    "cut-gradients",
-    "freeze-statistics",
-    "quantize-batch-norm",
-)
-"""By name; `rewriter.app.api` makes them, which takes TensorFlow."""
-
-OPTIONS_OF = {
-    **dict.fromkeys(
-        (
-            "bits",
-            "scheme",
-            "range",
-            "rounding",
-            "narrow_range",
-            "quantizer",
-            "quantize_average",
-            "start_step",
-            "ramp_steps",
-        ),
-        "quantize-batch-norm",
-    ),
-    "freeze_step": "freeze-statistics",
-    "momentum": "derive-training",
-    "keep_ref": "upgrade-references",
-    "unfreeze_constants": "unfreeze-constants",
-}
-"""The pass that each option is for."""
 
 
 class ByRole(click.ParamType[Any, Any]):

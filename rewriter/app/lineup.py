@@ -21,6 +21,7 @@ from passes.schemes import Affine
 from passes.split_modes import SplitModes
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
+from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, Settings
 from rewriter.app.settings import Rule as SettingsRule
 from rewriter.app.trace import named, title, trace
@@ -29,15 +30,6 @@ from rewriter.pipeline import Pass, load_pass
 
 FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
 """Passes that `fuse` is for."""
-
-
-OWNERS = {
-    "freeze_step": "freeze-statistics",
-    "momentum": "derive-training",
-    "keep_ref": "upgrade-references",
-    "unfreeze_constants": "unfreeze-constants",
-}
-"""The pass of each option that is not of quantize-batch-norm."""
 
 
 def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list[Pass]:
@@ -49,7 +41,7 @@ def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list
     known = passes_of(options)
     named = [name for name in names or () if isinstance(name, str)]
     for option in sorted(options.model_fields_set - {"fuse"}) if named and len(named) == len(names or ()) else ():
-        owner = OWNERS.get(option, "quantize-batch-norm")
+        owner = OPTIONS_OF[option]
         if owner not in named and not _empty(options, option):
             raise Error(f"{option} is an option of {owner}, which is not among the passes that are named")
     wanted = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}

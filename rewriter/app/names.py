@@ -1,0 +1,44 @@
+"""Names of passes and of their options, which can be had without importing TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+PASSES = (
+    "upgrade-references",
+    "unfreeze-constants",
+    "split-modes",
+    "merge-choices",
+    "fuse-batch-norm",
+    "choose-branch",
+    "derive-training",
+    "inline-branches",
+    "cut-gradients",
+    "freeze-statistics",
+    "quantize-batch-norm",
+)
+"""By name; `rewriter.app.lineup` makes them, which takes TensorFlow."""
+
+OPTIONS_OF: Mapping[str, str] = {
+    **dict.fromkeys(
+        (
+            "bits",
+            "scheme",
+            "range",
+            "rounding",
+            "narrow_range",
+            "quantizer",
+            "quantize_average",
+            "start_step",
+            "ramp_steps",
+            "defaults",
+            "rules",
+        ),
+        "quantize-batch-norm",
+    ),
+    "freeze_step": "freeze-statistics",
+    "momentum": "derive-training",
+    "keep_ref": "upgrade-references",
+    "unfreeze_constants": "unfreeze-constants",
+}
+"""The pass that each option is for, of the command line or of a configuration file."""
