@@ -79,6 +79,7 @@ class Scheme:
     rounding: Rounding = "nearest"
     narrow_range: bool | None = None
     name: ClassVar[str]
+    formula: ClassVar[str]
     dtype: ClassVar[str] = FLOAT
     has_low: ClassVar[bool] = False
     usually_narrow: ClassVar[bool] = False
@@ -181,6 +182,7 @@ class Affine(Scheme):
     """
 
     name: ClassVar[str] = "affine"
+    formula: ClassVar[str] = "round(v/s)·s"
     has_low: ClassVar[bool] = True
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
@@ -202,6 +204,7 @@ class Symmetric(Scheme):
     """
 
     name: ClassVar[str] = "symmetric"
+    formula: ClassVar[str] = "round(v/s)·s"
     usually_narrow: ClassVar[bool] = True
 
     def codes(self, bits: int) -> tuple[int, int]:
@@ -228,6 +231,7 @@ class PowerOfTwo(Symmetric):
     """
 
     name: ClassVar[str] = "power_of_two"
+    formula: ClassVar[str] = "round(v/s)·s, s = 2^k"
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
@@ -262,6 +266,7 @@ class Log(Scheme):
     """
 
     name: ClassVar[str] = "log"
+    formula: ClassVar[str] = "exp(round(l/s)·s) - ε, l = log(v + ε)"
     dtype: ClassVar[str] = DOUBLE
     has_low: ClassVar[bool] = True
 

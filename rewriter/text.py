@@ -66,10 +66,11 @@ def _value(value: Value) -> str:
 
 
 def _attrs(attrs: Any) -> str:
-    return "{" + ", ".join(f"{k}: {_attr(v)}" for k, v in sorted(attrs.items())) + "}"
+    return "{" + ", ".join(f"{k}: {attr_text(v)}" for k, v in sorted(attrs.items())) + "}"
 
 
-def _attr(value: Any) -> str:
+def attr_text(value: Any) -> str:
+    """An attribute as `to_text` writes it."""
     kind = value.WhichOneof("value")
     if kind == "b":
         return "true" if value.b else "false"

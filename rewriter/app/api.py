@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -13,15 +14,17 @@ from passes.batch_norm import batch_norms
 from passes.pipelines import Function
 from passes.quantize_batch_norm import QuantizeBatchNorm
 from rewriter.app.lineup import lineup
+from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.check import check
+from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
 from rewriter.pipeline import Observer, Pass, Pipeline
 from rewriter.report import Inspection, RewriteReport
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
-from rewriter.savedmodel.write import save
+from rewriter.savedmodel.write import Written, save
 
 T = TypeVar("T")
 ByRole: TypeAlias = T | Mapping[str, T]
@@ -142,8 +145,13 @@ def rewrite(
     if dry_run:
         return report
 
-    def log(changes: list[str]) -> Mapping[str, Any]:
-        found = [describe(before, bn) for bn in before.analysis(batch_norms)]
-        return {**asdict(replace(report, other_changes=changes)), "batch_norms": [asdict(bn) for bn in found]}
+    def log(written: Written) -> Mapping[str, str]:
+        found = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
+        said = {**asdict(replace(report, other_changes=written.changes)), "batch_norms": found}
+        record = record_of(before, steps, written)
+        return {
+            LOG: json.dumps(said, indent=1, sort_keys=True) + "\n",
+            RECORD: json.dumps(record, separators=(",", ":"), sort_keys=True) + "\n",
+        }
 
     return replace(report, other_changes=save(after, target, overwrite, log))

@@ -75,10 +75,8 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     A site may have become several, as one for each mode; it counts as one, and is quantised if they are.
     """
     found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    orphaned = before.analysis(running) - after.analysis(running)
-    left = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
+    became, left = became_of(before, after)
     now = after.analysis(quantized)
-    became = _became(before, after, found, left)
     single = {k for k, s in found.items() if s.kind == "decomposed"}
     fused = {k for k in single if all(left[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
@@ -112,10 +110,14 @@ Key = tuple[str, str]
 """A site by its graph and node."""
 
 
-def _became(
-    before: Model, after: Model, found: Mapping[Key, Site], left: Mapping[Key, Site]
-) -> Mapping[Key, list[Key]]:
-    """What each site is now: itself, or the new ones of its batch norm in its graph, or where its callers get to."""
+def became_of(before: Model, after: Model) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:
+    """What each site is now, and the sites that there are now, without those of functions that no longer run.
+
+    A site is itself, or the new ones of its batch norm in its graph, or where its callers get to.
+    """
+    found = {(s.graph, s.node): s for s in before.analysis(sites)}
+    orphaned = before.analysis(running) - after.analysis(running)
+    left = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
     new: dict[tuple[str | None, ...], list[Key]] = {}
     for key, site in left.items():
         for variables in site.variables if key not in found else ():
@@ -128,7 +130,7 @@ def _became(
         heirs = [heir for variables in site.variables for heir in new.get(variables, ())]
         near = [heir for heir in heirs if heir[0] == key[0]]
         became[key] = [key] if key in left else near or [heir for heir in heirs if heir[0] in reached]
-    return became
+    return became, left
 
 
 def _changed(before: Model, after: Model, key: Key) -> bool:

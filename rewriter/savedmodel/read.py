@@ -79,10 +79,16 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     concrete = dict(meta.object_graph_def.concrete_functions)
     gradients = {g.registered_op_type: Gradient(g.gradient_func, concrete.get(g.gradient_func)) for g in registered}
     model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
-    model = _of_objects(model, meta) if model.object_based else _of_collections(model, meta)
+    model = interpreted(model)
     if checkpoint is None and model.variables:
         raise Error(f"{path} has variables but no directory 'variables' with their values")
     return model
+
+
+def interpreted(model: Model) -> Model:
+    """A model with what its source's proto says besides graphs: variables, concrete functions, signatures."""
+    meta = model.source.proto.meta_graphs[model.source.index]
+    return _of_objects(model, meta) if model.object_based else _of_collections(model, meta)
 
 
 def _of_objects(model: Model, meta: Any) -> Model:

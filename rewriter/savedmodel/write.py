@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +17,36 @@ from rewriter.ir import ARG, MAIN, Endpoint, Model, Node
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions
-from rewriter.savedmodel.read import Source
+from rewriter.savedmodel.read import Source, interpreted
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
 KERAS_PREFIX = "_tf_keras_"
 KERAS_METADATA = "keras_metadata.pb"
 FINGERPRINT = "fingerprint.pb"
-LOG = "bnqat.json"
+EXTRA = "assets.extra"
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written, seen before it takes its place.
+
+    Attributes:
+        model: as a reader will find it; its source is what was written.
+        directory: where it lies for now.
+        changes: what had to change besides the graphs, a sentence each.
+    """
+
+    model: Model
+    directory: Path
+    changes: list[str]
 
 
 def save(
     model: Model,
     target: str | Path,
     overwrite: bool = False,
-    log: Callable[[list[str]], Mapping[str, Any]] | None = None,
+    log: Callable[[Written], Mapping[str, str]] | None = None,
 ) -> list[str]:
     """Write a model to a new directory, whole or not at all.
 
@@ -39,7 +54,7 @@ def save(
         model: what to write; it remembers what it was read from.
         target: the directory to make.
         overwrite: whether to replace a SavedModel that is there.
-        log: given the list of other changes, what to keep in ``assets.extra/bnqat.json``.
+        log: what to keep in ``assets.extra``: texts by the name of their file.
 
     Returns:
         What had to change besides the graphs, a sentence each; nothing where no pass changed anything.
@@ -53,7 +68,8 @@ def save(
     with staged(target, overwrite) as directory:
         changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
         changed = changed or len(model.graphs) != len(source.protos)
-        proto, trackables, changes = _lower(model) if changed else (source.proto, None, [])
+        written, changes = _lower(model) if changed else (model, [])
+        proto, trackables = written.source.proto, written.source.trackables
         _write_proto(directory / source.file, proto)
         _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
         if changed:
@@ -64,10 +80,10 @@ def save(
             prefix = directory / "variables" / "variables"
             checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables))
         if log is not None:
-            extra = directory / "assets.extra"
+            extra = directory / EXTRA
             extra.mkdir(exist_ok=True)
-            text = json.dumps(log(changes), indent=1, sort_keys=True)
-            (extra / LOG).write_text(text + "\n", encoding="utf-8")
+            for name, text in log(Written(interpreted(written), directory, changes)).items():
+                (extra / name).write_text(text, encoding="utf-8")
     return changes
 
 
@@ -102,17 +118,18 @@ def _added(model: Model) -> list[Any]:
     return [v for v in model.variables.values() if v.initial is not None]
 
 
-def _lower(model: Model) -> tuple[Any, Any, list[str]]:
-    """The SavedModel proto, the checkpoint's object graph, and what else had to change."""
+def _lower(model: Model) -> tuple[Model, list[str]]:
+    """The model with what the format needs, its source the protos to write; and what else had to change."""
     source: Source = model.source
     proto = saved_model_pb2.SavedModel()
     proto.CopyFrom(source.proto)
     meta = proto.meta_graphs[source.index]
     if not model.object_based:
-        _write_graphs(v1.extend(model, meta, _added(model)), meta)
+        extended = v1.extend(model, meta, _added(model))
+        _write_graphs(extended, meta)
         for signature in (*model.signatures.values(), *model.main_signatures.values()):
             v1.write_signature(meta, signature)
-        return proto, None, []
+        return replace(extended, source=replace(source, proto=proto)), []
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     trackables.CopyFrom(source.trackables)
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
@@ -126,7 +143,7 @@ def _lower(model: Model) -> tuple[Any, Any, list[str]]:
     _write_graphs(model, meta)
     for name, call in calls.items():
         _write_signature(model, meta, name, call)
-    return proto, trackables, changes
+    return replace(model, source=replace(source, proto=proto, trackables=trackables)), changes
 
 
 def make_loadable(objects: Any, trackables: Any) -> list[str]:

@@ -1,0 +1,204 @@
+"""``bnqat.diff``: two models, what differs, and what of it a rewrite explains."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from passes.batch_norm import BatchNorm, batch_norms
+from passes.schemes import SCHEMES
+from passes.sites import TAG, Site, quantized, sites
+from rewriter.app.reports import became_of
+from rewriter.check import check
+from rewriter.diff.compare import Comparison, all_keys, compare, port_name, value_name
+from rewriter.diff.facts import SIGNATURE
+from rewriter.diff.log import LOG, RECORD, explained, read_record
+from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
+from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.write import EXTRA
+
+
+@dataclass(frozen=True)
+class Diff:
+    """What differs between two models, as a report and as a page."""
+
+    report: DiffReport
+    comparison: Comparison
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return self.report.to_json()
+
+
+def diff(
+    before: str | Path,
+    after: str | Path,
+    *,
+    values: bool = False,
+    tags: Collection[str] | None = None,
+) -> Diff:
+    """Compare two SavedModels by name, and hold the result against the record of a rewrite, if `after` has one.
+
+    Nothing in the models is executed. What a record does not explain are "other changes".
+
+    Args:
+        before: a directory with a SavedModel.
+        after: another.
+        values: compare the values of variables, too, which reads both checkpoints.
+        tags: those of the meta graphs, where a model holds several; the one for serving, if not given.
+
+    Raises:
+        Error: a model cannot be read, or the record is none.
+    """
+    models = load(before, tags), load(after, tags)
+    for model in models:
+        check(model)
+    compared = compare(*models, values=all_keys(*models) if values else ())
+    records = [read_record(Path(path) / EXTRA / RECORD) for path in (before, after)]
+    known = records[1] if records[0] != records[1] else None  # one that both have is not about this difference
+    if known is not None:
+        source = models[0].source
+        changes = explained(compared.changes, known, source.path / source.file)
+        compared = replace(compared, changes=tuple(sorted(changes, key=lambda c: bool(c.by))))
+    told = {} if known is None else _told(Path(after) / EXTRA / LOG)
+    return Diff(_report(compared, told, recorded=known is not None), compared)
+
+
+def _told(file: Path) -> Mapping[tuple[str, str], str]:
+    """(graph, node) -> why a rewrite skipped a site, as it says itself."""
+    try:
+        return {(s["graph"], s["node"]): s["reason"] for s in json.loads(file.read_text(encoding="utf-8"))["skipped"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def _report(compared: Comparison, told: Mapping[tuple[str, str], str], *, recorded: bool) -> DiffReport:
+    before, after = compared.before, compared.after
+    found = before.analysis(sites)
+    now = after.analysis(quantized)
+    became, _ = became_of(before, after)
+    keys = {(s.graph, s.node): s for s in found}
+    rewritten = {k for k, s in keys.items() if not s.quantized and became[k] and now.issuperset(became[k])}
+    skipped = Counter(
+        next(filter(None, (told.get(j, "") for j in (k, *became[k]))), s.reason or "it is not quantised")
+        for k, s in keys.items()
+        if not s.quantized and k not in rewritten
+    )
+    signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def)
+    broken = {c.name for c in compared.changes if c.kind == SIGNATURE and c.what != "added" and _touches(c)}
+    verdict = Verdict(
+        batch_norms=len(before.analysis(batch_norms)),
+        sites_found=len(keys),
+        sites_rewritten=len(rewritten),
+        sites_added=len(now.difference(keys, *became.values())),
+        sites_skipped=sum(skipped.values()),
+        other_changes=sum(not c.by for c in compared.changes) if recorded else None,
+        signatures_intact=len(signatures - broken),
+        signatures_found=len(signatures),
+    )
+    return DiffReport(
+        verdict=verdict,
+        changes=list(compared.changes),
+        layers=list(_layers(compared, told)),
+        ops=_ops(before, after),
+        renamed={old: new for old, new in compared.pairs.items() if old != new},
+        skipped=dict(skipped),
+    )
+
+
+def _touches(change: Change) -> bool:
+    """Whether a signature's inputs or outputs are others, and not only computed elsewhere."""
+    return change.what == "removed" or any(d.aspect.startswith(("input ", "output ")) for d in change.details)
+
+
+def _ops(*models: Model) -> dict[str, list[int]]:
+    counts = [Counter(n.op for g in m.graphs.values() for n in g.nodes.values() if n.op != ARG) for m in models]
+    return {op: [count[op] for count in counts] for op in sorted(counts[0].keys() | counts[1].keys())}
+
+
+def _layers(compared: Comparison, told: Mapping[tuple[str, str], str]) -> Iterator[LayerDiff]:
+    """Batch norms by name, with the sites of the model after, and those that are no longer there."""
+    before, after = compared.before, compared.after
+    old = {bn.name: bn for bn in before.analysis(batch_norms)}
+    new = {bn.name: bn for bn in after.analysis(batch_norms)}
+    for name in dict.fromkeys((*old, *new)):
+        was = _by_place(old.get(name), compared.pairs)
+        now = _by_place(new.get(name), {})
+        found = [_site(compared, s, "same" if k in was else "added", told) for k, s in now.items()]
+        found += [_site(compared, s, "removed", told) for k, s in was.items() if k not in now]
+        yield LayerDiff(name, found)
+
+
+def _by_place(bn: BatchNorm | None, pairs: Mapping[str, str]) -> dict[tuple[str, str], Site]:
+    return {} if bn is None else {(pairs.get(s.graph, s.graph), s.node): s for s in bn.sites}
+
+
+def _site(compared: Comparison, site: Site, what: str, told: Mapping[tuple[str, str], str]) -> SiteDiff:
+    reason = "" if site.quantized else told.get((site.graph, site.node), site.reason)
+    status = "skipped" if reason else site.status
+    return SiteDiff(
+        site.graph, site.node, what, site.kind, site.mode, status, reason, list(_inputs(compared, site, what))
+    )
+
+
+def _inputs(compared: Comparison, site: Site, what: str) -> Iterator[InputDiff]:
+    """What enters a site: its inputs, where variables are brought to it, and statistics on their way to averages."""
+    names = {new: old for old, new in compared.pairs.items()}
+    model = compared.before if what == "removed" else compared.after
+    edges: dict[Edge, tuple[str, str]] = {}
+    for use, held in (("input", site.inputs), ("input", site.parameters), ("statistic", site.statistics)):
+        for role, found in held.items():
+            for edge in found:
+                for taken in _past_quantizer(model, edge):
+                    edges.setdefault(taken, (role, use))
+    for edge, (role, use) in edges.items():
+        graph = model.graphs[edge.graph]
+        node = graph.nodes[edge.node]
+        value = node.inputs[edge.position]
+        other = None if what == "removed" else compared.before.graphs.get(names.get(edge.graph, ""))
+        was = node if what == "removed" else None if other is None else other.nodes.get(edge.node)
+        old = was.inputs[edge.position] if was is not None and edge.position < len(was.inputs) else None
+        made = graph.nodes[value.node]
+        yield InputDiff(
+            role,
+            use,
+            edge.graph,
+            edge.node,
+            port_name(model, node, edge.position),
+            None if old is None else value_name(old),
+            None if what == "removed" else value_name(value),
+            formula_of(made),
+            value_name(made.inputs[-1]) if TAG in made.attrs else "",
+        )
+
+
+def _past_quantizer(model: Model, edge: Edge) -> Iterator[Edge]:
+    """Where a value is used: an edge of a node, or, where that is a quantiser, what uses the quantised value."""
+    graph = model.graphs[edge.graph]
+    if not edge.node:
+        return
+    if TAG in graph.nodes[edge.node].attrs:
+        uses = model.analysis_of(graph, _consumers).get(Value(edge.node), [])
+        yield from (use for use in uses if use.node)
+    else:
+        yield edge
+
+
+def _consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
+    return graph.consumers()
+
+
+def formula_of(node: Node) -> str:
+    """What a quantiser computes, in a line; "" for other nodes."""
+    if TAG not in node.attrs:
+        return ""
+    tag: Mapping[str, Any] = json.loads(node.attrs[TAG].s)
+    scheme = SCHEMES.get(tag["scheme"])
+    if scheme is None:
+        return f"{tag['scheme']}(v)"
+    return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}"

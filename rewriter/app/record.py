@@ -1,0 +1,57 @@
+"""The record of a rewrite: who changed what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rewriter.diff.compare import FUNCTION, NODE, compare
+from rewriter.diff.facts import VARIABLE
+from rewriter.diff.log import Record, record
+from rewriter.ir import Model
+from rewriter.pipeline import Step
+from rewriter.report import Change
+from rewriter.savedmodel.write import Written
+
+WRITER = "writing"
+"""Who makes what the format needs: new variables in the saver, signatures in the main graph."""
+
+
+def record_of(before: Model, steps: Sequence[Step], written: Written) -> Record:
+    """What passes and the writer changed, each change with its authors.
+
+    A node that neither of them changed, and that is different all the same, is not in the record.
+    """
+    source = before.source
+    places = (source.path, written.directory)
+    added = written.model.variables.keys() - before.variables.keys()
+    compared = compare(before, written.model, directories=places, values=added, describe=False)
+    final = steps[-1].after if steps else before
+    touched = [
+        (step.name, {n for n, g in step.after.graphs.items() if step.before.graphs.get(n) is not g}) for step in steps
+    ]
+
+    def author(change: Change) -> tuple[str, ...]:
+        name, node = (change.name, "") if change.kind == FUNCTION else (change.graph, change.name)
+        if change.kind == VARIABLE:
+            own = [s.name for s in steps if s.before.variables.get(change.name) != s.after.variables.get(change.name)]
+            return tuple(dict.fromkeys(own)) or (WRITER,)
+        if change.kind not in (NODE, FUNCTION):
+            return (WRITER,)
+        by = [
+            step.name
+            for step, (_, graphs) in zip(steps, touched, strict=True)
+            if name in graphs and _differs(step.before, step.after, name, node)
+        ]
+        if _differs(final, written.model, name, node):
+            by.append(WRITER)
+        return tuple(dict.fromkeys(by))
+
+    return record(source.path / source.file, compared.changes, author)
+
+
+def _differs(before: Model, after: Model, graph: str, node: str) -> bool:
+    """Whether a node, or without one a graph, is another one in a later model."""
+    old, new = before.graphs.get(graph), after.graphs.get(graph)
+    if old is None or new is None or not node:
+        return old is not new
+    return old.nodes.get(node) is not new.nodes.get(node)

@@ -1,0 +1,206 @@
+"""What can be said of a model besides its nodes, as items with named aspects, each a text.
+
+Source: ``tensorflow/core/protobuf/{meta_graph,saved_object_graph,saver}.proto``. Functions that are a pair in two
+models have one name here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from google.protobuf import text_format
+
+from rewriter import ops
+from rewriter.ir import Model, Spec
+from rewriter.savedmodel.checkpoint import Checkpoint
+from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
+from rewriter.savedmodel.objects import tensor_specs
+from rewriter.savedmodel.read import Source
+from rewriter.savedmodel.staging import MODEL_FILES
+
+VARIABLE, SIGNATURE, CONCRETE, OBJECT = "variable", "signature", "concrete function", "object"
+COLLECTION, FILE, TENSOR, MODEL = "collection", "file", "checkpoint tensor", "model"
+
+LOGS = ("assets.extra/bnqat.json", "assets.extra/bnqat_changes.json")
+"""What a rewrite says of itself is no part of the model."""
+
+SYNCHRONIZATION = ("AUTO", "NONE", "ON_WRITE", "ON_READ")
+AGGREGATION = ("NONE", "SUM", "MEAN", "ONLY_FIRST_REPLICA")
+
+Item = tuple[str, str]
+"""Kind and name."""
+Aspects = Mapping[str, str]
+Facts = dict[Item, Aspects]
+
+
+def facts(model: Model, names: Mapping[str, str], directory: Path, values: Container[str] = ()) -> Facts:
+    """All items of a model.
+
+    Args:
+        model: as it was read, or as it is written.
+        names: other names of functions.
+        directory: where its files are.
+        values: the keys of the variables and other tensors whose values are looked at.
+    """
+    source: Source = model.source
+    meta = source.proto.meta_graphs[source.index]
+    found: Facts = {}
+    for key, variable in model.variables.items():
+        aspects = {
+            "name": variable.name,
+            "dtype": variable.dtype,
+            "shape": shape_text(variable.shape),
+            "trainable": str(variable.trainable),
+            "synchronization": SYNCHRONIZATION[variable.synchronization],
+            "aggregation": AGGREGATION[variable.aggregation],
+        }
+        found[VARIABLE, key] = aspects
+    for name, signature in meta.signature_def.items():
+        found[SIGNATURE, name] = dict(_signature(signature))
+    for name, concrete in meta.object_graph_def.concrete_functions.items():
+        found[CONCRETE, names.get(name, name)] = dict(_concrete(model, concrete))
+    found |= {(OBJECT, path): aspects for path, aspects in _objects(meta.object_graph_def, names)}
+    for name, collection in meta.collection_def.items():
+        found[COLLECTION, name] = {"content": _collection(collection)}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory).as_posix()
+        if path.is_file() and name not in (*MODEL_FILES, *LOGS) and not name.startswith("variables/"):
+            found[FILE, name] = {"bytes": str(path.stat().st_size), "sha256": _hash_of(path)}
+    if source.checkpoint is not None:
+        found |= _tensors(source.checkpoint, model)
+    for item in [item for item in found if item[0] in (VARIABLE, TENSOR) and item[1] in values]:
+        value = _value(model, item[1])
+        found[item] = {**found[item]} if value is None else {**found[item], "value": value_text(value)}
+    found[MODEL, "meta graph"] = dict(_meta(source, meta, names))
+    return found
+
+
+def shape_text(shape: tuple[int, ...] | None) -> str:
+    """A shape, with ? for what is unknown."""
+    return "unknown rank" if shape is None else "[" + ", ".join("?" if s < 0 else str(s) for s in shape) + "]"
+
+
+def _spec(spec: Spec) -> str:
+    return f"{spec.name}: {spec.dtype} {shape_text(spec.shape)}"
+
+
+def _signature(proto: Any) -> Iterator[tuple[str, str]]:
+    for role, tensors in (("input", proto.inputs), ("output", proto.outputs)):
+        for key, info in tensors.items():
+            shape = None if info.tensor_shape.unknown_rank else tuple(d.size for d in info.tensor_shape.dim)
+            yield f"{role} {key}", f"{ops.dtype_name(info.dtype) if info.dtype else 'no dtype'} {shape_text(shape)}"
+            yield f"tensor of {role} {key}", info.name or text_format.MessageToString(info, as_one_line=True)
+    yield "method", proto.method_name
+
+
+def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
+    yield "inputs", ", ".join(_spec(s) for s in tensor_specs(proto.canonicalized_input_signature))
+    yield "outputs", ", ".join(_spec(s) for s in tensor_specs(proto.output_signature))
+    yield "input structure", _short(proto.canonicalized_input_signature)
+    yield "output structure", _short(proto.output_signature)
+    keys = {number: key for key, number in model.source.numbers.items()}
+    for position, number in enumerate(proto.bound_inputs):
+        yield f"capture {position}", keys.get(number, f"object {number}")
+
+
+def _objects(graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Aspects]]:
+    """Objects other than variables, by their shortest path from the root."""
+    paths = {0: ""} if graph.nodes else {}
+    waiting = deque(paths)
+    while waiting:
+        number = waiting.popleft()
+        node = graph.nodes[number]
+        for child in sorted(node.children, key=lambda c: c.local_name):
+            if child.node_id not in paths:
+                paths[child.node_id] = f"{paths[number]}.{child.local_name}".lstrip(".")
+                waiting.append(child.node_id)
+        kind = node.WhichOneof("kind")
+        if kind == "variable" or kind is None:
+            continue
+        aspects = {"kind": kind}
+        if kind == "user_object":
+            aspects["identifier"] = node.user_object.identifier
+            if node.user_object.metadata:
+                aspects["metadata"] = _hash(node.user_object.metadata.encode())
+        elif kind == "function":
+            aspects["functions"] = ", ".join(names.get(f, f) for f in node.function.concrete_functions)
+            aspects["specification"] = _short(node.function.function_spec)
+        elif kind == "bare_concrete_function":
+            function = node.bare_concrete_function.concrete_function_name
+            aspects["functions"] = names.get(function, function)
+        else:
+            aspects["content"] = text_format.MessageToString(getattr(node, kind), as_one_line=True)
+        if node.slot_variables:
+            aspects["slot variables"] = str(len(node.slot_variables))
+        yield paths[number] or "the root", aspects
+
+
+def _collection(proto: Any) -> str:
+    kind = proto.WhichOneof("kind")
+    values = list(getattr(proto, kind).value) if kind else []
+    if kind == "node_list":
+        return ", ".join(values)
+    return f"{len(values)} of kind {kind}, {_short(proto)}"
+
+
+def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
+    """What the checkpoint holds besides the variables: an optimizer's state, a counter of saves."""
+    return {
+        (TENSOR, key): {"dtype": checkpoint.dtypes[key].name, "shape": shape_text(tuple(shape))}
+        for key, shape in checkpoint.shapes.items()
+        if key not in model.variables and key != OBJECT_GRAPH_KEY
+    }
+
+
+def _value(model: Model, key: str) -> Any:
+    """The value of a variable or another tensor; None where the model brings none."""
+    if key in model.variables and model.variables[key].initial is not None:
+        return model.variables[key].initial
+    checkpoint: Checkpoint | None = model.source.checkpoint
+    return checkpoint.tensor(key) if checkpoint is not None and key in checkpoint.shapes else None
+
+
+def value_text(value: Any) -> str:
+    """A short text that differs where values do: the least, the greatest, and a hash of the bytes."""
+    array = np.asarray(value)
+    content = repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
+    if array.dtype.kind in "fiu" and array.size:
+        return f"{array.min():.6g} to {array.max():.6g}, sha256 {_hash(content)}"
+    return f"sha256 {_hash(content)}"
+
+
+def _meta(source: Source, meta: Any, names: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    info = meta.meta_info_def
+    yield "tags", ", ".join(info.tags)
+    yield "TensorFlow version", info.tensorflow_version
+    yield "meta graph version", info.meta_graph_version
+    yield "stripped default attributes", str(info.stripped_default_attrs)
+    yield "ops listed", ", ".join(o.name for o in info.stripped_op_list.op)
+    yield "saver", text_format.MessageToString(meta.saver_def, as_one_line=True)
+    yield "graph versions", text_format.MessageToString(meta.graph_def.versions, as_one_line=True)
+    library = meta.graph_def.library
+    for gradient in library.registered_gradients:
+        yield f"gradient of {gradient.registered_op_type}", names.get(gradient.gradient_func, gradient.gradient_func)
+    for gradient in library.gradient:
+        yield f"gradient of {gradient.function_name}", names.get(gradient.gradient_func, gradient.gradient_func)
+    for index, other in enumerate(source.proto.meta_graphs):
+        if index != source.index:
+            yield f"meta graph {', '.join(other.meta_info_def.tags)}", _short(other)
+
+
+def _short(proto: Any) -> str:
+    return f"sha256 {_hash(proto.SerializeToString(deterministic=True))}"
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,0 +1,126 @@
+"""The record that a rewrite keeps of what it changed, and holding a comparison against it.
+
+The record is made from the models in memory, pass by pass; a comparison is made from the two models on the disk. It
+has, for everything that changed, who changed it and a hash of what is different, so that nothing passes for the
+rewrite's work that only happens to be in the same place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rewriter.ir import Error
+from rewriter.report import Change, Detail
+
+SCHEMA_VERSION = 1
+WHOLE = "all of it"
+
+LOG, RECORD = "bnqat.json", "bnqat_changes.json"
+"""Files in ``assets.extra``: what a rewrite says to its user, and the record."""
+
+Record = Mapping[str, Any]
+"""``{"schema_version": 1, "source": hash, "authors": [[pass, ...], ...], "changes": {kind: {graph: {name: [author, hash
+or hashes by aspect]}}}}``; author is an index into authors, source a hash of the file with the source's graph."""
+
+
+def record(source: Path, changes: tuple[Change, ...], author: Callable[[Change], tuple[str, ...]]) -> Record:
+    """What to keep of the changes of a model.
+
+    Args:
+        source: the file with its graph.
+        changes: nodes need no description.
+        author: who made a change; what nobody made is left out.
+    """
+    authors: dict[tuple[str, ...], int] = {}
+    kept: dict[str, dict[str, dict[str, Any]]] = {}
+    for change in changes:
+        by = author(change)
+        if by:
+            number = authors.setdefault(by, len(authors))
+            places = kept.setdefault(change.kind, {}).setdefault(change.graph, {})
+            places[change.name] = [number, change.fingerprint or _hashes(change)]
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "source": graph_hash(source),
+        "authors": [list(by) for by in authors],
+        "changes": kept,
+    }
+
+
+def graph_hash(file: Path) -> str:
+    """A hash of the file with a model's graph."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
+
+
+def explained(changes: tuple[Change, ...], known: Record, source: Path) -> tuple[Change, ...]:
+    """The changes with their authors.
+
+    One that is only in part as the record has it becomes two; one that is missing is added, if the model before is the
+    one that was rewritten.
+    """
+    left = _entries(known)
+    found: list[Change] = []
+    for change in changes:
+        number, told = left.pop((change.kind, change.graph, change.name), (0, {}))
+        own = _hashes(change)
+        same = {aspect for aspect, value in own.items() if told.get(aspect) == value}
+        gone = [Detail(aspect, None, None) for aspect in told.keys() - own.keys()]
+        by = tuple(known["authors"][number]) if told else ()
+        if same == own.keys():
+            found.append(replace(change, by=by))
+        else:
+            rest = tuple(d for d in change.details if d.aspect not in same)
+            if same:
+                found.append(replace(change, details=tuple(d for d in change.details if d.aspect in same), by=by))
+            found.append(replace(change, details=rest))
+        if gone and WHOLE not in told and WHOLE not in own:
+            found.append(replace(change, what="missing", details=tuple(gone)))
+    if known["source"] == graph_hash(source):
+        for kind, graph, name in left:
+            found.append(Change(kind, "missing", graph, name))
+    return tuple(found)
+
+
+def _entries(known: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str, str]]]:
+    """(kind, graph, name) -> the author's number, and hashes by aspect."""
+    return {
+        (kind, graph, name): (number, {WHOLE: own} if isinstance(own, str) else own)
+        for kind, graphs in known["changes"].items()
+        for graph, names in graphs.items()
+        for name, (number, own) in names.items()
+    }
+
+
+def _hashes(change: Change) -> Mapping[str, str]:
+    """A hash of all of what was added or removed, if it is a node or function, else one for each aspect."""
+    return {WHOLE: change.fingerprint} if change.fingerprint else {d.aspect: _hash(d) for d in change.details}
+
+
+def _hash(detail: Detail) -> str:
+    return hashlib.blake2b(json.dumps([detail.old, detail.new]).encode(), digest_size=6).hexdigest()
+
+
+def read_record(file: Path) -> Record | None:
+    """The record in a file; None where there is none.
+
+    Raises:
+        Error: it is no such record, or of a later version.
+    """
+    try:
+        known: Record = json.loads(file.read_text(encoding="utf-8"))
+        version = known["schema_version"]
+        _entries(known)
+        known["authors"][:0], known["source"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise Error(f"{file} is no record of a rewrite; delete it to compare without") from e
+    if version != SCHEMA_VERSION:
+        raise Error(f"{file} was written by a later version of bnqat; delete it to compare without")
+    return known

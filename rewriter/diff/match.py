@@ -1,0 +1,104 @@
+"""Which graph of one model is which of another: by name, else by what it is for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+
+from rewriter import ops
+from rewriter.ir import Graph, Model
+
+Keyed = Iterable[tuple[Hashable, str]]
+"""Graphs by what may tell them from others."""
+
+
+def match(before: Model, after: Model) -> dict[str, str]:
+    """Pairs of graphs, by the name that each has before.
+
+    Graphs of one name are a pair. Of the others, in this order: those that a signature or the same attributes of the
+    root hold; those that nodes of one name call in graphs that are a pair; those of the same content. TensorFlow
+    numbers its functions anew each time it traces them.
+    """
+    found = _Pairs(before, after)
+    found.by_key(_exposed(before), _exposed(after))
+    found.by_calls()
+    found.by_key(_contents(before, found.pairs), _contents(after, found.taken))
+    found.by_calls()
+    return found.pairs
+
+
+class _Pairs:
+    """Pairs found so far; no graph is in two.
+
+    Attributes:
+        taken: those of the graphs after that are in a pair.
+        waiting: pairs whose calls are still to be looked at.
+    """
+
+    def __init__(self, before: Model, after: Model) -> None:
+        self.before = before
+        self.after = after
+        self.pairs: dict[str, str] = {}
+        self.taken: set[str] = set()
+        self.waiting: list[tuple[str, str]] = []
+        for name in before.graphs:
+            if name in after.graphs:
+                self.add(name, name)
+
+    def add(self, old: str, new: str) -> None:
+        """Let two graphs be a pair, if neither is in one."""
+        if old not in self.pairs and new not in self.taken:
+            self.pairs[old] = new
+            self.taken.add(new)
+            self.waiting.append((old, new))
+
+    def by_key(self, old: Keyed, new: Keyed) -> None:
+        """Pair the graphs that alone have a key, in either model."""
+        other = _alone(new)
+        for key, name in _alone(old).items():
+            if key in other:
+                self.add(name, other[key])
+
+    def by_calls(self) -> None:
+        """Pair what nodes of one name call, in graphs that are a pair."""
+        while self.waiting:
+            old, new = (m.graphs[n] for m, n in zip((self.before, self.after), self.waiting.pop(), strict=True))
+            for name in old.nodes.keys() & new.nodes.keys():
+                called = (_functions(m, g, name) for m, g in ((self.before, old), (self.after, new)))
+                for one, other in zip(*called, strict=False):
+                    self.add(one, other)
+
+
+def _alone(keyed: Keyed) -> Mapping[Hashable, str]:
+    """The graphs whose key no other graph has."""
+    listed = list(keyed)
+    count = Counter(key for key, _ in listed)
+    return {key: name for key, name in listed if count[key] == 1}
+
+
+def _exposed(model: Model) -> Iterator[tuple[Hashable, str]]:
+    """Concrete functions by their places below the root, and by what they take."""
+    for entry in model.entries.values():
+        if entry.paths:
+            yield (entry.paths, entry.inputs), entry.function
+
+
+def _functions(model: Model, graph: Graph, name: str) -> list[str]:
+    """The model's functions that a node names, in the order of its attributes' names."""
+    node = graph.nodes[name]
+    if node.op in model.graphs:
+        return [node.op]
+    if not ops.refers_to_functions(node.op):
+        return []
+    return [f for _, value in sorted(node.attrs.items()) for f in ops.functions_in(value) if f in model.graphs]
+
+
+def _contents(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable, str]]:
+    """The graphs that are in no pair, by their nodes' names, ops and inputs."""
+    known = set(paired)
+    for name, graph in model.graphs.items():
+        if name not in known:
+            own = frozenset(
+                (n.name, "" if n.op in model.graphs else n.op, n.inputs, n.after) for n in graph.nodes.values()
+            )
+            yield own, name
