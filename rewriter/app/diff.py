@@ -14,10 +14,14 @@ from passes.schemes import SCHEMES
 from passes.sites import TAG, Site, quantized, sites
 from rewriter.app.reports import became_of
 from rewriter.check import check
-from rewriter.diff.compare import Comparison, all_keys, compare, port_name, value_name
+from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.log import LOG, RECORD, explained, read_record
-from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
+from rewriter.diff.page import diff_page
+from rewriter.diff.pictures import around, pictures, unite
+from rewriter.diff.svg import picture_svg
+from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
+from rewriter.page.shell import frame
 from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.write import EXTRA
@@ -27,12 +31,39 @@ from rewriter.savedmodel.write import EXTRA
 class Diff:
     """What differs between two models, as a report and as a page."""
 
+    title: str
     report: DiffReport
     comparison: Comparison
+    full: bool = False
 
     def to_json(self) -> str:
         """The report as JSON text."""
         return self.report.to_json()
+
+    def to_html(self) -> str:
+        """A page that holds all it needs: before and after side by side, and the report."""
+        sites_ = [(s.graph, s.node) for layer in self.report.layers for s in layer.sites]
+        return diff_page(self.title, self.report, *pictures(self.comparison, sites_, label_of, full=self.full))
+
+    def to_svg(self, graph: str, node: str, hops: int = 1) -> str:
+        """A picture of what is around a node, both models in one.
+
+        Args:
+            graph: its function, "" for the main graph; the name in the model after, if it is there.
+            node: its name.
+            hops: how many edges to go from there, 1 to 3.
+
+        Raises:
+            Error: neither model has such a node.
+        """
+        changed = {c.name for c in self.report.changes if c.kind == NODE and c.graph == graph}
+        union = unite(self.comparison, graph, changed, label_of)
+        if node not in union.states:
+            raise Error(f"neither model has a node {node} in {graph or 'the main graph'}")
+        return picture_svg(around(union, node), union, hops)
+
+    def _repr_html_(self) -> str:
+        return frame(self.to_html())
 
 
 def diff(
@@ -40,6 +71,7 @@ def diff(
     after: str | Path,
     *,
     values: bool = False,
+    full: bool = False,
     tags: Collection[str] | None = None,
 ) -> Diff:
     """Compare two SavedModels by name, and hold the result against the record of a rewrite, if `after` has one.
@@ -50,6 +82,8 @@ def diff(
         before: a directory with a SavedModel.
         after: another.
         values: compare the values of variables, too, which reads both checkpoints.
+        full: say all there is to say of nodes that were added or removed, and let the page hold every node. Otherwise
+            of other changes only, and the page holds what changed and what is around it.
         tags: those of the meta graphs, where a model holds several; the one for serving, if not given.
 
     Raises:
@@ -58,15 +92,17 @@ def diff(
     models = load(before, tags), load(after, tags)
     for model in models:
         check(model)
-    compared = compare(*models, values=all_keys(*models) if values else ())
+    compared = compare(*models, values=all_keys(*models) if values else (), describe=full)
     records = [read_record(Path(path) / EXTRA / RECORD) for path in (before, after)]
     known = records[1] if records[0] != records[1] else None  # one that both have is not about this difference
     if known is not None:
         source = models[0].source
         changes = explained(compared.changes, known, source.path / source.file)
-        compared = replace(compared, changes=tuple(sorted(changes, key=lambda c: bool(c.by))))
+        other = [c if c.by else with_details(compared, c) for c in sorted(changes, key=lambda c: bool(c.by))]
+        compared = replace(compared, changes=tuple(other))
     told = {} if known is None else _told(Path(after) / EXTRA / LOG)
-    return Diff(_report(compared, told, recorded=known is not None), compared)
+    title = f"{Path(before).resolve().name} → {Path(after).resolve().name}"
+    return Diff(title, _report(compared, told, recorded=known is not None), compared, full)
 
 
 def _told(file: Path) -> Mapping[tuple[str, str], str]:
@@ -202,3 +238,8 @@ def formula_of(node: Node) -> str:
     if scheme is None:
         return f"{tag['scheme']}(v)"
     return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}"
+
+
+def label_of(node: Node) -> str:
+    """A quantiser's role and formula, as a picture's edge says it."""
+    return f"{json.loads(node.attrs[TAG].s)['role']} ─ {formula_of(node)}"

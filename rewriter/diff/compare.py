@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Container, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -130,6 +130,17 @@ def _changed_graph(sides: _Sides, old: Graph, new: Graph) -> Iterator[Change]:
     details = tuple(_aspects(_interface(old, new, sides.renamed), _interface(new, old, {})))
     if details:
         yield Change(FUNCTION, "changed", "", new.name, "", details)
+
+
+def with_details(compared: Comparison, change: Change) -> Change:
+    """A change with what there is to say of a node that was added or removed."""
+    if change.kind != NODE or change.what not in ("added", "removed"):
+        return change
+    removed = change.what == "removed"
+    names = {new: old for old, new in compared.pairs.items()}
+    model, name = (compared.before, names[change.graph]) if removed else (compared.after, change.graph)
+    graph = model.graphs[name]
+    return replace(change, details=tuple(described(model, graph, graph.nodes[change.name], removed=removed)))
 
 
 def described(model: Model, graph: Graph, node: Node, *, removed: bool) -> Iterator[Detail]:

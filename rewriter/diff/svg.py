@@ -1,0 +1,130 @@
+"""One picture as an SVG file: both models in one, as the page draws them."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+from xml.etree import ElementTree as ET
+
+from rewriter.diff.pictures import Line, Picture, Spot, Union
+from rewriter.page.shell import read
+
+WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 138, 38, 40, 16, 14, 20
+"""In pixels: of a node, between columns and rows, for each input; as in picture.js."""
+
+SIGNS = {"added": "+", "removed": "−", "changed": "~", "same": ""}
+
+
+class Box(NamedTuple):
+    """Where a node is drawn."""
+
+    x: float
+    y: float
+    height: float
+
+
+def picture_svg(picture: Picture, union: Union, hops: int = 1) -> str:
+    """A picture, up to so many edges from its middle; what quantises is a formula at an edge.
+
+    Solid lines are in both models, or, with a "+", in the model after only; dashed ones, with a "−", in the one before.
+    """
+    spots = [s for s in picture.spots if s.near is not None and s.near.hops <= hops]
+    names = {s.name for s in spots}
+    lines = [e for e in picture.lines if e.inner is not True and {e.source, e.target} <= names]
+    boxes = _boxes(spots, lines)
+    left, top = min(b.x for b in boxes.values()) - MARGIN, min(b.y for b in boxes.values()) - MARGIN
+    width = max(b.x for b in boxes.values()) + WIDTH + MARGIN - left
+    height = max(b.y + b.height for b in boxes.values()) + MARGIN - top
+    view = f"{left:g} {top:g} {width:g} {height:g}"
+    root = ET.Element("svg", xmlns="http://www.w3.org/2000/svg", viewBox=view, width=f"{width:g}", height=f"{height:g}")
+    root.set("class", "picture")
+    ET.SubElement(root, "style").text = _style()
+    ET.SubElement(root, "title").text = f"{picture.middle} in {picture.graph or 'the main graph'}"
+    ground = {"x": f"{left:g}", "y": f"{top:g}", "width": f"{width:g}", "height": f"{height:g}", "fill": "#ffffff"}
+    ET.SubElement(root, "rect", ground)
+    inputs, taken = Counter(e.target for e in lines), Counter[str]()
+    for line in sorted(lines, key=lambda e: e.position):
+        taken[line.target] += 1
+        _edge(root, line, boxes, taken[line.target] / (inputs[line.target] + 1), line.target == picture.middle)
+    for spot in spots:
+        _node(root, spot.name, boxes[spot.name], union, middle=spot.name == picture.middle)
+    ET.indent(root)
+    return ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _boxes(spots: list[Spot], lines: list[Line]) -> Mapping[str, Box]:
+    inputs = Counter(e.target for e in lines)
+    columns: dict[int, list[tuple[int, str]]] = {}
+    for spot in spots:
+        if spot.near is not None:
+            columns.setdefault(spot.near.layer, []).append((spot.near.row, spot.name))
+    found: dict[str, Box] = {}
+    x = 0.0
+    for _, column in sorted(columns.items()):
+        names = [name for _, name in sorted(column)]
+        heights = [max(HEIGHT, min(40, inputs[name]) * SLOT + 6) for name in names]
+        y = -(sum(heights) + SPACE * (len(names) - 1)) / 2
+        for name, height in zip(names, heights, strict=True):
+            found[name] = Box(x, y, height)
+            y += height + SPACE
+        leaving = [e for e in lines if e.source in names]
+        labels = [len(text) * 5.5 + 14 for e in leaving for text in _label(e)]
+        x += WIDTH + max([GAP, *labels]) + (44 if any(e.port for e in leaving) else 0)
+    return found
+
+
+def _label(line: Line) -> list[str]:
+    first, _, rest = line.formula.partition(": ")
+    return [text for text in (first, rest) if text]
+
+
+def _edge(root: ET.Element, line: Line, boxes: Mapping[str, Box], fraction: float, middle: bool) -> None:
+    start, end = boxes[line.source], boxes[line.target]
+    state = "formula" if line.formula else "same" if line.old == line.new else "added" if line.new else "removed"
+    x1, y1 = start.x + WIDTH, start.y + start.height / 2
+    x2, y2 = end.x - 6, end.y + end.height * fraction
+    bend = max(30, abs(x2 - x1) / 2)
+    path = f"M{x1:g},{y1:g} C{x1 + bend:g},{y1:g} {x2 - bend:g},{y2:g} {x2:g},{y2:g}"
+    ET.SubElement(root, "path", {"class": f"edge {state}" + (" control" if line.position < 0 else ""), "d": path})
+    ET.SubElement(root, "path", {"class": "arrow", "d": f"M{x2 + 6:g},{y2:g} l-7,-3.5 v7 z"})
+    sign = [SIGNS[state]] if SIGNS.get(state) else []
+    for number, text in enumerate(_label(line) or sign):
+        made = ET.SubElement(root, "text", {"class": f"label {state}", "x": f"{x1 + 6:g}"})
+        made.set("y", f"{y1 + (13 if number else -5):g}")
+        made.text = _printable(text)
+    if line.port and (middle or state != "same"):
+        port = ET.SubElement(root, "text", {"class": "port", "x": f"{x2 - 3:g}", "y": f"{y2 - 3:g}"})
+        port.set("text-anchor", "end")
+        port.text = _printable(_shortened(line.port, 14))
+
+
+def _node(root: ET.Element, name: str, box: Box, union: Union, *, middle: bool) -> None:
+    state = union.states[name]
+    group = ET.SubElement(root, "g", {"class": f"node {state}" + (" middle" if middle else "")})
+    group.set("transform", f"translate({box.x:g},{box.y:g})")
+    ET.SubElement(group, "title").text = _printable(f"{name} ({state})")
+    ET.SubElement(group, "rect", width=str(WIDTH), height=f"{box.height:g}", rx="5")
+    was, now = union.ops(name)
+    op = f"{was} → {now}" if was and now and was != now else now or was
+    for kind, y, text in (
+        ("op", "16", _shortened(f"{SIGNS[state]} {op}".strip(), 20)),
+        ("name", "30", _shortened(name, 22)),
+    ):
+        ET.SubElement(group, "text", {"class": kind, "x": "8", "y": y}).text = _printable(text)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def _printable(text: str) -> str:
+    """Text without the characters that XML cannot hold."""
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", text)
+
+
+def _style() -> str:
+    """The page's styles of pictures, in the light colours."""
+    colours = dict(re.findall(r"(--[a-z-]+): (#[0-9a-f]+)", read("colours.css").partition("@media")[0]))
+    return re.sub(r"var\((--[a-z-]+)\)", lambda match: colours[match[1]], read("picture.css"))
