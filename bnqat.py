@@ -1,7 +1,8 @@
 """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-``bnqat.inspect(model)`` and ``bnqat.rewrite(source, target)``; ``bnqat.reestimate_statistics(model, dataset, steps)``
-and ``bnqat.sensitivity(model, inputs)``, which run the model; the passes are objects from `passes`.
+``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)`` and ``bnqat.diff(before, after)``;
+``bnqat.verify(before, after)``, ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model,
+inputs)``, which run the models; the passes are objects from `passes`.
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
@@ -12,11 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rewriter.app.api import NothingToRewriteError, inspect, rewrite
+    from rewriter.app.diff import diff
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
+    from rewriter.app.verify import verify
     from rewriter.ir import Error
 
-__all__ = ["Error", "NothingToRewriteError", "inspect", "reestimate_statistics", "rewrite", "sensitivity"]
+__all__ = [
+    "Error",
+    "NothingToRewriteError",
+    "diff",
+    "inspect",
+    "reestimate_statistics",
+    "rewrite",
+    "sensitivity",
+    "verify",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -26,7 +38,7 @@ def __getattr__(name: str) -> Any:
         from rewriter.ir import Error
 
         return Error
-    if name in ("reestimate_statistics", "sensitivity"):
+    if name in ("diff", "reestimate_statistics", "sensitivity", "verify"):
         module = import_module(f"rewriter.app.{name.partition('_')[0]}")
         return getattr(module, name)
     from rewriter.app import api

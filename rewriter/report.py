@@ -22,6 +22,12 @@ class Tensor:
     dtype: str
     shape: list[int | None] | None
 
+    @property
+    def described(self) -> str:
+        """As ``x: float32[?, 8]``."""
+        sizes = None if self.shape is None else ", ".join("?" if size is None else str(size) for size in self.shape)
+        return f"{self.name}: {self.dtype}" + ("" if sizes is None else f"[{sizes}]")
+
     @classmethod
     def of(cls, name: str, spec: Spec) -> Tensor:
         """A spec under the name that callers use."""
@@ -60,27 +66,74 @@ class SiteReport:
 
 
 @dataclass(frozen=True)
+class ValuesReport:
+    """What is in one variable.
+
+    Attributes:
+        channels: how many values.
+        least, greatest, mean: of the finite ones.
+        zeros: how many are exactly 0.
+        not_finite: how many are NaN or infinite.
+        histogram: counts in intervals of equal width from the least to the greatest.
+        expected_error: by width, the error that the default quantiser makes: for gamma, beta and the moving mean, the
+            norm of the error to that of the vector; for the moving variance, the root of the mean squared relative
+            error of 1 / sqrt(variance + epsilon).
+    """
+
+    channels: int
+    least: float
+    greatest: float
+    mean: float
+    zeros: int
+    not_finite: int
+    histogram: list[int]
+    expected_error: dict[int, float]
+
+
+@dataclass(frozen=True)
 class BatchNormReport:
-    """One batch norm: its variables' names by role, epsilon, momentum where a site says it, and its sites."""
+    """One batch norm.
+
+    Attributes:
+        variables: names by role.
+        momentum: where a site says it.
+        values: what is in the variables, by role, where the checkpoint has numbers for them.
+    """
 
     name: str
     variables: dict[str, str]
     epsilon: float
     momentum: float | None
     sites: list[SiteReport]
+    values: dict[str, ValuesReport] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a model."""
+    """What is in a model; `title` is the name of its directory."""
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
+    title: str = ""
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
         """The report as JSON text."""
         return json.dumps(asdict(self), indent=1)
+
+    def to_html(self) -> str:
+        """The report as a page that holds all it needs."""
+        from rewriter.page.shell import page
+
+        sites = {(s.graph, s.node): s for bn in self.batch_norms for s in bn.sites}
+        return page(
+            "inspect.html.j2", ["colours.css", "page.css", "inspect.css"], [], report=self, sites=sites.values()
+        )
+
+    def _repr_html_(self) -> str:
+        from rewriter.page.shell import frame
+
+        return frame(self.to_html())
 
 
 @dataclass(frozen=True)

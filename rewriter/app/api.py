@@ -17,6 +17,7 @@ from rewriter.app.lineup import lineup
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
+from rewriter.app.values import values_of
 from rewriter.check import check
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
@@ -48,7 +49,9 @@ def _no_collection() -> Iterator[None]:
 
 
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
-    """The signatures and batch norms of a SavedModel. Nothing in the model is executed.
+    """The signatures and batch norms of a SavedModel, and what is in their variables.
+
+    Nothing in the model is executed; what rounding its variables would cost is computed by bnqat's own quantisers.
 
     Args:
         model: a directory with a SavedModel.
@@ -60,7 +63,13 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
     read = load(model, tags)
     check(read)
     signatures = {name: describe_signature(read, s) for name, s in read.signatures.items()}
-    return Inspection(signatures, [describe(read, bn) for bn in read.analysis(batch_norms)])
+    found = read.analysis(batch_norms)
+    held = values_of(read, found)
+    described = [
+        replace(describe(read, bn), values={r: held[bn.name, r] for r in bn.variables if (bn.name, r) in held})
+        for bn in found
+    ]
+    return Inspection(signatures, described, Path(model).resolve().name)
 
 
 @_no_collection()

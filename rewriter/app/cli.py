@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from rewriter.app.cli_look import diff, inspect, sensitivity, verify
+from rewriter.app.guard import one_line, refuse_file, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
-from rewriter.app.show import show_inspection, show_rewrite, show_sensitivity
+from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
+from rewriter.app.show import show_rewrite
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
@@ -23,106 +20,20 @@ if TYPE_CHECKING:
     from rewriter.app.settings import Settings
     from rewriter.pipeline import Step
 
-EXIT_FAILED = 2
-
-
-class ByRole(click.ParamType[Any, Any]):
-    """``8`` or ``gamma=4,beta=8``, with values of another type."""
-
-    def __init__(self, name: str, of: Callable[[str], Any], wrong: str) -> None:
-        """`of` makes a value of a text or raises ValueError; `wrong` says what one looks like."""
-        self.name = name
-        self.of = of
-        self.wrong = wrong
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A value, or values by role."""
-        if not isinstance(value, str):
-            return value
-        pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
-        found: dict[str, Any] = {}
-        for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
-            if "=" in value and role not in ROLES:
-                self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
-            if role in found:
-                self.fail(f"{value!r} names {role} twice", param, ctx)
-            try:
-                found[role] = self.of(text)
-            except ValueError:
-                self.fail(f"{text!r}: {self.wrong}", param, ctx)
-        return found.get("", found)
-
-
-def _width(text: str) -> int:
-    if not MIN_BITS <= int(text) <= MAX_BITS:
-        raise ValueError(text)
-    return int(text)
-
-
-def _one_of(*names: str) -> Callable[[str], str]:
-    def check(text: str) -> str:
-        if text not in names:
-            raise ValueError(text)
-        return text
-
-    return check
-
-
-def _limits(text: str) -> str | list[float]:
-    if text in RANGES:
-        return text
-    low, high = text.split(":")
-    return [float(low), float(high)]
-
-
-def _yes(text: str) -> bool:
-    return {"yes": True, "no": False}[_one_of("yes", "no")(text)]
-
-
-SCHEMES = ("affine", "symmetric", "power_of_two", "log", "none")
-RANGES = ("dynamic", "ema", "learned")
-BITS = ByRole("bits", _width, f"a width is a number from {MIN_BITS} to {MAX_BITS}, or a list like gamma=4,beta=8")
-SCHEME = ByRole("scheme", _one_of(*SCHEMES), f"a scheme is one of {', '.join(SCHEMES)}")
-RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1")
-ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
-NARROW = ByRole("yes|no", _yes, "it is yes or no")
-QUANTIZER = ByRole("module:function", str, "")
-STEPS = click.IntRange(min=0, max=2**63 - 1)
-
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="bnqat")
 def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-    Nothing in a model is executed, but by `sensitivity`. Results go to stdout, progress to stderr. Exit code 0: done;
-    2: wrong usage, unreadable input or nothing to rewrite. (1 is kept for checks that fail.)
+    Nothing in a model is executed, but by `sensitivity` and `verify`. Results go to stdout, progress to stderr. Exit
+    code 0: done; 1: a claim of `verify` failed, or `diff --exit-code` found differences; 2: wrong usage, unreadable
+    input or nothing to rewrite.
     """
 
 
-def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
-    return None if value is None else [tag for tag in value.split(",") if tag]
-
-
-TAGS = click.option(
-    "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
-)
-
-
-@main.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@TAGS
-def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
-    """Show the batch norms of MODEL, and which of them can be rewritten."""
-    with _one_line(lambda: require_model(model)):
-        from rewriter.app import api
-
-        report = api.inspect(model, tags=tags)
-        if as_json:
-            click.echo(report.to_json())
-        else:
-            show_inspection(report)
+for _command in (inspect, diff, verify, sensitivity):
+    main.add_command(_command)
 
 
 @main.command()
@@ -175,16 +86,24 @@ def inspect(model: Path, as_json: bool, tags: list[str] | None) -> None:
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
 @click.option(
+    "--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that shows what changed."
+)
+@click.option(
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
 )
 def rewrite(
-    source: Path | None, target: Path | None, passes: str | None, report_file: Path | None, **options: Any
+    source: Path | None,
+    target: Path | None,
+    passes: str | None,
+    report_file: Path | None,
+    page: Path | None,
+    **options: Any,
 ) -> None:
     """Write SRC to DST with switchable quantisers on every batch norm, ready to be fine-tuned."""
     names = None if passes is None else [p.strip() for p in passes.split(",") if p.strip()]
     _refuse_unused(names, options)
     if options.pop("print_config"):
-        with _one_line(tensorflow=False):
+        with one_line(tensorflow=False):
             click.echo(_settings(options).to_toml(), nl=False)
         return
     if source is None or target is None:
@@ -200,21 +119,26 @@ def rewrite(
         if not options["dry_run"]:
             refuse_overlap(source, target)
             refuse_existing(target, options["overwrite"])
-        if report_file is not None:
-            _refuse_report(report_file, source, target)
+        for file, what in ((report_file, "report"), (page, "page")):
+            if file is not None:
+                refuse_file(file, what, source, target)
+        if page is not None and options["dry_run"]:
+            raise Error("--html shows what was written, and --dry-run writes nothing; leave out one of them")
 
-    with _one_line(check):
+    with one_line(check):
         from rewriter.app import api
 
         report = api.rewrite(source, target, passes=names, observers=[_progress], **options)
         written = None if options["dry_run"] else target
         show_rewrite(report, written)
+        done = "nothing" if written is None else str(written)
         if report_file is not None:
-            try:
-                report_file.write_text(report.to_json() + "\n", encoding="utf-8")
-            except OSError as e:
-                done = "nothing" if written is None else written
-                raise Error(f"{done} was written, but the report {report_file} was not: {e.strerror}") from e
+            write_file(report_file, report.to_json() + "\n", "report", done)
+        if page is not None:
+            from rewriter.app.diff import diff
+
+            write_file(page, diff(source, target, tags=options["tags"]).to_html(), "page", done)
+            click.echo(f"what changed is in {page}")
 
 
 def _settings(options: dict[str, Any]) -> Settings:
@@ -235,111 +159,6 @@ def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
         name = OPTIONS_OF.get(option)
         if value is not None and names and name is not None and name not in names:
             raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
-
-
-@main.command()
-@click.argument("model", type=click.Path(path_type=Path), metavar="QAT_MODEL")
-@click.option(
-    "--inputs",
-    "inputs_file",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="Inputs, an .npz file.",
-)
-@click.option("--bits", default="8,6,4,3,2", show_default=True, help="Widths to try, comma-separated.")
-@click.option(
-    "--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them: .svg, .png, .pdf."
-)
-@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | None, as_json: bool) -> None:
-    """Show how much each quantiser of QAT_MODEL alone changes the outputs. This executes the model."""
-    try:
-        widths = [_width(text) for text in bits.split(",")]
-    except ValueError:
-        raise click.UsageError(f"--bits {bits}: widths are numbers from {MIN_BITS} to {MAX_BITS}, like 8,4") from None
-
-    def check() -> None:
-        require_model(model)
-        if not inputs_file.is_file():
-            raise Error(f"there is no file {inputs_file}")
-        if plot_file is not None and not plot_file.absolute().parent.is_dir():
-            raise Error(f"there is no directory {plot_file.parent} to draw to")
-
-    with _one_line(check):
-        from rich.console import Console
-        from rich.progress import track
-
-        from rewriter.app import sensitivity as measure
-
-        click.echo(f"executing {model}", err=True)
-        arrays = measure.arrays(inputs_file)
-        console = Console(stderr=True)
-        found = measure.sensitivity(
-            model, arrays, bits=widths, progress=lambda runs: track(runs, "quantisers", console=console, transient=True)
-        )
-        if as_json:
-            click.echo(found.to_json())
-        else:
-            show_sensitivity(found)
-        if plot_file is not None:
-            measure.plot(found, plot_file)
-            click.echo(f"drawn to {plot_file}", err=True)
-
-
-def _refuse_report(report: Path, source: Path, target: Path) -> None:
-    if not report.absolute().parent.is_dir():
-        raise Error(f"there is no directory {report.parent} to write the report to")
-    for model in (source, target):
-        if report.resolve().is_relative_to(model.resolve()):
-            raise Error(f"the report {report} would lie in the model {model}; choose another file")
-
-
-@contextmanager
-def _one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
-    """Make the checks, which must not need TensorFlow, and import it quietly where it is needed.
-
-    What a user can mend becomes one line and exit code 2.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        for check in checks:
-            check()
-        if tensorflow:
-            with _quiet():
-                importlib.import_module("rewriter.app.api")
-        yield
-    except Error as e:
-        _fail(str(e))
-    except BrokenPipeError:
-        raise  # the reader has had enough, which click knows how to end
-    except OSError as e:
-        _fail(f"{e.filename}: {e.strerror}" if e.filename else f"{e.strerror or e}")
-    except KeyboardInterrupt:
-        _fail("interrupted; nothing was written")
-
-
-def _fail(message: str) -> None:
-    click.echo(f"bnqat: error: {' '.join(message.split())}", err=True)
-    sys.exit(EXIT_FAILED)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what TensorFlow's libraries print while they are loaded off stderr."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Rewriting has no work for an accelerator, and should not take its memory from a training run.
-    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    saved = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 2)
-        importlib.import_module("tensorflow")
-
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
 
 
 def _progress(step: Step) -> None:

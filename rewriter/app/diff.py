@@ -62,6 +62,22 @@ class Diff:
             raise Error(f"neither model has a node {node} in {graph or 'the main graph'}")
         return picture_svg(around(union, node), union, hops)
 
+    def site(self, name: str) -> tuple[str, str]:
+        """(graph, node) of a place by the name of a batch norm or a node, or as ``function:node``.
+
+        Raises:
+            Error: there is none.
+        """
+        places = [(layer.name, s.graph, s.node) for layer in self.report.layers for s in layer.sites]
+        nodes = [("", c.graph, c.name) for c in self.report.changes if c.kind == NODE]
+        for layer, graph, node in (*places, *nodes):
+            if name in (layer, node, f"{graph}:{node}"):
+                return graph, node
+        graph, _, node = name.rpartition(":")
+        if node in self.comparison.after.graphs.get(graph, Graph("", {})).nodes:
+            return graph, node
+        raise Error(f"there is no batch norm, and no node that changed, of the name {name}; bnqat diff lists them")
+
     def _repr_html_(self) -> str:
         return frame(self.to_html())
 

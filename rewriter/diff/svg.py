@@ -14,7 +14,7 @@ from rewriter.page.shell import read
 WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 138, 38, 40, 16, 14, 20
 """In pixels: of a node, between columns and rows, for each input; as in picture.js."""
 
-SIGNS = {"added": "+", "removed": "−", "changed": "~", "same": ""}
+SIGNS = {"added": "+", "removed": "\N{MINUS SIGN}", "changed": "~", "same": ""}
 
 
 class Box(NamedTuple):

@@ -1,0 +1,196 @@
+"""Commands that look at models and write none."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import click
+
+from passes.roles import MAX_BITS, MIN_BITS
+from rewriter.app.guard import one_line, refuse_file, write_file
+from rewriter.app.options import TAGS, width
+from rewriter.app.show import show_inspection, show_sensitivity, show_verification
+from rewriter.app.show_diff import show_diff
+from rewriter.ir import Error
+from rewriter.savedmodel.staging import require_model
+
+SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
+"""How a comparison is written, and what the names of such files end with."""
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page.")
+@TAGS
+def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | None) -> None:
+    """Show the batch norms of MODEL, what is in them, and which of them can be rewritten."""
+
+    def check() -> None:
+        require_model(model)
+        if page is not None:
+            refuse_file(page, "page", model)
+
+    with one_line(check):
+        from rewriter.app import api
+
+        report = api.inspect(model, tags=tags)
+        if page is not None:
+            write_file(page, report.to_html(), "page")
+        if as_json:
+            click.echo(report.to_json())
+        else:
+            show_inspection(report)
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path), metavar="A")
+@click.argument("after", type=click.Path(path_type=Path), metavar="B")
+@click.option("--format", "form", type=click.Choice(list(SUFFIXES)), help="text, if -o does not say otherwise.")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
+@click.option("--values", is_flag=True, help="Compare the values of variables, too.")
+@click.option("--full", is_flag=True, help="Describe added and removed nodes; let the page hold every node.")
+@click.option("--site", help="What --format svg draws: a batch norm's or a node's name, or function:node.")
+@click.option("--hops", type=click.IntRange(1, 3), default=1, show_default=True, help="How far --format svg goes.")
+@click.option("--exit-code", is_flag=True, help="Exit with 1 if the models differ.")
+@click.option("-v", "--verbose", is_flag=True, help="List added nodes, too.")
+@TAGS
+def diff(
+    *,
+    before: Path,
+    after: Path,
+    form: str | None,
+    output: Path | None,
+    site: str | None,
+    hops: int,
+    exit_code: bool,
+    verbose: bool,
+    **options: Any,
+) -> None:
+    """Show what differs between the SavedModels A and B, and what of it the record of a rewrite does not explain."""
+    if form is None:
+        form = next((f for f, suffix in SUFFIXES.items() if output is not None and output.suffix == suffix), "text")
+    if (site is None) == (form == "svg"):
+        raise click.UsageError("--format svg draws one place: name it with --site, which is for that alone")
+
+    def check() -> None:
+        for model in (before, after):
+            require_model(model)
+        if output is not None:
+            refuse_file(output, "comparison", before, after)
+
+    with one_line(check):
+        from rewriter.app.diff import diff as compare
+
+        found = compare(before, after, **options)
+        if form == "text":
+            with _to(output):
+                show_diff(found.title, found.report, verbose=verbose)
+        else:
+            drawn = None if site is None else found.to_svg(*found.site(site), hops)
+            _put(drawn or (found.to_json() if form == "json" else found.to_html()), output)
+    if exit_code and found.report.changes:
+        sys.exit(1)
+
+
+@contextmanager
+def _to(output: Path | None) -> Iterator[None]:
+    """Let what is printed go to a file."""
+    if output is None:
+        yield
+        return
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        yield
+    write_file(output, printed.getvalue(), "comparison")
+
+
+def _put(text: str, output: Path | None) -> None:
+    if output is None:
+        click.echo(text, nl=not text.endswith("\n"))
+    else:
+        write_file(output, text, "comparison")
+
+
+@click.command()
+@click.argument("before", type=click.Path(path_type=Path), metavar="A")
+@click.argument("after", type=click.Path(path_type=Path), metavar="B")
+@click.option("--inputs", "inputs_file", type=click.Path(path_type=Path, dir_okay=False), help="Inputs, an .npz file.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_json: bool) -> None:
+    """Check that B, which a rewrite made of A, does what it promises. This executes both models."""
+
+    def check() -> None:
+        for model in (before, after):
+            require_model(model)
+        if inputs_file is not None and not inputs_file.is_file():
+            raise Error(f"there is no file {inputs_file}")
+
+    with one_line(check):
+        from rewriter.app.sensitivity import arrays
+        from rewriter.app.verify import verify as claims
+
+        click.echo(f"executing {before} and {after}", err=True)
+        inputs = None if inputs_file is None else arrays(inputs_file)
+        found = claims(before, after, inputs=inputs, seed=seed)
+        if as_json:
+            click.echo(found.to_json())
+        else:
+            show_verification(found)
+    if not found.ok:
+        sys.exit(1)
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), metavar="QAT_MODEL")
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="Inputs, an .npz file.",
+)
+@click.option("--bits", default="8,6,4,3,2", show_default=True, help="Widths to try, comma-separated.")
+@click.option(
+    "--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them: .svg, .png, .pdf."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
+def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | None, as_json: bool) -> None:
+    """Show how much each quantiser of QAT_MODEL alone changes the outputs. This executes the model."""
+    try:
+        widths = [width(text) for text in bits.split(",")]
+    except ValueError:
+        raise click.UsageError(f"--bits {bits}: widths are numbers from {MIN_BITS} to {MAX_BITS}, like 8,4") from None
+
+    def check() -> None:
+        require_model(model)
+        if not inputs_file.is_file():
+            raise Error(f"there is no file {inputs_file}")
+        if plot_file is not None:
+            refuse_file(plot_file, "plot", model)
+
+    with one_line(check):
+        from rich.console import Console
+        from rich.progress import track
+
+        from rewriter.app import sensitivity as measure
+
+        click.echo(f"executing {model}", err=True)
+        arrays = measure.arrays(inputs_file)
+        console = Console(stderr=True)
+        found = measure.sensitivity(
+            model, arrays, bits=widths, progress=lambda runs: track(runs, "quantisers", console=console, transient=True)
+        )
+        if as_json:
+            click.echo(found.to_json())
+        else:
+            show_sensitivity(found)
+        if plot_file is not None:
+            measure.plot(found, plot_file)
+            click.echo(f"drawn to {plot_file}", err=True)

@@ -1,0 +1,91 @@
+"""What surrounds a command's work: TensorFlow, imported late and quietly, and errors as one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from rewriter.ir import Error
+
+EXIT_FAILED = 2
+
+
+@contextmanager
+def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
+    """Make the checks, which must not need TensorFlow, and import it quietly where it is needed.
+
+    What a user can mend becomes one line and exit code 2.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        for check in checks:
+            check()
+        if tensorflow:
+            with _quiet():
+                importlib.import_module("rewriter.app.api")
+        yield
+    except Error as e:
+        fail(str(e))
+    except BrokenPipeError:
+        raise  # the reader has had enough, which click knows how to end
+    except OSError as e:
+        fail(f"{e.filename}: {e.strerror}" if e.filename else f"{e.strerror or e}")
+    except KeyboardInterrupt:
+        fail("interrupted; nothing was written")
+
+
+def fail(message: str) -> None:
+    """Say what is wrong in one line, and exit with code 2."""
+    click.echo(f"bnqat: error: {' '.join(message.split())}", err=True)
+    sys.exit(EXIT_FAILED)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what TensorFlow's libraries print while they are loaded off stderr."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    # Rewriting has no work for an accelerator, and should not take its memory from a training run.
+    os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
+    saved = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        importlib.import_module("tensorflow")
+
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
+
+
+def refuse_file(file: Path, what: str, *models: Path) -> None:
+    """Refuse a file to write to that would lie in a model, or in no directory.
+
+    Raises:
+        Error: it would.
+    """
+    if not file.absolute().parent.is_dir():
+        raise Error(f"there is no directory {file.parent} to write the {what} to")
+    for model in models:
+        if file.resolve().is_relative_to(model.resolve()):
+            raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
+
+
+def write_file(file: Path, text: str, what: str, done: str = "nothing") -> None:
+    """Write a text to a file.
+
+    Raises:
+        Error: it cannot be written; the message says what was `done` before.
+    """
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as e:
+        raise Error(f"{done} was written, but the {what} {file} was not: {e.strerror}") from e

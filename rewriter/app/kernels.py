@@ -1,0 +1,190 @@
+"""The kernels that compute batch norm: those that are executed, and those that a graph's sites lead to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import tensorflow as tf
+from tensorflow.python.eager import context
+
+from passes.roles import MEAN
+from passes.sites import FUSED, Site, sites
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN, Graph, Model, Value
+from rewriter.liveness import Assumption
+
+T = TypeVar("T")
+Layer = frozenset[tuple[str | None, ...]]
+"""What a site normalises with: the names of its variables, for each way to call it."""
+
+
+class Kernels(NamedTuple):
+    """Executed kernels that contain batch norm, after Grappler.
+
+    Attributes:
+        placed: how many of each op are in the graphs that ran, both branches of a conditional included.
+        training: how many of these normalise with the batch's statistics, gradients not counted.
+        ran: how many were reached.
+    """
+
+    placed: Counter[str]
+    training: int
+    ran: int
+
+    @property
+    def forward(self) -> int:
+        """How many of those placed are no gradients."""
+        return sum(n for op, n in self.placed.items() if "Grad" not in op)
+
+    @property
+    def gradients(self) -> int:
+        """How many of those placed are gradients."""
+        return self.placed.total() - self.forward
+
+    def __str__(self) -> str:
+        """Numbers and ops."""
+        return ", ".join(f"{n} {op}" for op, n in sorted(self.placed.items())) or "none"
+
+
+def kernels_in(graphs: Iterable[Any], stats: Any) -> Kernels:
+    """The batch-norm kernels of partition graphs, and those of them that step stats list."""
+    reached = {n.node_name for device in stats.dev_stats for n in device.node_stats}
+    found = [n for graph in graphs for n in graph.node if _normalises(n)]
+    training = [n for n in found if "is_training" in n.attr and n.attr["is_training"].b and "Grad" not in n.op]
+    return Kernels(Counter(n.op for n in found), len(training), sum(n.name in reached for n in found))
+
+
+def _normalises(node: Any) -> bool:
+    fused = node.attr["fused_ops"].list.s if "fused_ops" in node.attr else ()
+    return "FusedBatchNorm" in node.op or b"FusedBatchNorm" in fused
+
+
+def with_kernels(call: Callable[[], T]) -> tuple[T, Kernels]:
+    """What a call gives, and the batch-norm kernels that the loaded functions in it execute."""
+    own = context.context()
+    own.enable_graph_collection()
+    own.enable_run_metadata()
+    try:
+        # The graphs of functions that ran before are told with those of the next one that does.
+        tf.function(lambda: tf.constant(0))()
+        own.export_run_metadata()
+        result = call()
+        metadata = own.export_run_metadata()
+    finally:
+        own.disable_graph_collection()
+        own.disable_run_metadata()
+    graphs = (g for function in metadata.function_graphs for g in function.partition_graphs)
+    return result, kernels_in(graphs, metadata.step_stats)
+
+
+@dataclass(frozen=True)
+class Placed:
+    """How often each batch norm is in a graph and in what it calls, as often as it is called.
+
+    Attributes:
+        single: sites in single ops.
+        choosing: of these, those that choose their mode while they run, which need a kernel for each.
+        training: fused sites in training mode.
+        inference: fused sites in inference mode.
+        others: fused ops in training mode that are no batch norm, as Keras writes layer normalisation.
+    """
+
+    single: Counter[Layer]
+    choosing: Counter[Layer]
+    training: Counter[Layer]
+    inference: Counter[Layer]
+    others: int
+
+    @property
+    def twice(self) -> int:
+        """Sites that compute both modes, of which one is used: a rewrite may compute that one alone."""
+        return (self.training & self.inference).total()
+
+    def raised(self, after: Placed) -> Counter[Layer]:
+        """The sites in single ops that are no longer so."""
+        found = self.single - after.single
+        # What was constants is named otherwise once it is unfrozen.
+        renamed = sum(n for layer, n in after.single.items() if layer not in self.single)
+        for layer in [layer for layer in found if not any(any(names) for names in layer)]:
+            found[layer] -= renamed
+        return +found
+
+    def kernels_for(self, raised: Counter[Layer]) -> int:
+        """How many kernels take the place of sites in single ops."""
+        return raised.total() + (raised & self.choosing).total()
+
+    def trained(self, raised: Counter[Layer]) -> int:
+        """How many kernels train these batch norms once: one for each site that serves."""
+        training, inference = self.training + raised, self.inference + raised
+        return (training | inference).total() + self.others
+
+
+def placed(model: Model, signature: str) -> Placed:
+    """The batch norms that a signature runs; none that are known where no single function computes it."""
+    known = model.signatures.get(signature)
+    if known is None:
+        return _counted(())
+    if known.entry:
+        return placed_by(model, known.entry)
+    return _counted(_in(model, model.graphs[MAIN], {}, [v.node for v in known.fetches]))
+
+
+def placed_by(model: Model, function: str) -> Placed:
+    """The batch norms that a function runs."""
+    return _counted(_of_function(model, function, {}))
+
+
+def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
+    kinds: dict[str, Counter[Layer]] = {f: Counter() for f in ("single", "choosing", "training", "inference", "others")}
+    for kind, layer in found:
+        kinds[kind][layer] += 1
+    others = kinds.pop("others").total()
+    return Placed(**kinds, others=others)
+
+
+def _of_function(model: Model, name: str, known: Mapping[Value, bool]) -> Iterator[tuple[str, Layer]]:
+    graph = model.graphs[name]
+    roots = [*(r.value.node for r in graph.results), *(e.node for e in graph.effects)]
+    yield from _in(model, graph, known, roots)
+
+
+def _in(model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str]) -> Iterator[tuple[str, Layer]]:
+    """The batch norms that some nodes of a graph need, where some booleans are known."""
+    assumed = Assumption(model, graph, known)
+    needed = assumed.needed(roots)
+    found = [s for s in model.analysis(sites) if s.graph == graph.name and s.node in needed]
+    for site in found:
+        yield from ((kind, _layer(model, site)) for kind in _kinds(site, assumed))
+    own = {site.node for site in found}
+    for name in needed:
+        node = graph.nodes[name]
+        if node.op in FUSED and name not in own and ops.get(model, node, "is_training"):
+            yield "others", frozenset()
+    calls = model.analysis(call_graph).calls.get(graph.name, [])
+    for name in dict.fromkeys(c.node for c in calls if c.node in needed):
+        node = graph.nodes[name]
+        form = ops.call_form_of(model, node)
+        values = [None if form.carried else _known(model, assumed, v) for v in node.inputs[form.first :]]
+        for callee in assumed.taken(node):
+            arguments = zip(model.graphs[callee].arguments, values, strict=True)
+            yield from _of_function(model, callee, {Value(a): v for a, v in arguments if v is not None})
+
+
+def _known(model: Model, assumed: Assumption, value: Value) -> bool | None:
+    return assumed.known(value) if ops.output_dtype(model, assumed.graph, value) == "bool" else None
+
+
+def _kinds(site: Site, assumed: Assumption) -> list[str]:
+    if site.kind == "fused":
+        return ["training" if site.mode == "training" else "inference"]
+    settled = any(assumed.settles(edge) for edge in site.parameters.get(MEAN, ()))
+    return ["single", "choosing"] if site.mode == "both" and not settled else ["single"]
+
+
+def _layer(model: Model, site: Site) -> Layer:
+    names = {k: v.name for k, v in model.variables.items()}
+    return frozenset(tuple(key and names[key] for key in keys) for keys in site.variables)

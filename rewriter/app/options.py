@@ -1,0 +1,84 @@
+"""Types of the command line's options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+from passes.roles import MAX_BITS, MIN_BITS, ROLES
+
+
+class ByRole(click.ParamType[Any, Any]):
+    """``8`` or ``gamma=4,beta=8``, with values of another type."""
+
+    def __init__(self, name: str, of: Callable[[str], Any], wrong: str) -> None:
+        """`of` makes a value of a text or raises ValueError; `wrong` says what one looks like."""
+        self.name = name
+        self.of = of
+        self.wrong = wrong
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """A value, or values by role."""
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
+        found: dict[str, Any] = {}
+        for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
+            if "=" in value and role not in ROLES:
+                self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
+            if role in found:
+                self.fail(f"{value!r} names {role} twice", param, ctx)
+            try:
+                found[role] = self.of(text)
+            except ValueError:
+                self.fail(f"{text!r}: {self.wrong}", param, ctx)
+        return found.get("", found)
+
+
+def width(text: str) -> int:
+    """A width, or a ValueError."""
+    if not MIN_BITS <= int(text) <= MAX_BITS:
+        raise ValueError(text)
+    return int(text)
+
+
+def _one_of(*names: str) -> Callable[[str], str]:
+    def check(text: str) -> str:
+        if text not in names:
+            raise ValueError(text)
+        return text
+
+    return check
+
+
+def _limits(text: str) -> str | list[float]:
+    if text in RANGES:
+        return text
+    low, high = text.split(":")
+    return [float(low), float(high)]
+
+
+def _yes(text: str) -> bool:
+    return {"yes": True, "no": False}[_one_of("yes", "no")(text)]
+
+
+SCHEMES = ("affine", "symmetric", "power_of_two", "log", "none")
+RANGES = ("dynamic", "ema", "learned")
+BITS = ByRole("bits", width, f"a width is a number from {MIN_BITS} to {MAX_BITS}, or a list like gamma=4,beta=8")
+SCHEME = ByRole("scheme", _one_of(*SCHEMES), f"a scheme is one of {', '.join(SCHEMES)}")
+RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1")
+ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
+NARROW = ByRole("yes|no", _yes, "it is yes or no")
+QUANTIZER = ByRole("module:function", str, "")
+STEPS = click.IntRange(min=0, max=2**63 - 1)
+
+
+def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
+    return None if value is None else [tag for tag in value.split(",") if tag]
+
+
+TAGS = click.option(
+    "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
+)

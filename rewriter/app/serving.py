@@ -1,0 +1,218 @@
+"""Running the signatures of a model and of what it was rewritten to, each on the same inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from passes.batch_norm import batch_norms
+from passes.sites import sites
+from rewriter.app.running import OFF, Arrays, Ran, Session, attempt, fitted, on_random, session_of
+from rewriter.dataflow import Captured, Constant
+from rewriter.ir import Error, Model
+
+START, RAMP, STEP = (f"quantization/{name}" for name in ("start_step", "ramp_steps", "step"))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A source and what it was rewritten to: directories, and what is in them."""
+
+    before: Path
+    after: Path
+    source: Model
+    result: Model
+
+    @property
+    def unfrozen(self) -> bool:
+        """Whether batch norms' parameters are variables that the source holds as constants."""
+        origins = [o for s in self.source.analysis(sites) if s.inference for b in s.origins for o in b[2:4]]
+        known = {v.name for v in self.source.variables.values()}
+        used = [
+            self.result.variables[k].name for bn in self.result.analysis(batch_norms) for k in bn.variables.values()
+        ]
+        return any(isinstance(o, Constant | Captured) for o in origins) and any(name not in known for name in used)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Both models' runs of a signature on the same inputs, or what went wrong in the result's.
+
+    Attributes:
+        steady: whether the source gives the same when it runs again; looked at where the result's outputs differ.
+        on: the run with quantisers on; None where there are none.
+        changed: the nodes of the variables that the result's runs change, and the source's does not.
+    """
+
+    source: Ran
+    steady: bool
+    off: Ran | str
+    on: Ran | str | None
+    changed: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Serving:
+    """What was seen of the signatures.
+
+    Attributes:
+        names: the source's signatures.
+        promised: how the result's signatures are not the source's; nothing where they are.
+        ran: by name, the signatures that both models have and the source ran.
+        skipped: by name, why others were not run.
+        trained: how many variables the source was given the result's values of, as the result was trained since.
+        lost: why outputs cannot be compared, as the source cannot be given the result's values.
+    """
+
+    names: list[str]
+    promised: list[str]
+    ran: dict[str, Served]
+    skipped: dict[str, str]
+    trained: int
+    lost: str
+
+
+def serve(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Serving:
+    """Run every signature that both models have, in V1 sessions, each on the same inputs.
+
+    Grappler folds constants into convolutions, which it cannot do with variables: it folds none where the source's
+    were unfrozen.
+
+    Raises:
+        Error: the source runs on no inputs, or the given ones do not fit.
+    """
+    fold = not pair.unfrozen
+    with session_of(pair.before, fold) as source, session_of(pair.after, fold) as result:
+        trained, lost = _same_values(pair, source, result)
+        ran: dict[str, Served] = {}
+        skipped: dict[str, str] = {}
+        for name in source.signatures:
+            if name not in result.signatures:
+                continue
+            taken, why = _source_run(source, name, inputs, seed)
+            if taken is None:
+                skipped[name] = why
+            else:
+                ran[name] = _both(source, result, name, taken)
+        if skipped and not ran:
+            hint = "the inputs given" if inputs is not None else "random inputs, give it some with --inputs"
+            raise Error(f"the source runs on none of {hint}: {next(iter(skipped.values()))}")
+        return Serving(list(source.signatures), list(_broken(source, result)), ran, skipped, trained, lost)
+
+
+def _source_run(
+    source: Session, name: str, inputs: Arrays | None, seed: int
+) -> tuple[tuple[Ran, dict[str, np.ndarray]] | None, str]:
+    """The source's run of a signature and its inputs, or why there is none."""
+    specs, run = source.inputs(name), partial(source.run, name)
+    if inputs is None:
+        return attempt(lambda: on_random(run, specs, seed))
+    try:
+        given = fitted(inputs, specs)
+    except Error as e:
+        return None, f"the signature {name}: {e}"
+    if given is None:
+        return None, f"the signature {name} takes {', '.join(specs) or 'nothing'}, not {', '.join(inputs) or 'nothing'}"
+    return attempt(lambda: (run(given), given))
+
+
+def _both(source: Session, result: Session, name: str, taken: tuple[Ran, dict[str, np.ndarray]]) -> Served:
+    """The result's runs on what the source took."""
+    wanted, fed = taken
+    start, ramp = result.node(START), result.node(RAMP)
+    on: Ran | str | None = None
+    if start is not None:
+        result.assign({node: np.array(0) for node in (start, ramp) if node is not None})
+        ran, why = attempt(lambda: result.run(name, fed))
+        on = ran or why
+        result.assign({start: np.array(OFF)})
+    off, why = attempt(lambda: result.run(name, fed))
+    same = off is not None and not any(differences(wanted, off).values())
+    steady = same or not any(differences(wanted, source.run(name, fed)).values())
+    nodes = _matching(source, result) if wanted.changed else {}
+    changed = [ran.changed - {nodes.get(n, n) for n in wanted.changed} for ran in (off, on) if isinstance(ran, Ran)]
+    return Served(wanted, steady, off or why, on, frozenset().union(*changed))
+
+
+def _same_values(pair: Pair, source: Session, result: Session) -> tuple[int, str]:
+    """Give the source the values that the result was trained to."""
+    step = result.node(STEP)
+    values, wanted = source.values(), result.values()
+    if step is None or not wanted[step]:
+        return 0, ""
+    if pair.unfrozen:
+        return 0, f"the result was trained for {wanted[step]} steps, and the source holds its parameters as constants"
+    nodes = _matching(source, result)
+    new = {a: wanted[b] for a, b in nodes.items() if values[a].tobytes() != wanted[b].tobytes()}
+    source.assign(new)
+    return len(new), ""
+
+
+def _matching(source: Session, result: Session) -> dict[str, str]:
+    """The node of the result's variable for each node of the source's: names need not be unique, captures' order is."""
+    found = {a: a for a in source.values() if a in result.values()}
+    for name in set(source.signatures) & set(result.signatures):
+        pairs = zip(source.captured(name), result.captured(name), strict=False)
+        found |= {a: b for a, b in pairs if _plain(source.name(a)) == _plain(result.name(b))}
+    return found
+
+
+def _plain(name: str) -> str:
+    """A name without the number that made it unique."""
+    return re.sub(r"_\d+$", "", name)
+
+
+def _broken(source: Session, result: Session) -> Iterator[str]:
+    """How signatures are not the source's."""
+    for name, signature in source.signatures.items():
+        if name not in result.signatures:
+            yield f"the signature {name} is missing"
+            continue
+        for kind in ("inputs", "outputs"):
+            both = (getattr(s, kind) for s in (signature, result.signatures[name]))
+            wanted, found = ({k: _spec(v) for k, v in infos.items()} for infos in both)
+            if set(wanted) != set(found):
+                yield f"the signature {name} has the {kind} {', '.join(sorted(found))}, not {', '.join(sorted(wanted))}"
+            for key in sorted(set(wanted) & set(found)):
+                if wanted[key] != found[key]:
+                    yield f"{key} of the signature {name} is {found[key]}, not {wanted[key]}"
+
+
+def _spec(info: Any) -> str:
+    return f"{tf.as_dtype(info.dtype).name}{tf.TensorShape(info.tensor_shape)}"
+
+
+def floats(ran: Ran) -> dict[str, np.ndarray]:
+    """The float outputs, in double precision."""
+    return {k: v.astype(np.float64) for k, v in ran.outputs.items() if tf.as_dtype(v.dtype).is_floating}
+
+
+def differences(wanted: Ran, found: Ran) -> dict[str, float]:
+    """How far each output is from what is wanted, relative to its largest element; infinite where it is no rounding."""
+    numbers, others = floats(wanted), floats(found)
+    missed = {}
+    for key, value in wanted.outputs.items():
+        if key not in found.outputs or value.shape != found.outputs[key].shape:
+            missed[key] = np.inf
+        elif key not in numbers or key not in others:
+            missed[key] = 0.0 if np.array_equal(value, found.outputs[key]) else np.inf
+        else:
+            missed[key] = _difference(numbers[key], others[key])
+    return missed
+
+
+def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
+    same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
+    if same.all():
+        return 0.0
+    if not np.isfinite(wanted[~same]).all() or not np.isfinite(found[~same]).all():
+        return np.inf
+    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0)
+    return float(np.abs(found - wanted)[~same].max() / largest) if largest else np.inf

@@ -1,0 +1,312 @@
+"""Running the training function of a rewritten model, and what its source has in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.python.checkpoint.graph_view import ObjectGraphView
+from tensorflow.python.saved_model.loader_impl import parse_saved_model
+
+from passes.batch_norm import batch_norms
+from passes.derive_training import TRAIN
+from passes.entries import Alignment, align, serving_entry, serving_signature, training_trace
+from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from rewriter.app.kernels import Kernels, Placed, placed, placed_by, with_kernels
+from rewriter.app.running import OFF, Arrays, attempt, fitted, loaded, loaded_source, on_random
+from rewriter.app.serving import Pair
+from rewriter.dataflow import call_graph
+from rewriter.ir import Entry, Error, Model, unused
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What one call of the result's training function did, with quantisers on.
+
+    Attributes:
+        absent: why there was nothing to call; then the rest says nothing.
+        loads: whether plain loading takes it.
+        failure: what went wrong in that, or in the call.
+        steps: how many it counted.
+        statistics: how many moving statistics the batch norms have that it trains.
+        still: the names of those that it did not change.
+        differentiated: what went wrong in differentiating it.
+        alike: whether the source's own signatures cannot be differentiated either, in the same way.
+        gradients: of every gamma and beta, by name; None where none reaches it. No list where no output is a float.
+        kernels: what was executed, with gradients where it can be differentiated.
+        wanted: what the source's own training function executes in the same way; None where it has none.
+        unwanted: what went wrong in running that.
+        raised: of single ops that the source's function trains by, or that serve, how many became a kernel.
+        twice: how many sites of the source's function compute both modes, of which one is used.
+        sites: how many sites that function runs, or serving, each of which a derived function trains once.
+    """
+
+    absent: str = ""
+    loads: bool = True
+    failure: str = ""
+    steps: int = 0
+    statistics: int = 0
+    still: tuple[str, ...] = ()
+    differentiated: str = ""
+    alike: bool = False
+    gradients: list[tuple[str, Any]] | None = None
+    kernels: Kernels | None = None
+    wanted: Kernels | None = None
+    unwanted: str = ""
+    raised: int = 0
+    twice: int = 0
+    sites: int = 0
+
+
+def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
+    """Load the result plainly, call its training function once, and differentiate it if that is possible."""
+    root, why = attempt(lambda: loaded(pair.after))
+    if why:
+        return Trained(loads=False, failure=f"plain loading fails: {why}")
+    function = trainer(root)
+    if function is None or (not pair.result.object_based and "train" in pair.source.signatures):
+        return Trained(absent="the result has no training function of a rewrite")
+    if inputs is not None and fitted(inputs, function.specs) is None:
+        takes = ", ".join(function.specs)
+        return Trained(absent=f"the training function takes {takes}, not {', '.join(inputs)}")
+    try:
+        layers(pair.result, root)
+    except Error as e:
+        return Trained(absent=str(e))
+    # TensorFlow tells of a function's graphs only when it runs for the first time, so each try loads anew.
+    ran, differentiated = attempt(lambda: _run(pair, root, inputs, seed, differentiate=True))
+    if ran is None:
+        ran, failure = attempt(lambda: _run(pair, loaded(pair.after), inputs, seed, differentiate=False))
+        if ran is None:
+            return Trained(failure=failure)
+        alike = _fails_alike(pair, differentiated)
+        ran = ran._replace(done=replace(ran.done, differentiated=differentiated, alike=alike))
+    graph = training_graph(pair.result)
+    if pair.result.object_based and not graph:
+        return replace(ran.done, kernels=None)
+    after = placed_by(pair.result, graph) if graph else placed(pair.result, "train")
+    own = _own_training(pair)
+    if own is None:
+        serving = _served(pair.source)
+        return replace(ran.done, sites=serving.trained(serving.raised(after)))
+    return _beside(pair, ran, own, after)
+
+
+class _Run(NamedTuple):
+    """What a run showed, and what the training function was given, in the order of its inputs."""
+
+    done: Trained
+    given: dict[str, np.ndarray]
+
+
+def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate: bool) -> _Run:
+    """Call the training function of a loaded result, with quantisers on."""
+    function = trainer(root)
+    if function is None:
+        raise AssertionError
+    for v in function.variables:
+        if v.name.startswith("quantization/start_step"):
+            v.assign(0)
+        elif v.name.startswith("quantization/freeze_step"):
+            v.assign(OFF)
+    parameters, statistics = layers(pair.result, root)
+    steps = [v for v in function.variables if v.name.startswith("quantization/step")]
+
+    def call(fed: dict[str, np.ndarray]) -> tuple[list[Any] | None, list[np.ndarray], int]:
+        before, count = [v.numpy() for v in statistics], sum(int(v) for v in steps)
+        found = gradients(function, parameters, fed) if differentiate else None
+        if not differentiate:
+            function.call(**fed)
+        return found, before, sum(int(v) for v in steps) - count
+
+    def search() -> tuple[tuple[list[Any] | None, list[np.ndarray], int], dict[str, np.ndarray]]:
+        given = None if inputs is None else fitted(inputs, function.specs)
+        return on_random(call, function.specs, seed, flags=True) if given is None else (call(given), given)
+
+    ((found, before, counted), fed), kernels = with_kernels(search)
+    still = tuple(v.name for v, old in zip(statistics, before, strict=True) if np.array_equal(old, v.numpy()))
+    named = None if found is None else [(v.name, g) for v, g in zip(parameters, found, strict=True)]
+    done = Trained(steps=counted, statistics=len(statistics), still=still, gradients=named, kernels=kernels)
+    return _Run(done, {name: fed[name] for name in function.specs})
+
+
+def _beside(pair: Pair, ran: _Run, own: tuple[Entry, Alignment], after: Placed) -> Trained:
+    """What was seen, and the kernels of the source's own training function: with gradients in both, or in neither."""
+    entry, order = own
+
+    def run(differentiate: bool) -> Kernels:
+        with loaded_source(pair.before) as root:
+            function = keyworded(_concrete(pair.before, root, entry))
+            names = list(function.specs)
+            fed = {names[position]: value for position, value in zip(order.inputs, ran.given.values(), strict=True)}
+            step = partial(gradients, function, function.variables, fed)
+            return with_kernels(step if differentiate else partial(function.call, **fed))[1]
+
+    before = placed_by(pair.source, entry.function)
+    raised = before.raised(after)
+    done = replace(ran.done, raised=before.kernels_for(raised), twice=before.twice, sites=before.trained(raised))
+    if not done.differentiated:
+        wanted, _ = attempt(lambda: run(differentiate=True))
+        if wanted is not None:
+            return replace(done, wanted=wanted)
+    wanted, why = attempt(lambda: run(differentiate=False))
+    if not done.differentiated:
+        alone = _run(pair, loaded(pair.after), ran.given, 0, differentiate=False)
+        done = replace(done, kernels=alone.done.kernels)
+    return replace(done, wanted=wanted, unwanted=why)
+
+
+def _served(source: Model) -> Placed:
+    """The batch norms of the function, or signature, from which training is derived."""
+    entry = _serving(source)
+    if entry is not None:
+        return placed_by(source, entry.function)
+    signature = serving_signature(source)
+    names = sorted(source.signatures, key=lambda name: (name != "serving_default", name)) or [""]
+    return placed(source, names[0] if signature is None else signature.name)
+
+
+def _serving(source: Model) -> Entry | None:
+    try:
+        return serving_entry(source) if source.object_based else None
+    except Error:
+        return None
+
+
+def _own_training(pair: Pair) -> tuple[Entry, Alignment] | None:
+    """The source's own training function, and how its inputs are those of serving."""
+    serving = _serving(pair.source)
+    trace = None if serving is None else training_trace(pair.source, serving)
+    order = None if trace is None or serving is None else align(pair.source, trace, serving)
+    return None if trace is None or order is None else (trace, order)
+
+
+def _concrete(path: Path, root: Any, entry: Entry) -> Any:
+    """A concrete function of the loaded root; loading renames it."""
+    attribute = next(p for p in entry.paths if "." not in p)
+    held = getattr(root, attribute)
+    for meta in parse_saved_model(str(path)).meta_graphs:
+        nodes = meta.object_graph_def.nodes
+        for child in nodes[0].children if nodes else ():
+            names = list(nodes[child.node_id].function.concrete_functions)
+            if child.local_name == attribute and entry.function in names:
+                return held.concrete_functions[names.index(entry.function)]
+    return held
+
+
+def gradients(function: Trainer, parameters: list[Any], fed: dict[str, np.ndarray]) -> list[Any] | None:
+    """The gradients of a function's float outputs; None where it has none."""
+    with tf.GradientTape() as tape:
+        value = loss(function.call(**fed))
+    found: list[Any] | None = None if value is None else tape.gradient(value, parameters)
+    return found
+
+
+def _fails_alike(pair: Pair, failure: str) -> bool:
+    """Whether differentiating the source's own signatures fails in the same way."""
+    kind = failure.partition(":")[0]
+
+    def differentiate(function: Trainer, fed: dict[str, np.ndarray]) -> Any:
+        with tf.GradientTape() as tape:
+            inputs = {k: tf.constant(v) for k, v in fed.items()}
+            tape.watch([t for t in inputs.values() if t.dtype.is_floating])
+            value = loss(function.call(**inputs))
+        return tape.gradient(value, list(inputs.values()))
+
+    def failures() -> list[str]:
+        with loaded_source(pair.before) as root:
+            functions = [keyworded(signature) for signature in root.signatures.values()]
+            return [attempt(lambda f=f: on_random(partial(differentiate, f), f.specs))[1] for f in functions]  # type: ignore[misc]
+
+    found, why = attempt(failures)
+    return kind in why if found is None else bool(found) and all(kind in other for other in found)
+
+
+class Trainer(NamedTuple):
+    """A loaded function as one of keywords, its inputs' specs, and the variables that it may use."""
+
+    call: Callable[..., Any]
+    specs: dict[str, Any]
+    variables: list[Any]
+
+
+def trainer(model: Any) -> Trainer | None:
+    """The training function of a loaded result: `quantization.train`, in TensorFlow 1's format the signature."""
+    quantization: Any = getattr(model, "quantization", None)
+    if hasattr(quantization, "train"):
+        (concrete,) = quantization.train.concrete_functions
+        return keyworded(concrete)._replace(variables=list(quantization.variables))
+    if "train" not in model.signatures:
+        return None
+    return keyworded(model.signatures["train"])._replace(variables=list(model.variables))
+
+
+def keyworded(concrete: Any) -> Trainer:
+    """A concrete function as one of keywords; arguments that are no tensors are as it was traced with."""
+    structure = concrete.structured_input_signature
+    leaves = tf.nest.flatten(structure)
+    specs: dict[str, Any] = {}
+    named = [_added(leaf, specs) if isinstance(leaf, tf.TensorSpec) else None for leaf in leaves]
+
+    def call(**fed: Any) -> Any:
+        values = [leaf if name is None else tf.constant(fed[name]) for leaf, name in zip(leaves, named, strict=True)]
+        positional, keywords = tf.nest.pack_sequence_as(structure, values)
+        return concrete(*positional, **keywords)
+
+    return Trainer(call, specs, list(concrete.graph.trainable_variables))
+
+
+def _added(spec: Any, specs: dict[str, Any]) -> str:
+    """A name for a spec, which is added under it."""
+    name = unused(spec.name, specs)
+    specs[name] = spec
+    return name
+
+
+def loss(outputs: Any) -> Any:
+    """A sum of the float outputs, weighted, as the sum of a softmax has no gradient; None where there is none."""
+    floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
+    return tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
+
+
+def _weights(value: tf.Tensor) -> tf.Tensor:
+    return tf.reshape(tf.sin(tf.cast(tf.range(tf.size(value)), tf.float32)), tf.shape(value))
+
+
+def training_graph(model: Model) -> str:
+    """The graph of the training function as the rewrite, or saving again, named it; "" in TensorFlow 1's format."""
+    signed = model.signatures["train"].entry if "train" in model.signatures else ""
+    return TRAIN if TRAIN in model.graphs else signed
+
+
+def layers(model: Model, root: Any) -> tuple[list[Any], list[Any]]:
+    """Gammas and betas, and moving statistics, of the batch norms that a loaded result trains.
+
+    Raises:
+        Error: plain loading does not give them, as they are references.
+    """
+    top = training_graph(model)
+    trained = model.analysis(call_graph).reached(top) if top else set(model.graphs)
+    named = {v.name.partition(":")[0]: v for v in getattr(root, "variables", ())}
+    found: dict[str, list[Any]] = {role: [] for role in ROLES}
+    for bn in model.analysis(batch_norms):
+        if any(s.training and s.graph in trained for s in bn.sites):
+            for role, key in bn.variables.items():
+                if not model.object_based and model.variables[key].node not in named:
+                    raise Error(f"plain loading does not list {key}, a reference, which is trained in V1 sessions only")
+                found[role].append(_held(root, key) if model.object_based else named[model.variables[key].node])
+    parameters, statistics = found[GAMMA] + found[BETA], found[MEAN] + found[VARIANCE]
+    return list({id(v): v for v in parameters}.values()), list({id(v): v for v in statistics}.values())
+
+
+def _held(root: Any, key: str) -> Any:
+    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique."""
+    found = root
+    for part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
+        found = ObjectGraphView(root).children(found)[part.replace(".S", "/").replace("..", ".")]
+    return found

@@ -1,0 +1,103 @@
+"""What is in the variables of batch norms, and what rounding them would cost.
+
+Nothing of a model is executed: its checkpoint is read, and bnqat's own quantisers run on what it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from passes.batch_norm import BatchNorm
+from passes.quantizers import Kind, quantizing
+from passes.roles import VARIANCE
+from passes.schemes import Affine, Log, Scheme
+from rewriter.draft import define
+from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
+from rewriter.ops import shape_attr
+from rewriter.report import ValuesReport
+from rewriter.savedmodel.graphs import write_main
+
+WIDTHS = (8, 6, 4, 3, 2)
+BINS = 12
+
+Key = tuple[str, str]
+"""A batch norm's name and a role."""
+
+
+def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, ValuesReport]:
+    """What the checkpoint holds for every batch norm and role, where it holds finite numbers."""
+    vectors: dict[Key, np.ndarray] = {}
+    kinds: dict[Kind, list[Key]] = {}
+    for bn in batch_norms:
+        for role, variable in bn.variables.items():
+            try:
+                vector = np.asarray(model.value_of(variable)).astype(np.float32).ravel()
+            except (Error, ValueError):  # a variable that is in no checkpoint, or no number
+                continue
+            if vector.size:
+                vectors[bn.name, role] = vector
+                scheme: Scheme = Log() if role == VARIANCE else Affine()
+                kinds.setdefault(Kind(scheme, bn.sites[0].epsilon, vector.size), []).append((bn.name, role))
+    errors: dict[Key, dict[int, float]] = {}
+    for kind, keys in kinds.items():
+        errors.update(zip(keys, _errors(kind, [vectors[key] for key in keys]), strict=True))
+    return {key: replace(_described(vector), expected_error=errors[key]) for key, vector in vectors.items()}
+
+
+def _described(vector: np.ndarray) -> ValuesReport:
+    finite = vector[np.isfinite(vector)].astype(np.float64)
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    counts, _ = np.histogram(finite, bins=BINS, range=(low, high) if high > low else (low - 0.5, low + 0.5))
+    return ValuesReport(
+        channels=vector.size,
+        least=low,
+        greatest=high,
+        mean=float(finite.mean()) if finite.size else 0.0,
+        zeros=int((vector == 0).sum()),
+        not_finite=vector.size - finite.size,
+        histogram=[int(count) for count in counts],
+        expected_error={},
+    )
+
+
+def _errors(kind: Kind, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, float]]:
+    """By width, the error that the quantiser of a kind makes, for each vector."""
+    rows = np.repeat(np.stack(vectors), len(WIDTHS), axis=0)
+    bits = np.tile(np.array(WIDTHS, np.int32), len(vectors))[:, None]
+    quantized = _run(define(quantizing(kind, len(rows))), [np.array(1, np.float32), bits, rows])
+    for index, vector in enumerate(vectors):
+        own = quantized[index * len(WIDTHS) : (index + 1) * len(WIDTHS)]
+        yield {n: _error(kind, vector, q) for n, q in zip(WIDTHS, own, strict=True)}
+
+
+def _error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
+    known = np.isfinite(vector)
+    v, q = vector[known].astype(np.float64), quantized[known].astype(np.float64)
+    if isinstance(kind.scheme, Log):
+        shifted = np.maximum(v + kind.epsilon, np.finfo(np.float32).tiny)
+        return float(np.sqrt(np.mean((np.sqrt(shifted / np.maximum(q + kind.epsilon, 1e-38)) - 1) ** 2)))
+    norm = float(np.sqrt(np.sum(v**2)))
+    return float(np.sqrt(np.sum((q - v) ** 2))) / norm if norm else 0.0
+
+
+def _run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """What one of bnqat's own functions returns."""
+    import tensorflow as tf
+
+    given = dict(zip(graph.arguments, inputs, strict=True))
+    nodes = {
+        name: _placeholder(node, given[name].shape) if node.op == ARG else node for name, node in graph.nodes.items()
+    }
+    (result,) = graph.results
+    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
+        tf.import_graph_def(write_main(Graph(MAIN, nodes)), name="")
+        feeds = {f"{name}:0": value for name, value in given.items()}
+        found: np.ndarray = session.run(f"{result.value.node}:{result.value.port}", feeds)
+    return found
+
+
+def _placeholder(node: Node, shape: tuple[int, ...]) -> Node:
+    return Node(node.name, "Placeholder", attrs={"dtype": node.attrs["T"], "shape": shape_attr(shape)})

@@ -1,0 +1,335 @@
+"""Whether a rewritten model keeps what was promised of it, seen by executing it and its source."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.core.framework import types_pb2
+
+from passes.sites import sites
+from rewriter.app.kernels import placed
+from rewriter.app.running import Ran
+from rewriter.app.serving import Pair, Serving, differences, floats, serve
+from rewriter.app.training import Trained, train
+from rewriter.ir import Error, Model
+from rewriter.report import SCHEMA_VERSION
+from rewriter.savedmodel.read import load
+
+Status = Literal["holds", "fails", "does not apply"]
+HOLDS: Status = "holds"
+FAILS: Status = "fails"
+NOT_APPLICABLE: Status = "does not apply"
+
+ROUNDING = 1e-5
+"""What fusing may change, relative to the largest element."""
+HALF_ROUNDING = 2e-2
+"""The same where activations are half or bfloat16."""
+HALVES = (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16)
+
+
+@dataclass(frozen=True)
+class OutputError:
+    """What quantisers change in one float output.
+
+    Attributes:
+        largest: the largest difference to the source's output.
+        rms: the root of the mean squared difference.
+        relative_rms: the same, relative to the source's output; None where that is zero.
+        agreement: the share of rows with the largest element at the same place; None where rows are no classes.
+    """
+
+    signature: str
+    output: str
+    largest: float
+    rms: float
+    relative_rms: float | None
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One promise.
+
+    Attributes:
+        status: ``holds``, ``fails`` or ``does not apply``.
+        detail: what was seen, in a sentence.
+        table: of the claim ``on``, a row for each float output.
+    """
+
+    name: str
+    status: Status
+    detail: str
+    table: list[OutputError] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All claims, and what the models were run on."""
+
+    claims: list[Claim]
+    inputs: str
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def ok(self) -> bool:
+        """Whether no claim fails, and one holds that took running the models."""
+        ran = any(c.status == HOLDS and c.name != "signatures" for c in self.claims)
+        return ran and all(c.status != FAILS for c in self.claims)
+
+    def to_json(self) -> str:
+        """The claims as JSON text, and whether all is well."""
+        return json.dumps({"ok": self.ok, **asdict(self)}, indent=1)
+
+
+def verify(
+    before: str | Path, after: str | Path, *, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0
+) -> Verification:
+    """Run a model and what it was rewritten to, and compare.
+
+    Both are executed: give it none that you do not trust. Their directories are not changed.
+
+    Args:
+        before: a directory with the source.
+        after: a directory with the result, trained and saved again or not.
+        inputs: what the signatures take, by name; one array may have any name. Random ones, if not given.
+        seed: of the random inputs.
+
+    Raises:
+        Error: a model cannot be read, no signature takes the inputs, or the source runs on no random ones.
+    """
+    if inputs is not None and not isinstance(inputs, Mapping):
+        raise Error("inputs are arrays by name, a dict")
+    pair = Pair(Path(before), Path(after), load(before), load(after))
+    serving = serve(pair, inputs, seed)
+    trained = train(pair, inputs, seed)
+    claims = [
+        signatures_stay(serving),
+        same_off(pair, serving),
+        acts_on(serving),
+        statistics_move(serving, trained),
+        gradients_reach(trained),
+        kernels_of_inference(pair, serving),
+        kernels_of_training(trained),
+    ]
+    return Verification(claims, f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}")
+
+
+def signatures_stay(serving: Serving) -> Claim:
+    """Every signature of the source is there, with its inputs and outputs."""
+    if not serving.names:
+        return Claim("signatures", NOT_APPLICABLE, "the source has no signature")
+    if serving.promised:
+        return Claim("signatures", FAILS, "; ".join(serving.promised))
+    names = ", ".join(serving.names)
+    return Claim("signatures", HOLDS, f"{names}: the same inputs and outputs, with their dtypes and shapes")
+
+
+def same_off(pair: Pair, serving: Serving) -> Claim:
+    """With quantisers off, outputs are the source's: the same bits, or but for rounding where something was fused."""
+    name = "off"
+    if not serving.ran or serving.lost:
+        return Claim(name, NOT_APPLICABLE, serving.lost or "no signature was run in both models")
+    wrong, notes, largest, outputs = [], [], 0.0, 0
+    for signature, served in serving.ran.items():
+        raised = placed(pair.source, signature).raised(placed(pair.result, signature)).total()
+        tolerance = (HALF_ROUNDING if _halves(pair.source) else ROUNDING) if raised else 0.0
+        if raised:
+            why = f"{tolerance:g} of the largest element, as {_count(raised, 'site')} in single ops became the kernel"
+            notes.append(f"{signature} within {why}")
+        if isinstance(served.off, str):
+            wrong.append(f"signature {signature}: {served.off}")
+        elif not served.steady:
+            notes.append(f"{signature} is not compared, as the source's outputs differ from run to run")
+        else:
+            found = differences(served.source, served.off)
+            outputs += len(found)
+            largest = max([largest, *found.values()])
+            far = {key: share for key, share in found.items() if share > tolerance}
+            allowed = f"of its largest element, {tolerance:g} is allowed"
+            wrong += [
+                f"signature {signature}, output {k}: differs by {share:.2g} {allowed}" for k, share in far.items()
+            ]
+    if wrong:
+        return Claim(name, FAILS, "; ".join(wrong))
+    if not outputs:
+        return Claim(name, NOT_APPLICABLE, "; ".join(notes))
+    same = "bit for bit" if not largest else f"but for {largest:.2g} of the largest element"
+    return Claim(
+        name, HOLDS, "; ".join([f"{_count(outputs, 'output')} the same {same}", *notes, *_conditions(pair, serving)])
+    )
+
+
+def _conditions(pair: Pair, serving: Serving) -> list[str]:
+    """What has to be known about how signatures were run."""
+    skipped = [f"not run: {why}" for why in serving.skipped.values()]
+    if serving.trained:
+        skipped.append(f"the source was run with {_count(serving.trained, 'value')} that the result was trained to")
+    if pair.unfrozen:
+        skipped.append(
+            "both without constant folding, which folds what the source holds as constants into convolutions"
+        )
+    return skipped
+
+
+def acts_on(serving: Serving) -> Claim:
+    """With quantisers on, float outputs differ from the source's, and are finite where those are."""
+    name = "on"
+    if serving.lost:
+        return Claim(name, NOT_APPLICABLE, serving.lost)
+    runs = {signature: served for signature, served in serving.ran.items() if served.on is not None}
+    if not runs:
+        return Claim(name, NOT_APPLICABLE, "no signature was run with quantisers: there are none, or no signature")
+    wrong, table = [], []
+    for signature, served in runs.items():
+        if not isinstance(served.on, Ran):
+            wrong.append(f"signature {signature}: {served.on}")
+            continue
+        for key, value in floats(served.source).items():
+            other = floats(served.on)[key] if key in served.on.outputs else np.full_like(value, np.nan)
+            finite = np.isfinite(value)
+            if other.shape != value.shape or not np.isfinite(other[finite]).all():
+                wrong.append(
+                    f"signature {signature}, output {key}: not finite, or of another shape, with quantisers on"
+                )
+            else:
+                table.append(_error(signature, key, value, other))
+    if wrong:
+        return Claim(name, FAILS, "; ".join(wrong), table)
+    if not table:
+        return Claim(name, NOT_APPLICABLE, "no output is a float")
+    if not any(row.largest for row in table):
+        return Claim(name, FAILS, "quantisers change no output", table)
+    worst = max(table, key=lambda row: row.relative_rms or 0.0)
+    error = f"{worst.relative_rms or 0.0:.2g} (root mean square) in {worst.output} of {worst.signature}"
+    return Claim(name, HOLDS, f"finite; the largest relative error is {error}", table)
+
+
+def _error(signature: str, output: str, wanted: np.ndarray, found: np.ndarray) -> OutputError:
+    finite = np.isfinite(wanted)
+    missed = (found - wanted)[finite]
+    rms = float(np.sqrt(np.mean(missed**2))) if missed.size else 0.0
+    norm = float(np.sqrt(np.mean(wanted[finite] ** 2))) if missed.size else 0.0
+    agreement = None
+    if wanted.ndim == 2 and wanted.shape[1] > 1 and wanted.size:  # noqa: PLR2004  rows of classes
+        agreement = float(np.mean(wanted.argmax(1) == found.argmax(1)))
+    largest = float(np.abs(missed).max(initial=0.0))
+    return OutputError(signature, output, largest, rms, rms / norm if norm else None, agreement)
+
+
+def statistics_move(serving: Serving, trained: Trained) -> Claim:
+    """Training moves every moving statistic and counts one step; nothing else does."""
+    name = "statistics"
+    wrong = []
+    for signature, served in serving.ran.items():
+        if served.changed:
+            wrong.append(f"running the signature {signature} changes {', '.join(sorted(served.changed))}")
+    if wrong:
+        return Claim(name, FAILS, "; ".join(wrong))
+    if trained.failure:
+        return Claim(name, FAILS, trained.failure)
+    if trained.absent or not trained.statistics:
+        return Claim(name, NOT_APPLICABLE, trained.absent or "training has no moving statistics")
+    if trained.still:
+        still, all_of = len(trained.still), trained.statistics
+        return Claim(name, FAILS, f"{still} of {all_of} do not change, {trained.still[0]} for one")
+    if trained.steps != 1:
+        return Claim(name, FAILS, f"a call of the training function counts {_count(trained.steps, 'step')}, not one")
+    also = f"; no run of {', '.join(serving.ran)} changes a variable" if serving.ran else ""
+    return Claim(
+        name, HOLDS, f"a call of the training function moves all {trained.statistics} and counts one step{also}"
+    )
+
+
+def gradients_reach(trained: Trained) -> Claim:
+    """A finite gradient reaches every gamma and beta that is trained."""
+    name = "gradients"
+    if trained.failure or trained.absent:
+        return Claim(name, FAILS if trained.failure else NOT_APPLICABLE, trained.failure or trained.absent)
+    if trained.differentiated:
+        if trained.alike:
+            return Claim(name, NOT_APPLICABLE, f"the source cannot be differentiated either: {trained.differentiated}")
+        return Claim(name, FAILS, trained.differentiated)
+    if not trained.gradients:
+        return Claim(name, NOT_APPLICABLE, "no output is a float, or there is no gamma and no beta")
+    for variable, gradient in trained.gradients:
+        if gradient is None:
+            return Claim(name, FAILS, f"none for {variable}")
+        if not np.all(np.isfinite(tf.convert_to_tensor(gradient).numpy())):
+            return Claim(name, FAILS, f"not finite for {variable}")
+    return Claim(name, HOLDS, f"finite for {_count(len(trained.gradients), 'gamma or beta', 'gammas and betas')}")
+
+
+def kernels_of_inference(pair: Pair, serving: Serving) -> Claim:
+    """A signature executes the source's batch-norm kernels, and one for each site that was raised to it."""
+    name = "kernels in inference"
+    wrong, seen = [], []
+    for signature, served in serving.ran.items():
+        if not isinstance(served.off, Ran):
+            continue
+        before, after = served.source.kernels, served.off.kernels
+        single = placed(pair.source, signature)
+        raised = single.raised(placed(pair.result, signature))
+        same = after.placed == before.placed
+        if raised:
+            same = after.placed.total() == before.placed.total() + single.kernels_for(raised)
+        most = before.ran + raised.total()
+        text = f"{signature} executes {after}, the source {before}"
+        text += f", and {_count(raised.total(), 'site')} in single ops became the kernel" if raised else ""
+        if not same and single.twice:
+            same = after.ran >= min(most, single.trained(raised))
+            text += f"; {_count(single.twice, 'site')} compute both modes there"
+        if not same or after.ran > most:
+            wrong.append(f"{text}; of these {after.ran} are reached, in the source {before.ran}")
+        elif after.placed:
+            seen.append(text)
+    if wrong:
+        return Claim(name, FAILS, "; ".join(wrong))
+    if not seen:
+        return Claim(name, NOT_APPLICABLE, "no signature that was run in both models executes a batch-norm kernel")
+    return Claim(name, HOLDS, "; ".join(seen))
+
+
+def kernels_of_training(trained: Trained) -> Claim:
+    """Training executes what the source's training does, or, where it was derived, one kernel for each site."""
+    name = "kernels in training"
+    if trained.failure or trained.unwanted:
+        status = FAILS if trained.failure else NOT_APPLICABLE
+        return Claim(name, status, trained.failure or f"the source's own training function: {trained.unwanted}")
+    kernels, wanted = trained.kernels, trained.wanted
+    if trained.absent or kernels is None:
+        return Claim(name, NOT_APPLICABLE, trained.absent or "the training function's graph has no name that is known")
+    if wanted is None:
+        if not trained.sites and not kernels.training:
+            return Claim(name, NOT_APPLICABLE, "neither serving nor training has a batch-norm kernel")
+        same = kernels.training == trained.sites
+        text = f"derived training: {_count(kernels.training, 'kernel')} in training mode, and serving runs"
+        return Claim(name, HOLDS if same else FAILS, f"{text} {_count(trained.sites, 'site')}")
+    same, raised = kernels.placed == wanted.placed, trained.raised
+    if raised:
+        back = wanted.gradients + raised if kernels.gradients or wanted.gradients else 0
+        same = (kernels.forward, kernels.gradients) == (wanted.forward + raised, back)
+    elif not kernels.placed and not wanted.placed:
+        return Claim(name, NOT_APPLICABLE, "no batch-norm kernel is executed in training")
+    text = f"training executes {kernels}, the source's own training function {wanted}"
+    if not same and trained.twice:
+        low, more = trained.sites, raised + trained.twice
+        same = low <= kernels.forward <= wanted.forward + more and kernels.gradients <= wanted.gradients + more
+        text += f", in which {_count(trained.twice, 'site')} compute both modes"
+    text += f", and {_count(raised, 'kernel')} took the place of single ops" if raised else ""
+    return Claim(name, HOLDS if same else FAILS, text)
+
+
+def _halves(model: Model) -> bool:
+    """Whether a batch norm of a model may compute in less than float32."""
+    found = (model.graphs[site.graph].nodes[site.node] for site in model.analysis(sites))
+    return any(node.attrs["T"].type in HALVES for node in found)
+
+
+def _count(number: int, noun: str, several: str = "") -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {several or noun + 's'}"
