@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from passes.sites import sites
+from rewriter.app.serving import Pair
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import MODELS
@@ -15,7 +16,7 @@ from tests.models.all import ALL
 from tests.models.forms import FORM_MODELS
 from tests.models.structures import STRUCTURES
 from tests.models.v1 import V1_MODELS
-from tools.survey import NOT_APPLICABLE, YES, Row, models, survey
+from tools.survey import NOT_APPLICABLE, YES, Row, models, same, survey
 
 LOOPS = ("v1_loop", "v1_loop_by_hand", "v1_loop_updates")
 """TensorFlow 2 cannot differentiate a V1 while loop; tests/test_v1.py does so in sessions."""
@@ -79,9 +80,8 @@ def test_every_public_model_passes_every_column(corpus_model: Path, tmp_path: Pa
 
 def test_a_column_that_fails_is_seen(model: Callable[[str], Path], tmp_path: Path) -> None:
     """A result whose weights are not the source's, and a model in which nothing can be rewritten."""
-    from tools.survey import _serves_the_same
-
-    found = _serves_the_same(model("form_library_image"), model("form_library_no_scale"), optimize=True, tolerance=1e-5)
+    source, other = model("form_library_image"), model("form_library_no_scale")
+    _, found = same(Pair(source, other, load(source), load(other)))
     assert found.startswith("no: signature serving_default")
     assert "--unfreeze-constants" in survey(model("frozen"), tmp_path / "frozen").declined
 

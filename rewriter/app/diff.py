@@ -23,7 +23,7 @@ from rewriter.diff.svg import picture_svg
 from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
 from rewriter.page.shell import frame
 from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
-from rewriter.savedmodel.read import load
+from rewriter.savedmodel.read import INIT_SIGNATURE, load
 from rewriter.savedmodel.write import EXTRA
 
 
@@ -113,7 +113,7 @@ def diff(
     known = records[1] if records[0] != records[1] else None  # one that both have is not about this difference
     if known is not None:
         source = models[0].source
-        changes = explained(compared.changes, known, source.path / source.file)
+        changes = explained(compared.changes, known, source.path / source.file, values=values)
         other = [c if c.by else with_details(compared, c) for c in sorted(changes, key=lambda c: bool(c.by))]
         compared = replace(compared, changes=tuple(other))
     told = {} if known is None else _told(Path(after) / EXTRA / LOG)
@@ -133,15 +133,15 @@ def _report(compared: Comparison, told: Mapping[tuple[str, str], str], *, record
     before, after = compared.before, compared.after
     found = before.analysis(sites)
     now = after.analysis(quantized)
-    became, _ = became_of(before, after)
     keys = {(s.graph, s.node): s for s in found}
-    rewritten = {k for k, s in keys.items() if not s.quantized and became[k] and now.issuperset(became[k])}
+    became = _became(compared)
+    rewritten = {k for k, s in keys.items() if not s.quantized and now.issuperset(became[k])}
     skipped = Counter(
         next(filter(None, (told.get(j, "") for j in (k, *became[k]))), s.reason or "it is not quantised")
         for k, s in keys.items()
         if not s.quantized and k not in rewritten
     )
-    signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def)
+    signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - {INIT_SIGNATURE}
     broken = {c.name for c in compared.changes if c.kind == SIGNATURE and c.what != "added" and _touches(c)}
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),
@@ -161,6 +161,13 @@ def _report(compared: Comparison, told: Mapping[tuple[str, str], str], *, record
         renamed={old: new for old, new in compared.pairs.items() if old != new},
         skipped=dict(skipped),
     )
+
+
+def _became(compared: Comparison) -> Mapping[tuple[str, str], list[tuple[str, str]]]:
+    """(graph, node) of a site before -> those of what it is now: in the graph's pair, or what took its place."""
+    found, left = became_of(compared.before, compared.after)
+    paired = {key: (compared.pairs.get(key[0], key[0]), key[1]) for key in found}
+    return {key: [paired[key]] if paired[key] in left else heirs for key, heirs in found.items()}
 
 
 def _touches(change: Change) -> bool:

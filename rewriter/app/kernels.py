@@ -18,6 +18,7 @@ from rewriter.ir import MAIN, Graph, Model, Value
 from rewriter.liveness import Assumption
 
 T = TypeVar("T")
+KINDS = ("single", "choosing", "serving", "training", "inference", "others")
 Layer = frozenset[tuple[str | None, ...]]
 """What a site normalises with: the names of its variables, for each way to call it."""
 
@@ -63,6 +64,11 @@ def _normalises(node: Any) -> bool:
     return "FusedBatchNorm" in node.op or b"FusedBatchNorm" in fused
 
 
+@tf.function  # type: ignore[untyped-decorator]  # TensorFlow has no types
+def _nothing() -> tf.Tensor:
+    return tf.constant(0)
+
+
 def with_kernels(call: Callable[[], T]) -> tuple[T, Kernels]:
     """What a call gives, and the batch-norm kernels that the loaded functions in it execute."""
     own = context.context()
@@ -70,7 +76,7 @@ def with_kernels(call: Callable[[], T]) -> tuple[T, Kernels]:
     own.enable_run_metadata()
     try:
         # The graphs of functions that ran before are told with those of the next one that does.
-        tf.function(lambda: tf.constant(0))()
+        _nothing()
         own.export_run_metadata()
         result = call()
         metadata = own.export_run_metadata()
@@ -88,6 +94,7 @@ class Placed:
     Attributes:
         single: sites in single ops.
         choosing: of these, those that choose their mode while they run, which need a kernel for each.
+        serving: of these, those in inference mode.
         training: fused sites in training mode.
         inference: fused sites in inference mode.
         others: fused ops in training mode that are no batch norm, as Keras writes layer normalisation.
@@ -95,6 +102,7 @@ class Placed:
 
     single: Counter[Layer]
     choosing: Counter[Layer]
+    serving: Counter[Layer]
     training: Counter[Layer]
     inference: Counter[Layer]
     others: int
@@ -119,7 +127,8 @@ class Placed:
 
     def trained(self, raised: Counter[Layer]) -> int:
         """How many kernels train these batch norms once: one for each site that serves."""
-        training, inference = self.training + raised, self.inference + raised
+        served = raised & self.serving
+        training, inference = self.training + (raised - served), self.inference + served
         return (training | inference).total() + self.others
 
 
@@ -139,7 +148,7 @@ def placed_by(model: Model, function: str) -> Placed:
 
 
 def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
-    kinds: dict[str, Counter[Layer]] = {f: Counter() for f in ("single", "choosing", "training", "inference", "others")}
+    kinds: dict[str, Counter[Layer]] = {f: Counter() for f in KINDS}
     for kind, layer in found:
         kinds[kind][layer] += 1
     others = kinds.pop("others").total()
@@ -181,8 +190,10 @@ def _known(model: Model, assumed: Assumption, value: Value) -> bool | None:
 def _kinds(site: Site, assumed: Assumption) -> list[str]:
     if site.kind == "fused":
         return ["training" if site.mode == "training" else "inference"]
-    settled = any(assumed.settles(edge) for edge in site.parameters.get(MEAN, ()))
-    return ["single", "choosing"] if site.mode == "both" and not settled else ["single"]
+    if site.mode == "both":
+        settled = any(assumed.settles(edge) for edge in site.parameters.get(MEAN, ()))
+        return ["single"] if settled else ["single", "choosing"]
+    return ["single", "serving"] if site.mode == "inference" else ["single"]
 
 
 def _layer(model: Model, site: Site) -> Layer:

@@ -22,9 +22,8 @@ def record_of(before: Model, steps: Sequence[Step], written: Written) -> Record:
     A node that neither of them changed, and that is different all the same, is not in the record.
     """
     source = before.source
-    places = (source.path, written.directory)
     added = written.model.variables.keys() - before.variables.keys()
-    compared = compare(before, written.model, directories=places, values=added, describe=False)
+    compared = compare(before, written.model, values=added, describe=False)
     final = steps[-1].after if steps else before
     touched = [
         (step.name, {n for n, g in step.after.graphs.items() if step.before.graphs.get(n) is not g}) for step in steps

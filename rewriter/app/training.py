@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.python.checkpoint.graph_view import ObjectGraphView
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-from passes.batch_norm import batch_norms
+from passes.batch_norm import BatchNorm, batch_norms
 from passes.derive_training import TRAIN
 from passes.entries import Alignment, align, serving_entry, serving_signature, training_trace
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
@@ -71,11 +71,11 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
     function = trainer(root)
     if function is None or (not pair.result.object_based and "train" in pair.source.signatures):
         return Trained(absent="the result has no training function of a rewrite")
-    if inputs is not None and fitted(inputs, function.specs) is None:
-        takes = ", ".join(function.specs)
-        return Trained(absent=f"the training function takes {takes}, not {', '.join(inputs)}")
     try:
-        layers(pair.result, root)
+        if inputs is not None and fitted(inputs, function.specs) is None:
+            takes = ", ".join(function.specs)
+            return Trained(absent=f"the training function takes {takes}, not {', '.join(inputs)}")
+        layers(pair, root)
     except Error as e:
         return Trained(absent=str(e))
     # TensorFlow tells of a function's graphs only when it runs for the first time, so each try loads anew.
@@ -114,7 +114,7 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
             v.assign(0)
         elif v.name.startswith("quantization/freeze_step"):
             v.assign(OFF)
-    parameters, statistics = layers(pair.result, root)
+    parameters, statistics = layers(pair, root)
     steps = [v for v in function.variables if v.name.startswith("quantization/step")]
 
     def call(fed: dict[str, np.ndarray]) -> tuple[list[Any] | None, list[np.ndarray], int]:
@@ -188,7 +188,9 @@ def _own_training(pair: Pair) -> tuple[Entry, Alignment] | None:
 
 def _concrete(path: Path, root: Any, entry: Entry) -> Any:
     """A concrete function of the loaded root; loading renames it."""
-    attribute = next(p for p in entry.paths if "." not in p)
+    attribute = next((p for p in entry.paths if "." not in p), None)
+    if attribute is None:
+        return root.signatures[entry.paths[0].partition(".")[2]]
     held = getattr(root, attribute)
     for meta in parse_saved_model(str(path)).meta_graphs:
         nodes = meta.object_graph_def.nodes
@@ -284,24 +286,36 @@ def training_graph(model: Model) -> str:
     return TRAIN if TRAIN in model.graphs else signed
 
 
-def layers(model: Model, root: Any) -> tuple[list[Any], list[Any]]:
+def layers(pair: Pair, root: Any) -> tuple[list[Any], list[Any]]:
     """Gammas and betas, and moving statistics, of the batch norms that a loaded result trains.
+
+    What a batch norm normalises with is also known from the source, and from where the result serves: a function that
+    is to be checked cannot say alone what it should train.
 
     Raises:
         Error: plain loading does not give them, as they are references.
     """
-    top = training_graph(model)
-    trained = model.analysis(call_graph).reached(top) if top else set(model.graphs)
+    result = pair.result
+    top = training_graph(result)
+    trained = result.analysis(call_graph).reached(top) if top else set(result.graphs)
+    known = result.analysis(batch_norms)
+    wanted = {_identity(bn) for bn in known if any(s.training and s.graph in trained for s in bn.sites)}
+    found: dict[str, dict[str, Any]] = {role: {} for role in ROLES}
     named = {v.name.partition(":")[0]: v for v in getattr(root, "variables", ())}
-    found: dict[str, list[Any]] = {role: [] for role in ROLES}
-    for bn in model.analysis(batch_norms):
-        if any(s.training and s.graph in trained for s in bn.sites):
-            for role, key in bn.variables.items():
-                if not model.object_based and model.variables[key].node not in named:
-                    raise Error(f"plain loading does not list {key}, a reference, which is trained in V1 sessions only")
-                found[role].append(_held(root, key) if model.object_based else named[model.variables[key].node])
-    parameters, statistics = found[GAMMA] + found[BETA], found[MEAN] + found[VARIANCE]
-    return list({id(v): v for v in parameters}.values()), list({id(v): v for v in statistics}.values())
+    for bn in (*known, *pair.source.analysis(batch_norms)):
+        for role, key in bn.variables.items() if _identity(bn) in wanted else ():
+            if key not in result.variables:
+                continue
+            if not result.object_based and result.variables[key].node not in named:
+                raise Error(f"plain loading does not list {key}, a reference, which is trained in V1 sessions only")
+            found[role][key] = _held(root, key) if result.object_based else named[result.variables[key].node]
+    return [*found[GAMMA].values(), *found[BETA].values()], [*found[MEAN].values(), *found[VARIANCE].values()]
+
+
+def _identity(bn: BatchNorm) -> tuple[str, ...]:
+    """What tells a batch norm from others, even if something stands before its gamma in one function."""
+    mean = bn.variables.get(MEAN)
+    return tuple(bn.variables.values()) if mean is None else (mean,)
 
 
 def _held(root: Any, key: str) -> Any:

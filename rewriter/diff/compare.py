@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import NamedTuple
 
 from rewriter import ops
@@ -35,7 +34,6 @@ def compare(
     before: Model,
     after: Model,
     *,
-    directories: tuple[Path, Path] | None = None,
     values: Container[str] = (),
     describe: bool = True,
 ) -> Comparison:
@@ -44,15 +42,13 @@ def compare(
     Args:
         before: one model.
         after: the other.
-        directories: where their files are, if not where they were read from.
         values: the keys of the variables and other tensors whose values are compared.
         describe: whether to say what there is to say of nodes that were added or removed.
     """
     pairs = match(before, after)
     renamed = {old: new for old, new in pairs.items() if old != new}
     changes = list(_graphs(_Sides(before, after, pairs, renamed, describe)))
-    places = directories or (before.source.path, after.source.path)
-    old, new = facts(before, renamed, places[0], values), facts(after, {}, places[1], values)
+    old, new = facts(before, renamed, values), facts(after, {}, values)
     for kind, name in sorted(old.keys() | new.keys()):
         item = (kind, name)
         if kind == TENSOR and (VARIABLE, name) in old.keys() | new.keys():

@@ -7,7 +7,6 @@ models have one name here.
 from __future__ import annotations
 
 import hashlib
-from collections import deque
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from rewriter import ops
 from rewriter.ir import Model, Spec
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
-from rewriter.savedmodel.objects import tensor_specs
+from rewriter.savedmodel.objects import object_paths, tensor_specs
 from rewriter.savedmodel.read import Source
 from rewriter.savedmodel.staging import MODEL_FILES
 
@@ -38,13 +37,12 @@ Aspects = Mapping[str, str]
 Facts = dict[Item, Aspects]
 
 
-def facts(model: Model, names: Mapping[str, str], directory: Path, values: Container[str] = ()) -> Facts:
+def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -> Facts:
     """All items of a model.
 
     Args:
         model: as it was read, or as it is written.
         names: other names of functions.
-        directory: where its files are.
         values: the keys of the variables and other tensors whose values are looked at.
     """
     source: Source = model.source
@@ -67,15 +65,15 @@ def facts(model: Model, names: Mapping[str, str], directory: Path, values: Conta
     found |= {(OBJECT, path): aspects for path, aspects in _objects(meta.object_graph_def, names)}
     for name, collection in meta.collection_def.items():
         found[COLLECTION, name] = {"content": _collection(collection)}
-    for path in sorted(directory.rglob("*")):
-        name = path.relative_to(directory).as_posix()
+    for path in sorted(source.path.rglob("*")):
+        name = path.relative_to(source.path).as_posix()
         if path.is_file() and name not in (*MODEL_FILES, *LOGS) and not name.startswith("variables/"):
             found[FILE, name] = {"bytes": str(path.stat().st_size), "sha256": _hash_of(path)}
     if source.checkpoint is not None:
         found |= _tensors(source.checkpoint, model)
     for item in [item for item in found if item[0] in (VARIABLE, TENSOR) and item[1] in values]:
-        value = _value(model, item[1])
-        found[item] = {**found[item]} if value is None else {**found[item], "value": value_text(value)}
+        if source.checkpoint is not None and item[1] in source.checkpoint.shapes:
+            found[item] = {**found[item], "value": value_text(source.checkpoint.tensor(item[1]))}
     found[MODEL, "meta graph"] = dict(_meta(source, meta, names))
     return found
 
@@ -110,15 +108,8 @@ def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
 
 def _objects(graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Aspects]]:
     """Objects other than variables, by their shortest path from the root."""
-    paths = {0: ""} if graph.nodes else {}
-    waiting = deque(paths)
-    while waiting:
-        number = waiting.popleft()
+    for number, path in object_paths(graph).items():
         node = graph.nodes[number]
-        for child in sorted(node.children, key=lambda c: c.local_name):
-            if child.node_id not in paths:
-                paths[child.node_id] = f"{paths[number]}.{child.local_name}".lstrip(".")
-                waiting.append(child.node_id)
         kind = node.WhichOneof("kind")
         if kind == "variable" or kind is None:
             continue
@@ -137,7 +128,7 @@ def _objects(graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Aspect
             aspects["content"] = text_format.MessageToString(getattr(node, kind), as_one_line=True)
         if node.slot_variables:
             aspects["slot variables"] = str(len(node.slot_variables))
-        yield paths[number] or "the root", aspects
+        yield path or "the root", aspects
 
 
 def _collection(proto: Any) -> str:
@@ -155,14 +146,6 @@ def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
         for key, shape in checkpoint.shapes.items()
         if key not in model.variables and key != OBJECT_GRAPH_KEY
     }
-
-
-def _value(model: Model, key: str) -> Any:
-    """The value of a variable or another tensor; None where the model brings none."""
-    if key in model.variables and model.variables[key].initial is not None:
-        return model.variables[key].initial
-    checkpoint: Checkpoint | None = model.source.checkpoint
-    return checkpoint.tensor(key) if checkpoint is not None and key in checkpoint.shapes else None
 
 
 def value_text(value: Any) -> str:

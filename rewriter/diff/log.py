@@ -18,7 +18,7 @@ from rewriter.ir import Error
 from rewriter.report import Change, Detail
 
 SCHEMA_VERSION = 1
-WHOLE = "all of it"
+WHOLE, VALUE = "all of it", "value"
 
 LOG, RECORD = "bnqat.json", "bnqat_changes.json"
 """Files in ``assets.extra``: what a rewrite says to its user, and the record."""
@@ -58,11 +58,11 @@ def graph_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
-def explained(changes: tuple[Change, ...], known: Record, source: Path) -> tuple[Change, ...]:
+def explained(changes: tuple[Change, ...], known: Record, source: Path, *, values: bool) -> tuple[Change, ...]:
     """The changes with their authors.
 
     One that is only in part as the record has it becomes two; one that is missing is added, if the model before is the
-    one that was rewritten.
+    one that was rewritten. `values` says whether values were compared.
     """
     left = _entries(known)
     found: list[Change] = []
@@ -70,7 +70,8 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path) -> tuple
         number, told = left.pop((change.kind, change.graph, change.name), (0, {}))
         own = _hashes(change)
         same = {aspect for aspect, value in own.items() if told.get(aspect) == value}
-        gone = [Detail(aspect, None, None) for aspect in told.keys() - own.keys()]
+        left_out = own.keys() if values else {*own, VALUE}
+        gone = [Detail(aspect, None, None) for aspect in told.keys() - left_out]
         by = tuple(known["authors"][number]) if told else ()
         if same == own.keys():
             found.append(replace(change, by=by))

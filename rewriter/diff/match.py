@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping
 
 from rewriter import ops
 from rewriter.ir import Graph, Model
+from rewriter.savedmodel.objects import held_functions
 
 Keyed = Iterable[tuple[Hashable, str]]
 """Graphs by what may tell them from others."""
@@ -15,12 +16,12 @@ Keyed = Iterable[tuple[Hashable, str]]
 def match(before: Model, after: Model) -> dict[str, str]:
     """Pairs of graphs, by the name that each has before.
 
-    Graphs of one name are a pair. Of the others, in this order: those that a signature or the same attributes of the
-    root hold; those that nodes of one name call in graphs that are a pair; those of the same content. TensorFlow
+    Graphs of one name are a pair. Of the others, in this order: those that an object of the same path holds for the
+    same arguments; those that nodes of one name call in graphs that are a pair; those of the same content. TensorFlow
     numbers its functions anew each time it traces them.
     """
     found = _Pairs(before, after)
-    found.by_key(_exposed(before), _exposed(after))
+    found.by_key(_held(before), _held(after))
     found.by_calls()
     found.by_key(_contents(before, found.pairs), _contents(after, found.taken))
     found.by_calls()
@@ -76,11 +77,12 @@ def _alone(keyed: Keyed) -> Mapping[Hashable, str]:
     return {key: name for key, name in listed if count[key] == 1}
 
 
-def _exposed(model: Model) -> Iterator[tuple[Hashable, str]]:
-    """Concrete functions by their places below the root, and by what they take."""
-    for entry in model.entries.values():
-        if entry.paths:
-            yield (entry.paths, entry.inputs), entry.function
+def _held(model: Model) -> Iterator[tuple[Hashable, str]]:
+    """Concrete functions by the objects that hold them, and by what they take."""
+    objects = model.source.proto.meta_graphs[model.source.index].object_graph_def
+    for path, name in held_functions(objects):
+        signature = objects.concrete_functions[name].canonicalized_input_signature
+        yield (path, signature.SerializeToString(deterministic=True)), name
 
 
 def _functions(model: Model, graph: Graph, name: str) -> list[str]:

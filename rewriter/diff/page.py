@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from rewriter.diff.pictures import Line, Picture, Union
 from rewriter.page.shell import page
-from rewriter.report import DiffReport
+from rewriter.report import DiffReport, InputDiff, SiteDiff
 
 STATES = ("same", "added", "removed", "changed", "missing")
 
 
 NOWHERE = (-1, 0, 0)
+NONE = -1
 
 
 class _Table(dict[Any, int]):
@@ -40,8 +41,11 @@ def diff_page(title: str, report: DiffReport, unions: Mapping[str, Union], pictu
 
 def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequence[Picture]) -> Mapping[str, Any]:
     """What the page's script decodes: the report, and pictures, with each text once."""
-    texts, authors = _Table(), _Table()
-    shown = _Table()
+    texts, authors, shown = _Table(), _Table(), _Table()
+
+    def number(text: str | None) -> int:
+        return NONE if text is None else texts[text]
+
     changes = [
         [
             texts[c.kind],
@@ -49,16 +53,29 @@ def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequenc
             texts[c.graph],
             texts[c.name],
             texts[c.op],
-            [asdict(d) for d in c.details] or 0,
+            [n for d in c.details for n in (texts[d.aspect], number(d.old), number(d.new), texts[d.port])],
             c.fingerprint,
             authors[c.by],
         ]
         for c in report.changes
     ]
     nodes = {name: _Table() for name in unions}
-    drawn = [_picture(p, shown, nodes[p.graph], texts) for p in pictures]
-    graphs = [_graph(unions[name], nodes[name], texts) for name in shown]
-    rest = {name: value for name, value in asdict(report).items() if name != "changes"}
+    drawn = [_picture(p, shown, nodes[p.graph]) for p in pictures]
+    lines: dict[str, dict[Line, None]] = {name: {} for name in shown}
+    for picture in pictures:
+        lines[picture.graph].update(dict.fromkeys(picture.lines))
+    graphs = [_graph(unions[name], nodes[name], lines[name], texts) for name in shown]
+    rest = {name: value for name, value in asdict(report).items() if name not in ("changes", "layers")}
+    rest["layers"] = [
+        {
+            "name": layer.name,
+            "sites": [
+                {**_fields(site), "inputs": [number(v) for i in site.inputs for v in _fields(i).values()]}
+                for site in layer.sites
+            ],
+        }
+        for layer in report.layers
+    ]
     return {
         "report": rest,
         "changes": changes,
@@ -69,35 +86,34 @@ def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequenc
     }
 
 
-def _graph(union: Union, nodes: Iterable[str], texts: _Table) -> Mapping[str, Any]:
+def _fields(row: SiteDiff | InputDiff) -> dict[str, Any]:
+    return {f.name: getattr(row, f.name) for f in fields(row)}
+
+
+def _graph(union: Union, nodes: Mapping[str, int], lines: Iterable[Line], texts: _Table) -> Mapping[str, Any]:
+    """A graph's nodes and edges that are in pictures. An edge is in all that both its ends are in."""
     return {
         "name": texts[union.name],
         "before": None if union.old is None else len(union.old.nodes),
         "after": None if union.new is None else len(union.new.nodes),
         "nodes": [
-            [texts[name], *(texts[op] for op in union.ops(name)), STATES.index(union.states[name])] for name in nodes
+            n
+            for name in nodes
+            for n in (texts[name], *(texts[op] for op in union.ops(name)), STATES.index(union.states[name]))
         ],
+        "lines": [n for line in lines for n in _line(line, nodes, texts)],
     }
 
 
-def _picture(picture: Picture, graphs: _Table, nodes: _Table, texts: _Table) -> Mapping[str, Any]:
-    place = {spot.name: number for number, spot in enumerate(picture.spots)}
+def _picture(picture: Picture, graphs: _Table, nodes: _Table) -> Mapping[str, Any]:
     return {
         "g": graphs[picture.graph],
         "m": nodes[picture.middle],
         "s": [n for s in picture.spots for n in (nodes[s.name], *(s.near or NOWHERE), *s.far)],
-        "l": [n for line in picture.lines for n in _line(line, place, texts)],
         "h": dict(picture.hidden),
     }
 
 
-def _line(line: Line, place: Mapping[str, int], texts: _Table) -> tuple[int, ...]:
-    return (
-        place[line.source],
-        place[line.target],
-        texts[line.port],
-        line.position,
-        line.old + 2 * line.new,
-        (None, False, True).index(line.inner),
-        texts[line.formula],
-    )
+def _line(line: Line, nodes: Mapping[str, int], texts: _Table) -> tuple[int, ...]:
+    kind = line.old + 2 * line.new + 4 * (None, False, True).index(line.inner)
+    return nodes[line.source], nodes[line.target], texts[line.port], line.position, kind, texts[line.formula]

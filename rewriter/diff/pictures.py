@@ -21,7 +21,7 @@ from rewriter.ir import Graph, Node
 HOPS = 3
 FAN = 12
 """How many unchanged neighbours of one node are drawn, to either side."""
-MOST = 150
+MOST = 100
 """How many nodes are drawn at most."""
 SMALL = 80
 """How many nodes a function may have to be drawn whole."""
@@ -122,9 +122,9 @@ class Union:
 
 def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Callable[[Node], str]) -> Union:
     """A graph of the model after and its pair, or one that only the model before has."""
-    old = next((before for before, after in compared.pairs.items() if after == name), None)
     new = compared.after.graphs.get(name)
-    was = compared.before.graphs.get(name if new is None else old or "\0")
+    names = [name] if new is None else [before for before, after in compared.pairs.items() if after == name]
+    was = next((compared.before.graphs[n] for n in names), None)
     union = Union(name, was, new)
     known = set(changed)
     for graph in (g for g in (was, new) if g is not None):
@@ -321,8 +321,10 @@ def pictures(
         own = [around(union, node) for node in wanted.get(name, ())]
         if not own and len(union.states) <= SMALL and (name in alone or full):
             own.append(whole(union, _end(union)))
-        left = list(union.states) if full else [] if name in alone else sorted(changed.get(name, ()))
-        own += _covering(union, own, left)
+        if full:
+            own += _all(union, own)
+        elif name not in alone:
+            own += _covering(union, own, sorted(changed.get(name, ())))
         made += own
     return unions, made
 
@@ -332,6 +334,16 @@ def _end(union: Union) -> str:
     graph = union.new or union.old
     returned = [] if graph is None else [r.value.node for r in graph.results]
     return returned[0] if returned else list(union.states)[-1]
+
+
+def _all(union: Union, pictures_: Sequence[Picture]) -> Iterator[Picture]:
+    """More pictures, until every node is in one."""
+    seen = {spot.name for picture in pictures_ for spot in picture.spots}
+    for name in union.states:
+        if name not in seen:
+            picture = around(union, name)
+            seen.update(spot.name for spot in picture.spots)
+            yield picture
 
 
 def _covering(union: Union, pictures_: Sequence[Picture], left: Sequence[str]) -> Iterator[Picture]:
@@ -354,7 +366,7 @@ def _covering(union: Union, pictures_: Sequence[Picture], left: Sequence[str]) -
 
     for picture in pictures_:
         see(picture)
-    order = (CHANGED, REMOVED, ADDED, SAME)
+    order = (CHANGED, REMOVED, ADDED)
     for name in sorted(left, key=lambda n: order.index(union.states[n])):
         if name not in seen:
             picture = around(union, name)

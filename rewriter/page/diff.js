@@ -1,18 +1,27 @@
 // The model of the page: what the data says, decoded where it is needed.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const REPORT = DATA.report;
+const INPUT = ["role", "use", "graph", "node", "port", "old", "new", "formula", "quantized"];
 const STATES = ["same", "added", "removed", "changed", "missing"];
+
+const textOf = (number) => (number < 0 ? null : DATA.texts[number]);
+
+/** Rows of a flat list. */
+function* inRows(flat, width) {
+  for (let i = 0; i < flat.length; i += width) yield flat.slice(i, i + width);
+}
 
 /** Changes are rows of numbers into tables; this is the report's form of one. */
 function changeOf(row) {
-  const [kind, what, graph, name, op, details, fingerprint, by] = row;
-  return {
-    kind: DATA.texts[kind], what: STATES[what], graph: DATA.texts[graph], name: DATA.texts[name], op: DATA.texts[op],
-    details: details || [], fingerprint, by: DATA.authors[by],
-  };
+  const [kind, what, graph, name, op, flat, fingerprint, by] = row;
+  const details = [...inRows(flat, 4)].map(([aspect, old, is, port]) => ({ aspect: textOf(aspect), old: textOf(old), new: textOf(is), port: textOf(port) }));
+  return { kind: textOf(kind), what: STATES[what], graph: textOf(graph), name: textOf(name), op: textOf(op), details, fingerprint, by: DATA.authors[by] };
 }
 
 const CHANGES = DATA.changes.map(changeOf);
+for (const site of REPORT.layers.flatMap((layer) => layer.sites)) {
+  site.inputs = [...inRows(site.inputs, INPUT.length)].map((row) => Object.fromEntries(INPUT.map((name, i) => [name, textOf(row[i])])));
+}
 const RECORDED = REPORT.verdict.other_changes !== null;
 const OTHER = RECORDED ? CHANGES.filter((c) => !c.by.length) : [];
 const SITES = REPORT.layers.flatMap((layer) => layer.sites.map((site) => ({ layer: layer.name, ...site })));
@@ -31,33 +40,44 @@ for (const s of SITES) {
 }
 
 const GRAPHS = DATA.graphs.map((g) => ({
-  name: DATA.texts[g.name], before: g.before, after: g.after,
-  nodes: g.nodes.map(([name, was, is, state]) => ({
-    name: DATA.texts[name], ops: [DATA.texts[was], DATA.texts[is]], state: STATES[state],
-  })),
+  name: textOf(g.name), before: g.before, after: g.after, lines: g.lines, leaving: null,
+  nodes: [...inRows(g.nodes, 4)].map(([name, was, is, state]) => ({ name: textOf(name), ops: [textOf(was), textOf(is)], state: STATES[state] })),
 }));
+
+/** The edges of a graph by the number of the node where they begin; sorted out when first needed. */
+function leaving(graph, node) {
+  if (!graph.leaving) {
+    graph.leaving = new Map();
+    for (const row of inRows(graph.lines, 6)) {
+      if (!graph.leaving.has(row[0])) graph.leaving.set(row[0], []);
+      graph.leaving.get(row[0]).push(row);
+    }
+  }
+  return graph.leaving.get(node) || [];
+}
 
 /** The pictures, decoded when first drawn. */
 const decoded = new Map();
 function pictureOf(index) {
   if (!decoded.has(index)) {
-    const { g, m, s, l, h } = DATA.pictures[index];
+    const { g, m, s, h } = DATA.pictures[index];
     const graph = GRAPHS[g];
-    const spots = [];
-    for (let i = 0; i < s.length; i += 7) {
-      const [hops, layer, row, farHops, farLayer, farRow] = s.slice(i + 1, i + 7);
+    const spots = new Map();
+    for (const [number, hops, layer, row, farHops, farLayer, farRow] of inRows(s, 7)) {
       const near = hops < 0 ? null : { hops, layer, row };
-      spots.push({ ...graph.nodes[s[i]], near, far: { hops: farHops, layer: farLayer, row: farRow }, middle: s[i] === m });
+      spots.set(number, { ...graph.nodes[number], near, far: { hops: farHops, layer: farLayer, row: farRow }, middle: number === m });
     }
     const lines = [];
-    for (let i = 0; i < l.length; i += 7) {
-      lines.push({
-        source: spots[l[i]].name, target: spots[l[i + 1]].name, port: DATA.texts[l[i + 2]], position: l[i + 3],
-        old: Boolean(l[i + 4] & 1), new: Boolean(l[i + 4] & 2), inner: [null, false, true][l[i + 5]],
-        formula: DATA.texts[l[i + 6]],
-      });
+    for (const number of spots.keys()) {
+      for (const [source, target, port, position, kind, formula] of leaving(graph, number)) {
+        if (!spots.has(target)) continue;
+        lines.push({
+          source: graph.nodes[source].name, target: graph.nodes[target].name, port: textOf(port), position, formula: textOf(formula),
+          old: Boolean(kind & 1), new: Boolean(kind & 2), inner: [null, false, true][kind >> 2],
+        });
+      }
     }
-    decoded.set(index, { graph: graph.name, middle: graph.nodes[m].name, spots, lines, hidden: h });
+    decoded.set(index, { graph: graph.name, middle: graph.nodes[m].name, spots: [...spots.values()], lines, hidden: h });
   }
   return decoded.get(index);
 }

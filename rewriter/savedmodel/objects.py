@@ -6,6 +6,7 @@ checkpoint has an object graph of its own, which numbers its nodes as the SavedM
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -71,6 +72,26 @@ def _paths(objects: Any) -> dict[str, list[str]]:
                 for name in _functions_of(objects.nodes[signature.node_id]):
                     found.setdefault(name, []).append(f"{child.local_name}.{signature.local_name}")
     return found
+
+
+def object_paths(objects: Any) -> dict[int, str]:
+    """The shortest path from the root of each object that it reaches, as ``layers.0.gamma``; the root's is ""."""
+    found = {0: ""} if objects.nodes else {}
+    waiting = deque(found)
+    while waiting:
+        number = waiting.popleft()
+        for child in sorted(objects.nodes[number].children, key=lambda c: str(c.local_name)):
+            if child.node_id not in found:
+                found[child.node_id] = f"{found[number]}.{child.local_name}".lstrip(".")
+                waiting.append(child.node_id)
+    return found
+
+
+def held_functions(objects: Any) -> Iterator[tuple[str, str]]:
+    """(path, function) of every concrete function that an object holds."""
+    for number, path in object_paths(objects).items():
+        for name in _functions_of(objects.nodes[number]):
+            yield path, name
 
 
 def _functions_of(node: Any) -> list[str]:

@@ -68,7 +68,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     for function in meta.graph_def.library.function:
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
-    checkpoint = _checkpoint(path)
+    checkpoint = checkpoint_in(path)
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
         trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
@@ -148,7 +148,8 @@ def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:
     return serving[0]
 
 
-def _checkpoint(path: Path) -> Checkpoint | None:
+def checkpoint_in(path: Path) -> Checkpoint | None:
+    """The checkpoint of a SavedModel; None where it has none."""
     prefix = path / "variables" / "variables"
     # TensorFlow 1 leaves an empty directory where there is no variable.
     return Checkpoint(prefix) if prefix.parent.is_dir() and any(prefix.parent.iterdir()) else None

@@ -17,7 +17,7 @@ from rewriter.ir import ARG, MAIN, Endpoint, Model, Node
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions
-from rewriter.savedmodel.read import Source, interpreted
+from rewriter.savedmodel.read import Source, checkpoint_in, interpreted
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
@@ -32,13 +32,12 @@ class Written:
     """What was written, seen before it takes its place.
 
     Attributes:
-        model: as a reader will find it; its source is what was written.
-        directory: where it lies for now.
+        model: as a reader will find it, but for its graphs, which are those that were to be written; its source is
+            what was written.
         changes: what had to change besides the graphs, a sentence each.
     """
 
     model: Model
-    directory: Path
     changes: list[str]
 
 
@@ -82,7 +81,9 @@ def save(
         if log is not None:
             extra = directory / EXTRA
             extra.mkdir(exist_ok=True)
-            for name, text in log(Written(interpreted(written), directory, changes)).items():
+            held = replace(written.source, path=directory, checkpoint=checkpoint_in(directory))
+            seen = interpreted(replace(written, source=held))
+            for name, text in log(Written(seen, changes)).items():
                 (extra / name).write_text(text, encoding="utf-8")
     return changes
 
