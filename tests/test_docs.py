@@ -17,13 +17,15 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^# file: (\S+)\n")
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/passes.md", "docs/supported.md", "docs/quantisation.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/passes.md", "docs/supported.md", "docs/quantisation.md", "docs/diff.md"]
+)
 def test_blocks_run_in_order(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "float_model").symlink_to(model("module"))
     bnqat.rewrite(model("module"), tmp_path / "qat_model", start_step=5)
     bnqat.rewrite(model("v1_two_fused"), tmp_path / "qat_v1_model")
     blocks = BLOCK.findall((ROOT / name).read_text(encoding="utf-8"))
-    assert len(blocks) == {"docs/quantisation.md": 3}.get(name, 2)
+    assert len(blocks) == {"docs/quantisation.md": 3, "docs/diff.md": 1}.get(name, 2)
     for block in blocks:
         file = FILE.match(block)
         if file:

@@ -262,7 +262,8 @@ def test_in_a_notebook(
         frame = seen.page.frame_locator("iframe")
         assert frame.locator(".tile .value").first.inner_text() == "✓ none"
         name = frame.locator("#head").inner_text()
-        frame.locator("body").press("j")
+        frame.locator("#head").click()
+        seen.page.keyboard.press("j")
         assert frame.locator("#head").inner_text() != name
         with seen.page.expect_download() as waiting:
             frame.locator("#tools button", has_text="SVG").click()

@@ -11,7 +11,7 @@ from xml.etree import ElementTree as ET
 from rewriter.diff.pictures import Line, Picture, Spot, Union
 from rewriter.page.shell import read
 
-WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 138, 38, 40, 16, 14, 20
+WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 150, 38, 40, 16, 14, 20
 """In pixels: of a node, between columns and rows, for each input; as in picture.js."""
 
 SIGNS = {"added": "+", "removed": "\N{MINUS SIGN}", "changed": "~", "same": ""}
@@ -109,8 +109,8 @@ def _node(root: ET.Element, name: str, box: Box, union: Union, *, middle: bool) 
     was, now = union.ops(name)
     op = f"{was} → {now}" if was and now and was != now else now or was
     for kind, y, text in (
-        ("op", "16", _shortened(f"{SIGNS[state]} {op}".strip(), 20)),
-        ("name", "30", _shortened(name, 22)),
+        ("op", "16", _shortened(f"{SIGNS[state]} {op}".strip(), 19)),
+        ("name", "30", _shortened(name, 21)),
     ):
         ET.SubElement(group, "text", {"class": kind, "x": "8", "y": y}).text = _printable(text)
 

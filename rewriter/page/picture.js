@@ -1,6 +1,6 @@
 "use strict";
 // A picture: where its nodes stand, and how they are drawn. Positions in layers come with the data.
-const BOX = { width: 138, height: 38, gap: 40, space: 16, slot: 14 };
+const BOX = { width: 150, height: 38, gap: 40, space: 16, slot: 14 };
 const SIGN = { added: "+", removed: "−", changed: "~", same: "" };
 const SVG = "http://www.w3.org/2000/svg";
 
@@ -110,9 +110,9 @@ function node(picture, n, side) {
   const op = svg("text", { class: "op", x: 8, y: 16 });
   const [was, is] = n.ops;
   const named = side === "before" ? was : side === "after" ? is : was && is && was !== is ? `${was} → ${is}` : is || was;
-  op.textContent = shorten(`${SIGN[n.state]} ${named}`.trim(), 20);
+  op.textContent = shorten(`${SIGN[n.state]} ${named}`.trim(), 19);
   const name = svg("text", { class: "name", x: 8, y: 30 });
-  name.textContent = shorten(n.name, 22);
+  name.textContent = shorten(n.name, 21);
   group.append(title, svg("rect", { width: BOX.width, height: n.height, rx: 5 }), op, name);
   return group;
 }
