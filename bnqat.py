@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rewriter.app.diff import diff
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
-    from rewriter.app.verify import verify
+    from rewriter.app.verification.claims import verify
     from rewriter.ir import Error
 
 __all__ = [
@@ -30,6 +30,13 @@ __all__ = [
     "verify",
 ]
 
+ELSEWHERE = {
+    "diff": "diff",
+    "reestimate_statistics": "reestimate",
+    "sensitivity": "sensitivity",
+    "verify": "verification.claims",
+}
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
@@ -38,9 +45,8 @@ def __getattr__(name: str) -> Any:
         from rewriter.ir import Error
 
         return Error
-    if name in ("diff", "reestimate_statistics", "sensitivity", "verify"):
-        module = import_module(f"rewriter.app.{name.partition('_')[0]}")
-        return getattr(module, name)
+    if name in ELSEWHERE:
+        return getattr(import_module(f"rewriter.app.{ELSEWHERE[name]}"), name)
     from rewriter.app import api
 
     return getattr(api, name)

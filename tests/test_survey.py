@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from passes.sites import sites
-from rewriter.app.serving import Pair
+from rewriter.app.verification.serving import Pair
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import MODELS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -134,8 +135,9 @@ def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_js
 
     with one_line(check):
         from rewriter.app.sensitivity import arrays
-        from rewriter.app.verify import verify as claims
+        from rewriter.app.verification.claims import verify as claims
 
+        logging.getLogger("tensorflow").setLevel(logging.ERROR)  # loading for V1 sessions is deprecated, and says so
         click.echo(f"executing {before} and {after}", err=True)
         inputs = None if inputs_file is None else arrays(inputs_file)
         found = claims(before, after, inputs=inputs, seed=seed)

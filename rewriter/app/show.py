@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rewriter.app.sensitivity import Sensitivity
-    from rewriter.app.verify import Verification
+    from rewriter.app.verification.claims import Verification
     from rewriter.report import Inspection, RewriteReport
 
 BARS = " ▁▂▃▄▅▆▇█"

@@ -14,7 +14,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2, saved_model_pb2
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-from rewriter.app.kernels import Kernels, kernels_in
+from rewriter.app.verification.kernels import Kernels, kernels_in
 from rewriter.dataflow import VARIABLES
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import MODEL_FILES
@@ -212,7 +212,11 @@ def _assign(op: Any, value: Any) -> Any:
 
 @contextmanager
 def session_of(path: Path, fold: bool = True) -> Iterator[Session]:
-    """A model in a V1 session; Grappler folds constants, or does not."""
+    """A model in a V1 session; Grappler folds constants, or does not.
+
+    Raises:
+        Error: it does not load.
+    """
     config = v1.ConfigProto()
     if not fold:
         config.graph_options.rewrite_options.constant_folding = rewriter_config_pb2.RewriterConfig.OFF
@@ -220,7 +224,11 @@ def session_of(path: Path, fold: bool = True) -> Iterator[Session]:
     metas = parse_saved_model(str(path)).meta_graphs
     tags = list(metas[0].meta_info_def.tags) if len(metas) == 1 else ["serve"]
     with tf.Graph().as_default() as graph, v1.Session(config=config) as session:
-        yield Session(graph, session, v1.saved_model.load(session, tags, str(path)))
+        try:
+            opened = Session(graph, session, v1.saved_model.load(session, tags, str(path)))
+        except Exception as e:
+            raise Error(f"{path} does not load in a V1 session: {first_line(e)}") from e
+        yield opened
 
 
 def loaded(path: Path) -> Any:

@@ -13,10 +13,10 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
 from passes.sites import sites
-from rewriter.app.kernels import placed
-from rewriter.app.running import Ran
-from rewriter.app.serving import Pair, Serving, differences, floats, serve
-from rewriter.app.training import Trained, train
+from rewriter.app.verification.kernels import placed
+from rewriter.app.verification.running import Ran
+from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
+from rewriter.app.verification.training import Trained, train
 from rewriter.ir import Error, Model
 from rewriter.report import SCHEMA_VERSION
 from rewriter.savedmodel.read import load
@@ -152,17 +152,16 @@ def same_off(pair: Pair, serving: Serving) -> Claim:
             largest = max([largest, *found.values()])
             far = {key: share for key, share in found.items() if share > tolerance}
             allowed = f"of its largest element, {tolerance:g} is allowed"
-            wrong += [
-                f"signature {signature}, output {k}: differs by {share:.2g} {allowed}" for k, share in far.items()
-            ]
+            for key, share in far.items():
+                how = "is another" if np.isinf(share) else f"differs by {share:.2g} {allowed}"
+                wrong.append(f"signature {signature}, output {key}: {how}")
     if wrong:
         return Claim(name, FAILS, "; ".join(wrong))
     if not outputs:
         return Claim(name, NOT_APPLICABLE, "; ".join(notes))
     same = "bit for bit" if not largest else f"but for {largest:.2g} of the largest element"
-    return Claim(
-        name, HOLDS, "; ".join([f"{_count(outputs, 'output')} the same {same}", *notes, *_conditions(pair, serving)])
-    )
+    seen = [f"{_count(outputs, 'output')} the same {same}", *notes, *_conditions(pair, serving)]
+    return Claim(name, HOLDS, "; ".join(seen))
 
 
 def _conditions(pair: Pair, serving: Serving) -> list[str]:
@@ -233,8 +232,10 @@ def statistics_move(serving: Serving, trained: Trained) -> Claim:
         return Claim(name, FAILS, "; ".join(wrong))
     if trained.failure:
         return Claim(name, FAILS, trained.failure)
-    if trained.absent or not trained.statistics:
-        return Claim(name, NOT_APPLICABLE, trained.absent or "training has no moving statistics")
+    if trained.absent:
+        return Claim(name, NOT_APPLICABLE, trained.absent)
+    if not trained.statistics:
+        return Claim(name, FAILS, "the training function trains no batch norm")
     if trained.still:
         still, all_of = len(trained.still), trained.statistics
         return Claim(name, FAILS, f"{still} of {all_of} do not change, {trained.still[0]} for one")
@@ -260,8 +261,12 @@ def gradients_reach(trained: Trained) -> Claim:
     for variable, gradient in trained.gradients:
         if gradient is None:
             return Claim(name, FAILS, f"none for {variable}")
-        if not np.all(np.isfinite(tf.convert_to_tensor(gradient).numpy())):
+        values = tf.convert_to_tensor(gradient).numpy()
+        if not np.isfinite(values).all():
             return Claim(name, FAILS, f"not finite for {variable}")
+        # A function gives zeros where there is no way from its outputs.
+        if not values.any():
+            return Claim(name, FAILS, f"zero for {variable}, which has no influence then")
     return Claim(name, HOLDS, f"finite for {_count(len(trained.gradients), 'gamma or beta', 'gammas and betas')}")
 
 
@@ -317,6 +322,7 @@ def kernels_of_training(trained: Trained) -> Claim:
     elif not kernels.placed and not wanted.placed:
         return Claim(name, NOT_APPLICABLE, "no batch-norm kernel is executed in training")
     text = f"training executes {kernels}, the source's own training function {wanted}"
+    text += "" if kernels.gradients else ", without gradients, which one of them does not have"
     if not same and trained.twice:
         low, more = trained.sites, raised + trained.twice
         same = low <= kernels.forward <= wanted.forward + more and kernels.gradients <= wanted.gradients + more

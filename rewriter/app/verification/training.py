@@ -17,9 +17,9 @@ from passes.batch_norm import BatchNorm, batch_norms
 from passes.derive_training import TRAIN
 from passes.entries import Alignment, align, serving_entry, serving_signature, training_trace
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from rewriter.app.kernels import Kernels, Placed, placed, placed_by, with_kernels
-from rewriter.app.running import OFF, Arrays, attempt, fitted, loaded, loaded_source, on_random
-from rewriter.app.serving import Pair
+from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
+from rewriter.app.verification.running import OFF, Arrays, attempt, fitted, loaded, loaded_source, on_random
+from rewriter.app.verification.serving import Pair
 from rewriter.dataflow import call_graph
 from rewriter.ir import Entry, Error, Model, unused
 

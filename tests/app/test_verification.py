@@ -20,7 +20,7 @@ import bnqat
 from passes.controls import increment, step
 from passes.derive_training import TRAIN
 from passes.sites import sites
-from rewriter.app.verify import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
+from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.edit import Edit, Rewire, Run
 from rewriter.expr import Expr, Use, constant, op, read, select, stop_gradient
 from rewriter.ir import Edge, Model
@@ -125,7 +125,7 @@ WITHOUT_KERAS = """
 import sys
 import tensorflow as tf
 sys.modules["tf_keras"] = None
-from rewriter.app.verify import verify
+from rewriter.app.verification.claims import verify
 source, result = sys.argv[1:]
 try:
     tf.saved_model.load(source)
@@ -467,6 +467,13 @@ def test_a_model_that_runs_on_no_random_inputs(tmp_path: Path) -> None:
         verify(tmp_path / "a", tmp_path / "b", inputs={"examples": np.array([b"no example"])})
 
 
-def test_what_is_no_model(rewritten: Paths, tmp_path: Path) -> None:
+def untyped(meta: Any) -> None:
+    next(n for n in training(meta).node_def if n.op == "Conv2D").attr["T"].type = 0
+
+
+def test_what_is_no_model(module: Path, result: Path, tmp_path: Path) -> None:
     with pytest.raises(bnqat.Error, match="is not a directory"):
-        verify(tmp_path / "nowhere", rewritten("module"))
+        verify(tmp_path / "nowhere", result)
+    with pytest.raises(bnqat.Error, match=r"b does not load in a V1 session: \w+Error: ") as caught:
+        verify(module, edited(result, tmp_path / "b", untyped))
+    assert "\n" not in str(caught.value)

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from passes.batch_norm import batch_norms
 from passes.sites import sites
-from rewriter.app.running import OFF, Arrays, Ran, Session, attempt, fitted, on_random, session_of
+from rewriter.app.verification.running import OFF, Arrays, Ran, Session, attempt, fitted, on_random, session_of
 from rewriter.dataflow import Captured, Constant
 from rewriter.ir import Error, Model
 

@@ -1,0 +1,1 @@
+"""Running two models, and what a rewrite promises of them."""
