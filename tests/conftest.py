@@ -12,6 +12,9 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+# On some CPUs only, TensorFlow takes oneDNN's kernels, which have other names and round in other ways. Tests that tell
+# kernels by name, or compare the bits of two functions, are to see the same kernels on every machine.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import pytest
 from filelock import FileLock
