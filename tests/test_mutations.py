@@ -94,7 +94,48 @@ def objects(meta: Any) -> tuple[str, str]:
     return "the root", "identifier"
 
 
+def children_that_are_exchanged(meta: Any) -> tuple[str, str]:
+    norm = next(n for n in meta.object_graph_def.nodes if {"gamma", "beta"} <= {c.local_name for c in n.children})
+    gamma, beta = (next(c for c in norm.children if c.local_name == name) for name in ("gamma", "beta"))
+    gamma.node_id, beta.node_id = beta.node_id, gamma.node_id
+    return "norms.0", "child gamma"
+
+
+def another_name_of_an_object(meta: Any) -> tuple[str, str]:
+    root = meta.object_graph_def.nodes[0]
+    root.children.add(node_id=root.children[0].node_id, local_name="zzz")
+    return "the root", "child zzz"
+
+
+def default_of_a_signature(meta: Any) -> tuple[str, str]:
+    meta.signature_def["serving_default"].defaults["x"].dtype = 1
+    return "serving_default", "default of x"
+
+
+def device_of_a_variable(meta: Any) -> tuple[str, str]:
+    next(n for n in meta.object_graph_def.nodes if n.variable.name == "kernel_0").variable.device = "/device:CPU:0"
+    return "kernels/0/.ATTRIBUTES/VARIABLE_VALUE", "device"
+
+
+def definition_of_an_op(meta: Any) -> tuple[str, str]:
+    op = next(o for o in meta.meta_info_def.stripped_op_list.op if o.name == "Relu")
+    op.is_commutative = True
+    return "meta graph", "definition of Relu"
+
+
+def resource_of_an_argument(meta: Any) -> tuple[str, str]:
+    function = function_with(meta, "FusedBatchNormV3", training=False)
+    function.resource_arg_unique_id[1] = 77
+    return function.signature.name, "description and numbers of resources"
+
+
 MUTATIONS = (
+    children_that_are_exchanged,
+    another_name_of_an_object,
+    default_of_a_signature,
+    device_of_a_variable,
+    definition_of_an_op,
+    resource_of_an_argument,
     edge_of_an_untouched_node,
     edge_of_a_node_that_was_rewired,
     edge_of_a_node_that_was_added,

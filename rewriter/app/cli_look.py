@@ -75,7 +75,13 @@ def diff(
 ) -> None:
     """Show what differs between the SavedModels A and B, and what of it the record of a rewrite does not explain."""
     if form is None:
-        form = next((f for f, suffix in SUFFIXES.items() if output is not None and output.suffix == suffix), "text")
+        suffix = ".txt" if output is None else output.suffix.lower()
+        form = next((f for f, known in SUFFIXES.items() if known == suffix), None)
+    if form is None:
+        known = ", ".join(SUFFIXES.values())
+        raise click.UsageError(
+            f"what {output} is to hold does not follow from its name ({known}): say it with --format"
+        )
     if (site is None) == (form == "svg"):
         raise click.UsageError("--format svg draws one place: name it with --site, which is for that alone")
 

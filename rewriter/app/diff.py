@@ -135,7 +135,11 @@ def _report(compared: Comparison, told: Mapping[tuple[str, str], str], *, record
     now = after.analysis(quantized)
     keys = {(s.graph, s.node): s for s in found}
     became = _became(compared)
-    rewritten = {k for k, s in keys.items() if not s.quantized and now.issuperset(became[k])}
+    rewritten = {
+        k
+        for k, s in keys.items()
+        if not s.quantized and now.issuperset(became[k]) and (became[k] or _is_known(after, s))
+    }
     skipped = Counter(
         next(filter(None, (told.get(j, "") for j in (k, *became[k]))), s.reason or "it is not quantised")
         for k, s in keys.items()
@@ -168,6 +172,11 @@ def _became(compared: Comparison) -> Mapping[tuple[str, str], list[tuple[str, st
     found, left = became_of(compared.before, compared.after)
     paired = {key: (compared.pairs.get(key[0], key[0]), key[1]) for key in found}
     return {key: [paired[key]] if paired[key] in left else heirs for key, heirs in found.items()}
+
+
+def _is_known(after: Model, site: Site) -> bool:
+    """Whether a site's variables are still there, though its function no longer runs."""
+    return any(key in after.variables for keys in site.variables for key in keys)
 
 
 def _touches(change: Change) -> bool:

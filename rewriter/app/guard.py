@@ -79,7 +79,7 @@ def refuse_file(file: Path, what: str, *models: Path) -> None:
             raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
 
 
-def write_file(file: Path, text: str, what: str, done: str = "nothing") -> None:
+def write_file(file: Path, text: str, what: str, done: str = "") -> None:
     """Write a text to a file.
 
     Raises:
@@ -88,4 +88,5 @@ def write_file(file: Path, text: str, what: str, done: str = "nothing") -> None:
     try:
         file.write_text(text, encoding="utf-8")
     except OSError as e:
-        raise Error(f"{done} was written, but the {what} {file} was not: {e.strerror}") from e
+        before = f"{done} was written, but " if done else ""
+        raise Error(f"{before}the {what} {file} was not written: {e.strerror}") from e

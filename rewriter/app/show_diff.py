@@ -103,13 +103,16 @@ def _show_change(change: Change) -> None:
         if detail.old is None and detail.new is None:
             click.echo(f"      {detail.aspect}{port}: as before, though the record has a change")
         elif change.what == "changed":
-            click.echo(f"      {detail.aspect}{port}: {_short(detail.old)} -> {_short(detail.new)}")
+            click.echo(f"      {detail.aspect}{port}: {' -> '.join(_pair(detail.old, detail.new))}")
 
 
-def _short(text: str | None) -> str:
-    if text is None:
-        return "none"
-    return _printable(text if len(text) <= SHORT else f"{text[:SHORT]}… ({len(text)} characters)")
+def _pair(old: str | None, new: str | None) -> tuple[str, str]:
+    """Both texts; of long ones, what is around the first difference."""
+    texts = ["none" if text is None else _printable(text) for text in (old, new)]
+    alike = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, alike - SHORT // 3) if max(map(len, texts)) > SHORT else 0
+    was, now = (f"{'…' * (start > 0)}{t[start : start + SHORT]}{'…' * (len(t) > start + SHORT)}" for t in texts)
+    return was, now
 
 
 def _printable(text: str) -> str:

@@ -171,6 +171,8 @@ def _differences(sides: _Sides, old: tuple[Graph, Node], new: tuple[Graph, Node]
         yield Detail("control inputs", ", ".join(sorted(one.after)), ", ".join(sorted(other.after)))
     if one.device != other.device:
         yield Detail("device", one.device, other.device)
+    if one.residue != other.residue:
+        yield Detail("debug information", _hash(one.residue), _hash(other.residue))
     for name in sorted(one.attrs.keys() | other.attrs.keys()):
         known, is_now = one.attrs.get(name), other.attrs.get(name)
         if known is not None and sides.renamed:
@@ -186,10 +188,14 @@ def _interface(graph: Graph, other: Graph, renamed: Mapping[str, str]) -> Aspect
     found = {"order of arguments": ", ".join(common), "stateful": str(graph.stateful)}
     for result in graph.results:
         found[f"result {result.name}"] = f"{value_name(result.value)}: {result.dtype}"
+        if result.residue:
+            found[f"description of result {result.name}"] = _hash(result.residue)
     for effect in graph.effects:
         found[f"control output {effect.name}"] = effect.node
     for name, attr in graph.attrs.items():
         found[f"attribute {name}"] = attr_text(with_functions(attr, renamed))
+    if graph.name:
+        found["description and numbers of resources"] = _hash(graph.residue)
     return found
 
 
@@ -204,11 +210,24 @@ def fingerprint(graph: Graph, only: str = "") -> str:
     for name in [only] if only else sorted(graph.nodes):
         node = graph.nodes[name]
         place = graph.arguments.index(name) if only and node.op == ARG else -1
-        add(node.attrs, name, node.op, [tuple(v) for v in node.inputs], sorted(node.after), node.device, place)
+        add(
+            node.attrs,
+            name,
+            node.op,
+            [tuple(v) for v in node.inputs],
+            sorted(node.after),
+            node.device,
+            place,
+            node.residue,
+        )
     if not only:
-        results = [(r.name, tuple(r.value), r.dtype) for r in graph.results]
-        add(graph.attrs, graph.arguments, results, sorted(graph.effects), graph.stateful)
+        results = [(r.name, tuple(r.value), r.dtype, r.residue) for r in graph.results]
+        add(graph.attrs, graph.arguments, results, sorted(graph.effects), graph.stateful, graph.residue)
     return digest.hexdigest()
+
+
+def _hash(content: bytes) -> str:
+    return f"hash {hashlib.blake2b(content, digest_size=8).hexdigest()}"
 
 
 def value_name(value: Value) -> str:

@@ -62,7 +62,9 @@ def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -
         found[SIGNATURE, name] = dict(_signature(signature))
     for name, concrete in meta.object_graph_def.concrete_functions.items():
         found[CONCRETE, names.get(name, name)] = dict(_concrete(model, concrete))
-    found |= {(OBJECT, path): aspects for path, aspects in _objects(meta.object_graph_def, names)}
+    found |= {(OBJECT, path): dict(aspects) for path, aspects in _objects(model, meta.object_graph_def, names)}
+    for key, device in _devices(model, meta.object_graph_def):
+        found[VARIABLE, key] = {**found[VARIABLE, key], "device": device}
     for name, collection in meta.collection_def.items():
         found[COLLECTION, name] = {"content": _collection(collection)}
     for path in sorted(source.path.rglob("*")):
@@ -92,8 +94,12 @@ def _signature(proto: Any) -> Iterator[tuple[str, str]]:
         for key, info in tensors.items():
             shape = None if info.tensor_shape.unknown_rank else tuple(d.size for d in info.tensor_shape.dim)
             yield f"{role} {key}", f"{ops.dtype_name(info.dtype) if info.dtype else 'no dtype'} {shape_text(shape)}"
-            yield f"tensor of {role} {key}", info.name or text_format.MessageToString(info, as_one_line=True)
+            yield f"tensor of {role} {key}", info.name or _one_line(info)
+            if any(d.name for d in info.tensor_shape.dim):
+                yield f"names of dimensions of {role} {key}", ", ".join(d.name for d in info.tensor_shape.dim)
     yield "method", proto.method_name
+    for key, value in proto.defaults.items():
+        yield f"default of {key}", _one_line(value)
 
 
 def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
@@ -106,29 +112,48 @@ def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
         yield f"capture {position}", keys.get(number, f"object {number}")
 
 
-def _objects(graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Aspects]]:
+def _devices(model: Model, graph: Any) -> Iterator[tuple[str, str]]:
+    """The devices of the variables that have one."""
+    for key, number in model.source.numbers.items():
+        if graph.nodes[number].variable.device:
+            yield key, graph.nodes[number].variable.device
+
+
+def _objects(model: Model, graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     """Objects other than variables, by their shortest path from the root."""
-    for number, path in object_paths(graph).items():
-        node = graph.nodes[number]
-        kind = node.WhichOneof("kind")
-        if kind == "variable" or kind is None:
-            continue
-        aspects = {"kind": kind}
-        if kind == "user_object":
-            aspects["identifier"] = node.user_object.identifier
-            if node.user_object.metadata:
-                aspects["metadata"] = _hash(node.user_object.metadata.encode())
-        elif kind == "function":
-            aspects["functions"] = ", ".join(names.get(f, f) for f in node.function.concrete_functions)
-            aspects["specification"] = _short(node.function.function_spec)
-        elif kind == "bare_concrete_function":
-            function = node.bare_concrete_function.concrete_function_name
-            aspects["functions"] = names.get(function, function)
-        else:
-            aspects["content"] = text_format.MessageToString(getattr(node, kind), as_one_line=True)
-        if node.slot_variables:
-            aspects["slot variables"] = str(len(node.slot_variables))
-        yield path or "the root", aspects
+    paths = object_paths(graph)
+    known = {**paths, **{number: f"variable {key}" for key, number in model.source.numbers.items()}}
+    for number, path in paths.items():
+        kind = graph.nodes[number].WhichOneof("kind")
+        if kind not in ("variable", None):
+            yield path or "the root", _object(graph.nodes[number], kind, names, known)
+
+
+def _object(node: Any, kind: str, names: Mapping[str, str], known: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+    yield "kind", kind
+    content = type(getattr(node, kind))()
+    content.CopyFrom(getattr(node, kind))
+    if kind == "user_object":
+        yield "identifier", content.identifier
+        content.ClearField("identifier")
+    elif kind == "function":
+        yield "functions", ", ".join(names.get(f, f) for f in content.concrete_functions)
+        content.ClearField("concrete_functions")
+    elif kind == "bare_concrete_function":
+        yield "functions", names.get(content.concrete_function_name, content.concrete_function_name)
+        content.ClearField("concrete_function_name")
+    yield "content", _short(content) if kind in ("user_object", "function") else _one_line(content)
+    for child in node.children:
+        yield f"child {child.local_name}", known.get(child.node_id, "") or "the root"
+    for slot in node.slot_variables:
+        variable = known.get(slot.original_variable_node_id, "")
+        yield f"slot {slot.slot_name} of {variable}", known.get(slot.slot_variable_node_id, "a slot variable")
+    rest = type(node)()
+    rest.CopyFrom(node)
+    for field in (kind, "children", "slot_variables"):
+        rest.ClearField(field)
+    if rest.ByteSize():
+        yield "registration", _short(rest)
 
 
 def _collection(proto: Any) -> str:
@@ -163,9 +188,19 @@ def _meta(source: Source, meta: Any, names: Mapping[str, str]) -> Iterator[tuple
     yield "TensorFlow version", info.tensorflow_version
     yield "meta graph version", info.meta_graph_version
     yield "stripped default attributes", str(info.stripped_default_attrs)
+    yield "TensorFlow revision", info.tensorflow_git_version
     yield "ops listed", ", ".join(o.name for o in info.stripped_op_list.op)
-    yield "saver", text_format.MessageToString(meta.saver_def, as_one_line=True)
-    yield "graph versions", text_format.MessageToString(meta.graph_def.versions, as_one_line=True)
+    for op in info.stripped_op_list.op:
+        yield f"definition of {op.name}", _short(op)
+    for name, alias in info.function_aliases.items():
+        yield f"alias of {names.get(name, name)}", alias
+    if info.HasField("any_info"):
+        yield "any info", _short(info.any_info)
+    for asset in meta.asset_file_def:
+        yield f"asset {asset.filename}", asset.tensor_info.name
+    yield "SavedModel version", str(source.proto.saved_model_schema_version)
+    yield "saver", _one_line(meta.saver_def)
+    yield "graph versions", _one_line(meta.graph_def.versions)
     library = meta.graph_def.library
     for gradient in library.registered_gradients:
         yield f"gradient of {gradient.registered_op_type}", names.get(gradient.gradient_func, gradient.gradient_func)
@@ -174,6 +209,11 @@ def _meta(source: Source, meta: Any, names: Mapping[str, str]) -> Iterator[tuple
     for index, other in enumerate(source.proto.meta_graphs):
         if index != source.index:
             yield f"meta graph {', '.join(other.meta_info_def.tags)}", _short(other)
+
+
+def _one_line(proto: Any) -> str:
+    text: str = text_format.MessageToString(proto, as_one_line=True)
+    return text
 
 
 def _short(proto: Any) -> str:

@@ -77,6 +77,8 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
             found.append(replace(change, by=by))
         else:
             rest = tuple(d for d in change.details if d.aspect not in same)
+            if WHOLE in told and WHOLE in own:
+                rest = (*rest, Detail(WHOLE, f"hash {told[WHOLE]}, as the record has it", f"hash {own[WHOLE]}"))
             if same:
                 found.append(replace(change, details=tuple(d for d in change.details if d.aspect in same), by=by))
             found.append(replace(change, details=rest))

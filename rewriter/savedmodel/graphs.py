@@ -132,6 +132,8 @@ def _function_residue(proto: Any) -> bytes:
     rest.signature.CopyFrom(proto.signature)
     for name in ("name", "input_arg", "output_arg", "control_output", "is_stateful"):
         rest.signature.ClearField(name)
+    if not rest.signature.ByteSize():
+        rest.ClearField("signature")
     for index, number in proto.resource_arg_unique_id.items():
         rest.resource_arg_unique_id[index] = number
     data: bytes = rest.SerializeToString(deterministic=True)
