@@ -335,7 +335,7 @@ def counts(node: Any) -> bool:
 FILES: dict[str, tuple[Callable[[Any], None], list[str], str]] = {
     "an average": (without(TRAIN, assigns), ["statistics"], "1 of 4 do not change, moving_"),
     "the step": (without(TRAIN, counts), ["statistics"], "counts 0 steps, not one"),
-    "a kernel": (twice(serving), ["off", "kernels in inference"], "serving_default executes"),
+    "a kernel": (twice(serving), ["kernels in inference"], "serving_default executes"),
     "a training kernel": (twice(training), ["kernels in training"], "3 kernels in training mode, and serving runs 2"),
     "the mode": (
         never_training,
