@@ -12,6 +12,7 @@ from typing import Any
 from passes.batch_norm import BatchNorm, batch_norms
 from passes.schemes import SCHEMES
 from passes.sites import TAG, Site, quantized, sites
+from passes.updates import consumers
 from rewriter.app.reports import became_of
 from rewriter.check import check
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
@@ -216,7 +217,6 @@ def _site(compared: Comparison, site: Site, what: str, told: Mapping[tuple[str, 
 
 def _inputs(compared: Comparison, site: Site, what: str) -> Iterator[InputDiff]:
     """What enters a site: its inputs, where variables are brought to it, and statistics on their way to averages."""
-    names = {new: old for old, new in compared.pairs.items()}
     model = compared.before if what == "removed" else compared.after
     edges: dict[Edge, tuple[str, str]] = {}
     for use, held in (("input", site.inputs), ("input", site.parameters), ("statistic", site.statistics)):
@@ -228,7 +228,7 @@ def _inputs(compared: Comparison, site: Site, what: str) -> Iterator[InputDiff]:
         graph = model.graphs[edge.graph]
         node = graph.nodes[edge.node]
         value = node.inputs[edge.position]
-        other = None if what == "removed" else compared.before.graphs.get(names.get(edge.graph, ""))
+        other = None if what == "removed" else compared.graph_before(edge.graph)
         was = node if what == "removed" else None if other is None else other.nodes.get(edge.node)
         old = was.inputs[edge.position] if was is not None and edge.position < len(was.inputs) else None
         made = graph.nodes[value.node]
@@ -251,14 +251,10 @@ def _past_quantizer(model: Model, edge: Edge) -> Iterator[Edge]:
     if not edge.node:
         return
     if TAG in graph.nodes[edge.node].attrs:
-        uses = model.analysis_of(graph, _consumers).get(Value(edge.node), [])
+        uses = model.analysis_of(graph, consumers).get(Value(edge.node), [])
         yield from (use for use in uses if use.node)
     else:
         yield edge
-
-
-def _consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
-    return graph.consumers()
 
 
 def formula_of(node: Node) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 from rewriter import ops
@@ -28,6 +29,16 @@ class Comparison:
     after: Model
     pairs: Mapping[str, str]
     changes: tuple[Change, ...]
+
+    @cached_property
+    def names_before(self) -> Mapping[str, str]:
+        """The name before of each graph that is in a pair, by its name after."""
+        return {new: old for old, new in self.pairs.items()}
+
+    def graph_before(self, name: str) -> Graph | None:
+        """The graph before that is a pair with one after."""
+        old = self.names_before.get(name)
+        return None if old is None else self.before.graphs[old]
 
 
 def compare(
@@ -133,8 +144,7 @@ def with_details(compared: Comparison, change: Change) -> Change:
     if change.kind != NODE or change.what not in ("added", "removed"):
         return change
     removed = change.what == "removed"
-    names = {new: old for old, new in compared.pairs.items()}
-    model, name = (compared.before, names[change.graph]) if removed else (compared.after, change.graph)
+    model, name = (compared.before, compared.names_before[change.graph]) if removed else (compared.after, change.graph)
     graph = model.graphs[name]
     return replace(change, details=tuple(described(model, graph, graph.nodes[change.name], removed=removed)))
 

@@ -123,8 +123,7 @@ class Union:
 def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Callable[[Node], str]) -> Union:
     """A graph of the model after and its pair, or one that only the model before has."""
     new = compared.after.graphs.get(name)
-    names = [name] if new is None else [before for before, after in compared.pairs.items() if after == name]
-    was = next((compared.before.graphs[n] for n in names), None)
+    was = compared.before.graphs.get(name) if new is None else compared.graph_before(name)
     union = Union(name, was, new)
     known = set(changed)
     for graph in (g for g in (was, new) if g is not None):
