@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from passes.parts import AMOUNT, part
 from passes.pipelines import Quantizer
 from passes.quantizers import learned_limits
 from passes.ranges import Ema, Fixed, Learned
@@ -183,8 +184,8 @@ class Controls:
 def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
     """0 before the start, 1 from the ramp's end on, in between the part of the ramp that is over."""
     over = now - start
-    part = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op("Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT))
-    return select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), part)
+    begun = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op("Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT))
+    return part(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), begun))
 
 
 def _where(held: Sequence[bool], then: Expr, otherwise: Expr) -> Expr:

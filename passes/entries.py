@@ -51,6 +51,12 @@ def _infers(model: Model, function: str) -> bool:
     return any(s.graph in reached and s.inference for s in model.analysis(sites))
 
 
+def trains(model: Model, function: str) -> bool:
+    """Whether a batch norm may normalise with a batch's statistics when a function runs."""
+    running = running_from(model, function)
+    return any(_trains(s, running) for s in model.analysis(sites) if s.graph in running)
+
+
 def running_from(model: Model, function: str) -> Mapping[str, list[Assumption]]:
     """The graphs that can run when a function does, and what is known in them: not branches that constants rule out.
 

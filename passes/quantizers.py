@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from passes.parts import CODE, WIDTH, part
 from passes.ranges import Dynamic, Ema, Fixed, Learned
 from passes.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
 from rewriter.expr import Apply, Expr, Function, Port, array, constant, op, parameter, select, stop_gradient
@@ -100,7 +101,7 @@ def quantizing(kind: Kind, rows: int = 0) -> Function:
         told.append(noise)
         shapes.append(shape)
     quantized = _Quantized(kind, _cast(value, FLOAT), bits, given, noise)
-    acting = (op("Greater", amount, 0.0)) & op("Greater", bits, 0)
+    acting = (op("Greater", amount, 0.0)) & part(WIDTH, op("Greater", bits, 0))
     result = select(acting & quantized.defined, quantized.through(value, amount), value)
     name = "_".join(
         [
@@ -123,7 +124,7 @@ def piped(graph: str, size: int, dtype: str) -> Function:
     raw = _cast(value, FLOAT)
     attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
     attrs["_output_shapes"] = shapes_attr([(size,)])
-    acting = (op("Greater", amount, 0.0)) & op("Greater", bits, 0)
+    acting = (op("Greater", amount, 0.0)) & part(WIDTH, op("Greater", bits, 0))
     # While it does not act, no gradient goes back through it: one that is not finite would be multiplied with 0.
     given = select(acting, raw, stop_gradient(raw))
     made = Apply(FLOAT, "PartitionedCall", (given,), attrs, "pipeline")
@@ -151,7 +152,7 @@ class _Quantized:
         if self.grid.zero is not None:
             code = code + self.grid.zero
         bottom = constant(0.0, scheme.dtype) if self.grid.bottom is None else self.grid.bottom
-        kept = op("Minimum", op("Maximum", code, bottom), self.grid.top)
+        kept = part(CODE, op("Minimum", op("Maximum", code, bottom), self.grid.top))
         self.inside = op("Equal", kept, code)
         self.steps = kept if self.grid.zero is None else kept - self.grid.zero
         self.value = scheme.value(self.grid.level(self.steps), kind.epsilon)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from passes.parts import ORIGIN, SCALE, ZERO_POINT, part
 from passes.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, array, constant, op, select
@@ -168,7 +169,7 @@ def _reduce(name: str, value: Expr) -> Expr:
 
 def _or_one(scale: Expr) -> Expr:
     """The scale, or 1 where it is zero or subnormal: then every code is that of zero."""
-    return select(scale >= TINY, scale, constant(1.0, scale.dtype))
+    return part(SCALE, select(scale >= TINY, scale, constant(1.0, scale.dtype)))
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,7 @@ class Affine(Scheme):
         """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         scale = _or_one((limits.high - limits.low) * reciprocal)
-        zero = op("Round", -limits.low / scale)
+        zero = part(ZERO_POINT, op("Round", -limits.low / scale))
         return Grid(scale, zero, None, None, self.top(bits), reciprocal)
 
 
@@ -304,9 +305,10 @@ class Log(Scheme):
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """The levels for float64 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
-        span = limits.high - limits.low
-        scale = select(span >= TINY, span * reciprocal, constant(1.0, DOUBLE))
-        return Grid(scale, None, limits.low, None, self.top(bits), reciprocal)
+        low = part(ORIGIN, limits.low)
+        span = limits.high - low
+        scale = part(SCALE, select(span >= TINY, span * reciprocal, constant(1.0, DOUBLE)))
+        return Grid(scale, None, low, None, self.top(bits), reciprocal)
 
     def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:
         """The limits of a checkpoint's float32 values; of no values, those of 0."""

@@ -6,7 +6,7 @@ and every caller.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from rewriter.draft import Draft, define
@@ -14,6 +14,7 @@ from rewriter.edit import (
     AddResult,
     AddSignature,
     AddVariable,
+    Assign,
     Clone,
     Define,
     Dispatch,
@@ -22,6 +23,7 @@ from rewriter.edit import (
     Expose,
     Import,
     Inline,
+    Keep,
     MainSignature,
     Note,
     Refetch,
@@ -44,12 +46,14 @@ from rewriter.ir import (
     Model,
     Node,
     Signature,
+    Spec,
     Value,
     Variable,
     unused,
 )
 from rewriter.lift import lift, make_stateful
 from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, shapes_attr, with_functions
+from rewriter.prune import keep
 from rewriter.shapes import shape_of
 from rewriter.sweep import sweep
 
@@ -67,6 +71,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     if all(isinstance(e, Skip | Note) for e in batch):
         return model
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
+    model = _assign(model, [e for e in batch if isinstance(e, Assign)])
     model = _add_functions(model, [e for e in batch if isinstance(e, Define | Import)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
@@ -105,7 +110,9 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     old = {n: _refetched(s, fetched, inlined) for n, s in model.signatures.items()}
     new = {n: _refetched(s, {}, inlined) for n, s in signed.items()}
     lifted = replace(lift(model, drafts), signatures=old, main_signatures=new)
-    return sweep(lifted, [e for e in batch if isinstance(e, Sweep)])
+    swept = sweep(lifted, [e for e in batch if isinstance(e, Sweep)])
+    kept = [e.functions for e in batch if isinstance(e, Keep)]
+    return keep(swept, frozenset().union(*kept)) if kept else swept
 
 
 def _refetched(
@@ -152,6 +159,14 @@ def _add_variables(model: Model, variables: list[Variable]) -> Model:
         variables={**model.variables, **{v.key: v for v in variables}},
         attributes={**model.attributes, **paths},
     )
+
+
+def _assign(model: Model, edits: list[Assign]) -> Model:
+    for edit in edits:
+        variable = model.variables[edit.variable]
+        if edit.value.dtype.name != variable.dtype or edit.value.shape != variable.shape:
+            raise Error(f"{variable.name} cannot hold a {edit.value.dtype.name} of shape {edit.value.shape}")
+    return replace(model, assigned={**model.assigned, **{e.variable: e.value for e in edits}}) if edits else model
 
 
 def _add_functions(model: Model, edits: Iterable[Define | Import]) -> Model:
@@ -259,6 +274,11 @@ def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
     return {**attrs, "_input_shapes": shapes}
 
 
+def _named(names: Sequence[str], specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    """Specs with other names, in the order of these."""
+    return tuple(sorted(spec._replace(name=name) for name, spec in zip(names, specs, strict=True)))
+
+
 def _expose(model: Model, batch: list[Edit]) -> Model:
     exposed = {e.path: e.value for e in batch if isinstance(e, Expose)}
     signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature) and isinstance(e.value, Endpoint)}
@@ -269,6 +289,10 @@ def _expose(model: Model, batch: list[Edit]) -> Model:
         if isinstance(value, Endpoint):
             like, bound = model.entries[value.like], model.entries[value.bound]
             entries[value.function] = replace(like, function=value.function, captures=bound.captures, paths=())
+            if value.inputs:
+                entry = entries[value.function]
+                inputs, outputs = _named(value.inputs, entry.inputs), _named(value.outputs, entry.outputs)
+                entries[value.function] = replace(entry, inputs=inputs, outputs=outputs)
     for path, value in exposed.items():
         if isinstance(value, Endpoint):
             entry = entries[value.function]

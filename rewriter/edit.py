@@ -165,6 +165,21 @@ class AddVariable:
 
 
 @dataclass(frozen=True)
+class Assign:
+    """Let a variable of the source be saved with another value, of its dtype and shape."""
+
+    variable: str
+    value: Any
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Keep these concrete functions and what they need; everything else goes, when all other edits are made."""
+
+    functions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Expose:
     """Make a function, a variable or a list of variables an attribute of the root, by dotted path."""
 
@@ -230,6 +245,8 @@ Edit = (
     | Define
     | Import
     | AddVariable
+    | Assign
+    | Keep
     | Expose
     | AddSignature
     | Refetch

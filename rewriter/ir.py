@@ -218,11 +218,15 @@ class Endpoint:
         like: the concrete function whose inputs and output structure it has; for a signature, one that a
             signature holds.
         bound: the concrete function whose captures it has, in order.
+        inputs, outputs: for a signature that is like none, the names of what `like` takes and returns; the function
+            takes and returns it in the order of the names, as signatures do.
     """
 
     function: str
     like: str
     bound: str
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,10 +256,13 @@ class Model:
         collections: the main graph's collections of nodes.
         copies: (prefix, names) of nodes of the main graph that passes copied.
         object_based: whether it has an object graph, as TensorFlow 2 writes it; TensorFlow 1's has collections.
+        owned: concrete functions that belong to captured objects which are no variables, as those that fill a table
+            do, by the object's number.
         constants: the main graph's nodes of captured constants, by their number in the object graph.
         op_defs: op definitions that the model brings for ops that may not be registered here.
         gradients: what differentiates each kind of op that has a gradient of its own.
         values: what the source's checkpoint holds, by key; read when it is asked for.
+        assigned: what is to be saved in place of that, by key.
         source: what `rewriter.savedmodel` needs to write the model again; nothing else looks into it.
     """
 
@@ -270,10 +277,12 @@ class Model:
     collections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     copies: tuple[tuple[str, tuple[str, ...]], ...] = ()
     object_based: bool = True
+    owned: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
     constants: Mapping[int, str] = field(default_factory=dict)
     gradients: Mapping[str, Gradient] = field(default_factory=dict, compare=False)
     op_defs: Attrs = field(default_factory=dict, compare=False, repr=False)
     values: Callable[[str], Any] | None = field(default=None, compare=False, repr=False)
+    assigned: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     source: Any = field(default=None, compare=False, repr=False)
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     _graph_memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared by its successors
@@ -299,7 +308,7 @@ class Model:
         return f"{name}/.ATTRIBUTES/VARIABLE_VALUE" if self.object_based else name
 
     def value_of(self, key: str) -> Any:
-        """The value of a variable, as the source's checkpoint or the pass that added it has it; a NumPy array.
+        """The value of a variable, as a pass or else the source's checkpoint has it; a NumPy array.
 
         Raises:
             Error: it cannot be read.
@@ -307,6 +316,8 @@ class Model:
         variable = self.variables[key]
         if variable.initial is not None:
             return variable.initial
+        if key in self.assigned:
+            return self.assigned[key]
         if self.values is None:
             raise Error(f"the model brings no value of {variable.name}")
         return self.values(key)

@@ -74,6 +74,10 @@ PROXY = "_bnqat"
 loads and saves a model again, on nodes but not on functions."""
 
 
+PART = "_bnqat_part"
+"""Attribute of a node inside a quantiser: which part of the arithmetic it computes, by its name in `passes.parts`."""
+
+
 def forwarded(node: Node, port: int) -> Value | None:
     """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
     if PROXY in node.attrs:

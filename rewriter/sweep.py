@@ -24,7 +24,7 @@ def sweep(model: Model, edits: Iterable[Sweep]) -> Model:
 
 
 def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
-    uses = Counter(name for node in graph.nodes.values() for name in _needed(node))
+    uses = Counter(name for node in graph.nodes.values() for name in needed_by(node))
     uses.update(r.value.node for r in graph.results)
     uses.update(e.node for e in graph.effects)
     if graph.name == MAIN:
@@ -35,12 +35,12 @@ def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
         name = waiting.pop()
         if name in nodes and not uses[name] and _removable(model, nodes[name]):
             node = nodes.pop(name)
-            uses.subtract(_needed(node))
+            uses.subtract(needed_by(node))
             waiting += (v.node for v in node.inputs)  # what others only wait for is a conditional's pivot, or an effect
     return replace(graph, nodes=nodes) if len(nodes) < len(graph.nodes) else graph
 
 
-def _needed(node: Node) -> Iterator[str]:
+def needed_by(node: Node) -> Iterator[str]:
     """The nodes that a node names: inputs, control inputs, and those that it is placed beside."""
     yield from (v.node for v in node.inputs)
     yield from node.after

@@ -7,7 +7,7 @@ with MergeV2Checkpoints, which moves data files and writes one index.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,10 +96,12 @@ def _require_shards(prefix: Path) -> None:
         raise Error(f"the checkpoint {prefix} lacks at least one of its .data files")
 
 
-def copy(source: Checkpoint | None, target: Path, changed: Mapping[str, Any]) -> None:
+def copy(
+    source: Checkpoint | None, target: Path, changed: Mapping[str, Any], keys: Collection[str] | None = None
+) -> None:
     """Write `source` to the prefix `target` with the tensors of `changed` replaced or added.
 
-    Where there is no source, these are all.
+    Where there is no source, these are all. With `keys`, only they are taken from the source.
 
     Raises:
         Error: a tensor cannot be read, or the files cannot be written.
@@ -122,7 +124,8 @@ def copy(source: Checkpoint | None, target: Path, changed: Mapping[str, Any]) ->
     try:
         with tf.device("cpu:0"):
             if source is not None:
-                for group in source.groups(set(changed)):
+                skip = set() if keys is None else set(source.shapes) - set(keys)
+                for group in source.groups(skip | set(changed)):
                     save(dict(zip(group, _read(source, group), strict=True)))
             if changed:
                 save({k: tf.constant(v) for k, v in sorted(changed.items())})

@@ -18,7 +18,7 @@ from rewriter import ops
 from rewriter.dataflow import Argument, call_graph, follow
 from rewriter.draft import Draft
 from rewriter.expr import Use, handle, op, read
-from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Value, Variable
+from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Spec, Value, Variable
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
@@ -58,31 +58,56 @@ def _only(graph: Graph, op_name: str) -> Node:
     return found[0]
 
 
-def _strings(graph: Graph, value: Value) -> list[bytes]:
+def strings(graph: Graph, value: Value) -> list[bytes]:
+    """What a constant list of strings holds."""
     array: np.ndarray = tensor_util.MakeNdarray(graph.nodes[value.node].attrs["value"].tensor)
     return list(array.ravel())
 
 
-def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]:
-    """What each captured object is in the main graph: by its calls of concrete functions, and by the saver."""
+def bound_values(model: Model) -> dict[str | int, Value]:
+    """What each captured object is in the main graph, by its calls of concrete functions."""
     main = model.graphs[MAIN]
     found: dict[str | int, Value] = {}
     for call in model.analysis(call_graph).calls.get(MAIN, []):
         entry = model.entries.get(call.callee)
         if entry is not None:
             found.update(zip(entry.captures, main.nodes[call.node].inputs[len(entry.inputs) :], strict=False))
-    if saver is None:
-        return found
-    restore = model.graphs[saver.restore]
+    return found
+
+
+def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]:
+    """What each captured object is in the main graph: by its calls of concrete functions, and by the saver."""
+    main = model.graphs[MAIN]
+    found = bound_values(model)
+    if saver is not None:
+        passed = main.nodes[saver.restore_node].inputs
+        found.update((key, passed[position]) for key, position in restored(model, model.graphs[saver.restore]).items())
+    return found
+
+
+def restored(model: Model, restore: Graph) -> dict[str, int]:
+    """The argument that each tensor of the checkpoint is assigned to, by position, where it is a plain variable's."""
     node = _only(restore, "RestoreV2")
-    keys = _strings(restore, node.inputs[1])
-    passed = main.nodes[saver.restore_node].inputs
+    keys = strings(restore, node.inputs[1])
+    found = {}
     for assign in restore.nodes.values():
         if assign.op == "AssignVariableOp":
             resource = follow(model, restore, assign.inputs[0])
             port = _restored_port(restore, assign.inputs[1], node.name)
             if isinstance(resource, Argument) and port is not None:
-                found[keys[port].decode()] = passed[resource.position]
+                found[keys[port].decode()] = resource.position
+    return found
+
+
+def saved(model: Model, save: Graph) -> dict[str, int]:
+    """The argument whose value each tensor of the checkpoint is, by position."""
+    found = {}
+    for node in save.nodes.values():
+        if node.op == "SaveV2":
+            for key, value in zip(strings(save, node.inputs[1]), node.inputs[3:], strict=True):
+                origin = follow(model, save, value)
+                if isinstance(origin, Argument):
+                    found[key.decode()] = origin.position
     return found
 
 
@@ -124,7 +149,7 @@ def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
 def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes) -> None:
     """A V1 session that saves again writes the object graph that the main graph holds as a constant."""
     node = _only(save, "SaveV2")
-    keys = _strings(save, node.inputs[1])
+    keys = strings(save, node.inputs[1])
     if OBJECT_GRAPH_KEY.encode() not in keys:
         return
     source = save.nodes[node.inputs[3 + keys.index(OBJECT_GRAPH_KEY.encode())].node]
@@ -133,10 +158,10 @@ def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes
         main.set_attr(value.node, "value", ops.attr(np.array(trackables, dtype=object)))
 
 
-def _more_strings(draft: Draft, value: Value, strings: list[str]) -> None:
+def _more_strings(draft: Draft, value: Value, added: list[str]) -> None:
     """Extend a constant list of strings; its shape attribute would be stale."""
-    old = _strings(draft.graph, value)
-    array = np.array([*old, *(s.encode() for s in strings)], dtype=object)
+    old = strings(draft.graph, value)
+    array = np.array([*old, *(s.encode() for s in added)], dtype=object)
     draft.set_attr(value.node, "value", ops.attr(array))
     draft.set_attr(value.node, "_output_shapes", None)
 
@@ -174,12 +199,19 @@ def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
 
 def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapping[str | int, Value]) -> Node:
     """A call of a new signature's function, with a placeholder for each input."""
-    signature = model.signature_of(endpoint.like)
     entry = model.entries[endpoint.function]
-    like = next(main.graph.nodes[c.node] for c in model.analysis(call_graph).calls[MAIN] if c.callee == signature.entry)
+    like = Node(f"{name}_call", "StatefulPartitionedCall")
+    given = [_placeholder(spec) for spec in entry.inputs]
+    keywords = tuple(spec.name for spec in entry.inputs)
+    if not endpoint.inputs:
+        signature = model.signature_of(endpoint.like)
+        calls = model.analysis(call_graph).calls[MAIN]
+        like = next(main.graph.nodes[c.node] for c in calls if c.callee == signature.entry)
+        keywords = signature.inputs
+        given = [main.graph.nodes[v.node] for v in like.inputs[: len(keywords)]]
     inputs = []
-    for keyword, value in zip(signature.inputs, like.inputs, strict=False):
-        placeholder = replace(main.graph.nodes[value.node], name=main.mint(f"{name}_{keyword}"))
+    for keyword, node in zip(keywords, given, strict=True):
+        placeholder = replace(node, name=main.mint(f"{name}_{keyword}"))
         main.set_node(placeholder)
         inputs.append(Value(placeholder.name))
     for capture in entry.captures:
@@ -188,8 +220,14 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
         inputs.append(values[capture])
     graph = model.graphs[endpoint.function]
     types = ops.attr([ops.Dtype(ops.dtype_name(graph.nodes[a].attrs["T"].type)) for a in graph.arguments])
-    attrs = {"Tin": types, "f": ops.attr(ops.Func(endpoint.function)), "_read_only_resource_inputs": None}
+    results = ops.attr([ops.Dtype(result.dtype) for result in graph.results])
+    attrs = {"Tin": types, "Tout": results, "f": ops.attr(ops.Func(endpoint.function))}
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
-    call = call.with_attrs(**attrs)
+    call = call.with_attrs(**attrs, _read_only_resource_inputs=None)
     main.set_node(call)
     return call
+
+
+def _placeholder(spec: Spec) -> Node:
+    shape = {} if spec.shape is None else {"shape": ops.shape_attr(spec.shape)}
+    return Node(spec.name, "Placeholder", attrs={"dtype": ops.dtype_attr(spec.dtype), **shape})

@@ -7,7 +7,7 @@ checkpoint has an object graph of its own, which numbers its nodes as the SavedM
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tensorflow.core.protobuf import saved_object_graph_pb2, struct_pb2
@@ -65,11 +65,11 @@ def _paths(objects: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for child in objects.nodes[0].children:
         node = objects.nodes[child.node_id]
-        for name in _functions_of(node):
+        for name in functions_of(node):
             found.setdefault(name, []).append(child.local_name)
         if node.WhichOneof("kind") == "user_object" and node.user_object.identifier == "signature_map":
             for signature in node.children:
-                for name in _functions_of(objects.nodes[signature.node_id]):
+                for name in functions_of(objects.nodes[signature.node_id]):
                     found.setdefault(name, []).append(f"{child.local_name}.{signature.local_name}")
     return found
 
@@ -90,11 +90,38 @@ def object_paths(objects: Any) -> dict[int, str]:
 def held_functions(objects: Any) -> Iterator[tuple[str, str]]:
     """(path, function) of every concrete function that an object holds."""
     for number, path in object_paths(objects).items():
-        for name in _functions_of(objects.nodes[number]):
+        for name in functions_of(objects.nodes[number]):
             yield path, name
 
 
-def _functions_of(node: Any) -> list[str]:
+def belongings(objects: Any, number: int) -> set[int]:
+    """A captured object, and all that belongs to it, by their numbers."""
+    found: set[int] = set()
+    waiting = [number]
+    while waiting:
+        each = waiting.pop()
+        if each not in found:
+            found.add(each)
+            node = objects.nodes[each]
+            waiting += [c.node_id for c in node.children]
+            for saveable in node.saveable_objects.values():
+                waiting += [saveable.save_function, saveable.restore_function]
+    return found
+
+
+def owned(objects: Any) -> dict[int, tuple[str, ...]]:
+    """The concrete functions that belong to captured objects which are no variables, by the object's number."""
+    captured = {n for f in objects.concrete_functions.values() for n in f.bound_inputs}
+    found = {}
+    for number in sorted(captured):
+        if objects.nodes[number].WhichOneof("kind") != "variable":
+            names = [f for n in sorted(belongings(objects, number)) for f in functions_of(objects.nodes[n])]
+            found[number] = tuple(dict.fromkeys(names))
+    return found
+
+
+def functions_of(node: Any) -> list[str]:
+    """The concrete functions that an object is, or holds."""
     kind = node.WhichOneof("kind")
     if kind == "function":
         return list(node.function.concrete_functions)
@@ -271,15 +298,23 @@ class Additions:
 
     def _signature(self, endpoint: Endpoint) -> int:
         """A function called with keywords, which gives a dict of outputs."""
-        like = self.model.signature_of(endpoint.like)
         concrete = self.objects.concrete_functions[endpoint.function]
-        concrete.CopyFrom(self.objects.concrete_functions[endpoint.like])
+        if endpoint.inputs:
+            entry = self.model.entries[endpoint.function]
+            keywords = [s.name for s in entry.inputs]
+            signature = concrete.canonicalized_input_signature.tuple_value.values
+            signature.add().tuple_value.SetInParent()
+            signature.add().CopyFrom(_keyed(entry.inputs))
+            concrete.output_signature.CopyFrom(_keyed(entry.outputs))
+        else:
+            keywords = list(self.model.signature_of(endpoint.like).inputs)
+            concrete.CopyFrom(self.objects.concrete_functions[endpoint.like])
         number = self._new()
         bare = self.objects.nodes[number].bare_concrete_function
         bare.concrete_function_name = endpoint.function
-        bare.argument_keywords.extend(like.inputs)
-        bare.allowed_positional_arguments = 1 if len(like.inputs) == 1 else 0
-        bare.function_spec.CopyFrom(_function_spec([], list(like.inputs)))
+        bare.argument_keywords.extend(keywords)
+        bare.allowed_positional_arguments = 1 if len(keywords) == 1 else 0
+        bare.function_spec.CopyFrom(_function_spec([], keywords))
         return number
 
 
@@ -293,6 +328,15 @@ def _tensor(spec: Spec) -> Any:
         value.tensor_spec_value.shape.SetInParent()
         for size in spec.shape:
             value.tensor_spec_value.shape.dim.add().size = size
+    return value
+
+
+def _keyed(specs: Sequence[Spec]) -> Any:
+    """A dict of tensors by their names."""
+    value = struct_pb2.StructuredValue()
+    value.dict_value.SetInParent()
+    for spec in specs:
+        value.dict_value.fields[spec.name].CopyFrom(_tensor(spec))
     return value
 
 

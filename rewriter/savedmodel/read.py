@@ -16,7 +16,7 @@ from rewriter.savedmodel import v1
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
-from rewriter.savedmodel.objects import read_entries, read_variables
+from rewriter.savedmodel.objects import owned, read_entries, read_variables
 from rewriter.savedmodel.staging import require_model
 
 INIT_SIGNATURE = "__saved_model_init_op"
@@ -97,12 +97,13 @@ def _of_objects(model: Model, meta: Any) -> Model:
         model,
         variables={v.key: v for v in numbered.values()},
         entries=read_entries(meta.object_graph_def, model.graphs, numbered),
-        signatures=_signatures(meta, model.graphs[MAIN]),
+        signatures=signatures_of(meta, model.graphs[MAIN]),
         constants={
             n: node.constant.operation
             for n, node in enumerate(meta.object_graph_def.nodes)
             if node.WhichOneof("kind") == "constant"
         },
+        owned=owned(meta.object_graph_def),
         root_names=frozenset(c.local_name for c in meta.object_graph_def.nodes[0].children),
         source=replace(model.source, numbers={v.key: n for n, v in numbered.items()}),
     )
@@ -155,7 +156,7 @@ def checkpoint_in(path: Path) -> Checkpoint | None:
     return Checkpoint(prefix) if prefix.parent.is_dir() and any(prefix.parent.iterdir()) else None
 
 
-def _signatures(meta: Any, main: Graph) -> dict[str, Signature]:
+def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
     """The signatures that a single function computes, with input names in the order of its arguments."""
     concrete = set(meta.object_graph_def.concrete_functions)
     found = {}

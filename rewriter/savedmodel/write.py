@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from google.protobuf import text_format
-from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
+from tensorflow.core.framework import function_pb2
+from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2, trackable_object_graph_pb2
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Endpoint, Model, Node
+from rewriter.dataflow import call_graph
+from rewriter.ir import ARG, MAIN, Endpoint, Model, Node, Spec, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions
-from rewriter.savedmodel.read import Source, checkpoint_in, interpreted
+from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
+from rewriter.savedmodel.shrink import checkpoint_keys, shrink_meta, shrink_objects, shrink_saver
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
@@ -25,6 +28,7 @@ KERAS_PREFIX = "_tf_keras_"
 KERAS_METADATA = "keras_metadata.pb"
 FINGERPRINT = "fingerprint.pb"
 EXTRA = "assets.extra"
+PREDICT = "tensorflow/serving/predict"
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def save(
     target = Path(target)
     refuse_overlap(source.path, target)
     with staged(target, overwrite) as directory:
-        changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
+        changed = bool(model.attributes or model.assigned) or any(model.graphs.get(n) is not g for n, (g, _) in source.protos.items())
         changed = changed or len(model.graphs) != len(source.protos)
         written, changes = _lower(model) if changed else (model, [])
         proto, trackables = written.source.proto, written.source.trackables
@@ -77,7 +81,8 @@ def save(
             shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
         if changed and (source.checkpoint is not None or _added(model)):
             prefix = directory / "variables" / "variables"
-            checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables))
+            keys = checkpoint_keys(trackables) if _shrunk(model) else None
+            checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables), keys)
         if log is not None:
             extra = directory / EXTRA
             extra.mkdir(exist_ok=True)
@@ -112,11 +117,18 @@ def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:
         tensors[main_graph.OBJECT_GRAPH_KEY] = trackables.SerializeToString(deterministic=True)
     for variable in _added(model):
         tensors[variable.key] = np.asarray(variable.initial, dtype=variable.dtype)
-    return tensors
+    return tensors | dict(model.assigned)
 
 
 def _added(model: Model) -> list[Any]:
     return [v for v in model.variables.values() if v.initial is not None]
+
+
+def _shrunk(model: Model) -> bool:
+    """Whether the model has fewer concrete functions or variables than its source."""
+    source: Source = model.source
+    functions = set(source.proto.meta_graphs[source.index].object_graph_def.concrete_functions)
+    return not (model.entries.keys() >= functions and model.variables.keys() >= source.numbers.keys())
 
 
 def _lower(model: Model) -> tuple[Model, list[str]]:
@@ -133,18 +145,26 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         return replace(extended, source=replace(source, proto=proto)), []
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     trackables.CopyFrom(source.trackables)
+    shrunk = _shrunk(model)
+    if shrunk:
+        model = shrink_objects(model, meta.object_graph_def, trackables)
+        model = shrink_saver(model, meta.saver_def, checkpoint_keys(trackables))
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
         if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
-    Additions(model, meta.object_graph_def, trackables, source.numbers).add()
+    Additions(model, meta.object_graph_def, trackables, model.source.numbers).add()
     changes = make_loadable(meta.object_graph_def, trackables)
     model, calls = main_graph.extend(
         model, meta.saver_def, _added(model), trackables.SerializeToString(deterministic=True)
     )
     _write_graphs(model, meta)
+    if shrunk:
+        held = signatures_of(source.proto.meta_graphs[source.index], source.protos[MAIN][0])
+        gone = held.keys() - model.signatures.keys()
+        shrink_meta(meta, model.graphs[MAIN], gone)
     for name, call in calls.items():
         _write_signature(model, meta, name, call)
-    return replace(model, source=replace(source, proto=proto, trackables=trackables)), changes
+    return replace(model, source=replace(model.source, proto=proto, trackables=trackables)), changes
 
 
 def make_loadable(objects: Any, trackables: Any) -> list[str]:
@@ -213,6 +233,16 @@ def _write_graphs(model: Model, meta: Any) -> None:
     meta.meta_info_def.stripped_op_list.op.sort(key=lambda o: o.name)
 
 
+def library(model: Model, functions: Collection[str]) -> Any:
+    """Some functions of a model, and those that they call, as a ``FunctionDefLibrary``."""
+    calls = model.analysis(call_graph)
+    find = _definitions(model, model.source.proto.meta_graphs[model.source.index])
+    found = function_pb2.FunctionDefLibrary()
+    for name in sorted(frozenset().union(*(calls.reached(f) for f in functions))):
+        found.function.append(write_function(model.graphs[name], find))
+    return found
+
+
 def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
     """Definitions for writing: of registered ops, and of the model's functions by their results."""
     find = definitions(meta.graph_def.library, model.op_defs)
@@ -231,10 +261,28 @@ def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
 
 def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
     """A SignatureDef like the one whose inputs and outputs it has, on the new call's tensors."""
-    like = model.signature_of(model.new_signatures[name].like)
+    endpoint = model.new_signatures[name]
     signature = meta.signature_def[name]
+    if endpoint.inputs:
+        entry = model.entries[endpoint.function]
+        for spec, value in zip(entry.inputs, call.inputs, strict=False):
+            signature.inputs[spec.name].CopyFrom(_tensor_info(spec, value))
+        for port, spec in enumerate(entry.outputs):
+            signature.outputs[spec.name].CopyFrom(_tensor_info(spec, Value(call.name, port)))
+        signature.method_name = PREDICT
+        return
+    like = model.signature_of(endpoint.like)
     signature.CopyFrom(meta.signature_def[like.name])
     for keyword, value in zip(like.inputs, call.inputs, strict=False):
         signature.inputs[keyword].name = f"{value.node}:0"
     for tensor in signature.outputs.values():
         tensor.name = f"{call.name}:{tensor.name.partition(':')[2]}"
+
+
+def _tensor_info(spec: Spec, value: Value) -> Any:
+    info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=ops.dtype_number(spec.dtype))
+    if spec.shape is None:
+        info.tensor_shape.unknown_rank = True
+    else:
+        info.tensor_shape.CopyFrom(ops.shape_attr(spec.shape).shape)
+    return info

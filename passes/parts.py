@@ -1,0 +1,41 @@
+"""Parts of a quantiser's arithmetic that its nodes are marked with, so that they can be found where nothing else is known.
+
+TensorFlow keeps attributes of nodes when a user loads and saves a model again, but gives functions and arguments other
+names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from rewriter import ops
+from rewriter.expr import Apply, Expr
+
+AMOUNT = "amount"
+"""How much of the quantised value there is in the result, float32 scalar."""
+
+WIDTH = "width"
+"""A comparison whose first input is the width in force, int32."""
+
+CODE = "code"
+"""The codes of the values, whole numbers in a float dtype."""
+
+SCALE = "scale"
+"""The distance of two levels."""
+
+ZERO_POINT = "zero_point"
+"""The code of zero, a whole number in a float dtype."""
+
+ORIGIN = "origin"
+"""The level of code 0, in the coordinate in which levels are equally spaced."""
+
+
+def part(name: str, value: Expr) -> Expr:
+    """An expression whose node is marked as this part.
+
+    Raises:
+        AssertionError: it has no node of its own.
+    """
+    if not isinstance(value, Apply):
+        raise AssertionError(f"{name} is not what an op computes")
+    return replace(value, attrs={**value.attrs, ops.PART: ops.attr(name)})

@@ -1,0 +1,152 @@
+"""What the quantisers of a model make of the values that its variables hold: only they are computed, nothing else."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from passes.entries import running_from
+from passes.parts import AMOUNT, CODE, ORIGIN, SCALE, WIDTH, ZERO_POINT
+from passes.sites import TAG
+from rewriter import ops
+from rewriter.evaluation import evaluated
+from rewriter.ir import Error, Model, Value
+from rewriter.terms import PORT, VARIABLE, Bound, Term, Terms
+
+PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN)
+
+
+class Quantized(NamedTuple):
+    """What one quantiser makes of one value.
+
+    Attributes:
+        graph, node: where the quantiser is.
+        way: which of several ways to call its function this is.
+        tag: what the rewrite said of it.
+        variable: the key of the variable that it quantises; "" where it is none's value.
+        value: the quantised value, of the variable's dtype and shape [C]; as `start_step` and ramp would have it when
+            they are over.
+        raw: the value before, likewise.
+        bits: the width in force; 0 where the value passes as it is.
+        parts: the codes [C], scale, zero point and origin of the arithmetic, as far as the scheme has them.
+    """
+
+    graph: str
+    node: str
+    way: Bound
+    tag: Mapping[str, Any]
+    variable: str
+    value: np.ndarray
+    raw: np.ndarray
+    bits: int
+    parts: Mapping[str, np.ndarray]
+
+
+def tagged(model: Model) -> tuple[tuple[str, str], ...]:
+    """(graph, node) of all quantisers."""
+    return tuple((g.name, n.name) for g in model.graphs.values() for n in g.nodes.values() if TAG in n.attrs)
+
+
+def quantized_values(model: Model) -> tuple[Quantized, ...]:
+    """What the quantisers make of variables, in every function that can run.
+
+    Raises:
+        Error: a quantiser depends on what is only known while the model runs, or computes with ops that are not known
+            to be harmless.
+    """
+    return _values(model, trust=False)
+
+
+def trusted_values(model: Model) -> tuple[Quantized, ...]:
+    """The same, whatever ops the quantisers compute with."""
+    return _values(model, trust=True)
+
+
+def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
+    terms = Terms(model)
+    found = list(_found(model, terms))
+    wanted: dict[Term, None] = {}
+    for each in found:
+        wanted |= dict.fromkeys((each.value, each.raw, each.width, *(t for t, _ in each.parts.values())))
+    # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
+    amounts = {t: np.array(1, np.float32) for w in wanted for t in w.cone() if _part(t) == AMOUNT}
+    values = dict(zip(wanted, evaluated(model, list(wanted), amounts, trust=trust), strict=True))
+    return tuple(each.known(values) for each in found)
+
+
+class _Terms(NamedTuple):
+    """A quantiser's terms; of each part, the term and the row of it that counts (-1: there is but one)."""
+
+    graph: str
+    node: str
+    way: Bound
+    tag: Mapping[str, Any]
+    value: Term
+    raw: Term
+    width: Term
+    row: int
+    parts: Mapping[str, tuple[Term, int]]
+
+    def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
+        """What was computed."""
+        parts = {name: values[t] if row < 0 else values[t][row] for name, (t, row) in self.parts.items()}
+        bits = int(np.ravel(values[self.width])[max(self.row, 0)])
+        return Quantized(
+            self.graph,
+            self.node,
+            self.way,
+            self.tag,
+            _variable(self.raw),
+            values[self.value],
+            values[self.raw],
+            bits,
+            parts,
+        )
+
+
+def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
+    reached = frozenset().union(*(running_from(model, name) for name in model.entries))
+    for name, node in tagged(model):
+        if name in reached:
+            tag = json.loads(model.graphs[name].nodes[node].attrs[TAG].s)
+            raw = model.graphs[name].nodes[node].inputs[-1]
+            for way in terms.ways(name, [Value(node)]):
+                yield _terms(name, node, way, tag, terms.on(name, Value(node), way), terms.on(name, raw, way))
+
+
+def _terms(graph: str, node: str, way: Bound, tag: Mapping[str, Any], value: Term, raw: Term) -> _Terms:
+    """The parts of a quantised value's arithmetic; of a row of several values, those of the row."""
+    row = -1
+    whole = value
+    if value.op in ("Unpack", PORT):
+        row = value.port
+        whole = value.inputs[0].inputs[0] if value.op == PORT else value.inputs[0]
+    parts: dict[str, tuple[Term, int]] = {}
+    width = None
+    for term in whole.cone():
+        name = _part(term)
+        if name == WIDTH and width is None:
+            width = term.inputs[0]
+        if name in PARTS:
+            parts.setdefault(name, (term, row))
+    if width is None:
+        raise Error(
+            f"{node} in {graph} is marked as a quantiser, and is none of this version's; rewrite the float model again"
+        )
+    return _Terms(graph, node, way, tag, value, raw, width, row, parts)
+
+
+def _part(term: Term) -> str:
+    found = term.attrs.get(ops.PART)
+    return "" if found is None else found.s.decode()
+
+
+def _variable(raw: Term) -> str:
+    """The variable whose values these are, in this shape or another."""
+    while raw.op in ops.VIEWS:
+        raw = raw.inputs[0]
+    read = raw.op == "ReadVariableOp" and raw.inputs[0].op == VARIABLE
+    return raw.inputs[0].of if read else ""

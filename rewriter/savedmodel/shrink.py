@@ -1,0 +1,182 @@
+"""Both object graphs, the saver and the signatures without what a model no longer has.
+
+What stays below the root: its functions and signatures that are left, the variables and resources that these bind, and
+whatever belongs to such a resource, such as the functions that fill a table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Any
+
+import networkx as nx
+import numpy as np
+
+from rewriter import ops
+from rewriter.dataflow import Argument, follow
+from rewriter.ir import MAIN, Graph, Model, Value, unused
+from rewriter.prune import prune, without_orphans
+from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY, bound_values, find_saver, restored, saved, strings
+from rewriter.savedmodel.objects import belongings, functions_of
+
+
+def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
+    """Take out of both object graphs what the model does not need.
+
+    Returns:
+        The model, with the objects' new numbers.
+    """
+    numbers = model.source.numbers
+    while len(trackables.nodes) < len(objects.nodes):
+        trackables.nodes.add()
+    for name in set(objects.concrete_functions) - set(model.entries):
+        del objects.concrete_functions[name]
+    held = {c for entry in model.entries.values() for c in entry.captures}
+    captured = {c for c in held if isinstance(c, int)} | {n for key, n in numbers.items() if key in held}
+    kept = {0}.union(*(belongings(objects, number) for number in captured))
+    left = {n for n, node in enumerate(objects.nodes) if not model.entries.keys().isdisjoint(functions_of(node))}
+    for child in objects.nodes[0].children:
+        node = objects.nodes[child.node_id]
+        if child.node_id in left or node.user_object.identifier == "signature_map":
+            kept |= {child.node_id, *(left & {c.node_id for c in node.children})}
+    moved = {old: new for new, old in enumerate(sorted(kept))}
+    for graph in (objects, trackables):
+        _keep_nodes(graph, moved)
+    for node in objects.nodes:
+        if node.WhichOneof("kind") == "function":
+            names = [n for n in node.function.concrete_functions if n in model.entries]
+            del node.function.concrete_functions[:]
+            node.function.concrete_functions.extend(names)
+    _hold(objects, trackables, sorted(moved[n] for n in captured))
+    entries = {
+        name: replace(entry, captures=tuple(c if isinstance(c, str) else moved[c] for c in entry.captures))
+        for name, entry in model.entries.items()
+    }
+    return replace(
+        model,
+        entries=entries,
+        constants={moved[n]: node for n, node in model.constants.items() if n in moved},
+        source=replace(model.source, numbers={key: moved[n] for key, n in numbers.items() if n in moved}),
+    )
+
+
+def _keep_nodes(graph: Any, moved: Mapping[int, int]) -> None:
+    nodes = [graph.nodes[old] for old in moved]
+    kept = [type(node).FromString(node.SerializeToString(deterministic=True)) for node in nodes]
+    del graph.nodes[:]
+    for node in kept:
+        for name in {"children", "dependencies"} & set(node.DESCRIPTOR.fields_by_name):
+            links = [link for link in getattr(node, name) if link.node_id in moved]
+            for link in links:
+                link.node_id = moved[link.node_id]
+            node.ClearField(name)
+            getattr(node, name).extend(links)
+        node.ClearField("slot_variables")
+        for saveable in getattr(node, "saveable_objects", {}).values():  # the checkpoint's object graph has none
+            saveable.save_function = moved[saveable.save_function]
+            saveable.restore_function = moved[saveable.restore_function]
+        graph.nodes.append(node)
+
+
+def _hold(objects: Any, trackables: Any, captured: list[int]) -> None:
+    """Let the root hold what functions capture; else nothing keeps it alive when the model is loaded."""
+    names = {c.local_name for c in objects.nodes[0].children}
+    for hint, kinds in (("variables", True), ("resources", False)):
+        wanted = [n for n in captured if (objects.nodes[n].WhichOneof("kind") == "variable") is kinds]
+        if wanted:
+            user = objects.nodes.add().user_object
+            trackables.nodes.add()
+            user.identifier = "trackable_list_wrapper"
+            user.version.producer = user.version.min_consumer = 1
+            name = unused(hint, names)
+            for graph in (objects, trackables):
+                number = len(graph.nodes) - 1
+                graph.nodes[0].children.add(node_id=number, local_name=name)
+                for index, each in enumerate(wanted):
+                    graph.nodes[number].children.add(node_id=each, local_name=str(index))
+
+
+def checkpoint_keys(trackables: Any) -> set[str]:
+    """The tensors of a checkpoint that its object graph names."""
+    return {a.checkpoint_key for node in trackables.nodes for a in node.attributes}
+
+
+def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
+    """The model whose saver knows these tensors alone.
+
+    A variable that an export holds twice has two resources in the main graph; that which concrete functions are given
+    is the one to save and to restore then.
+    """
+    saver = find_saver(model, saver_def)
+    if saver is None:
+        return model
+    wanted = {OBJECT_GRAPH_KEY.encode(), *(key.encode() for key in keys)}
+    save = _shorter(model, model.graphs[saver.save], wanted)
+    restore = _shorter(model, model.graphs[saver.restore], wanted)
+    nodes = dict(model.graphs[MAIN].nodes)
+    for call, positions in ((saver.save_node, saved(model, save)), (saver.restore_node, restored(model, restore))):
+        inputs = list(nodes[call].inputs)
+        for key, value in bound_values(model).items():
+            if isinstance(key, str) and key in positions:
+                inputs[positions[key]] = value
+        nodes[call] = replace(nodes[call], inputs=tuple(inputs))
+    main = replace(model.graphs[MAIN], nodes=nodes)
+    before = [v.node for call in (saver.save_node, saver.restore_node) for v in model.graphs[MAIN].nodes[call].inputs]
+    main = without_orphans(model, main, before)
+    return prune(replace(model, graphs={**model.graphs, MAIN: main, saver.save: save, saver.restore: restore}))
+
+
+def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
+    """A function that saves or restores, without the tensors that are not wanted and what only they needed."""
+    nodes = dict(graph.nodes)
+    dropped: set[Value] = set()
+    ports: dict[Value, Value] = {}
+    for node in graph.nodes.values():
+        if node.op not in ("SaveV2", "RestoreV2"):
+            continue
+        names = strings(graph, node.inputs[1])
+        stays = [i for i, name in enumerate(names) if name in wanted]
+        goes = [i for i, name in enumerate(names) if name not in wanted]
+        for position in (1, 2):
+            old = nodes[node.inputs[position].node]
+            texts = strings(graph, node.inputs[position])
+            text = np.array([texts[i] for i in stays], dtype=object)
+            nodes[old.name] = old.with_attrs(value=ops.attr(text), _output_shapes=None)
+        types = type(node.attrs["dtypes"])()
+        types.list.type.extend(node.attrs["dtypes"].list.type[i] for i in stays)
+        tensors = node.inputs[3:]
+        inputs = (*node.inputs[:3], *(tensors[i] for i in stays if tensors))
+        nodes[node.name] = replace(node.with_attrs(dtypes=types, _output_shapes=None), inputs=inputs)
+        if node.op == "SaveV2":
+            held = {follow(model, graph, tensors[i]) for i in stays}
+            freed = {follow(model, graph, tensors[i]) for i in goes} - held
+            dropped |= {Value(graph.arguments[o.position]) for o in freed if isinstance(o, Argument)}
+        else:
+            dropped |= {Value(node.name, i) for i in goes}
+            ports |= {Value(node.name, old): Value(node.name, new) for new, old in enumerate(stays)}
+    dead = _following(replace(graph, nodes=nodes), dropped)
+    left = {}
+    for node in nodes.values():
+        if node.name not in dead:
+            inputs = tuple(ports.get(v, v) for v in node.inputs)
+            left[node.name] = replace(node, inputs=inputs, after=tuple(a for a in node.after if a not in dead))
+    return replace(graph, nodes=left, effects=tuple(e for e in graph.effects if e.node not in dead))
+
+
+def _following(graph: Graph, values: Collection[Value]) -> set[str]:
+    """The nodes that these values reach."""
+    digraph: nx.DiGraph[str] = nx.DiGraph()
+    digraph.add_nodes_from(graph.nodes)
+    digraph.add_edges_from((v.node, node.name) for node in graph.nodes.values() for v in node.inputs)
+    first = {node.name for node in graph.nodes.values() if not set(values).isdisjoint(node.inputs)}
+    return first.union(*(nx.descendants(digraph, name) for name in first))
+
+
+def shrink_meta(meta: Any, main: Graph, signatures: Collection[str]) -> None:
+    """Take signatures out of a meta graph, and assets whose nodes are gone."""
+    for name in signatures:
+        del meta.signature_def[name]
+    assets = [a for a in meta.asset_file_def if a.tensor_info.name.partition(":")[0] in main.nodes]
+    del meta.asset_file_def[:]
+    meta.asset_file_def.extend(assets)

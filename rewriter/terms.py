@@ -1,0 +1,182 @@
+"""Values as terms: what they are computed from, through all calls, up to variables and constants.
+
+A value of a function stands for another term on each way to call it. Equal terms are one object, so that functions
+which compute the same from the same variables give the same term.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter import ops
+from rewriter.dataflow import VARIABLES, VariableKey, call_graph, origins
+from rewriter.ir import ARG, MAIN, Attrs, Error, Graph, Model, Node, Value
+
+VARIABLE = "variable"
+"""Op of a term that is a variable's resource; `of` is its key."""
+
+UNKNOWN = "unknown"
+"""Op of a term that a caller of the model, or a loop, supplies; `of` says which."""
+
+SAME = frozenset({"Identity", "StopGradient", "PreventGradient", "Snapshot"})
+"""Ops whose output is their only input."""
+
+PORT = "port"
+"""Op of a term that is another output of its input than the first: `port` says which."""
+
+DEEP = 400
+"""Terms that are nested deeper than this are not followed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """The first output of an op on other terms; or another output of it, with the op `PORT` and the op's term as input.
+
+    Attributes:
+        of: the key of a variable, or what is unknown.
+        attrs: the op's attributes, as in the graph.
+        node: (graph, node) of where it was first met.
+    """
+
+    op: str
+    inputs: tuple[Term, ...] = ()
+    port: int = 0
+    of: str = ""
+    attrs: Attrs = field(default_factory=dict)
+    node: tuple[str, str] = ("", "")
+
+    def cone(self) -> Iterator[Term]:
+        """This term and all that it is computed from, the nearest first."""
+        seen = {self: None}
+        waiting = [self]
+        for term in waiting:
+            yield term
+            for inner in term.inputs:
+                if inner not in seen:
+                    seen[inner] = None
+                    waiting.append(inner)
+
+
+Bound = tuple[tuple[int, Term], ...]
+"""What some arguments of a function are, by position."""
+
+
+class Terms:
+    """The terms of a model's values."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.calls = model.analysis(call_graph)
+        self._made: dict[tuple[Any, ...], Term] = {}
+        self._known: dict[tuple[str, Value, Bound], Term] = {}
+        self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
+
+    def of(self, graph: str, value: Value) -> dict[Bound, Term]:
+        """The term of a value, for each way to call its function; one where it does not depend on its callers.
+
+        Raises:
+            Error: it is nested too deep.
+        """
+        return {way: self.on(graph, value, way) for way in self.ways(graph, [value])}
+
+    def ways(self, graph: str, values: Collection[Value]) -> tuple[Bound, ...]:
+        """What the arguments that some values of a function depend on are, for each way to call it."""
+        return self._bounds(graph, _arguments(self.model.graphs[graph], values))
+
+    def on(self, graph: str, value: Value, way: Bound) -> Term:
+        """The term of a value, where the function's arguments are these."""
+        return self._term(self.model.graphs[graph], value, way, 0)
+
+    def _bounds(self, name: str, wanted: frozenset[int]) -> tuple[Bound, ...]:
+        if not wanted:
+            return ((),)
+        if (name, wanted) in self._ways:
+            return self._ways[name, wanted]
+        found: dict[Bound, None] = {}
+        entry = self.model.entries.get(name)
+        if entry is not None:
+            first = len(entry.inputs)
+            captures = [None] * first + list(entry.captures)
+            found[tuple((p, self._captured(name, p, captures[p])) for p in sorted(wanted))] = None
+        for call in self.calls.callers.get(name, ()):
+            if call.graph == MAIN:
+                continue  # what it binds, a concrete function binds; the others save and restore
+            outer = self.model.graphs[call.graph]
+            node = outer.nodes[call.node]
+            inputs = {p: node.inputs[call.first + p] for p in sorted(wanted)}
+            changed = self._changed(node)
+            for way in self.ways(call.graph, list(inputs.values())):
+                terms = {
+                    p: self._unknown(f"what a loop changes in {name}") if p in changed else self.on(call.graph, v, way)
+                    for p, v in inputs.items()
+                }
+                found[tuple(terms.items())] = None
+        self._ways[name, wanted] = tuple(found)
+        return self._ways[name, wanted]
+
+    def _changed(self, node: Node) -> set[int]:
+        """The arguments of a loop's functions that the loop changes."""
+        if not ops.call_form_of(self.model, node).carried:
+            return set()
+        body = self.model.graphs[ops.callees(self.model, node)[-1]]
+        return {p for p, r in enumerate(body.results) if r.value != Value(body.arguments[p])}
+
+    def _captured(self, function: str, position: int, capture: str | int | None) -> Term:
+        if isinstance(capture, str):
+            return self._make(Term(VARIABLE, of=capture))
+        constant = None if capture is None else self.model.constants.get(capture)
+        if constant is None:
+            return self._unknown(f"argument {position} of {function}")
+        node = self.model.graphs[MAIN].nodes[constant]
+        return self._make(Term(node.op, attrs=node.attrs, node=(MAIN, constant)))
+
+    def _unknown(self, what: str) -> Term:
+        return self._make(Term(UNKNOWN, of=what))
+
+    def _make(self, term: Term) -> Term:
+        own = ((k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.PART)
+        key = (term.op, term.inputs, term.port, term.of, tuple(sorted(own)))
+        return self._made.setdefault(key, term)
+
+    def _term(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
+        key = (graph.name, value, way)
+        if key not in self._known:
+            if depth > DEEP:
+                raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
+            self._known[key] = self._new(graph, value, way, depth + 1)
+        return self._known[key]
+
+    def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
+        node = graph.nodes[value.node]
+        if node.op == ARG:
+            return dict(way).get(graph.arguments.index(node.name)) or self._unknown(f"{node.name} of {graph.name}")
+        if node.op in SAME:
+            return self._term(graph, node.inputs[0], way, depth)
+        if node.op in VARIABLES:
+            keys = [o.key for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
+            return self._make(Term(VARIABLE, of=keys[0])) if keys else self._unknown(node.name)
+        form, called = ops.call_form(self.model, node), ops.callees(self.model, node)
+        if form is not None and len(called) == 1:
+            callee = self.model.graphs[called[0]]
+            result = callee.results[value.port].value
+            wanted = _arguments(callee, [result])
+            inner = ((p, self._term(graph, node.inputs[form.first + p], way, depth)) for p in sorted(wanted))
+            return self._term(callee, result, tuple(inner), depth)
+        inputs = tuple(self._term(graph, v, way, depth) for v in node.inputs)
+        made = self._make(Term(node.op, inputs, attrs=node.attrs, node=(graph.name, node.name)))
+        return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
+
+
+def _arguments(graph: Graph, values: Collection[Value]) -> frozenset[int]:
+    """The positions of the arguments that some values of a graph depend on."""
+    positions: Mapping[str, int] = {name: p for p, name in enumerate(graph.arguments)}
+    seen = {v.node for v in values}
+    waiting = list(seen)
+    while waiting:
+        for value in graph.nodes[waiting.pop()].inputs:
+            if value.node not in seen:
+                seen.add(value.node)
+                waiting.append(value.node)
+    return frozenset(positions[name] for name in seen if name in positions)
