@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rewriter.app.api import NothingToRewriteError, inspect, rewrite
     from rewriter.app.diff import diff
+    from rewriter.app.finalize import finalize
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
     from rewriter.app.verification.claims import verify
@@ -23,6 +24,7 @@ __all__ = [
     "Error",
     "NothingToRewriteError",
     "diff",
+    "finalize",
     "inspect",
     "reestimate_statistics",
     "rewrite",
@@ -32,6 +34,7 @@ __all__ = [
 
 ELSEWHERE = {
     "diff": "diff",
+    "finalize": "finalize",
     "reestimate_statistics": "reestimate",
     "sensitivity": "sensitivity",
     "verify": "verification.claims",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from rewriter import ops
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire
 from rewriter.expr import Expr, Use, read
 from rewriter.ir import Error, Graph, Model, Value, Variable, unused
-from rewriter.prune import prune
+from rewriter.prune import needed_without
 
 Node = tuple[str, str]
 """A graph and a node of it."""
@@ -73,18 +73,9 @@ def _baked(model: Model, found: Iterable[Quantized]) -> Mapping[str, np.ndarray]
     for each in found:
         if each.variable:
             values.setdefault(each.variable, {})[each.value.tobytes()] = each.value
-    bare = _bare(model)
+    bare = needed_without(model, tagged(model))
     single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
     return {key: value.reshape(model.variables[key].shape) for key, value in single.items()}
-
-
-def _bare(model: Model) -> frozenset[str]:
-    """The variables that are used without a quantiser: those still needed where quantisers need nothing."""
-    graphs = dict(model.graphs)
-    for name, node in tagged(model):
-        cut = replace(graphs[name].nodes[node], op="Const", inputs=(), after=(), attrs={})
-        graphs[name] = replace(graphs[name], nodes={**graphs[name].nodes, node: cut})
-    return frozenset(prune(replace(model, graphs=graphs)).variables)
 
 
 class _Further:
@@ -108,8 +99,8 @@ class _Further:
         first = quantized[0]
         if any(each.value.tobytes() != first.value.tobytes() for each in quantized):
             raise Error(
-                f"{first.tag['role']} of {first.tag['batch_norm']} is also used as it is, or quantised in two ways, and "
-                f"{first.graph} is called for several batch norms; so there is no variable that could hold it quantised"
+                f"{first.tag['role']} of {first.tag['batch_norm']} is also used as it is, or quantised in two ways, "
+                f"and {first.graph} is called for several batch norms; so no variable could hold it quantised"
             )
         key = (first.variable, first.value.tobytes())
         if key not in self._made:
@@ -118,6 +109,11 @@ class _Further:
             path = unused(f"quantized.{held.replace('/', '_').replace('.', '_').replace(':', '_')}", taken)
             name = path.replace(".", "/")
             self._made[key] = Variable(
-                self.model.new_key(name), name, first.value.dtype.name, first.value.shape, path=path, initial=first.value
+                self.model.new_key(name),
+                name,
+                first.value.dtype.name,
+                first.value.shape,
+                path=path,
+                initial=first.value,
             )
         return self._made[key]

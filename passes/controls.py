@@ -184,7 +184,9 @@ class Controls:
 def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
     """0 before the start, 1 from the ramp's end on, in between the part of the ramp that is over."""
     over = now - start
-    begun = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op("Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT))
+    begun = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op(
+        "Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT)
+    )
     return part(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), begun))
 
 

@@ -46,7 +46,9 @@ class KeepServing:
         if not names:
             source = _called(serving)
             if source is None:
-                raise Error("the model has no signature, and no serve or call to make one from; save it with signatures")
+                raise Error(
+                    "the model has no signature, and no serve or call to make one from; save it with signatures"
+                )
             name = f"{source.function}_{DEFAULT}"
             inputs, outputs = _names(source)
             yield Clone(source.function, name, inputs=_order(inputs), outputs=_order(outputs))

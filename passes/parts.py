@@ -1,4 +1,4 @@
-"""Parts of a quantiser's arithmetic that its nodes are marked with, so that they can be found where nothing else is known.
+"""Parts of a quantiser's arithmetic, which its nodes are marked with.
 
 TensorFlow keeps attributes of nodes when a user loads and saves a model again, but gives functions and arguments other
 names.
@@ -28,6 +28,9 @@ ZERO_POINT = "zero_point"
 
 ORIGIN = "origin"
 """The level of code 0, in the coordinate in which levels are equally spaced."""
+
+EPSILON = "epsilon"
+"""What was added to a variance before its logarithm was taken, float32 scalar."""
 
 
 def part(name: str, value: Expr) -> Expr:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from passes.entries import running_from
-from passes.parts import AMOUNT, CODE, ORIGIN, SCALE, WIDTH, ZERO_POINT
+from passes.parts import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.sites import TAG
 from rewriter import ops
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
-from rewriter.terms import PORT, VARIABLE, Bound, Term, Terms
+from rewriter.terms import PORT, Bound, Term, Terms
 
-PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN)
+PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
 
 
 class Quantized(NamedTuple):
@@ -31,7 +31,7 @@ class Quantized(NamedTuple):
             they are over.
         raw: the value before, likewise.
         bits: the width in force; 0 where the value passes as it is.
-        parts: the codes [C], scale, zero point and origin of the arithmetic, as far as the scheme has them.
+        parts: codes [C], scale, zero point, origin and epsilon of the arithmetic, as far as the scheme has them.
     """
 
     graph: str
@@ -92,14 +92,14 @@ class _Terms(NamedTuple):
 
     def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
         """What was computed."""
-        parts = {name: values[t] if row < 0 else values[t][row] for name, (t, row) in self.parts.items()}
+        parts = {n: values[t] if r < 0 or not values[t].ndim else values[t][r] for n, (t, r) in self.parts.items()}
         bits = int(np.ravel(values[self.width])[max(self.row, 0)])
         return Quantized(
             self.graph,
             self.node,
             self.way,
             self.tag,
-            _variable(self.raw),
+            self.raw.variable,
             values[self.value],
             values[self.raw],
             bits,
@@ -114,11 +114,13 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
             tag = json.loads(model.graphs[name].nodes[node].attrs[TAG].s)
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
-                yield _terms(name, node, way, tag, terms.on(name, Value(node), way), terms.on(name, raw, way))
+                value = terms.on(name, Value(node), way)
+                width, row, parts = _parts(value, f"{node} in {name}")
+                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, row, parts)
 
 
-def _terms(graph: str, node: str, way: Bound, tag: Mapping[str, Any], value: Term, raw: Term) -> _Terms:
-    """The parts of a quantised value's arithmetic; of a row of several values, those of the row."""
+def _parts(value: Term, where: str) -> tuple[Term, int, Mapping[str, tuple[Term, int]]]:
+    """The width and the parts of a quantised value's arithmetic; of a row of several values, which row it is."""
     row = -1
     whole = value
     if value.op in ("Unpack", PORT):
@@ -133,20 +135,10 @@ def _terms(graph: str, node: str, way: Bound, tag: Mapping[str, Any], value: Ter
         if name in PARTS:
             parts.setdefault(name, (term, row))
     if width is None:
-        raise Error(
-            f"{node} in {graph} is marked as a quantiser, and is none of this version's; rewrite the float model again"
-        )
-    return _Terms(graph, node, way, tag, value, raw, width, row, parts)
+        raise Error(f"{where} is marked as a quantiser, and is none of this version's; rewrite the float model again")
+    return width, row, parts
 
 
 def _part(term: Term) -> str:
     found = term.attrs.get(ops.PART)
     return "" if found is None else found.s.decode()
-
-
-def _variable(raw: Term) -> str:
-    """The variable whose values these are, in this shape or another."""
-    while raw.op in ops.VIEWS:
-        raw = raw.inputs[0]
-    read = raw.op == "ReadVariableOp" and raw.inputs[0].op == VARIABLE
-    return raw.inputs[0].of if read else ""

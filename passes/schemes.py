@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from passes.parts import ORIGIN, SCALE, ZERO_POINT, part
+from passes.parts import EPSILON, ORIGIN, SCALE, ZERO_POINT, part
 from passes.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, array, constant, op, select
@@ -289,7 +289,8 @@ class Log(Scheme):
 
     def value(self, coordinate: Expr, epsilon: float) -> Expr:
         """What `coordinate` gives, back as float32 values."""
-        return op("Maximum", op("Cast", op("Exp", coordinate), DstT=Dtype(FLOAT)) - epsilon, 0.0)
+        shifted = op("Cast", op("Exp", coordinate), DstT=Dtype(FLOAT))
+        return op("Maximum", shifted - part(EPSILON, constant(epsilon, FLOAT)), 0.0)
 
     def slope(self, value: Expr, epsilon: float) -> Expr:
         """dv'/dl."""

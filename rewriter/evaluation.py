@@ -14,18 +14,23 @@ from rewriter.savedmodel.graphs import write_main
 from rewriter.savedmodel.write import library
 from rewriter.terms import PORT, UNKNOWN, VARIABLE, Term
 
+# fmt: off
 HARMLESS = frozenset(
-    """
-    Abs AddN AddV2 All Any ArgMax ArgMin Bitcast BitwiseAnd BitwiseOr BitwiseXor BroadcastTo Cast Ceil ClipByValue
-    ConcatV2 Const Equal Exp ExpandDims Expm1 FakeQuantWithMinMaxArgs FakeQuantWithMinMaxVars
-    FakeQuantWithMinMaxVarsPerChannel Fill Floor FloorDiv FloorMod GatherV2 Greater GreaterEqual IdentityN Inv Invert
-    IsFinite IsInf IsNan LeftShift Less LessEqual Log Log1p LogicalAnd LogicalNot LogicalOr Max Maximum Mean Min Minimum
-    Mul MulNoNan Neg NotEqual OnesLike Pack Pad PadV2 Pow Prod QuantizeAndDequantizeV2 QuantizeAndDequantizeV3
-    QuantizeAndDequantizeV4 Range Rank ReadVariableOp RealDiv Reciprocal Relu Relu6 Reshape RightShift Rint Round Rsqrt
-    Select SelectV2 Shape Sigmoid Sign Size Slice Softplus Split SplitV Sqrt Square SquaredDifference Squeeze
-    StridedSlice Sub Sum Tanh Tile TopKV2 Transpose Unpack Where ZerosLike
-    """.split()
+    {
+        "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "Bitcast", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
+        "BroadcastTo", "Cast", "Ceil", "ClipByValue", "ConcatV2", "Const", "Equal", "Exp", "ExpandDims", "Expm1",
+        "FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "Fill", "Floor",
+        "FloorDiv", "FloorMod", "GatherV2", "Greater", "GreaterEqual", "IdentityN", "Inv", "Invert", "IsFinite",
+        "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr",
+        "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "MulNoNan", "Neg", "NotEqual", "OnesLike", "Pack", "Pad",
+        "PadV2", "Pow", "Prod", "QuantizeAndDequantizeV2", "QuantizeAndDequantizeV3", "QuantizeAndDequantizeV4",
+        "Range", "Rank", "ReadVariableOp", "RealDiv", "Reciprocal", "Relu", "Relu6", "Reshape", "RightShift", "Rint",
+        "Round", "Rsqrt", "Select", "SelectV2", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softplus", "Split",
+        "SplitV", "Sqrt", "Square", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum", "Tanh", "Tile",
+        "TopKV2", "Transpose", "Unpack", "Where", "ZerosLike",
+    }
 )
+# fmt: on
 """Ops that compute with numbers, keep no state, and reach neither files, network nor Python."""
 
 
@@ -35,6 +40,7 @@ def evaluated(
     """What some terms are, with the values that the variables of the model are to be saved with.
 
     Args:
+        model: what the terms are of.
         terms: what to compute.
         known: what to take for some terms, in place of computing them.
         trust: compute with any ops; else with harmless ones alone.
@@ -102,6 +108,7 @@ def run(graph: Graph, feeds: Mapping[str, np.ndarray], fetched: Sequence[Value],
     """What a graph computes.
 
     Args:
+        graph: a graph without a library.
         feeds: values of its placeholders, by name.
         fetched: what to compute.
         functions: the library of functions that it calls, a ``FunctionDefLibrary``.

@@ -53,6 +53,15 @@ def prune(model: Model) -> Model:
     return _reached(replace(model, graphs=graphs, entries=entries, variables=variables))
 
 
+def needed_without(model: Model, nodes: Iterable[tuple[str, str]]) -> frozenset[str]:
+    """The variables that would still be needed if some nodes, by (graph, node), needed nothing."""
+    graphs = dict(model.graphs)
+    for name, node in nodes:
+        cut = replace(graphs[name].nodes[node], op="Const", inputs=(), after=(), attrs={})
+        graphs[name] = replace(graphs[name], nodes={**graphs[name].nodes, node: cut})
+    return frozenset(prune(replace(model, graphs=graphs)).variables)
+
+
 def _reached(model: Model) -> Model:
     """The model without functions that neither the main graph nor a concrete function calls."""
     calls = model.analysis(call_graph)
@@ -190,9 +199,7 @@ class _Usage:
             return frozenset()
         first = ops.call_form_of(self.model, node).first
         positions = range(len(node.inputs) - first)
-        return frozenset(
-            first + p for p in positions if not any((name, p) in self.wanted for name in called)
-        )
+        return frozenset(first + p for p in positions if not any((name, p) in self.wanted for name in called))
 
     def pruned(self, graph: Graph) -> Graph:
         """A graph without what is not needed; the same object where all of it is."""

@@ -206,6 +206,63 @@ class RewriteReport:
         return json.dumps(asdict(self), indent=1)
 
 
+@dataclass(frozen=True)
+class Baked:
+    """One variable that holds quantised values now.
+
+    Attributes:
+        variable: its name.
+        batch_norm: that of the layer, or names of several, joined with "+".
+        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or what the user's own function is called.
+        bits: the width in force; 0: it was off, and the values are as they were trained.
+        channels: how many values.
+        error: the norm of what rounding changed, to that of the values before; 0 where these are 0.
+        added: whether it is a new variable, since the old one is used without a quantiser as well, or in two ways.
+    """
+
+    variable: str
+    batch_norm: str
+    role: str
+    scheme: str
+    bits: int
+    channels: int
+    error: float
+    added: bool
+
+
+@dataclass(frozen=True)
+class FinalizeReport:
+    """What became of a fine-tuned model.
+
+    Attributes:
+        baked: the variables that hold quantised values.
+        folded: batch norms, by (graph, node), that went into the convolution before them.
+        not_folded: those that did not, and why.
+        signatures: those of the result.
+        variables_removed: names of the variables that are gone.
+        functions: how many functions the result has; before, it had `functions_before`.
+        notes: what the user should know.
+        other_changes: what had to change besides.
+        versions: of bnqat and TensorFlow.
+    """
+
+    baked: list[Baked]
+    folded: list[tuple[str, str]]
+    not_folded: list[Skipped]
+    signatures: list[str]
+    variables_removed: list[str]
+    functions_before: int
+    functions: int
+    notes: list[str]
+    other_changes: list[str]
+    versions: dict[str, str]
+    schema_version: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(asdict(self), indent=1)
+
+
 What = Literal["added", "removed", "changed", "missing"]
 """The last: a rewrite's record has it, and it is not so."""
 

@@ -47,6 +47,14 @@ class Term:
     attrs: Attrs = field(default_factory=dict)
     node: tuple[str, str] = ("", "")
 
+    @property
+    def variable(self) -> str:
+        """The key of the variable whose values these are, in this shape or another; "" where it is none's."""
+        term = self
+        while term.op in ops.VIEWS:
+            term = term.inputs[0]
+        return term.inputs[0].of if term.op == "ReadVariableOp" and term.inputs[0].op == VARIABLE else ""
+
     def cone(self) -> Iterator[Term]:
         """This term and all that it is computed from, the nearest first."""
         seen = {self: None}
@@ -136,7 +144,9 @@ class Terms:
         return self._make(Term(UNKNOWN, of=what))
 
     def _make(self, term: Term) -> Term:
-        own = ((k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.PART)
+        own = (
+            (k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.PART
+        )
         key = (term.op, term.inputs, term.port, term.of, tuple(sorted(own)))
         return self._made.setdefault(key, term)
 

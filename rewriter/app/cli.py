@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
-from rewriter.app.guard import one_line, refuse_file, write_file
+from rewriter.app.guard import one_line, progress, refuse_file, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
 from rewriter.app.show import show_rewrite
@@ -18,7 +19,6 @@ from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require
 
 if TYPE_CHECKING:
     from rewriter.app.settings import Settings
-    from rewriter.pipeline import Step
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
 def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-    Nothing in a model is executed, but by `sensitivity` and `verify`. Results go to stdout, progress to stderr. Exit
-    code 0: done; 1: a claim of `verify` failed, or `diff --exit-code` found differences; 2: wrong usage, unreadable
-    input or nothing to rewrite.
+    Nothing in a model is executed, but by `sensitivity` and `verify`, and quantisers by `finalize`. Results go to
+    stdout, progress to stderr. Exit code 0: done; 1: a claim of `verify` failed, or `diff --exit-code` found
+    differences; 2: wrong usage, unreadable input or nothing to rewrite.
     """
 
 
-for _command in (inspect, diff, verify, sensitivity):
+for _command in (inspect, diff, verify, sensitivity, finalize):
     main.add_command(_command)
 
 
@@ -128,7 +128,7 @@ def rewrite(
     with one_line(check):
         from rewriter.app import api
 
-        report = api.rewrite(source, target, passes=names, observers=[_progress], **options)
+        report = api.rewrite(source, target, passes=names, observers=[progress], **options)
         written = None if options["dry_run"] else target
         show_rewrite(report, written)
         done = "nothing" if written is None else str(written)
@@ -159,10 +159,6 @@ def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
         name = OPTIONS_OF.get(option)
         if value is not None and names and name is not None and name not in names:
             raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
-
-
-def _progress(step: Step) -> None:
-    click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
 if __name__ == "__main__":

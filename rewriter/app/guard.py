@@ -9,10 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from rewriter.ir import Error
+
+if TYPE_CHECKING:
+    from rewriter.pipeline import Step
 
 EXIT_FAILED = 2
 
@@ -39,6 +43,11 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
         fail(f"{e.filename}: {e.strerror}" if e.filename else f"{e.strerror or e}")
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
+
+
+def progress(step: Step) -> None:
+    """Say on stderr what a pass did."""
+    click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
 def fail(message: str) -> None:

@@ -42,3 +42,6 @@ OPTIONS_OF: Mapping[str, str] = {
     "unfreeze_constants": "unfreeze-constants",
 }
 """The pass that each option is for, of the command line or of a configuration file."""
+
+PARAMETER_FILES = (".npz", ".json")
+"""What the names of files with parameters end with."""

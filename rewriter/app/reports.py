@@ -102,7 +102,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         other_changes=[],
         changes=[change for step in steps for change in _changes(step)],
         options={type(p).__name__: repr(p) for p in (step.by for step in steps)},
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -153,7 +153,8 @@ def _changes(step: Step) -> Iterator[Changed]:
             yield Changed(step.name, name, added, removed, changed)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of bnqat and TensorFlow."""
     try:
         own = version("bnqat")
     except PackageNotFoundError:

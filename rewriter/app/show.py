@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from rewriter.app.sensitivity import Sensitivity
     from rewriter.app.verification.claims import Verification
-    from rewriter.report import Inspection, RewriteReport
+    from rewriter.report import FinalizeReport, Inspection, RewriteReport
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -112,6 +112,41 @@ def show_rewrite(report: RewriteReport, target: Path | None) -> None:
         click.echo(f"note: {note}")
     for change in report.other_changes:
         click.echo(f"also: {change}")
+    click.echo("dry run: nothing was written" if target is None else f"written to {target}")
+
+
+def show_finalized(report: FinalizeReport, target: Path | None, params: Path | None) -> None:
+    """Print what was baked into variables, and what is gone."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("variable", overflow="fold")
+    for column in ("role", "scheme"):
+        table.add_column(column)
+    for column in ("bits", "channels", "error"):
+        table.add_column(column, justify="right")
+    for row in report.baked:
+        table.add_row(row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.channels), f"{row.error:.2g}")
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+    click.echo(
+        f"{counted(len(report.baked), 'variable')} quantised for good; signatures: {', '.join(report.signatures)}"
+    )
+    click.echo(
+        f"{counted(len(report.variables_removed), 'other variable')} and "
+        f"{counted(report.functions_before - report.functions, 'function')} removed"
+    )
+    if report.folded or report.not_folded:
+        click.echo(f"{counted(len(report.folded), 'batch-norm site')} folded into the convolution before it")
+    for site in report.not_folded:
+        click.echo(f"not folded: {site.node} in {site.graph}: {site.reason}")
+    for note in report.notes:
+        click.echo(f"note: {note}")
+    for change in report.other_changes:
+        click.echo(f"also: {change}")
+    if params is not None:
+        click.echo(f"codes, scales and zero points are in {params}")
     click.echo("dry run: nothing was written" if target is None else f"written to {target}")
 
 

@@ -50,6 +50,7 @@ def save(
     target: str | Path,
     overwrite: bool = False,
     log: Callable[[Written], Mapping[str, str]] | None = None,
+    without: Collection[str] = (),
 ) -> list[str]:
     """Write a model to a new directory, whole or not at all.
 
@@ -58,6 +59,7 @@ def save(
         target: the directory to make.
         overwrite: whether to replace a SavedModel that is there.
         log: what to keep in ``assets.extra``: texts by the name of their file.
+        without: names of files in ``assets.extra`` that are not copied.
 
     Returns:
         What had to change besides the graphs, a sentence each; nothing where no pass changed anything.
@@ -69,12 +71,16 @@ def save(
     target = Path(target)
     refuse_overlap(source.path, target)
     with staged(target, overwrite) as directory:
-        changed = bool(model.attributes or model.assigned) or any(model.graphs.get(n) is not g for n, (g, _) in source.protos.items())
+        changed = bool(model.attributes or model.assigned) or any(
+            model.graphs.get(n) is not g for n, (g, _) in source.protos.items()
+        )
         changed = changed or len(model.graphs) != len(source.protos)
         written, changes = _lower(model) if changed else (model, [])
         proto, trackables = written.source.proto, written.source.trackables
         _write_proto(directory / source.file, proto)
         _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
+        for name in without:
+            (directory / EXTRA / name).unlink(missing_ok=True)
         if changed:
             changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
         if source.checkpoint is not None and not changed:

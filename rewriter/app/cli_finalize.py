@@ -1,0 +1,76 @@
+"""The command that ends a fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from rewriter.app.guard import one_line, progress, refuse_file, write_file
+from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.options import TAGS
+from rewriter.app.show import show_finalized
+from rewriter.ir import Error
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
+
+
+@click.command()
+@click.argument("source", type=click.Path(path_type=Path), metavar="SRC")
+@click.argument("target", type=click.Path(path_type=Path), metavar="DST")
+@click.option(
+    "--params",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write codes, scales and zero points to this file, .npz or .json.",
+)
+@click.option("--fold", is_flag=True, help="Let batch norms become part of the convolution before them.")
+@click.option("--trust", is_flag=True, help="Compute quantisers with ops that are not known to be harmless.")
+@TAGS
+@click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
+@click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
+@click.option(
+    "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
+)
+def finalize(
+    *,
+    source: Path,
+    target: Path,
+    params: Path | None,
+    fold: bool,
+    trust: bool,
+    tags: list[str] | None,
+    dry_run: bool,
+    overwrite: bool,
+    report_file: Path | None,
+) -> None:
+    """Write the fine-tuned SRC to DST as it is to be deployed: quantised values in the variables, no quantisers."""
+
+    def check() -> None:
+        require_model(source)
+        if not dry_run:
+            refuse_overlap(source, target)
+            refuse_existing(target, overwrite)
+        for file, what in ((params, "parameters"), (report_file, "report")):
+            if file is not None:
+                refuse_file(file, what, source, target)
+        if params is not None and params.suffix not in PARAMETER_FILES:
+            raise Error(f"{params}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
+        if params is not None and dry_run:
+            raise Error("--params is written with the model, and --dry-run writes nothing; leave out one of them")
+
+    with one_line(check):
+        from rewriter.app import finalize as api
+
+        report = api.finalize(
+            source,
+            target,
+            params=params,
+            fold=fold,
+            trust=trust,
+            tags=tags,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            observers=[progress],
+        )
+        show_finalized(report, None if dry_run else target, params)
+        if report_file is not None:
+            write_file(report_file, report.to_json() + "\n", "report", "nothing" if dry_run else str(target))

@@ -1,0 +1,131 @@
+"""``bnqat.finalize``."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from passes.bake_quantizers import BakeQuantizers
+from passes.fold_batch_norm import FoldBatchNorm
+from passes.keep_serving import KeepServing
+from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
+from rewriter.app.api import NothingToRewriteError
+from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.parameters import Parameter, parameter, write_parameters
+from rewriter.app.reports import versions
+from rewriter.check import check
+from rewriter.diff.log import LOG, RECORD
+from rewriter.ir import Error, Model
+from rewriter.pipeline import Observer, Pass, Pipeline, Step
+from rewriter.report import Baked, FinalizeReport, Skipped
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
+from rewriter.savedmodel.write import Written, save
+
+
+def finalize(
+    source: str | Path,
+    target: str | Path,
+    *,
+    params: str | Path | None = None,
+    fold: bool = False,
+    trust: bool = False,
+    tags: Collection[str] | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    observers: Iterable[Observer] = (),
+) -> FinalizeReport:
+    """Write the SavedModel to deploy: quantised values in the variables, and nothing left that trains or quantises.
+
+    Of the model, its quantisers alone are computed, as they act from the start step and ramp on. The outputs of every
+    signature and function that is left are those of the fine-tuned model with its quantisers on, bit for bit; with
+    `fold`, but for rounding.
+
+    Args:
+        source: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not; it is not changed.
+        target: where to write; it must not exist, unless `overwrite` is given.
+        params: a file to write codes, scales and zero points to, ``.npz`` or ``.json``.
+        fold: let batch norms become part of the convolution before them, where there is one.
+        trust: compute quantisers whose ops are not known to be harmless, such as those of a function of one's own.
+        tags: those of the meta graph, where it holds several; the one for serving, if not given.
+        overwrite: replace `target` if it is a SavedModel.
+        dry_run: report, write nothing.
+        observers: called after each pass.
+
+    Raises:
+        NothingToRewriteError: the model has no quantisers.
+        Error: the model cannot be read or written, or what quantisers make of a variable cannot be stored.
+    """
+    target = Path(target)
+    if params is not None and Path(params).suffix not in PARAMETER_FILES:
+        raise Error(f"{params}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
+    if not dry_run:
+        refuse_overlap(Path(source), target)
+        refuse_existing(target, overwrite)
+    before = load(source, tags)
+    check(before)
+    if not tagged(before):
+        raise NothingToRewriteError(
+            f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
+            "fine-tuned and saved again since"
+        )
+    kept, steps = Pipeline([KeepServing()], tuple(observers)).run(before)
+    found = kept.analysis(trusted_values if trust else quantized_values)
+    if not found:
+        raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
+    passes: list[Pass] = [BakeQuantizers(trust), *([FoldBatchNorm()] if fold else [])]
+    after, more = Pipeline(passes, tuple(observers)).run(kept)
+    table = _parameters(found, more[0].after)
+    report = _report(before, after, [*steps, *more], table)
+    if dry_run:
+        return report
+
+    def log(written: Written) -> Mapping[str, str]:
+        return {LOG: replace(report, other_changes=written.changes).to_json() + "\n"}
+
+    changes = save(after, target, overwrite, log, without=[LOG, RECORD])
+    if params is not None:
+        write_parameters(Path(params), table, str(target))
+    return replace(report, other_changes=changes)
+
+
+def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:
+    """One for each variable that holds quantised values, in the order of the variables."""
+    held: dict[str, Parameter] = {}
+    for each in found:
+        key = each.variable
+        if key not in after.assigned:
+            same = (
+                k
+                for k, v in after.variables.items()
+                if v.initial is not None and np.asarray(v.initial).tobytes() == each.value.tobytes()
+            )
+            key = next(same, "")
+        if key and key not in held:
+            held[key] = parameter(after.variables[key].name, each)
+    order = {key: position for position, key in enumerate(after.variables)}
+    return [held[key] for key in sorted(held, key=order.__getitem__)]
+
+
+def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Parameter]) -> FinalizeReport:
+    added = {v.name for v in after.variables.values() if v.initial is not None}
+    names = {v.name for v in after.variables.values()}
+    folding = [s for s in steps if isinstance(s.by, FoldBatchNorm)]
+    return FinalizeReport(
+        baked=[
+            Baked(p.variable, p.batch_norm, p.role, p.scheme, p.bits, len(p.value), p.error, p.variable in added)
+            for p in table
+        ],
+        folded=[place for s in folding for place in s.by.folded(s.before)],  # type: ignore[attr-defined]
+        not_folded=[Skipped(e.graph, e.node, e.reason) for s in folding for e in s.skipped],
+        signatures=sorted([*after.signatures, *after.new_signatures]),
+        variables_removed=sorted({v.name for v in before.variables.values()} - names),
+        functions_before=len(before.graphs) - 1,
+        functions=len(after.graphs) - 1,
+        notes=list(dict.fromkeys(n for s in steps for n in s.notes)),
+        other_changes=[],
+        versions=versions(),
+    )
