@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
+from passes.sites import TAG
+from passes.updates import consumers
 from rewriter import ops
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire
 from rewriter.expr import Expr, Use, read
@@ -53,7 +55,7 @@ class BakeQuantizers:
                 value = _raw(model, graph, node)
             else:
                 value = read(further.variable(quantized))
-            for edge in graph.consumers().get(Value(node), ()):
+            for edge in model.analysis_of(graph, consumers).get(Value(node), ()):
                 yield Rewire(edge, value, node)
         yield from (AddVariable(v) for v in further.made)
         yield Keep(tuple(model.entries))
@@ -62,7 +64,7 @@ class BakeQuantizers:
 def _raw(model: Model, graph: Graph, node: str) -> Expr:
     """What a quantiser is given; of several in a row, what the first is."""
     value = Value(node)
-    while value.node in {n for g, n in model.analysis(tagged) if g == graph.name}:
+    while TAG in graph.nodes[value.node].attrs:
         value = graph.nodes[value.node].inputs[-1]
     return Use(ops.output_dtype(model, graph, value), value)
 

@@ -54,7 +54,11 @@ def _infers(model: Model, function: str) -> bool:
 def trains(model: Model, function: str) -> bool:
     """Whether a batch norm may normalise with a batch's statistics when a function runs."""
     running = running_from(model, function)
-    return any(_trains(s, running) for s in model.analysis(sites) if s.graph in running)
+    return any(
+        _trains(s, running) and any(a.runs(s.node) for a in running[s.graph])
+        for s in model.analysis(sites)
+        if s.graph in running
+    )
 
 
 def running_from(model: Model, function: str) -> Mapping[str, list[Assumption]]:

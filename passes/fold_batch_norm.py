@@ -10,6 +10,7 @@ import numpy as np
 
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.sites import Site, sites
+from passes.updates import consumers
 from rewriter import ops
 from rewriter.edit import Assign, Edit, Keep, Rewire, Skip
 from rewriter.evaluation import evaluated
@@ -70,7 +71,7 @@ class _Fold(NamedTuple):
         if self.bias != BIAS:
             held = Use(dtype, node.inputs[1 + ROLES.index(self.bias)])
             made = op("BiasAdd", made, held, data_format=ops.get(model, node, "data_format"))
-        for edge in graph.consumers().get(Value(self.site.node), ()):
+        for edge in model.analysis_of(graph, consumers).get(Value(self.site.node), ()):
             yield Rewire(edge, made, f"{self.site.node}/folded")
 
 
@@ -114,8 +115,12 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
         raise Error("it is computed in single ops, or trains")
     convolution, adding = _before(model, graph, node)
     sums = adding or convolution
-    used = [edge for edge in graph.consumers().get(Value(sums.name), ()) if edge != Edge(graph.name, node.name, 0)]
-    if used or (adding and len(graph.consumers()[Value(convolution.name)]) > 1):
+    used = [
+        edge
+        for edge in model.analysis_of(graph, consumers).get(Value(sums.name), ())
+        if edge != Edge(graph.name, node.name, 0)
+    ]
+    if used or (adding and len(model.analysis_of(graph, consumers)[Value(convolution.name)]) > 1):
         raise Error("what the convolution gives is used elsewhere as well")
     held = {FILTER: convolution.inputs[1], **{role: node.inputs[1 + i] for i, role in enumerate(ROLES)}}
     if adding:

@@ -14,6 +14,7 @@ from passes.sites import TAG
 from rewriter import ops
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
+from rewriter.liveness import Assumption
 from rewriter.terms import PORT, Bound, Term, Terms
 
 PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
@@ -108,9 +109,12 @@ class _Terms(NamedTuple):
 
 
 def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
-    reached = frozenset().union(*(running_from(model, name) for name in model.entries))
+    reached: dict[str, list[Assumption]] = {}
+    for entry in model.entries:
+        for name, known in running_from(model, entry).items():
+            reached.setdefault(name, []).extend(known)
     for name, node in tagged(model):
-        if name in reached:
+        if any(assumed.runs(node) for assumed in reached.get(name, ())):
             tag = json.loads(model.graphs[name].nodes[node].attrs[TAG].s)
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):

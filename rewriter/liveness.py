@@ -12,7 +12,7 @@ from functools import cached_property
 
 from rewriter import ops
 from rewriter.dataflow import call_graph
-from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
 BRANCHES = ("If", "StatelessIf")
 
@@ -40,6 +40,8 @@ class Assumption:
             deciding = node.op == "LogicalOr"
             inputs = [self.known(v) for v in node.inputs]
             return deciding if deciding in inputs else None if None in inputs else not deciding
+        if node.op == "PlaceholderWithDefault" and self.graph.name != MAIN:
+            return self.known(node.inputs[0])  # in a function, nobody can feed it
         passed = ops.forwarded(node, value.port)
         return None if passed is None else self.known(passed)
 

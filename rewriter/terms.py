@@ -13,6 +13,7 @@ from typing import Any
 from rewriter import ops
 from rewriter.dataflow import VARIABLES, VariableKey, call_graph, origins
 from rewriter.ir import ARG, MAIN, Attrs, Error, Graph, Model, Node, Value
+from rewriter.liveness import Assumption
 
 VARIABLE = "variable"
 """Op of a term that is a variable's resource; `of` is its key."""
@@ -20,8 +21,8 @@ VARIABLE = "variable"
 UNKNOWN = "unknown"
 """Op of a term that a caller of the model, or a loop, supplies; `of` says which."""
 
-SAME = frozenset({"Identity", "StopGradient", "PreventGradient", "Snapshot"})
-"""Ops whose output is their only input."""
+SAME = frozenset({"Enter", "EnsureShape", "Identity", "PreventGradient", "Snapshot", "StopGradient", "Switch"})
+"""Ops whose outputs, where they are computed, are the first input."""
 
 PORT = "port"
 """Op of a term that is another output of its input than the first: `port` says which."""
@@ -79,6 +80,7 @@ class Terms:
         self.calls = model.analysis(call_graph)
         self._made: dict[tuple[Any, ...], Term] = {}
         self._known: dict[tuple[str, Value, Bound], Term] = {}
+        self._assumptions: dict[str, Assumption] = {}
         self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
 
     def of(self, graph: str, value: Value) -> dict[Bound, Term]:
@@ -167,6 +169,9 @@ class Terms:
         if node.op in VARIABLES:
             keys = [o.key for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
             return self._make(Term(VARIABLE, of=keys[0])) if keys else self._unknown(node.name)
+        chosen = self._assumed(graph).chosen(node)
+        if chosen is not None and not value.port:
+            return self._term(graph, chosen, way, depth)
         form, called = ops.call_form(self.model, node), ops.callees(self.model, node)
         if form is not None and len(called) == 1:
             callee = self.model.graphs[called[0]]
@@ -177,6 +182,11 @@ class Terms:
         inputs = tuple(self._term(graph, v, way, depth) for v in node.inputs)
         made = self._make(Term(node.op, inputs, attrs=node.attrs, node=(graph.name, node.name)))
         return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
+
+    def _assumed(self, graph: Graph) -> Assumption:
+        if graph.name not in self._assumptions:
+            self._assumptions[graph.name] = Assumption(self.model, graph, {})
+        return self._assumptions[graph.name]
 
 
 def _arguments(graph: Graph, values: Collection[Value]) -> frozenset[int]:
