@@ -15,7 +15,7 @@ from rewriter import ops
 from rewriter.edit import Assign, Edit, Keep, Rewire, Skip
 from rewriter.evaluation import evaluated
 from rewriter.expr import Expr, Use, op
-from rewriter.ir import Edge, Error, Graph, Model, Node, Value
+from rewriter.ir import Error, Graph, Model, Node, Value
 from rewriter.prune import needed_without
 from rewriter.terms import Term, Terms
 
@@ -115,13 +115,6 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
         raise Error("it is computed in single ops, or trains")
     convolution, adding = _before(model, graph, node)
     sums = adding or convolution
-    used = [
-        edge
-        for edge in model.analysis_of(graph, consumers).get(Value(sums.name), ())
-        if edge != Edge(graph.name, node.name, 0)
-    ]
-    if used or (adding and len(model.analysis_of(graph, consumers)[Value(convolution.name)]) > 1):
-        raise Error("what the convolution gives is used elsewhere as well")
     held = {FILTER: convolution.inputs[1], **{role: node.inputs[1 + i] for i, role in enumerate(ROLES)}}
     if adding:
         held[BIAS] = adding.inputs[1]
@@ -139,17 +132,28 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
 
 def _before(model: Model, graph: Graph, node: Node) -> tuple[Node, Node | None]:
     """The convolution before a batch norm, and the node that adds its bias."""
-    found = graph.nodes[node.inputs[0].node]
+    found = _made(model, graph, node)
     adding = found if found.op == "BiasAdd" else None
     if adding:
-        found = graph.nodes[adding.inputs[0].node]
+        found = _made(model, graph, adding)
     if found.op not in CONVOLUTIONS:
-        raise Error(f"what it normalises comes from {found.op}, and not from a convolution in the same function")
+        raise Error(f"what it normalises comes from {found.op}, and not from a convolution")
     if len({ops.get(model, n, "data_format") for n in (found, node, adding) if n}) > 1:
         raise Error("its data format is not that of the convolution before it")
     if any(ops.output_dtype(model, graph, Value(n.name)) != "float32" for n in (found, node)):
         raise Error("only convolutions in float32 are folded")
     return found, adding
+
+
+def _made(model: Model, graph: Graph, node: Node) -> Node:
+    """What makes the first input of a node, and is used for nothing else."""
+    while True:
+        value = node.inputs[0]
+        node = graph.nodes[value.node]
+        if len(model.analysis_of(graph, consumers)[value]) > 1 and node.op in CONVOLUTIONS | {"BiasAdd", "Identity"}:
+            raise Error("what the convolution before it gives is used elsewhere as well")
+        if node.op != "Identity":
+            return node
 
 
 def _values(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 
 from passes.bake_quantizers import BakeQuantizers
 from passes.fold_batch_norm import FoldBatchNorm
+from passes.inline_calls import InlineCalls
 from passes.keep_serving import KeepServing
 from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
 from rewriter.app.api import NothingToRewriteError
@@ -19,7 +20,7 @@ from rewriter.app.reports import versions
 from rewriter.check import check
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error, Model
-from rewriter.pipeline import Observer, Pass, Pipeline, Step
+from rewriter.pipeline import Observer, Pipeline, Step
 from rewriter.report import Baked, FinalizeReport, Skipped
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
@@ -76,10 +77,13 @@ def finalize(
     found = kept.analysis(trusted_values if trust else quantized_values)
     if not found:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
-    passes: list[Pass] = [BakeQuantizers(trust), *([FoldBatchNorm()] if fold else [])]
-    after, more = Pipeline(passes, tuple(observers)).run(kept)
-    table = _parameters(found, more[0].after)
-    report = _report(before, after, [*steps, *more], table)
+    after, more = Pipeline([BakeQuantizers(trust)], tuple(observers)).run(kept)
+    table = _parameters(found, after)
+    steps += more
+    if fold:
+        after, more = _folded(after, tuple(observers))
+        steps += more
+    report = _report(before, after, steps, table)
     if dry_run:
         return report
 
@@ -90,6 +94,16 @@ def finalize(
     if params is not None:
         write_parameters(Path(params), table, str(target))
     return replace(report, other_changes=changes)
+
+
+def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
+    """A model with batch norms in convolutions, whose layers are first brought into one graph."""
+    steps: list[Step] = []
+    while not steps or steps[-1].edits:
+        model, more = Pipeline([InlineCalls()], observers).run(model)
+        steps += more
+    model, more = Pipeline([FoldBatchNorm()], observers).run(model)
+    return model, [*steps, *more]
 
 
 def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:

@@ -74,7 +74,8 @@ def eager(kind: Kind, inputs: Sequence[Any]) -> Any:
         node = next(n for n in waiting if all(v.node in values for v in n.inputs))
         waiting.remove(node)
         given = [values[v.node][v.port] for v in node.inputs]
-        attrs = tuple(part for name, proto in node.attrs.items() for part in (name, _plain(proto)))
+        own = {name: proto for name, proto in node.attrs.items() if name[0] != "_"}  # the others are for graphs
+        attrs = tuple(part for name, proto in own.items() for part in (name, _plain(proto)))
         if node.op == "Const":
             values[node.name] = [tf.constant(tf.make_ndarray(node.attrs["value"].tensor))]
         else:
