@@ -139,6 +139,12 @@ def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
     return found, referred
 
 
+def referred(model: Model, graph: Graph) -> frozenset[str]:
+    """The functions of a model that a graph calls or refers to otherwise."""
+    found, others = model.analysis_of(graph, _calls_in)
+    return frozenset(call.callee for call in found) | (others & model.graphs.keys())
+
+
 def follow(model: Model, graph: Graph, value: Value) -> Origin:
     """Where a value comes from within its graph; through forwarding ops, and through calls and back."""
     while True:

@@ -15,7 +15,7 @@ import networkx as nx
 from tensorflow.core.framework import function_pb2
 
 from rewriter import ops
-from rewriter.dataflow import call_graph
+from rewriter.dataflow import call_graph, referred
 from rewriter.ir import ARG, MAIN, Entry, Graph, Model, Node, Value
 from rewriter.sweep import held, needed_by
 
@@ -64,10 +64,7 @@ def needed_without(model: Model, nodes: Iterable[tuple[str, str]]) -> frozenset[
 
 def _reached(model: Model) -> Model:
     """The model without functions that neither the main graph nor a concrete function calls."""
-    calls = model.analysis(call_graph)
-    roots = {MAIN, *model.entries}
-    reached = frozenset().union(*(calls.reached(name) for name in roots))
-    reached |= {name for name in calls.opaque if any(a in reached for a in calls.reaching(name))}
+    reached = _closure(model, {MAIN, *model.entries})
     kinds = {
         node.attrs["_gradient_op_type"].s.decode()
         for name in reached
@@ -75,8 +72,20 @@ def _reached(model: Model) -> Model:
         if "_gradient_op_type" in node.attrs
     }
     gradients = {kind: g for kind, g in model.gradients.items() if kind in kinds}
-    reached |= frozenset().union(*(calls.reached(g.function) for g in gradients.values()))
+    reached |= _closure(model, {g.function for g in gradients.values()})
     return replace(model, graphs={n: g for n, g in model.graphs.items() if n in reached}, gradients=gradients)
+
+
+def _closure(model: Model, names: Collection[str]) -> set[str]:
+    """Some graphs, and all functions that they refer to, by calls or otherwise."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += model.analysis_of(model.graphs[name], referred)
+    return found
 
 
 def _without_calls(model: Model, gone: Collection[str]) -> Graph:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +14,14 @@ from passes.fold_batch_norm import FoldBatchNorm
 from passes.inline_calls import InlineCalls
 from passes.keep_serving import KeepServing
 from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
+from passes.settle_choices import SettleChoices
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.names import PARAMETER_FILES
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
 from rewriter.check import check
 from rewriter.diff.log import LOG, RECORD
-from rewriter.ir import Error, Model
+from rewriter.ir import Error, Model, unused
 from rewriter.pipeline import Observer, Pipeline, Step
 from rewriter.report import Baked, FinalizeReport, Skipped
 from rewriter.savedmodel.read import load
@@ -73,7 +75,7 @@ def finalize(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
             "fine-tuned and saved again since"
         )
-    kept, steps = Pipeline([KeepServing()], tuple(observers)).run(before)
+    kept, steps = Pipeline([SettleChoices(), KeepServing()], tuple(observers)).run(before)
     found = kept.analysis(trusted_values if trust else quantized_values)
     if not found:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
@@ -108,7 +110,7 @@ def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[St
 
 def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:
     """One for each variable that holds quantised values, in the order of the variables."""
-    held: dict[str, Parameter] = {}
+    held: dict[str, Quantized] = {}
     for each in found:
         key = each.variable
         if key not in after.assigned:
@@ -118,19 +120,25 @@ def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:
                 if v.initial is not None and np.asarray(v.initial).tobytes() == each.value.tobytes()
             )
             key = next(same, "")
-        if key and key not in held:
-            held[key] = parameter(after.variables[key].name, each)
-    order = {key: position for position, key in enumerate(after.variables)}
-    return [held[key] for key in sorted(held, key=order.__getitem__)]
+        if key:
+            held.setdefault(key, each)
+    names = Counter(v.name for v in after.variables.values())
+    found: dict[str, Parameter] = {}
+    for key, variable in after.variables.items():
+        if key in held:
+            layer = f"{held[key].tag['batch_norm']}/{held[key].tag['role']}"
+            name = unused(variable.name if names[variable.name] == 1 else layer, found)
+            found[name] = parameter(name, key, held[key])
+    return list(found.values())
 
 
 def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Parameter]) -> FinalizeReport:
-    added = {v.name for v in after.variables.values() if v.initial is not None}
+    added = {key for key, v in after.variables.items() if v.initial is not None}
     names = {v.name for v in after.variables.values()}
     folding = [s for s in steps if isinstance(s.by, FoldBatchNorm)]
     return FinalizeReport(
         baked=[
-            Baked(p.variable, p.batch_norm, p.role, p.scheme, p.bits, len(p.value), p.error, p.variable in added)
+            Baked(p.variable, p.batch_norm, p.role, p.scheme, p.bits, p.value.size, p.error, p.checkpoint_key in added)
             for p in table
         ],
         folded=[place for s in folding for place in s.by.folded(s.before)],  # type: ignore[attr-defined]

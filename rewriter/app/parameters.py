@@ -6,10 +6,10 @@ import io
 import json
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from passes.quantized_values import Quantized
 from rewriter.ir import Error
 
 FORMAT = 1
+
+Numbers: TypeAlias = "float | int | np.ndarray"
+"""One number, or one for each vector."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,11 @@ class Parameter:
     ``value = max(float32(exp(codes * scale + origin)) - epsilon, 0)`` with the exponent in float64. What `exceptions`
     lists has the value given there: NaN, infinities and negative variances are never quantised.
 
+    Where a batch norm covers several vectors, codes are [..., C], and scale, zero point and origin [..., 1].
+
     Attributes:
-        variable: the variable's name in the finalised model.
+        variable: the variable's name in the finalised model; where several have that name, the layer's and the role.
+        checkpoint_key: the variable's in the finalised model's checkpoint.
         batch_norm: the layer's name.
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or what the user's own function is called.
         bits: the width in force; 0: it was off.
@@ -44,61 +50,65 @@ class Parameter:
     """
 
     variable: str
+    checkpoint_key: str
     batch_norm: str
     role: str
     scheme: str
     bits: int
     narrow_range: bool
     codes: np.ndarray | None
-    scale: float | None
-    zero_point: int | None
-    origin: float | None
+    scale: Numbers | None
+    zero_point: Numbers | None
+    origin: Numbers | None
     epsilon: float | None
     exceptions: dict[int, float]
     value: np.ndarray
     error: float
 
 
-def parameter(variable: str, quantized: Quantized) -> Parameter:
+def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
     """What a quantiser made of a variable's values."""
-    tag, parts, value = quantized.tag, quantized.parts, quantized.value.ravel()
-    coded = quantized.bits > 0 and CODE in parts
-    scale = parts[SCALE].item() if coded else None
-    codes = np.rint(parts[CODE]).astype(np.int32).ravel() if coded else None
-    zero = round(parts[ZERO_POINT].item()) if ZERO_POINT in parts else 0
-    origin = parts[ORIGIN].item() if coded and ORIGIN in parts else None
-    epsilon = parts[EPSILON].item() if coded and EPSILON in parts else None
-    made = value if codes is None or scale is None else _dequantized(codes, scale, zero, origin, epsilon)
+    tag, value = quantized.tag, quantized.value
+    parts = quantized.parts if quantized.bits else {}
+    codes = np.rint(parts[CODE]).astype(np.int32) if CODE in parts else None
+    zero = np.rint(parts[ZERO_POINT]).astype(np.int32) if ZERO_POINT in parts else np.array(0, np.int32)
+    made = value if codes is None else _dequantized(codes, zero, parts)
     differ = np.flatnonzero(~((made.astype(value.dtype) == value) & np.isfinite(value)))
-    before = quantized.raw.ravel().astype(np.float64)
+    before = quantized.raw.astype(np.float64)
     known = np.isfinite(before)
     norm = float(np.linalg.norm(before[known]))
     changed = float(np.linalg.norm((value.astype(np.float64) - before)[known]))
     return Parameter(
         variable=variable,
+        checkpoint_key=key,
         batch_norm=tag["batch_norm"],
         role=tag["role"],
         scheme=tag["scheme"],
         bits=quantized.bits,
         narrow_range=bool(tag["narrow_range"]),
         codes=codes,
-        scale=scale,
-        zero_point=zero if coded else None,
-        origin=origin,
-        epsilon=epsilon,
-        exceptions={int(i): float(value[i]) for i in differ} if coded else {},
+        scale=_numbers(parts.get(SCALE)),
+        zero_point=None if codes is None else _numbers(zero),
+        origin=_numbers(parts.get(ORIGIN)),
+        epsilon=None if EPSILON not in parts else float(parts[EPSILON]),
+        exceptions={} if codes is None else {int(i): float(value.flat[i]) for i in differ},
         value=value,
         error=changed / norm if norm else 0.0,
     )
 
 
-def _dequantized(codes: np.ndarray, scale: float, zero: int, origin: float | None, epsilon: float | None) -> np.ndarray:
+def _numbers(found: np.ndarray | None) -> Numbers | None:
+    """A number, where there is but one."""
+    return found if found is None or found.size > 1 else found.item()
+
+
+def _dequantized(codes: np.ndarray, zero: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
     """The values of codes, as `Parameter` says."""
-    if origin is None or epsilon is None:
-        linear: np.ndarray = (codes - zero).astype(np.float32) * np.float32(scale)
+    if ORIGIN not in parts:
+        linear: np.ndarray = (codes - zero).astype(np.float32) * parts[SCALE]
         return linear
-    shifted = np.exp(codes * np.float64(scale) + np.float64(origin)).astype(np.float32)
-    logarithmic: np.ndarray = np.maximum(shifted - np.float32(epsilon), np.float32(0))
+    shifted = np.exp(codes * parts[SCALE] + parts[ORIGIN]).astype(np.float32)
+    logarithmic: np.ndarray = np.maximum(shifted - parts[EPSILON], np.float32(0))
     return logarithmic
 
 

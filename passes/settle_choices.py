@@ -1,0 +1,42 @@
+"""Choices whose outcome the graph itself fixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from passes.updates import consumers
+from rewriter import ops
+from rewriter.edit import Edit, Inline, Keep, Rewire
+from rewriter.expr import Use
+from rewriter.ir import MAIN, Model, Value
+from rewriter.liveness import BRANCHES, Assumption
+
+
+@dataclass(frozen=True)
+class SettleChoices:
+    """Use what is chosen in place of the choice, where a constant decides it, and drop what nothing needs then.
+
+    A function that TensorFlow made of a TensorFlow 1 graph has the mode as a placeholder that nobody can feed: its
+    default decides, and what only training needs has no use.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Settled merges, selections and conditionals of functions; those of the main graph can be fed."""
+        if not model.object_based:
+            return
+        settled = False
+        for name, graph in model.graphs.items():
+            assumed = Assumption(model, graph, {})
+            for node in graph.nodes.values() if name != MAIN else ():
+                if node.op in BRANCHES and assumed.known(node.inputs[0]) is not None:
+                    settled = True
+                    yield Inline(name, node.name, assumed.taken(node)[0])
+                elif node.op in ops.CHOICES and assumed.chosen(node) is not None:
+                    value = assumed.resolved(Value(node.name))
+                    chosen = Use(ops.output_dtype(model, graph, value), value)
+                    for edge in model.analysis_of(graph, consumers).get(Value(node.name), ()):
+                        settled = True
+                        yield Rewire(edge, chosen, node.name)
+        if settled:
+            yield Keep(tuple(model.entries))
