@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -12,6 +13,9 @@ from rewriter.ir import Endpoint, Entry, Error, Model
 DEFAULT = "serving_default"
 CALLS = ("serve", "__call__")
 """Attributes of the root that a signature is made from where there is none, in this order."""
+
+_MADE_UP = re.compile(r"unknown(_\d+)?|tensor(_\d+)?")
+"""Names that TensorFlow gives to tensors that have none."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,7 @@ class KeepServing:
                 "the model is in TensorFlow 1's format; load it with tf.saved_model.load, save it with "
                 "tf.saved_model.save(model, path, signatures=...) without the signature train, and finalize that"
             )
-        signed = {s.entry for s in model.signatures.values()}
-        held = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
-        serving = [e for e in held if not trains(model, e.function)]
+        serving = serves(model)
         if not serving:
             raise Error(
                 "no signature and no function of the root normalises with the moving statistics alone: each trains, or "
@@ -60,6 +62,13 @@ class KeepServing:
         yield Keep(tuple(kept))
 
 
+def serves(model: Model) -> list[Entry]:
+    """What signatures compute, and the root's functions, as far as they normalise with the moving statistics alone."""
+    signed = {s.entry for s in model.signatures.values()}
+    held = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
+    return [e for e in held if not trains(model, e.function)]
+
+
 def _called(serving: Iterable[Entry]) -> Entry | None:
     """The function that a signature is made from: of several traces, the one with the fewest inputs."""
     found = [e for name in CALLS for e in serving if name in e.paths]
@@ -68,17 +77,13 @@ def _called(serving: Iterable[Entry]) -> Entry | None:
 
 
 def _names(entry: Entry) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a signature calls the inputs and outputs of a function: by their own names where these can be told apart."""
-    return (
-        _distinct([s.name for s in entry.inputs], "inputs"),
-        _distinct([s.name for s in entry.outputs], "output_0", "output"),
-    )
+    """What a signature calls the inputs and outputs of a function: by their own names, or as TensorFlow would."""
+    return _distinct([s.name for s in entry.inputs], "input"), _distinct([s.name for s in entry.outputs], "output")
 
 
-def _distinct(names: list[str], only: str, several: str = "input") -> tuple[str, ...]:
-    if all(name.isidentifier() for name in names) and len(set(names)) == len(names):
-        return tuple(names)
-    return (only,) if len(names) == 1 else tuple(f"{several}_{i}" for i in range(len(names)))
+def _distinct(names: list[str], kind: str) -> tuple[str, ...]:
+    known = all(name.isidentifier() and not _MADE_UP.fullmatch(name) for name in names)
+    return tuple(names) if known and len(set(names)) == len(names) else tuple(f"{kind}_{i}" for i in range(len(names)))
 
 
 def _order(names: tuple[str, ...]) -> tuple[int, ...]:

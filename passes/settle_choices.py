@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from passes.updates import consumers
 from rewriter import ops
-from rewriter.edit import Edit, Inline, Keep, Rewire
+from rewriter.edit import Edit, Inline, Keep, Note, Rewire
 from rewriter.expr import Use
 from rewriter.ir import MAIN, Model, Value
 from rewriter.liveness import BRANCHES, Assumption
@@ -39,4 +39,8 @@ class SettleChoices:
                         settled = True
                         yield Rewire(edge, chosen, node.name)
         if settled:
+            yield Note(
+                "its functions choose their mode by a constant; what it chooses stays, and kernels that could not be "
+                "merged may be, so that outputs may differ in the last bit"
+            )
             yield Keep(tuple(model.entries))

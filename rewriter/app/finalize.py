@@ -12,7 +12,7 @@ import numpy as np
 from passes.bake_quantizers import BakeQuantizers
 from passes.fold_batch_norm import FoldBatchNorm
 from passes.inline_calls import InlineCalls
-from passes.keep_serving import KeepServing
+from passes.keep_serving import KeepServing, serves
 from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
 from passes.settle_choices import SettleChoices
 from rewriter.app.api import NothingToRewriteError
@@ -75,7 +75,8 @@ def finalize(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
             "fine-tuned and saved again since"
         )
-    kept, steps = Pipeline([SettleChoices(), KeepServing()], tuple(observers)).run(before)
+    settling = [] if not before.object_based or serves(before) else [SettleChoices()]
+    kept, steps = Pipeline([*settling, KeepServing()], tuple(observers)).run(before)
     found = kept.analysis(trusted_values if trust else quantized_values)
     if not found:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
@@ -110,26 +111,20 @@ def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[St
 
 def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:
     """One for each variable that holds quantised values, in the order of the variables."""
+    added = {np.asarray(v.initial).tobytes(): k for k, v in after.variables.items() if v.initial is not None}
     held: dict[str, Quantized] = {}
     for each in found:
-        key = each.variable
-        if key not in after.assigned:
-            same = (
-                k
-                for k, v in after.variables.items()
-                if v.initial is not None and np.asarray(v.initial).tobytes() == each.value.tobytes()
-            )
-            key = next(same, "")
-        if key:
+        key = each.variable if each.variable in after.assigned else added.get(each.value.tobytes())
+        if key is not None:
             held.setdefault(key, each)
     names = Counter(v.name for v in after.variables.values())
-    found: dict[str, Parameter] = {}
+    table: dict[str, Parameter] = {}
     for key, variable in after.variables.items():
         if key in held:
             layer = f"{held[key].tag['batch_norm']}/{held[key].tag['role']}"
-            name = unused(variable.name if names[variable.name] == 1 else layer, found)
-            found[name] = parameter(name, key, held[key])
-    return list(found.values())
+            name = unused(variable.name if names[variable.name] == 1 else layer, table)
+            table[name] = parameter(name, key, held[key])
+    return list(table.values())
 
 
 def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Parameter]) -> FinalizeReport:

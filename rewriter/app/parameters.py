@@ -70,14 +70,14 @@ def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
     """What a quantiser made of a variable's values."""
     tag, value = quantized.tag, quantized.value
     parts = quantized.parts if quantized.bits else {}
-    codes = np.rint(parts[CODE]).astype(np.int32) if CODE in parts else None
+    codes = np.rint(np.nan_to_num(parts[CODE])).astype(np.int32) if CODE in parts else None  # NaN has none
     zero = np.rint(parts[ZERO_POINT]).astype(np.int32) if ZERO_POINT in parts else np.array(0, np.int32)
     made = value if codes is None else _dequantized(codes, zero, parts)
     differ = np.flatnonzero(~((made.astype(value.dtype) == value) & np.isfinite(value)))
     before = quantized.raw.astype(np.float64)
     known = np.isfinite(before)
     norm = float(np.linalg.norm(before[known]))
-    changed = float(np.linalg.norm((value.astype(np.float64) - before)[known]))
+    changed = float(np.linalg.norm(value.astype(np.float64)[known] - before[known]))
     return Parameter(
         variable=variable,
         checkpoint_key=key,
