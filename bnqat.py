@@ -2,7 +2,8 @@
 
 ``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)`` and ``bnqat.diff(before, after)``;
 ``bnqat.verify(before, after)``, ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model,
-inputs)``, which run the models; the passes are objects from `passes`.
+inputs)``, which run the models; ``bnqat.KerasLayer(path)`` and ``bnqat.QuantizationLog(layer, log_dir)``, which train
+them with Keras 3; the passes are objects from `passes`.
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
@@ -16,12 +17,16 @@ if TYPE_CHECKING:
     from rewriter.app.diff import diff
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
+    from rewriter.app.training.layer import KerasLayer
+    from rewriter.app.training.log import QuantizationLog
     from rewriter.app.verification.claims import verify
     from rewriter.ir import Error
 
 __all__ = [
     "Error",
+    "KerasLayer",
     "NothingToRewriteError",
+    "QuantizationLog",
     "diff",
     "inspect",
     "reestimate_statistics",
@@ -31,6 +36,8 @@ __all__ = [
 ]
 
 ELSEWHERE = {
+    "KerasLayer": "training.layer",
+    "QuantizationLog": "training.log",
     "diff": "diff",
     "reestimate_statistics": "reestimate",
     "sensitivity": "sensitivity",
