@@ -124,12 +124,9 @@ class _Given:
 
 def _variables(model: Any) -> Iterator[Any]:
     """Those of training, then those that only serving holds."""
-    seen = set()
-    for variable in model.quantization.variables:
-        seen.add(variable.name)
-        yield variable
-    for function in model.serve.concrete_functions:
-        for variable in function.graph.variables:
-            if variable.name not in seen:
-                seen.add(variable.name)
-                yield variable
+    serving = [v for function in model.serve.concrete_functions for v in function.graph.variables]
+    seen: set[int] = set()
+    for variable in (*model.quantization.variables, *serving):
+        if id(variable) not in seen:
+            seen.add(id(variable))
+            yield variable
