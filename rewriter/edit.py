@@ -165,6 +165,21 @@ class AddVariable:
 
 
 @dataclass(frozen=True)
+class Synchronize:
+    """Let the replicas of a variable be kept alike in another way.
+
+    Attributes:
+        key: the variable's; it is in the source, or was added by an earlier pass.
+        synchronization: ``tf.VariableSynchronization`` as its integer value.
+        aggregation: ``tf.VariableAggregation`` as its integer value.
+    """
+
+    key: str
+    synchronization: int
+    aggregation: int
+
+
+@dataclass(frozen=True)
 class Expose:
     """Make a function, a variable or a list of variables an attribute of the root, by dotted path."""
 
@@ -230,6 +245,7 @@ Edit = (
     | Define
     | Import
     | AddVariable
+    | Synchronize
     | Expose
     | AddSignature
     | Refetch

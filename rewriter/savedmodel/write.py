@@ -16,7 +16,7 @@ from rewriter import ops
 from rewriter.ir import ARG, MAIN, Endpoint, Model, Node
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
-from rewriter.savedmodel.objects import Additions
+from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
@@ -66,7 +66,7 @@ def save(
     refuse_overlap(source.path, target)
     with staged(target, overwrite) as directory:
         changed = bool(model.attributes) or any(model.graphs[n] is not g for n, (g, _) in source.protos.items())
-        changed = changed or len(model.graphs) != len(source.protos)
+        changed = changed or len(model.graphs) != len(source.protos) or bool(synchronized_otherwise(model))
         written, changes = _lower(model) if changed else (model, [])
         proto, trackables = written.source.proto, written.source.trackables
         _write_proto(directory / source.file, proto)
