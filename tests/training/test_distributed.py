@@ -180,6 +180,30 @@ def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
             process.communicate()
 
 
+KERAS_3 = """
+import json, os, sys
+cluster = {"worker": sys.argv[2:]}
+os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": int(sys.argv[1])}})
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import keras
+data = tf.data.Dataset.from_tensor_slices((tf.ones([8, 3]), tf.ones([8, 1]))).batch(4)
+with strategy.scope():
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+try:
+    model.fit(data, verbose=0)
+except ValueError as e:
+    print("PerReplica" in str(e))
+"""
+
+
+def test_fit_of_keras_3_takes_no_several_workers_whatever_the_model(tmp_path: Path) -> None:
+    """When this fails, Keras was mended, and the guide can use its `fit`."""
+    (tmp_path / "worker.py").write_text(KERAS_3, encoding="utf-8")
+    assert finished(tmp_path) == [["True"], ["True"]]
+
+
 def finished(folder: Path) -> list[list[str]]:
     """What each worker printed, from the start of both to their end."""
     with workers(folder) as started:

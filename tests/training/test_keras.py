@@ -14,6 +14,7 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from rewriter.app.training.readings import Readings
 from tests import harness, reference
 
 # Keras calls NumPy 2 with variables whose `__array__` has no `copy`, whenever it saves weights of any model.
@@ -113,9 +114,7 @@ def test_only_training_counts_and_moves_statistics(rewritten: Paths) -> None:
 
 
 def test_two_phases_in_one_fit(rewritten: Paths) -> None:
-    """Keras would compile the model with XLA, which cannot differentiate the branch of the freeze step."""
     layer, model = wrapped(rewritten("module", bits=4, start_step=STEPS, freeze_step=2 * STEPS))
-    assert not model.jit_compile
     seen = []
 
     class Watch(keras.callbacks.Callback):
@@ -132,6 +131,17 @@ def test_two_phases_in_one_fit(rewritten: Paths) -> None:
         np.testing.assert_array_equal(x, z)
     assert not np.array_equal(k, m)
     assert not np.array_equal(m, n)
+
+
+def test_keras_compiles_it_only_if_told_so(rewritten: Paths) -> None:
+    """On a GPU Keras compiles what it can with XLA, which has no fused kernel and fails on a freeze step's branch."""
+    layer, model = wrapped(rewritten("module", bits=8))
+    with pytest.warns(UserWarning, match="doesn't support `jit_compile=True`"):
+        model.compile(keras.optimizers.Adam(1e-2), LOSS, jit_compile=True)
+    assert not model.jit_compile
+    layer.supports_jit = True
+    model.compile(keras.optimizers.Adam(1e-2), LOSS, jit_compile=True)
+    assert model.jit_compile
 
 
 def test_a_saved_file_goes_on_where_it_was(rewritten: Paths, tmp_path: Path) -> None:
@@ -308,6 +318,24 @@ def test_what_is_logged(rewritten: Paths, tmp_path: Path) -> None:
                 wanted = np.linalg.norm(q - v) / np.linalg.norm(v)
             assert last["error"] == pytest.approx(wanted, rel=1e-4)
             assert last["error"] > 0
+
+
+@pytest.mark.parametrize("name", ["keras_save", "keras3", "nested", "frozen", "form_v3_half"])
+def test_models_of_every_origin(name: str, rewritten: Paths) -> None:
+    """Control variables may be read by the training function or by one that it calls."""
+    layer = bnqat.KerasLayer(rewritten(name, bits=4, start_step=1, unfreeze_constants=name == "frozen"))
+    readings = Readings(layer.model, layer.filepath)
+    assert readings.amount() == 0
+    (spec,) = layer.quantization.train.concrete_functions[0].structured_input_signature[0]
+    shape = (4, 8, 8, 3) if spec.shape.rank is None else (4, *spec.shape[1:])
+    x = tf.cast(harness.images(shape), spec.dtype)
+    np.testing.assert_array_equal(layer(x), layer.model.serve(x))
+    layer(x, training=True)
+    assert readings.amount() == 1
+    found = readings()
+    assert {name for name, _ in found} == {bn.name for bn in bnqat.inspect(layer.filepath).batch_norms}
+    assert {reading.bits for reading in found.values()} == {4}
+    assert all(0 < reading.error < 0.2 and reading.low < reading.high for reading in found.values())
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:

@@ -124,7 +124,9 @@ class _Given:
 
 def _variables(model: Any) -> Iterator[Any]:
     """Those of training, then those that only serving holds."""
-    serving = [v for function in model.serve.concrete_functions for v in function.graph.variables]
+    serving = [
+        v for function in getattr(model.serve, "concrete_functions", [model.serve]) for v in function.graph.variables
+    ]
     seen: set[int] = set()
     for variable in (*model.quantization.variables, *serving):
         if id(variable) not in seen:

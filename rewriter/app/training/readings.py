@@ -19,6 +19,7 @@ from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.roles import ROLES
 from passes.schemes import SCHEMES
 from rewriter.app.values import error, run
+from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Entry, Error, Graph, Model, Node, Result, Value
 from rewriter.savedmodel.objects import held_functions
@@ -88,7 +89,7 @@ class Readings:
         found = {}
         for kind in dict.fromkeys(q.kind for q in self.quantizers):
             own = [q for q in self.quantizers if q.kind == kind]
-            vectors = [self.variables[q.key].numpy().astype(np.float32) for q in own]
+            vectors = [self.variables[q.key].numpy().astype(np.float32).ravel() for q in own]
             rows = [ROLES.index(q.role) * layers + q.layer for q in own]
             limits = given[rows]
             inputs = [np.array(1, np.float32), bits[rows][:, None]]
@@ -103,28 +104,31 @@ class Readings:
 
     def _of(self, name: str) -> np.ndarray:
         """What the training function computes first, of its variables alone, under a name."""
-        graph = self.source.graphs[self.entry.function]
-        within = f"{name}/"
-        used = {v.node for v, e in graph.edges() if e.node.startswith(within)}
-        found = [node for node in graph.nodes if node.startswith(within) and node not in used]
-        if len(found) != 1:
-            raise Error(f"the training function of {self.path} does not read its control variables at its root")
-        last = found[0]
+        graph, last = self._place(f"{name}/")
         nodes: dict[str, Node] = {}
-        values = []
+        values = {}
         waiting = [last]
         while waiting:
             node = graph.nodes[waiting.pop()]
-            if node.name in nodes:
-                continue
             if node.op == "ReadVariableOp":
-                position = graph.arguments.index(node.inputs[0].node) - len(self.entry.inputs)
-                values.append((node.name, self.variables[str(self.entry.captures[position])].numpy()))
+                (key,) = (o.key for o in origins(self.source, graph.name, node.inputs[0]) if isinstance(o, VariableKey))
+                values[node.name] = self.variables[key].numpy()
                 node = Node(node.name, ARG, attrs={"T": node.attrs["dtype"]})
             nodes[node.name] = replace(node, after=())
-            waiting += [v.node for v in node.inputs]
-        part = Graph(MAIN, nodes, tuple(n for n, _ in values), (Result(name, Value(last), ""),))
-        return run(part, [v for _, v in values])
+            waiting += [v.node for v in node.inputs if v.node not in nodes]
+        part = Graph(MAIN, nodes, tuple(values), (Result(name, Value(last), ""),))
+        return run(part, list(values.values()))
+
+    def _place(self, within: str) -> tuple[Graph, str]:
+        """The graph that computes it, and the node in which it ends: the only one that no other there uses."""
+        for function in self.source.analysis(call_graph).reached(self.entry.function):
+            graph = self.source.graphs[function]
+            own = [node for node in graph.nodes.values() if node.name.startswith(within)]
+            used = {value.node for node in own for value in node.inputs}
+            ends = [node.name for node in own if node.name not in used]
+            if len(ends) == 1:
+                return graph, ends[0]
+        raise Error(f"{self.path} does not read its control variables as bnqat wrote it; rewrite the float model again")
 
 
 def _variables(concrete: Any, entry: Entry) -> dict[str, Any]:
@@ -144,6 +148,6 @@ def _quantizers(model: Model) -> Iterator[_Quantizer]:
             tag = next((t for s in bn.sites for t in s.quantized if t["role"] == role), None)
             if tag is None or tag["scheme"] not in SCHEMES:
                 continue
-            (size,) = np.shape(model.value_of(key))
+            size = np.asarray(model.value_of(key)).size
             scheme = SCHEMES[tag["scheme"]](range=RANGES[tag["range"]], narrow_range=tag["narrow_range"])
             yield _Quantizer(bn.name, role, key, tag["layer"], Kind(scheme, bn.sites[0].epsilon, size))
