@@ -2,7 +2,8 @@
 
 ``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)`` and ``bnqat.diff(before, after)``;
 ``bnqat.verify(before, after)``, ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model,
-inputs)``, which run the models; the passes are objects from `passes`.
+inputs)``, which run the models; ``bnqat.KerasLayer(path)`` and ``bnqat.QuantizationLog(layer, log_dir)``, which train
+them with Keras 3; the passes are objects from `passes`.
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
     from rewriter.app.finalize import finalize
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
+    from rewriter.app.training.layer import KerasLayer
+    from rewriter.app.training.log import QuantizationLog
     from rewriter.app.verification.claims import verify
     from rewriter.ir import Error
 
 __all__ = [
     "Error",
+    "KerasLayer",
     "NothingToRewriteError",
+    "QuantizationLog",
     "diff",
     "finalize",
     "inspect",
@@ -33,6 +38,8 @@ __all__ = [
 ]
 
 ELSEWHERE = {
+    "KerasLayer": "training.layer",
+    "QuantizationLog": "training.log",
     "diff": "diff",
     "finalize": "finalize",
     "reestimate_statistics": "reestimate",

@@ -34,6 +34,7 @@ from rewriter.edit import (
     SetAttr,
     Skip,
     Sweep,
+    Synchronize,
 )
 from rewriter.frames import ENTERS
 from rewriter.ir import (
@@ -72,6 +73,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
         return model
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
     model = _assign(model, [e for e in batch if isinstance(e, Assign)])
+    model = _synchronize(model, [e for e in batch if isinstance(e, Synchronize)])
     model = _add_functions(model, [e for e in batch if isinstance(e, Define | Import)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
@@ -167,6 +169,18 @@ def _assign(model: Model, edits: list[Assign]) -> Model:
         if edit.value.dtype.name != variable.dtype or edit.value.shape != variable.shape:
             raise Error(f"{variable.name} cannot hold a {edit.value.dtype.name} of shape {edit.value.shape}")
     return replace(model, assigned={**model.assigned, **{e.variable: e.value for e in edits}}) if edits else model
+
+
+def _synchronize(model: Model, edits: list[Synchronize]) -> Model:
+    variables = dict(model.variables)
+    for edit in edits:
+        if edit.key not in variables:
+            raise Error(f"there is no variable {edit.key} to synchronise")
+        variables[edit.key] = replace(
+            variables[edit.key], synchronization=edit.synchronization, aggregation=edit.aggregation
+        )
+    attributes = {p: variables[v.key] if isinstance(v, Variable) else v for p, v in model.attributes.items()}
+    return replace(model, variables=variables, attributes=attributes) if edits else model
 
 
 def _add_functions(model: Model, edits: Iterable[Define | Import]) -> Model:

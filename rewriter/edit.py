@@ -180,6 +180,21 @@ class Keep:
 
 
 @dataclass(frozen=True)
+class Synchronize:
+    """Let the replicas of a variable be kept alike in another way.
+
+    Attributes:
+        key: the variable's; it is in the source, or was added by an earlier pass.
+        synchronization: ``tf.VariableSynchronization`` as its integer value.
+        aggregation: ``tf.VariableAggregation`` as its integer value.
+    """
+
+    key: str
+    synchronization: int
+    aggregation: int
+
+
+@dataclass(frozen=True)
 class Expose:
     """Make a function, a variable or a list of variables an attribute of the root, by dotted path."""
 
@@ -247,6 +262,7 @@ Edit = (
     | AddVariable
     | Assign
     | Keep
+    | Synchronize
     | Expose
     | AddSignature
     | Refetch

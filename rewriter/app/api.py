@@ -127,8 +127,8 @@ def rewrite(
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
             ``unfreeze-constants``, ``split-modes``, ``merge-choices``, ``fuse-batch-norm``, ``choose-branch``,
-            ``derive-training``, ``inline-branches``, ``cut-gradients``, ``freeze-statistics``,
-            ``quantize-batch-norm``, or ``module:Class``.
+            ``derive-training``, ``aggregate-statistics``, ``inline-branches``, ``cut-gradients``,
+            ``freeze-statistics``, ``quantize-batch-norm``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -149,7 +149,8 @@ def rewrite(
     after, steps = Pipeline(chosen, observers).run(before)
     report = report_of(before, after, steps)
     quantizing = any(isinstance(each, QuantizeBatchNorm) for each in chosen)
-    if after.graphs == before.graphs or (quantizing and not report.sites_rewritten):
+    unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
+    if unchanged or (quantizing and not report.sites_rewritten):
         raise NothingToRewriteError(why_nothing(source, before, steps))
     if dry_run:
         return report

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from passes.aggregate_statistics import AggregateStatistics
 from passes.choice import Rule
 from passes.choose_branch import ChooseBranch
 from passes.cut_gradients import CutGradients
@@ -65,6 +66,7 @@ def passes_of(options: Settings) -> dict[str, Pass]:
         "fuse-batch-norm": FuseBatchNorm(),
         "choose-branch": ChooseBranch(),
         "derive-training": DeriveTraining(options.momentum),
+        "aggregate-statistics": AggregateStatistics(),
         "inline-branches": InlineBranches(),
         "cut-gradients": CutGradients(),
         "freeze-statistics": FreezeStatistics(options.freeze_step),

@@ -12,6 +12,7 @@ PASSES = (
     "fuse-batch-norm",
     "choose-branch",
     "derive-training",
+    "aggregate-statistics",
     "inline-branches",
     "cut-gradients",
     "freeze-statistics",

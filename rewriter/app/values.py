@@ -67,13 +67,14 @@ def _errors(kind: Kind, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, flo
     """By width, the error that the quantiser of a kind makes, for each vector."""
     rows = np.repeat(np.stack(vectors), len(WIDTHS), axis=0)
     bits = np.tile(np.array(WIDTHS, np.int32), len(vectors))[:, None]
-    quantized = _run(define(quantizing(kind, len(rows))), [np.array(1, np.float32), bits, rows])
+    quantized = run(define(quantizing(kind, len(rows))), [np.array(1, np.float32), bits, rows])
     for index, vector in enumerate(vectors):
         own = quantized[index * len(WIDTHS) : (index + 1) * len(WIDTHS)]
-        yield {n: _error(kind, vector, q) for n, q in zip(WIDTHS, own, strict=True)}
+        yield {n: error(kind, vector, q) for n, q in zip(WIDTHS, own, strict=True)}
 
 
-def _error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
+def error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
+    """The relative error of a quantised vector, as ``ValuesReport.expected_error`` has it."""
     known = np.isfinite(vector)
     v, q = vector[known].astype(np.float64), quantized[known].astype(np.float64)
     if isinstance(kind.scheme, Log):
@@ -83,8 +84,8 @@ def _error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
     return float(np.sqrt(np.sum((q - v) ** 2))) / norm if norm else 0.0
 
 
-def _run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """What one of bnqat's own functions returns."""
+def run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
+    """What one of bnqat's own functions returns, or another function that needs no others and no variables."""
     import tensorflow as tf
 
     given = dict(zip(graph.arguments, inputs, strict=True))

@@ -145,6 +145,19 @@ def tensor_specs(value: Any) -> Iterator[Spec]:
             yield from tensor_specs(pair.value)
 
 
+def synchronized_otherwise(model: Model) -> list[str]:
+    """The keys of the source's variables whose synchronisation or aggregation is another one now."""
+    source = model.source
+    nodes = source.proto.meta_graphs[source.index].object_graph_def.nodes
+    saved = {key: nodes[number].variable for key, number in source.numbers.items()}
+    held = {key: variable for key, variable in model.variables.items() if key in saved}
+    return [
+        key
+        for key, now in held.items()
+        if (saved[key].synchronization, saved[key].aggregation) != (now.synchronization, now.aggregation)
+    ]
+
+
 def _holds_tensors(value: Any) -> bool:
     """Whether an argument is, or contains, tensors: plain ones or composites such as ragged tensors."""
     kind = value.WhichOneof("kind")
@@ -177,6 +190,9 @@ class Additions:
         """Add variables, attributes and signatures, and extend the captures of concrete functions."""
         while len(self.trackables.nodes) < len(self.objects.nodes):
             self.trackables.nodes.add()
+        for key in self.numbers.keys() & self.model.variables.keys():
+            saved, variable = self.objects.nodes[self.numbers[key]].variable, self.model.variables[key]
+            saved.synchronization, saved.aggregation = variable.synchronization, variable.aggregation
         for path, value in self.model.attributes.items():
             if isinstance(value, Variable):
                 self._attach(path, self._variable(value))

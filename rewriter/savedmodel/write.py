@@ -18,7 +18,7 @@ from rewriter.dataflow import call_graph
 from rewriter.ir import ARG, MAIN, Endpoint, Model, Node, Spec, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
-from rewriter.savedmodel.objects import Additions
+from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
 from rewriter.savedmodel.shrink import checkpoint_keys, shrink_meta, shrink_objects, shrink_saver
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
@@ -71,10 +71,9 @@ def save(
     target = Path(target)
     refuse_overlap(source.path, target)
     with staged(target, overwrite) as directory:
-        changed = bool(model.attributes or model.assigned) or any(
-            model.graphs.get(n) is not g for n, (g, _) in source.protos.items()
-        )
+        changed = bool(model.attributes or model.assigned or synchronized_otherwise(model))
         changed = changed or len(model.graphs) != len(source.protos)
+        changed = changed or any(model.graphs.get(n) is not g for n, (g, _) in source.protos.items())
         written, changes = _lower(model) if changed else (model, [])
         proto, trackables = written.source.proto, written.source.trackables
         _write_proto(directory / source.file, proto)

@@ -1,0 +1,1 @@
+"""Helpers for training a rewritten model with Keras 3."""

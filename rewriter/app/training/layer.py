@@ -1,0 +1,134 @@
+"""``bnqat.KerasLayer``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+from keras.src.saving.serialization_lib import in_safe_mode
+
+from rewriter.ir import Error
+
+
+@keras.saving.register_keras_serializable(package="bnqat")
+class KerasLayer(keras.layers.Layer):
+    """A rewritten SavedModel as a layer of Keras 3: `train` while Keras trains, `serve` else.
+
+    Inputs are one tensor, a list or tuple in the order of the model's inputs, or a dict by their names. Shapes and
+    dtypes are those of the SavedModel; the outputs are what it returns. A layer whose `trainable` is False runs
+    `serve` in training too, as Keras' own batch norm does, and counts no step.
+
+    Its weights are the SavedModel's variables, not copies. Moving statistics and the variables of `quantization` are
+    not trainable, scales of learned ranges are. It computes in the model's dtypes, whatever Keras' global policy is.
+    Keras does not compile it with XLA, which has no fused batch norm; set `supports_jit = True` before
+    `Model.compile` to have it compiled all the same.
+
+    Attributes:
+        model: the loaded SavedModel, to be saved with `tf.saved_model.save`.
+        quantization: its control variables: `step`, `start_step`, `bits.gamma` and the others.
+
+    Args:
+        filepath: a directory with a SavedModel that bnqat rewrote, in TensorFlow 2's format.
+        trainable: whether it is trained.
+        name: the layer's name.
+
+    Raises:
+        Error: the SavedModel is none of bnqat's in TensorFlow 2's format, or the backend of Keras is not TensorFlow.
+        ValueError: a file of Keras with such a layer is loaded in safe mode, as it names a SavedModel to execute.
+    """
+
+    def __init__(
+        self, filepath: str | Path, trainable: bool = True, name: str | None = None, dtype: Any = None
+    ) -> None:
+        if keras.config.backend() != "tensorflow":
+            raise Error(f"KerasLayer needs Keras' backend tensorflow, not {keras.config.backend()}: set KERAS_BACKEND")
+        model = tf.saved_model.load(str(filepath))
+        quantization: Any = getattr(model, "quantization", None)
+        if not hasattr(quantization, "train") or not hasattr(model, "serve"):
+            raise Error(f"{filepath} was not rewritten by bnqat in TensorFlow 2's format; use bnqat rewrite first")
+        given = _Given(quantization.train.concrete_functions[0])
+        super().__init__(trainable=trainable, name=name, dtype=dtype or given.dtype)
+        self.filepath = str(filepath)
+        self.model = model
+        self.supports_jit = False
+        self._given = given
+        self._held = [
+            keras.Variable(v, trainable=v.trainable, dtype=v.dtype, name=v.name.partition(":")[0].replace("/", "_"))
+            for v in _variables(model)
+        ]
+        self.built = True
+
+    @property
+    def quantization(self) -> Any:
+        """The control variables, and `train` itself."""
+        return self.model.quantization
+
+    def call(self, inputs: Any, training: bool | None = False) -> Any:
+        """The model's outputs for `inputs`, as the class says."""
+        function = self.quantization.train if training and self.trainable else self.model.serve
+        arguments, keywords = self._given(inputs)
+        return function(*arguments, **keywords)
+
+    def get_config(self) -> dict[str, Any]:
+        """What a Keras file keeps of the layer: the SavedModel's path, and no dtype policy."""
+        config = super().get_config()
+        return {"filepath": self.filepath, "name": config["name"], "trainable": config["trainable"]}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> KerasLayer:
+        """The layer of a Keras file.
+
+        Raises:
+            ValueError: in safe mode.
+        """
+        if in_safe_mode() is not False:
+            raise ValueError(
+                f"this file of Keras executes the SavedModel {config['filepath']}; if you trust that, load it with "
+                "safe_mode=False"
+            )
+        return cls(**config)
+
+
+class _Given:
+    """How a function is called with what a Keras layer is given."""
+
+    def __init__(self, function: Any) -> None:
+        self.structure = function.structured_input_signature
+        self.specs = [s for s in tf.nest.flatten(self.structure) if isinstance(s, tf.TypeSpec)]
+
+    @property
+    def dtype(self) -> str:
+        """That of the first input of real numbers; float32 without one."""
+        return next((s.dtype.name for s in self.specs if s.dtype.is_floating), "float32")
+
+    def __call__(self, inputs: Any) -> Any:
+        """Arguments and keywords."""
+        values = iter(self._ordered(inputs))
+        filled = [next(values) if isinstance(s, tf.TypeSpec) else s for s in tf.nest.flatten(self.structure)]
+        return tf.nest.pack_sequence_as(self.structure, filled)
+
+    def _ordered(self, inputs: Any) -> list[Any]:
+        names = [s.name for s in self.specs]
+        if isinstance(inputs, Mapping) and (len(names) > 1 or set(inputs) == set(names)):
+            if set(inputs) != set(names):
+                raise Error(f"the inputs are {', '.join(map(str, inputs))}, but the model takes {', '.join(names)}")
+            return [inputs[name] for name in names]
+        values: list[Any] = tf.nest.flatten(inputs)
+        if len(values) != len(names):
+            raise Error(f"{len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}")
+        return values
+
+
+def _variables(model: Any) -> Iterator[Any]:
+    """Those of training, then those that only serving holds."""
+    serving = [
+        v for function in getattr(model.serve, "concrete_functions", [model.serve]) for v in function.graph.variables
+    ]
+    seen: set[int] = set()
+    for variable in (*model.quantization.variables, *serving):
+        if id(variable) not in seen:
+            seen.add(id(variable))
+            yield variable

@@ -1,0 +1,64 @@
+"""``bnqat.QuantizationLog``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import keras
+import tensorflow as tf
+from tensorflow.core.framework import summary_pb2
+
+from rewriter.app.training.layer import KerasLayer
+from rewriter.app.training.readings import Readings
+
+
+class QuantizationLog(keras.callbacks.Callback):
+    """Writes what the quantisers of a layer do to a TensorBoard log, at the end of every epoch.
+
+    The scalars are `step` (training calls so far), `amount` (0: quantisers are off, 1: they act, between: the ramp),
+    and for each batch norm and role `<name>/<role>/bits` (the width in force, 0: off), `/low` and `/high` (the limits
+    between which levels lie; of the scheme `log`, those of log(v + epsilon)) and `/error` (how far the variable is
+    from its quantised self, whether or not quantisers act yet: the norm of the difference over that of the variable;
+    for the moving variance, the root of the mean squared relative error of 1 / sqrt(v + epsilon)). A quantiser that
+    is a function of your own is left out.
+
+    Of several workers, the chief writes; the callback must be given to all of them, as they read variables together.
+
+    Args:
+        layer: the layer, whose SavedModel must still be where it was loaded from.
+        log_dir: the log's directory, that of `keras.callbacks.TensorBoard` or another one; the scalars are in
+            `quantization` below it.
+
+    Raises:
+        Error: the layer's model has no quantisers.
+    """
+
+    def __init__(self, layer: KerasLayer, log_dir: str | Path) -> None:
+        super().__init__()
+        self.layer = layer
+        self.folder = Path(log_dir) / "quantization"
+        self._readings = Readings(layer.model, layer.filepath)
+        self._writer: Any = None
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
+        """Read, and write."""
+        scalars = {"step": float(self.layer.quantization.step.numpy()), "amount": self._readings.amount()}
+        for (name, role), reading in self._readings().items():
+            scalars |= {f"{name}/{role}/{what}": float(value) for what, value in reading._asdict().items()}
+        if not self.model.distribute_strategy.extended.should_save_summary:
+            return
+        if self._writer is None:
+            self._writer = tf.summary.create_file_writer(str(self.folder))
+        metadata = summary_pb2.SummaryMetadata(data_class=summary_pb2.DATA_CLASS_SCALAR)
+        metadata.plugin_data.plugin_name = "scalars"
+        with self._writer.as_default():
+            for tag, value in scalars.items():
+                tf.summary.write(tag, tf.constant(value, tf.float32), step=epoch, metadata=metadata)
+        self._writer.flush()
+
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
+        """Close the log; another `fit` begins another file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
