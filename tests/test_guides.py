@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/keras.md", "docs/loops.md", "docs/distributed.md")
+GUIDES = ("docs/keras.md", "docs/loops.md", "docs/distributed.md", "docs/deployment.md", "docs/migrating.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SESSION = """
