@@ -1,10 +1,11 @@
-"""The whole job on real data: train, rewrite, fine-tune from the rewritten SavedModel alone.
+"""The whole way on real data: train in float, rewrite, fine-tune on two replicas, resume, finalise, run on LiteRT.
 
-A small convolutional net learns scikit-learn's handwritten digits in float. `bnqat` rewrites its SavedModel at
-4 bits. The rewritten model is fine-tuned by a plain TensorFlow loop that knows nothing of bnqat; its
-quantisers start after one epoch.
+A small convolutional net learns scikit-learn's handwritten digits with Keras. `bnqat` rewrites its SavedModel at
+4 bits. The rewritten model is fine-tuned by Keras' `fit` under a `MirroredStrategy` of two logical devices: first with
+float batch norms, then with quantised ones, then with frozen statistics. In the middle the run is given up, and another
+one resumes it. What comes out is finalised and run by the LiteRT interpreter, in float and in integers.
 
-    python tools/demo.py [--bits 4] [--epochs 4]
+    python tools/demo.py [--bits 4] [--epochs 6]
 """
 
 from __future__ import annotations
@@ -12,14 +13,17 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
+import keras
 import numpy as np
 import tensorflow as tf
+from ai_edge_litert.interpreter import Interpreter
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -32,117 +36,175 @@ BATCH = 32
 CHANNELS = (16, 32, 32)
 
 
-class Digits(tf.Module):
-    """Three convolutions with fused batch norm, for 8 x 8 grey images."""
+class Data(NamedTuple):
+    """Images [N, 8, 8, 1] from 0 to 1 and labels, to train with and to test with."""
 
-    def __init__(self) -> None:
-        super().__init__(name="digits")
-        sizes = zip((1, *CHANNELS), CHANNELS, strict=False)
-        self.kernels = [self._glorot((3, 3, a, b), f"conv_{i}/kernel") for i, (a, b) in enumerate(sizes)]
-        self.gamma = [tf.Variable(tf.ones([c]), name=f"norm_{i}/gamma") for i, c in enumerate(CHANNELS)]
-        self.beta = [tf.Variable(tf.zeros([c]), name=f"norm_{i}/beta") for i, c in enumerate(CHANNELS)]
-        self.mean = [self._moving(tf.zeros([c]), f"norm_{i}/moving_mean") for i, c in enumerate(CHANNELS)]
-        self.variance = [self._moving(tf.ones([c]), f"norm_{i}/moving_variance") for i, c in enumerate(CHANNELS)]
-        self.dense = self._glorot((CHANNELS[-1], 10), "dense/kernel")
-        self.bias = tf.Variable(tf.zeros([10]), name="dense/bias")
+    x: np.ndarray
+    y: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
 
-    @staticmethod
-    def _glorot(shape: tuple[int, ...], name: str) -> Any:
-        return tf.Variable(tf.keras.initializers.GlorotUniform(seed=len(name))(shape), name=name)
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch; what is left over is not used."""
+        return len(self.x) // BATCH
 
-    @staticmethod
-    def _moving(value: Any, name: str) -> Any:
-        return tf.Variable(value, trainable=False, name=name)
+    @property
+    def batches(self) -> Any:
+        """The training data, in an order that is another one in each epoch, and the same in each run."""
+        data = tf.data.Dataset.from_tensor_slices((self.x, self.y)).shuffle(len(self.x), seed=0)
+        return data.batch(BATCH, drop_remainder=True)
 
-    def call(self, x: Any, training: bool) -> Any:
-        """Logits [N, 10] of images [N, 8, 8, 1]."""
-        for i, kernel in enumerate(self.kernels):
-            x = tf.nn.conv2d(x, kernel, 1 if i == 0 else 2, "SAME")
-            x, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
-                x=x,
-                scale=self.gamma[i],
-                offset=self.beta[i],
-                mean=self.mean[i],
-                variance=self.variance[i],
-                epsilon=1e-3,
-                is_training=training,
-                exponential_avg_factor=0.05 if training else 1.0,
-            )
-            if training:
-                self.mean[i].assign(mean)
-                self.variance[i].assign(variance)
-            x = tf.nn.relu(x)
-        return tf.reduce_mean(x, [1, 2]) @ self.dense + self.bias
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), name="image")])
-    def serve(self, image: Any) -> Any:
-        """Logits, for inference."""
-        return self.call(image, training=False)
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 1), name="image")])
-    def learn(self, image: Any) -> Any:
-        """Logits, for training; updates the moving statistics."""
-        return self.call(image, training=True)
+    def accuracy(self, outputs: Any) -> float:
+        """Share of right answers for the test images, in percent."""
+        return float(100 * np.mean(np.argmax(outputs, -1) == self.y_test))
 
 
-def fit(train: Any, variables: Any, data: tuple[Any, Any], *, epochs: int, rate: float) -> None:
-    """Train with Adam on shuffled batches; the order is the same on every run."""
-    images, labels = data
-    optimizer = tf.keras.optimizers.Adam(rate)
-    rng = np.random.default_rng(0)
-
-    @tf.function
-    def step(x: Any, y: Any) -> None:
-        with tf.GradientTape() as tape:
-            losses = tf.nn.sparse_softmax_cross_entropy_with_logits(y, train(x))
-        optimizer.apply_gradients(zip(tape.gradient(losses, variables), variables, strict=True))
-
-    for _ in range(epochs):
-        order = rng.permutation(len(images))
-        for start in range(0, len(order) - BATCH + 1, BATCH):
-            chosen = order[start : start + BATCH]
-            step(tf.constant(images[chosen]), tf.constant(labels[chosen]))
+def digits() -> Data:
+    """Scikit-learn's handwritten digits, which come with its package."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images.reshape(-1, 8, 8, 1) / 16).astype("float32")
+    x, x_test, y, y_test = train_test_split(images, labels, test_size=0.3, random_state=0, stratify=labels)
+    return Data(x, y, x_test, y_test)
 
 
-def accuracy(serve: Any, images: Any, labels: Any) -> float:
-    """Share of right answers, in percent."""
-    return float(100 * np.mean(np.argmax(serve(tf.constant(images)), -1) == labels))
+def compiled(model: Any, rate: float) -> Any:
+    """A model that can be trained."""
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
+    return model
 
 
-def run(bits: int, epochs: int, folder: Path) -> list[tuple[str, str, float]]:
-    """Rows of the table: model, what batch norm computes with, accuracy on unseen digits in percent."""
-    data = load_digits()
-    images = (data.images[..., None] / 16).astype("float32")
-    x, x_test, y, y_test = train_test_split(images, data.target, test_size=0.3, random_state=0, stratify=data.target)
-    module = Digits()
-    fit(module.learn, module.trainable_variables, (x, y), epochs=8, rate=3e-3)
-    tf.saved_model.save(module, str(folder / "float"), signatures={"serving_default": module.serve})
-    rows = [("float", "float32", accuracy(module.serve, x_test, y_test))]
-    del module
+def float_net() -> Any:
+    """Three convolutions with batch norm."""
+    stack: list[Any] = [keras.Input((8, 8, 1), name="image")]
+    for number, channels in enumerate(CHANNELS):
+        stack += [
+            keras.layers.Conv2D(channels, 3, 1 + (number > 0), "same", use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.95),
+            keras.layers.ReLU(),
+        ]
+    return keras.Sequential([*stack, keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)])
 
-    bnqat.rewrite(folder / "float", folder / "rewritten", bits=bits, start_step=len(x) // BATCH)
+
+class GiveUp(keras.callbacks.Callback):
+    """Ends a run at the end of an epoch, as a machine that goes down would."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras calls it so
+        """Raise, after the backup of this epoch is made."""
+        if epoch == self.epoch:
+            raise InterruptedError
+
+
+def tuned(path: Path, data: Data, epochs: int, backup: Path, give_up: int | None = None) -> tuple[Any, Any]:
+    """The model and its layer, after `epochs` epochs on two replicas, or as far as a run comes that is given up."""
+    strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    with strategy.scope():
+        layer = bnqat.KerasLayer(str(path))
+        image = keras.Input((8, 8, 1), name="image")
+        model = compiled(keras.Model(image, layer(image)), 1e-3)
+    callbacks: list[Any] = [keras.callbacks.BackupAndRestore(str(backup), delete_checkpoint=False)]
+    callbacks += [] if give_up is None else [GiveUp(give_up)]
+    model.fit(data.batches, epochs=epochs, callbacks=callbacks, verbose=0)
+    return model, layer
+
+
+def lite(final: Path, data: Data, integers: bool) -> Any:
+    """The outputs of a finalised model for the test images, by LiteRT."""
+    converter = tf.lite.TFLiteConverter.from_saved_model(str(final), signature_keys=["serving_default"])
+    if integers:
+        converter.optimizations = [tf.lite.Optimize.DEFAULT]
+        converter.representative_dataset = lambda: ({"image": image[None]} for image in data.x[:100])
+        converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
+    signature = Interpreter(model_content=converter.convert()).get_signature_runner("serving_default")
+    return np.concatenate([next(iter(signature(image=image[None]).values())) for image in data.x_test])
+
+
+Row = tuple[str, str, float]
+"""Stage, what batch norm computes with, accuracy on unseen digits in percent."""
+
+
+def run(bits: int, epochs: int, folder: Path) -> tuple[list[Row], list[Any]]:
+    """Rows of the table, and what was baked in."""
+    data = digits()
+    keras.utils.set_random_seed(0)
+    net = compiled(float_net(), 3e-3)
+    net.fit(data.batches, epochs=8, verbose=0)
+    net.export(folder / "float", verbose=False)
+    rows: list[Row] = [("float", "float32", data.accuracy(net.predict(data.x_test, verbose=0)))]
+
+    start, freeze = data.steps, (epochs - 2) * data.steps
+    bnqat.rewrite(
+        folder / "float", folder / "rewritten", bits=bits, momentum=0.95, start_step=start, freeze_step=freeze
+    )
     model = tf.saved_model.load(str(folder / "rewritten"))
-    start = model.quantization.start_step.numpy()
     model.quantization.start_step.assign(0)
-    rows.append(("rewritten", f"{bits} bits", accuracy(model.serve, x_test, y_test)))
-    model.quantization.start_step.assign(start)
-    fit(model.train, list(model.quantization.trainable_variables), (x, y), epochs=epochs, rate=1e-3)
-    rows.append(("fine-tuned", f"{bits} bits", accuracy(model.serve, x_test, y_test)))
-    print(f"{model.quantization.step.numpy()} steps, quantised from step {start} on")
+    rows.append(("rewritten", f"{bits} bits", data.accuracy(model.serve(data.x_test))))
+
+    try:
+        tuned(folder / "rewritten", data, epochs, folder / "backup", give_up=epochs - 3)
+    except InterruptedError:
+        print("a run was given up; another one resumes it")
+    first, layer = tuned(folder / "rewritten", data, epochs - 2, folder / "backup")
+    steps = [layer.quantization.step.numpy()]
+    rows.append(("fine-tuned, batch statistics", f"{bits} bits", data.accuracy(first.predict(data.x_test, verbose=0))))
+    second, layer = tuned(folder / "rewritten", data, epochs, folder / "backup")
+    steps.append(layer.quantization.step.numpy())
+    rows.append(
+        ("fine-tuned, frozen statistics", f"{bits} bits", data.accuracy(second.predict(data.x_test, verbose=0)))
+    )
+    print(
+        f"quantised from step {start} on; statistics frozen at step {steps[0]} (freeze step {freeze}); {steps[1]} steps"
+    )
+
+    second.export(folder / "tuned", verbose=False)
+    report = bnqat.finalize(folder / "tuned", folder / "final", params=folder / "parameters.npz")
+    final = tf.saved_model.load(str(folder / "final"))
+    rows.append(("finalised", f"{bits} bits", data.accuracy(final.serve(data.x_test))))
+    for kind, integers in (("float", False), ("integers", True)):
+        rows.append((f"LiteRT, {kind}", "folded", data.accuracy(lite(folder / "final", data, integers))))
+    return rows, parameters(folder / "parameters.npz", [b.variable for b in report.baked])
+
+
+def parameters(file: Path, names: list[str]) -> list[Any]:
+    """Rows of the parameter table: variable, scheme, width, scale, zero point, the first codes."""
+    table = np.load(file)
+    rows = []
+    for name in names:
+        scheme, bits, scale, zero, codes = (
+            table[f"{name}.{field}"] for field in ("scheme", "bits", "scale", "zero_point", "codes")
+        )
+        first = " ".join(str(code) for code in codes[:8])
+        rows.append([name.removeprefix("sequential/"), str(scheme), str(bits), f"{scale:.5g}", str(zero), first])
     return rows
 
 
 def main() -> None:
-    """Print one table."""
+    """Print two tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--bits", type=int, default=4, help="width of the codes")
-    parser.add_argument("--epochs", type=int, default=4, help="epochs of fine-tuning")
+    parser.add_argument("--epochs", type=int, default=6, help="epochs of fine-tuning, at least 4; two are frozen")
     options = parser.parse_args()
+    if options.epochs < 4:  # noqa: PLR2004  as the help says
+        parser.error("--epochs: one in float, one or more quantised, two frozen")
+    device = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(device, [tf.config.LogicalDeviceConfiguration()] * 2)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run(options.bits, options.epochs, Path(folder))
+        warnings.filterwarnings("ignore", ".*tf.lite.Interpreter is deprecated")  # the converter's own use of it
+        rows, baked = run(options.bits, options.epochs, Path(folder))
+    codes = Table(title="Batch-norm variables of the finalised model", box=box.SIMPLE_HEAD)
+    for column in ("variable", "scheme", "bits", "scale", "zero point", "first codes"):
+        codes.add_column(column, no_wrap=True)
+    for row in baked:
+        codes.add_row(*row)
+    Console(width=120).print(codes)
     table = Table(title="Handwritten digits, unseen in training", box=box.SIMPLE_HEAD)
     table.add_column("model")
-    table.add_column("batch-norm variables")
+    table.add_column("batch norm")
     table.add_column("accuracy", justify="right")
     for name, kind, value in rows:
         table.add_row(name, kind, f"{value:.2f} %")

@@ -322,6 +322,11 @@ def kernels_of_training(trained: Trained) -> Claim:
     elif not kernels.placed and not wanted.placed:
         return Claim(name, NOT_APPLICABLE, "no batch-norm kernel is executed in training")
     text = f"training executes {kernels}, the source's own training function {wanted}"
+    if trained.phases:
+        same = kernels.ran == wanted.ran + raised * (2 if kernels.gradients else 1)
+        text += (
+            f"; it has a second phase, with frozen statistics: {kernels.ran} are reached, in the source {wanted.ran}"
+        )
     text += "" if kernels.gradients else ", without gradients, which one of them does not have"
     if not same and trained.twice:
         low, more = trained.sites, raised + trained.twice

@@ -44,6 +44,7 @@ class Trained:
         raised: of single ops that the source's function trains by, or that serve, how many became a kernel.
         twice: how many sites of the source's function compute both modes, of which one is used.
         sites: how many sites that function runs, or serving, each of which a derived function trains once.
+        phases: whether a branch chooses between two training functions, the second with frozen statistics.
     """
 
     absent: str = ""
@@ -61,6 +62,7 @@ class Trained:
     raised: int = 0
     twice: int = 0
     sites: int = 0
+    phases: bool = False
 
 
 def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
@@ -149,7 +151,13 @@ def _beside(pair: Pair, ran: _Run, own: tuple[Entry, Alignment], after: Placed) 
 
     before = placed_by(pair.source, entry.function)
     raised = before.raised(after)
-    done = replace(ran.done, raised=before.kernels_for(raised), twice=before.twice, sites=before.trained(raised))
+    done = replace(
+        ran.done,
+        raised=before.kernels_for(raised),
+        twice=before.twice,
+        sites=before.trained(raised),
+        phases=any(v.name.startswith("quantization/freeze_step") for v in pair.result.variables.values()),
+    )
     if not done.differentiated:
         wanted, _ = attempt(lambda: run(differentiate=True))
         if wanted is not None:
