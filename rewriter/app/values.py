@@ -14,11 +14,11 @@ from passes.batch_norm import BatchNorm
 from passes.quantizers import Kind, quantizing
 from passes.roles import VARIANCE
 from passes.schemes import Affine, Log, Scheme
+from rewriter import evaluation
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
 from rewriter.ops import shape_attr
 from rewriter.report import ValuesReport
-from rewriter.savedmodel.graphs import write_main
 
 WIDTHS = (8, 6, 4, 3, 2)
 BINS = 12
@@ -86,17 +86,13 @@ def error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
 
 def run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
     """What one of bnqat's own functions returns, or another function that needs no others and no variables."""
-    import tensorflow as tf
-
     given = dict(zip(graph.arguments, inputs, strict=True))
     nodes = {
         name: _placeholder(node, given[name].shape) if node.op == ARG else node for name, node in graph.nodes.items()
     }
     (result,) = graph.results
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tf.import_graph_def(write_main(Graph(MAIN, nodes)), name="")
-        feeds = {f"{name}:0": value for name, value in given.items()}
-        found: np.ndarray = session.run(f"{result.value.node}:{result.value.port}", feeds)
+    found: np.ndarray
+    (found,) = evaluation.run(Graph(MAIN, nodes), given, [result.value])
     return found
 
 
