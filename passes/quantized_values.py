@@ -15,9 +15,12 @@ from rewriter import ops
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
-from rewriter.terms import PORT, Bound, Term, Terms
+from rewriter.terms import PORT, Bound, Term, Terms, cone
 
 PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
+
+_Parts = tuple[Term, Mapping[str, Term]]
+"""The width in force, and the parts by name."""
 
 
 class Quantized(NamedTuple):
@@ -71,15 +74,15 @@ def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
     found = list(_found(model, terms))
     wanted: dict[Term, None] = {}
     for each in found:
-        wanted |= dict.fromkeys((each.value, each.raw, each.width, *(t for t, _ in each.parts.values())))
+        wanted |= dict.fromkeys((each.value, each.raw, each.width, *each.parts.values()))
     # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
-    amounts = {t: np.array(1, np.float32) for w in wanted for t in w.cone() if _part(t) == AMOUNT}
+    amounts = {t: np.array(1, np.float32) for t in cone(wanted) if _part(t) == AMOUNT}
     values = dict(zip(wanted, evaluated(model, list(wanted), amounts, trust=trust), strict=True))
     return tuple(each.known(values) for each in found)
 
 
 class _Terms(NamedTuple):
-    """A quantiser's terms; of each part, the term and the row of it that counts (-1: there is but one)."""
+    """A quantiser's terms, and the row of the width and the parts that counts (-1: there is but one)."""
 
     graph: str
     node: str
@@ -89,11 +92,12 @@ class _Terms(NamedTuple):
     raw: Term
     width: Term
     row: int
-    parts: Mapping[str, tuple[Term, int]]
+    parts: Mapping[str, Term]
 
     def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
         """What was computed."""
-        parts = {n: values[t] if r < 0 or not values[t].ndim else values[t][r] for n, (t, r) in self.parts.items()}
+        alone = self.row < 0
+        parts = {n: values[t] if alone or not values[t].ndim else values[t][self.row] for n, t in self.parts.items()}
         bits = int(np.ravel(values[self.width])[max(self.row, 0)])
         return Quantized(
             self.graph,
@@ -113,34 +117,40 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
     for entry in model.entries:
         for name, known in running_from(model, entry).items():
             reached.setdefault(name, []).extend(known)
+    known_parts: dict[Term, _Parts] = {}
     for name, node in tagged(model):
         if any(assumed.runs(node) for assumed in reached.get(name, ())):
             tag = json.loads(model.graphs[name].nodes[node].attrs[TAG].s)
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
                 value = terms.on(name, Value(node), way)
-                width, row, parts = _parts(value, f"{node} in {name}")
+                whole, row = _whole(value)
+                if whole not in known_parts:
+                    known_parts[whole] = _parts(whole, f"{node} in {name}")
+                width, parts = known_parts[whole]
                 yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, row, parts)
 
 
-def _parts(value: Term, where: str) -> tuple[Term, int, Mapping[str, tuple[Term, int]]]:
-    """The width and the parts of a quantised value's arithmetic; of a row of several values, which row it is."""
-    row = -1
-    whole = value
-    if value.op in ("Unpack", PORT):
-        row = value.port
-        whole = value.inputs[0].inputs[0] if value.op == PORT else value.inputs[0]
-    parts: dict[str, tuple[Term, int]] = {}
+def _whole(value: Term) -> tuple[Term, int]:
+    """What several values are quantised in together, and in which row of it this one is; -1: it is alone."""
+    if value.op == PORT:
+        return value.inputs[0].inputs[0], value.port
+    return (value.inputs[0], 0) if value.op == "Unpack" else (value, -1)
+
+
+def _parts(whole: Term, where: str) -> _Parts:
+    """The width and the parts of the arithmetic that quantises a value, or several in rows."""
+    parts: dict[str, Term] = {}
     width = None
-    for term in whole.cone():
+    for term in cone([whole]):
         name = _part(term)
         if name == WIDTH and width is None:
             width = term.inputs[0]
         if name in PARTS:
-            parts.setdefault(name, (term, row))
+            parts.setdefault(name, term)
     if width is None:
         raise Error(f"{where} is marked as a quantiser, and is none of this version's; rewrite the float model again")
-    return width, row, parts
+    return width, parts
 
 
 def _part(term: Term) -> str:

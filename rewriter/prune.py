@@ -55,10 +55,11 @@ def prune(model: Model) -> Model:
 
 def needed_without(model: Model, nodes: Iterable[tuple[str, str]]) -> frozenset[str]:
     """The variables that would still be needed if some nodes, by (graph, node), needed nothing."""
-    graphs = dict(model.graphs)
+    cut: dict[str, dict[str, Node]] = {}
     for name, node in nodes:
-        cut = replace(graphs[name].nodes[node], op="Const", inputs=(), after=(), attrs={})
-        graphs[name] = replace(graphs[name], nodes={**graphs[name].nodes, node: cut})
+        held = cut.setdefault(name, dict(model.graphs[name].nodes))
+        held[node] = replace(held[node], op="Const", inputs=(), after=(), attrs={})
+    graphs = {**model.graphs, **{name: replace(model.graphs[name], nodes=held) for name, held in cut.items()}}
     return frozenset(prune(replace(model, graphs=graphs)).variables)
 
 

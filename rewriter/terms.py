@@ -6,7 +6,7 @@ which compute the same from the same variables give the same term.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,16 +56,17 @@ class Term:
             term = term.inputs[0]
         return term.inputs[0].of if term.op == "ReadVariableOp" and term.inputs[0].op == VARIABLE else ""
 
-    def cone(self) -> Iterator[Term]:
-        """This term and all that it is computed from, the nearest first."""
-        seen = {self: None}
-        waiting = [self]
-        for term in waiting:
-            yield term
-            for inner in term.inputs:
-                if inner not in seen:
-                    seen[inner] = None
-                    waiting.append(inner)
+
+def cone(terms: Iterable[Term]) -> Iterator[Term]:
+    """Some terms and all that they are computed from, each once, the nearest first."""
+    waiting = list(dict.fromkeys(terms))
+    seen = set(waiting)
+    for term in waiting:
+        yield term
+        for inner in term.inputs:
+            if inner not in seen:
+                seen.add(inner)
+                waiting.append(inner)
 
 
 Bound = tuple[tuple[int, Term], ...]
@@ -83,20 +84,16 @@ class Terms:
         self._assumptions: dict[str, Assumption] = {}
         self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
 
-    def of(self, graph: str, value: Value) -> dict[Bound, Term]:
-        """The term of a value, for each way to call its function; one where it does not depend on its callers.
-
-        Raises:
-            Error: it is nested too deep.
-        """
-        return {way: self.on(graph, value, way) for way in self.ways(graph, [value])}
-
     def ways(self, graph: str, values: Collection[Value]) -> tuple[Bound, ...]:
         """What the arguments that some values of a function depend on are, for each way to call it."""
         return self._bounds(graph, _arguments(self.model.graphs[graph], values))
 
     def on(self, graph: str, value: Value, way: Bound) -> Term:
-        """The term of a value, where the function's arguments are these."""
+        """The term of a value, where the function's arguments are these.
+
+        Raises:
+            Error: it is nested too deep.
+        """
         return self._term(self.model.graphs[graph], value, way, 0)
 
     def _bounds(self, name: str, wanted: frozenset[int]) -> tuple[Bound, ...]:
