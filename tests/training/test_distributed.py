@@ -133,13 +133,7 @@ def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_pat
     done = run("-c", MIRRORED, str(path), str(tmp_path / "data.npz"), str(tmp_path / "out"))
     assert done.returncode == 0, done.stderr[-3000:]
     first, second, losses = alone(path)
-    for wanted, number in ((first, 1), (second, 2)):
-        found = by_name(tmp_path / f"out_{number}")
-        assert found["quantization/step:00"] == number * STEPS
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
-            if name != "quantization/freeze_step:00":
-                np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} {number}")
+    assert_alike(tmp_path, first, second)
     assert not np.allclose(
         first["quantization/range/moving_mean:00"], by_name(path)["quantization/range/moving_mean:00"]
     )
@@ -151,6 +145,17 @@ def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_pat
     whole.quantization.freeze_step.assign(0)
     loss = float(loss_of(whole.quantization.train(X[: 2 * HALF]), Y[: 2 * HALF]))
     np.testing.assert_allclose(loss, logged[1, 0], rtol=1e-5)
+
+
+def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
+    """What was saved after each phase is what one device has then, but for rounding."""
+    for number, wanted in enumerate(phases, 1):
+        found = by_name(folder / f"out_{number}")
+        assert found["quantization/step:00"] == number * STEPS
+        assert found.keys() == wanted.keys()
+        for name, value in wanted.items():
+            if name != "quantization/freeze_step:00":
+                np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} {number}")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -178,6 +183,62 @@ def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+
+
+LOOP = """
+import json, os, sys
+index = int(sys.argv[1])
+cluster = {"worker": sys.argv[2:]}
+os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": {"type": "worker", "index": index}})
+import tensorflow as tf
+strategy = tf.distribute.MultiWorkerMirroredStrategy()
+import keras, numpy as np
+data = np.load("data.npz")
+size = int(data["batch"])
+with strategy.scope():
+    loaded = tf.saved_model.load("qat_model")
+    variables = list(loaded.quantization.trainable_variables)
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build(variables)
+
+def one(images, labels):
+    with tf.GradientTape() as tape:
+        losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, loaded.train(images))
+        mine = tf.reduce_sum(losses) / size
+    optimizer.apply_gradients(zip(tape.gradient(mine, variables), variables))
+    return mine
+
+@tf.function
+def step(images, labels):
+    return strategy.reduce("SUM", strategy.run(one, (images, labels)), axis=None)
+
+batches = tf.data.Dataset.from_tensor_slices((data["x"], data["y"])).batch(size)
+options = tf.data.Options()
+options.experimental_distribute.auto_shard_policy = tf.data.experimental.AutoShardPolicy.DATA
+batches = strategy.experimental_distribute_dataset(batches.with_options(options))
+for phase in (1, 2):
+    for images, labels in batches:
+        print(float(step(images, labels)))
+    tf.saved_model.save(loaded, f"out_{phase}" if index == 0 else f"scratch_{phase}")
+    for variable in loaded.quantization.variables:
+        if variable.synchronization == tf.VariableSynchronization.ON_READ:
+            variable.assign(variable.read_value())
+    loaded.quantization.freeze_step.assign(loaded.quantization.step)
+"""
+
+
+def test_two_workers_in_a_loop_of_ones_own_do_what_one_device_does(rewritten: Paths, tmp_path: Path) -> None:
+    """As two replicas of one process do; the same bounds."""
+    ranges = {"gamma": "learned", "moving_mean": "ema"}
+    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
+    np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
+    (tmp_path / "qat_model").symlink_to(path)
+    (tmp_path / "worker.py").write_text(LOOP, encoding="utf-8")
+    printed = finished(tmp_path)
+    first, second, losses = alone(path)
+    assert_alike(tmp_path, first, second)
+    for lines in printed:
+        np.testing.assert_allclose([float(line) for line in lines], losses, rtol=1e-5)
 
 
 KERAS_3 = """
