@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -39,61 +41,46 @@ class BakeQuantizers:
         Raises:
             Error: what a quantiser makes of a variable cannot be stored; the message says why.
         """
-        found = model.analysis(trusted_values if self.trust else quantized_values)
-        if not tagged(model):
-            return
+        stores = model.analysis(trusted_stores if self.trust else quantized_stores)
         by_node: dict[Node, list[Quantized]] = {}
-        for each in found:
+        for each in stores.values:
             by_node.setdefault((each.graph, each.node), []).append(each)
-        baked = _baked(model, found)
-        yield from (Assign(key, value) for key, value in baked.items())
-        further = _Further(model)
+        yield from (Assign(key, value) for key, value in stores.baked.items())
+        yield from (AddVariable(v) for v in stores.further.values())
         for name, node in tagged(model):
             graph = model.graphs[name]
             quantized = by_node.get((name, node), [])
-            if all(each.variable in baked for each in quantized):  # or it can never run
+            if all(each.variable in stores.baked for each in quantized):  # or it can never run
                 value = _raw(model, graph, node)
             else:
-                value = read(further.variable(quantized))
+                value = read(stores.single(quantized))
             for edge in model.analysis_of(graph, consumers).get(Value(node), ()):
                 yield Rewire(edge, value, node)
-        yield from (AddVariable(v) for v in further.made)
-        yield Keep(tuple(model.entries))
+        if by_node:
+            yield Keep(tuple(model.entries))
 
 
-def _raw(model: Model, graph: Graph, node: str) -> Expr:
-    """What a quantiser is given; of several in a row, what the first is."""
-    value = Value(node)
-    while TAG in graph.nodes[value.node].attrs:
-        value = graph.nodes[value.node].inputs[-1]
-    return Use(ops.output_dtype(model, graph, value), value)
+class Stores(NamedTuple):
+    """Where quantised values are to be stored.
 
+    Attributes:
+        values: what is to be stored.
+        baked: variables that can hold their quantised values, with these.
+        further: new variables for the others, by the variable that is quantised and the bytes of the quantised value.
+    """
 
-def _baked(model: Model, found: Iterable[Quantized]) -> Mapping[str, np.ndarray]:
-    """The variables that can hold their quantised values, with these."""
-    values: dict[str, dict[bytes, np.ndarray]] = {}
-    for each in found:
-        if each.variable:
-            values.setdefault(each.variable, {})[each.value.tobytes()] = each.value
-    bare = needed_without(model, tagged(model))
-    single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
-    return {key: value.reshape(model.variables[key].shape) for key, value in single.items()}
+    values: tuple[Quantized, ...]
+    baked: Mapping[str, np.ndarray]
+    further: Mapping[tuple[str, bytes], Variable]
 
+    def key(self, quantized: Quantized) -> str:
+        """The checkpoint key of the variable that holds a value."""
+        if quantized.variable in self.baked:
+            return quantized.variable
+        return self.further[quantized.variable, quantized.value.tobytes()].key
 
-class _Further:
-    """Variables for what is quantised of others, each once."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self._made: dict[tuple[str, bytes], Variable] = {}
-
-    @property
-    def made(self) -> Iterator[Variable]:
-        """All of them."""
-        return iter(self._made.values())
-
-    def variable(self, quantized: list[Quantized]) -> Variable:
-        """The variable for what one quantiser makes, on every way to it.
+    def single(self, quantized: Sequence[Quantized]) -> Variable:
+        """The new variable for what one quantiser makes, on every way to it.
 
         Raises:
             Error: on one way it makes something else than on another.
@@ -104,18 +91,45 @@ class _Further:
                 f"{first.tag['role']} of {first.tag['batch_norm']} is also used as it is, or quantised in two ways, "
                 f"and {first.graph} is called for several batch norms; so no variable could hold it quantised"
             )
-        key = (first.variable, first.value.tobytes())
-        if key not in self._made:
-            held = self.model.variables[first.variable].name if first.variable else first.tag["role"]
-            taken = {v.path for v in self._made.values()}
-            path = unused(f"quantized.{held.replace('/', '_').replace('.', '_').replace(':', '_')}", taken)
+        return self.further[first.variable, first.value.tobytes()]
+
+
+def quantized_stores(model: Model) -> Stores:
+    """Where the values are to be stored that harmless quantisers make."""
+    return _stores(model, model.analysis(quantized_values))
+
+
+def trusted_stores(model: Model) -> Stores:
+    """Where the values are to be stored that quantisers make, whatever ops they have."""
+    return _stores(model, model.analysis(trusted_values))
+
+
+def _stores(model: Model, found: tuple[Quantized, ...]) -> Stores:
+    values: dict[str, dict[bytes, np.ndarray]] = {}
+    for each in found:
+        if each.variable:
+            values.setdefault(each.variable, {})[each.value.tobytes()] = each.value
+    bare = needed_without(model, tagged(model))
+    single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
+    baked = {key: value.reshape(model.variables[key].shape) for key, value in single.items()}
+    further: dict[tuple[str, bytes], Variable] = {}
+    taken: set[str] = set()
+    for each in found:
+        key = (each.variable, each.value.tobytes())
+        if each.variable not in baked and key not in further:
+            held = model.variables[each.variable].name if each.variable else each.tag["role"]
+            path = unused(f"quantized.{re.sub(r'[^A-Za-z0-9_]', '_', held)}", taken)
+            taken.add(path)
             name = path.replace(".", "/")
-            self._made[key] = Variable(
-                self.model.new_key(name),
-                name,
-                first.value.dtype.name,
-                first.value.shape,
-                path=path,
-                initial=first.value,
+            further[key] = Variable(
+                model.new_key(name), name, each.value.dtype.name, each.value.shape, path=path, initial=each.value
             )
-        return self._made[key]
+    return Stores(found, baked, further)
+
+
+def _raw(model: Model, graph: Graph, node: str) -> Expr:
+    """What a quantiser is given; of several in a row, what the first is."""
+    value = Value(node)
+    while TAG in graph.nodes[value.node].attrs:
+        value = graph.nodes[value.node].inputs[-1]
+    return Use(ops.output_dtype(model, graph, value), value)

@@ -42,9 +42,10 @@ class FoldBatchNorm:
         if folds:
             yield Keep(tuple(model.entries))
 
-    def folded(self, model: Model) -> list[tuple[str, str]]:
-        """(graph, node) of the batch norms that become part of a convolution."""
-        return [(fold.site.graph, fold.site.node) for fold in model.analysis(_chosen)[0]]
+
+def folded(model: Model) -> list[tuple[str, str]]:
+    """(graph, node) of the batch norms that become part of a convolution."""
+    return [(fold.site.graph, fold.site.node) for fold in model.analysis(_chosen)[0]]
 
 
 class _Fold(NamedTuple):

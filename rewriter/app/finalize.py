@@ -7,13 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
-from passes.bake_quantizers import BakeQuantizers
-from passes.fold_batch_norm import FoldBatchNorm
+from passes.bake_quantizers import BakeQuantizers, Stores, quantized_stores, trusted_stores
+from passes.fold_batch_norm import FoldBatchNorm, folded
 from passes.inline_calls import InlineCalls
 from passes.keep_serving import KeepServing, serves
-from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
+from passes.quantized_values import Quantized, tagged
 from passes.settle_choices import SettleChoices
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.names import PARAMETER_FILES
@@ -77,11 +75,11 @@ def finalize(
         )
     settling = [] if not before.object_based or serves(before) else [SettleChoices()]
     kept, steps = Pipeline([*settling, KeepServing()], tuple(observers)).run(before)
-    found = kept.analysis(trusted_values if trust else quantized_values)
-    if not found:
+    stores = kept.analysis(trusted_stores if trust else quantized_stores)
+    if not stores.values:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
     after, more = Pipeline([BakeQuantizers(trust)], tuple(observers)).run(kept)
-    table = _parameters(found, after)
+    table = _parameters(stores, after)
     steps += more
     if fold:
         after, more = _folded(after, tuple(observers))
@@ -109,14 +107,11 @@ def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[St
     return model, [*steps, *more]
 
 
-def _parameters(found: Iterable[Quantized], after: Model) -> list[Parameter]:
+def _parameters(stores: Stores, after: Model) -> list[Parameter]:
     """One for each variable that holds quantised values, in the order of the variables."""
-    added = {np.asarray(v.initial).tobytes(): k for k, v in after.variables.items() if v.initial is not None}
     held: dict[str, Quantized] = {}
-    for each in found:
-        key = each.variable if each.variable in after.assigned else added.get(each.value.tobytes())
-        if key is not None:
-            held.setdefault(key, each)
+    for each in stores.values:
+        held.setdefault(stores.key(each), each)
     names = Counter(v.name for v in after.variables.values())
     table: dict[str, Parameter] = {}
     for key, variable in after.variables.items():
@@ -136,7 +131,7 @@ def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Para
             Baked(p.variable, p.batch_norm, p.role, p.scheme, p.bits, p.value.size, p.error, p.checkpoint_key in added)
             for p in table
         ],
-        folded=[place for s in folding for place in s.by.folded(s.before)],  # type: ignore[attr-defined]
+        folded=[place for s in folding for place in folded(s.before)],
         not_folded=[Skipped(e.graph, e.node, e.reason) for s in folding for e in s.skipped],
         signatures=sorted([*after.signatures, *after.new_signatures]),
         variables_removed=sorted({v.name for v in before.variables.values()} - names),
