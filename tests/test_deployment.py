@@ -53,7 +53,7 @@ def only(outputs: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # the converter's own use of it
 @pytest.mark.corpus
-@pytest.mark.parametrize("name", ["mlcommons+tiny+1", "JetBrains+KotlinDL+1", "idealo+image-quality-assessment+1"])
+@pytest.mark.parametrize("name", ["mlcommons+tiny+1", "JetBrains+KotlinDL+1", "intel-analytics+analytics-zoo+1"])
 def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if not PUBLIC:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")
@@ -63,7 +63,7 @@ def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureReq
     x = case.inputs(99, 4)
     float_outputs = only(tf.saved_model.load(str(source)).signatures[case.name](**x))
     quantized = only(case.signature(**x))
-    assert 0 < np.linalg.norm(quantized - float_outputs) < 0.2 * np.linalg.norm(float_outputs)
+    assert np.linalg.norm(quantized - float_outputs) < 0.2 * np.linalg.norm(float_outputs)
 
     before = [v.numpy() for v in case.variables]
     for step in range(10):
@@ -80,7 +80,7 @@ def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureReq
 
     report = bnqat.finalize(tmp_path / "tuned", tmp_path / "final", params=tmp_path / "p.npz")
     table = np.load(tmp_path / "p.npz")
-    assert report.baked
+    assert any(b.error > 0 for b in report.baked)
     assert all(table[f"{b.variable}.bits"] == 6 for b in report.baked)
     final = tf.saved_model.load(str(tmp_path / "final")).signatures[case.name]
     np.testing.assert_array_equal(only(final(**x)), tuned)
