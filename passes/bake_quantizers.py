@@ -15,7 +15,7 @@ from passes.updates import consumers
 from rewriter import ops
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire
 from rewriter.expr import Expr, Use, read
-from rewriter.ir import Error, Graph, Model, Value, Variable, unused
+from rewriter.ir import Edge, Error, Graph, Model, Value, Variable, unused
 from rewriter.prune import needed_without
 
 Node = tuple[str, str]
@@ -109,9 +109,11 @@ def _stores(model: Model, found: tuple[Quantized, ...]) -> Stores:
     for each in found:
         if each.variable:
             values.setdefault(each.variable, {})[each.value.tobytes()] = each.value
-    bare = needed_without(model, tagged(model))
+    bare = needed_without(
+        model, (Edge(g, n, i) for g, n in tagged(model) for i in range(len(model.graphs[g].nodes[n].inputs)))
+    )
     single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
-    baked = {key: value.reshape(model.variables[key].shape) for key, value in single.items()}
+    baked = {key: value.reshape(np.shape(model.value_of(key))) for key, value in single.items()}
     further: dict[tuple[str, bytes], Variable] = {}
     taken: set[str] = set()
     for each in found:

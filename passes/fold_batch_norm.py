@@ -15,7 +15,7 @@ from rewriter import ops
 from rewriter.edit import Assign, Edit, Keep, Rewire, Skip
 from rewriter.evaluation import evaluated
 from rewriter.expr import Expr, Use, op
-from rewriter.ir import Error, Graph, Model, Node, Value
+from rewriter.ir import Edge, Error, Graph, Model, Node, Value
 from rewriter.prune import needed_without
 from rewriter.terms import Term, Terms
 
@@ -52,13 +52,14 @@ class _Fold(NamedTuple):
     """A batch norm that can go into the convolution before it.
 
     Attributes:
+        edges: the inputs that filters, a bias and the batch norm's parameters are.
         sums: the node whose sum is the result: the convolution, or what adds its bias.
         bias: the input of `site` or `sums` that the new bias takes the place of, by its name.
         values: what the filters' and the bias's variables are to hold, on every way to the function.
     """
 
     site: Site
-    convolution: str
+    edges: tuple[Edge, ...]
     sums: str
     bias: str
     values: tuple[tuple[str, np.ndarray], ...]
@@ -88,8 +89,7 @@ def _chosen(model: Model) -> tuple[tuple[_Fold, ...], tuple[Skip, ...]]:
             skips.append(Skip(site.graph, site.node, str(e)))
     while True:
         # What is used elsewhere as well has to stay as it is.
-        nodes = [(f.site.graph, n) for f in folds for n in {f.convolution, f.sums, f.site.node}]
-        needed = needed_without(model, nodes)
+        needed = needed_without(model, (edge for fold in folds for edge in fold.edges))
         found = [f for f in folds if any(key in needed for key, _ in f.values)] or _clashing(folds)
         if not found:
             return tuple(folds), tuple(skips)
@@ -128,7 +128,9 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
             if not name or not found[name].variable:
                 raise Error("the convolution's filters, or everything a bias could be stored in, are no variables")
         values += _values(model, found, stores, site.epsilon, convolution.op)
-    return _Fold(site, convolution.name, sums.name, stores, tuple(values))
+    edges = [Edge(graph.name, convolution.name, 1), *(Edge(graph.name, node.name, 1 + i) for i in range(len(ROLES)))]
+    edges += [Edge(graph.name, adding.name, 1)] if adding else []
+    return _Fold(site, tuple(edges), sums.name, stores, tuple(values))
 
 
 def _before(model: Model, graph: Graph, node: Node) -> tuple[Node, Node | None]:
@@ -172,4 +174,4 @@ def _values(
         raise Error("its scale is not finite")
     for name, value in ((FILTER, filters), (stores, bias)):
         key = found[name].variable
-        yield key, value.astype(np.float32).reshape(model.variables[key].shape)
+        yield key, value.astype(np.float32).reshape(np.shape(model.value_of(key)))

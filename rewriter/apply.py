@@ -166,7 +166,9 @@ def _add_variables(model: Model, variables: list[Variable]) -> Model:
 def _assign(model: Model, edits: list[Assign]) -> Model:
     for edit in edits:
         variable = model.variables[edit.variable]
-        if edit.value.dtype.name != variable.dtype or edit.value.shape != variable.shape:
+        held = variable.shape if variable.shape is not None else edit.value.shape
+        fits = len(held) == edit.value.ndim and all(a in (b, -1) for a, b in zip(held, edit.value.shape, strict=True))
+        if edit.value.dtype.name != variable.dtype or not fits:
             raise Error(f"{variable.name} cannot hold a {edit.value.dtype.name} of shape {edit.value.shape}")
     return replace(model, assigned={**model.assigned, **{e.variable: e.value for e in edits}}) if edits else model
 

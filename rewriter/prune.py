@@ -16,11 +16,14 @@ from tensorflow.core.framework import function_pb2
 
 from rewriter import ops
 from rewriter.dataflow import call_graph, referred
-from rewriter.ir import ARG, MAIN, Entry, Graph, Model, Node, Value
+from rewriter.ir import ARG, MAIN, Edge, Entry, Graph, Model, Node, Value
 from rewriter.sweep import held, needed_by
 
 READS = frozenset({"ReadVariableOp"})
-"""Ops that are stateful, but change nothing: one that only others wait for is not needed."""
+"""Ops that are stateful, but change nothing: one that only others wait for is not needed, but what it waits for is."""
+
+CUT = "bnqat/cut"
+"""What a node is called that stands for inputs that are not to count."""
 
 Position = tuple[str, int]
 """A function, and the position of one of its arguments."""
@@ -34,6 +37,8 @@ def keep(model: Model, functions: Collection[str]) -> Model:
         if name not in kept:
             kept.add(name)
             waiting += (f for c in model.entries[name].captures if isinstance(c, int) for f in model.owned.get(c, ()))
+        if not waiting:
+            waiting += (name for name in _used_in_main(model) if name not in kept)
     entries = {name: entry for name, entry in model.entries.items() if name in kept}
     gone = model.entries.keys() - entries.keys()
     main = _without_calls(model, gone)
@@ -53,12 +58,23 @@ def prune(model: Model) -> Model:
     return _reached(replace(model, graphs=graphs, entries=entries, variables=variables))
 
 
-def needed_without(model: Model, nodes: Iterable[tuple[str, str]]) -> frozenset[str]:
-    """The variables that would still be needed if some nodes, by (graph, node), needed nothing."""
+def _used_in_main(model: Model) -> Iterator[str]:
+    """Concrete functions whose results another call of the main graph is given: the saver is given tables' contents."""
+    main = model.graphs[MAIN]
+    passed = {v.node for node in main.nodes.values() if ops.callees(model, node) for v in node.inputs}
+    for call in model.analysis(call_graph).calls.get(MAIN, ()):
+        if call.node in passed and call.callee in model.entries:
+            yield call.callee
+
+
+def needed_without(model: Model, edges: Iterable[Edge]) -> frozenset[str]:
+    """The variables that would still be needed if some inputs of nodes were constants; their other inputs count."""
     cut: dict[str, dict[str, Node]] = {}
-    for name, node in nodes:
-        held = cut.setdefault(name, dict(model.graphs[name].nodes))
-        held[node] = replace(held[node], op="Const", inputs=(), after=(), attrs={})
+    for edge in edges:
+        held = cut.setdefault(edge.graph, {**model.graphs[edge.graph].nodes, CUT: Node(CUT, "Const")})
+        inputs = list(held[edge.node].inputs)
+        inputs[edge.position] = Value(CUT)
+        held[edge.node] = replace(held[edge.node], inputs=tuple(inputs))
     graphs = {**model.graphs, **{name: replace(model.graphs[name], nodes=held) for name, held in cut.items()}}
     return frozenset(prune(replace(model, graphs=graphs)).variables)
 
@@ -185,10 +201,15 @@ class _Usage:
     def _needed(self, graph: Graph, node: Node) -> Iterator[str]:
         gone = self._dropped(node)
         yield from (v.node for index, v in enumerate(node.inputs) if index not in gone)
-        yield from (name for name in node.after if graph.nodes[name].op not in READS)
+        for name in node.after:
+            if graph.nodes[name].op in READS:
+                yield from _before(graph, name)
+            else:
+                yield name
         beside = node.attrs.get("_class")
         if beside is not None:
-            yield from (s.decode().removeprefix("loc:@") for s in beside.list.s)
+            names = (s.decode().removeprefix("loc:@") for s in beside.list.s)
+            yield from (name for name in names if name in graph.nodes)
 
     def _agree(self, graph: Graph, live: Collection[str]) -> None:
         """Let the functions that one node calls have the same arguments."""
@@ -219,7 +240,7 @@ class _Usage:
         live = self.live[graph.name]
         arguments = {a for a, wanted in zip(graph.arguments, kept, strict=True) if wanted}
         stays = live | arguments
-        nodes = {n.name: self._shorter(n, stays) for n in graph.nodes.values() if n.name in stays}
+        nodes = {n.name: self._shorter(graph, n, stays) for n in graph.nodes.values() if n.name in stays}
         if all(kept) and len(nodes) == len(graph.nodes) and all(nodes[n] is graph.nodes[n] for n in nodes):
             return graph
         ports = {name: self._ports(graph.nodes[name]) for name in nodes}
@@ -236,15 +257,19 @@ class _Usage:
         )
 
     def _main(self, graph: Graph) -> Graph:
-        nodes = {n.name: self._shorter(n, graph.nodes) for n in graph.nodes.values()}
+        nodes = {n.name: self._shorter(graph, n, graph.nodes) for n in graph.nodes.values()}
         freed = [graph.nodes[n].inputs[i].node for n in nodes for i in self._dropped(graph.nodes[n])]
         if not freed:
             return graph
         return without_orphans(self.model, replace(graph, nodes=nodes), freed)
 
-    def _shorter(self, node: Node, stays: Collection[str]) -> Node:
-        """A node without inputs that what it calls does not need, and that waits for no node that goes."""
-        after = tuple(name for name in node.after if name in stays)
+    def _shorter(self, graph: Graph, node: Node, stays: Collection[str]) -> Node:
+        """A node without inputs that what it calls does not need.
+
+        In place of a read that goes, it waits for what that has waited for; for nothing else that goes.
+        """
+        waits = (each for a in node.after for each in ((a,) if a in stays else _before(graph, a)))
+        after = tuple(dict.fromkeys(name for name in waits if name in stays))
         node = node if after == node.after else replace(node, after=after)
         gone = self._dropped(node)
         if not gone:
@@ -274,6 +299,19 @@ class _Usage:
         first = len(entry.inputs)
         captures = (c for i, c in enumerate(entry.captures) if (entry.function, first + i) in self.wanted)
         return replace(entry, captures=tuple(captures))
+
+
+def _before(graph: Graph, read: str) -> Iterator[str]:
+    """What a read waits for, and what other reads among that wait for."""
+    seen, waiting = {read}, [read]
+    while waiting:
+        for name in graph.nodes[waiting.pop()].after:
+            if name not in seen:
+                seen.add(name)
+                if graph.nodes[name].op in READS:
+                    waiting.append(name)
+                else:
+                    yield name
 
 
 def _port(value: Value, ports: Mapping[str, Mapping[int, int]]) -> Value:

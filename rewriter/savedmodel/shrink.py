@@ -6,7 +6,7 @@ whatever belongs to such a resource, such as the functions that fill a table.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -97,9 +97,13 @@ def _hold(objects: Any, trackables: Any, captured: list[int]) -> None:
                     graph.nodes[number].children.add(node_id=each, local_name=str(index))
 
 
-def checkpoint_keys(trackables: Any) -> set[str]:
-    """The tensors of a checkpoint that its object graph names."""
-    return {a.checkpoint_key for node in trackables.nodes for a in node.attributes}
+def checkpoint_keys(trackables: Any, stored: Iterable[str]) -> set[str]:
+    """Of the tensors stored in a checkpoint, those of the objects in its object graph.
+
+    A table's attribute ``.../table`` is stored in several tensors, ``.../table-keys`` and ``.../table-values``.
+    """
+    names = {a.checkpoint_key for node in trackables.nodes for a in node.attributes}
+    return {key for key in stored if key in names or key.rpartition("-")[0] in names}
 
 
 def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
@@ -173,10 +177,15 @@ def _following(graph: Graph, values: Collection[Value]) -> set[str]:
     return first.union(*(nx.descendants(digraph, name) for name in first))
 
 
-def shrink_meta(meta: Any, main: Graph, signatures: Collection[str]) -> None:
-    """Take signatures out of a meta graph, and assets whose nodes are gone."""
-    for name in signatures:
-        del meta.signature_def[name]
+def shrink_meta(meta: Any, graphs: Mapping[str, Graph], signatures: Collection[str]) -> None:
+    """Take signatures out of a meta graph, and what else speaks of nodes and functions that are gone."""
+    main = graphs[MAIN]
+    for name, signature in list(meta.signature_def.items()):
+        tensors = (*signature.inputs.values(), *signature.outputs.values())
+        if name in signatures or any(t.name and t.name.partition(":")[0] not in main.nodes for t in tensors):
+            del meta.signature_def[name]
+    for name in set(meta.meta_info_def.function_aliases) - set(graphs):
+        del meta.meta_info_def.function_aliases[name]
     assets = [a for a in meta.asset_file_def if a.tensor_info.name.partition(":")[0] in main.nodes]
     del meta.asset_file_def[:]
     meta.asset_file_def.extend(assets)

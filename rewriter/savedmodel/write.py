@@ -86,7 +86,9 @@ def save(
             shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
         if changed and (source.checkpoint is not None or _added(model)):
             prefix = directory / "variables" / "variables"
-            keys = checkpoint_keys(trackables) if _shrunk(model) else None
+            keys = (
+                checkpoint_keys(trackables, source.checkpoint.shapes) if _shrunk(model) and source.checkpoint else None
+            )
             checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables), keys)
         if log is not None:
             extra = directory / EXTRA
@@ -153,7 +155,8 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
     shrunk = _shrunk(model)
     if shrunk:
         model = shrink_objects(model, meta.object_graph_def, trackables)
-        model = shrink_saver(model, meta.saver_def, checkpoint_keys(trackables))
+        stored = () if source.checkpoint is None else source.checkpoint.shapes
+        model = shrink_saver(model, meta.saver_def, checkpoint_keys(trackables, stored))
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
         if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
@@ -166,10 +169,22 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
     if shrunk:
         held = signatures_of(source.proto.meta_graphs[source.index], source.protos[MAIN][0])
         gone = held.keys() - model.signatures.keys()
-        shrink_meta(meta, model.graphs[MAIN], gone)
+        shrink_meta(meta, model.graphs, gone)
+        if len(proto.meta_graphs) > 1:
+            # They share the checkpoint, which has no longer all that they restore.
+            changes.append(f"{len(proto.meta_graphs) - 1} other meta graphs of the source are left out")
     for name, call in calls.items():
         _write_signature(model, meta, name, call)
-    return replace(model, source=replace(model.source, proto=proto, trackables=trackables)), changes
+    written = replace(model.source, proto=proto, trackables=trackables)
+    if shrunk:
+        written = replace(
+            written,
+            proto=saved_model_pb2.SavedModel(
+                saved_model_schema_version=proto.saved_model_schema_version, meta_graphs=[meta]
+            ),
+            index=0,
+        )
+    return replace(model, source=written), changes
 
 
 def make_loadable(objects: Any, trackables: Any) -> list[str]:
