@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from passes.quantized_values import Quantized, quantized_values, tagged, trusted_values
-from passes.sites import TAG
+from passes.tags import TAG
 from passes.updates import consumers
 from rewriter import ops
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire

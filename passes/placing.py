@@ -13,7 +13,7 @@ from passes.pipelines import Traced
 from passes.quantizers import Kind, observing, piped, quantizing, row
 from passes.ranges import Dynamic
 from passes.schemes import FLOAT
-from passes.sites import TAG
+from passes.tags import TAG
 from passes.uses import Piped, Vector
 from rewriter import ops
 from rewriter.edit import Edit, Run, RunAfter

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from passes.entries import running_from
 from passes.parts import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
-from passes.sites import TAG
+from passes.tags import TAG, tag_of
 from rewriter import ops
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
@@ -95,10 +94,20 @@ class _Terms(NamedTuple):
     parts: Mapping[str, Term]
 
     def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
-        """What was computed."""
+        """What was computed.
+
+        Raises:
+            Error: its shapes are not a quantiser's.
+        """
         alone = self.row < 0
+        shapes = [values[t].shape for t in (*self.parts.values(), self.width)]
+        if (not alone and any(s and s[0] <= self.row for s in shapes)) or values[self.width].size == 0:
+            raise unknown(f"{self.node} in {self.graph}")
         parts = {n: values[t] if alone or not values[t].ndim else values[t][self.row] for n, t in self.parts.items()}
         bits = int(np.ravel(values[self.width])[max(self.row, 0)])
+        shape = values[self.value].shape
+        if CODE in parts and (parts[CODE].shape != shape or any(_wider(parts[n], shape) for n in parts)):
+            raise unknown(f"{self.node} in {self.graph}")
         return Quantized(
             self.graph,
             self.node,
@@ -120,7 +129,7 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
     known_parts: dict[Term, _Parts] = {}
     for name, node in tagged(model):
         if any(assumed.runs(node) for assumed in reached.get(name, ())):
-            tag = json.loads(model.graphs[name].nodes[node].attrs[TAG].s)
+            tag = tag_of(model.graphs[name].nodes[node])
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
                 value = terms.on(name, Value(node), way)
@@ -148,9 +157,23 @@ def _parts(whole: Term, where: str) -> _Parts:
             width = term.inputs[0]
         if name in PARTS:
             parts.setdefault(name, term)
-    if width is None:
-        raise Error(f"{where} is marked as a quantiser, and is none of this version's; rewrite the float model again")
+    whole_log = (ORIGIN in parts) == (EPSILON in parts)
+    if width is None or (CODE in parts) != (SCALE in parts) or not whole_log:
+        raise unknown(where)
     return width, parts
+
+
+def unknown(where: str) -> Error:
+    """What is marked as a quantiser, but does not compute as one."""
+    return Error(f"{where} is marked as a quantiser, and is none of this version's; rewrite the float model again")
+
+
+def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
+    """Whether an array does not fit to one of a shape, number by number."""
+    try:
+        return np.broadcast_shapes(array.shape, shape) != shape
+    except ValueError:
+        return True
 
 
 def _part(term: Term) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -12,6 +11,7 @@ import numpy as np
 
 from passes.decomposed import INPUT, Found, decomposed, near_misses
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.tags import tag_of
 from passes.updates import Update, assigned, averaged, consumers, update
 from rewriter import ops
 from rewriter.choices import Leaf, leaves, outside
@@ -22,9 +22,6 @@ STATISTICS = {MEAN: 1, VARIANCE: 2}
 """The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
 
 FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
-TAG = ops.PROXY
-"""Attribute of the node that quantises its last input: JSON as in
-`rewriter.report.SiteReport`."""
 
 Mode = Literal["training", "inference", "both"]
 
@@ -259,7 +256,7 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         assigns={role: u.assigns for role, u in form.updates.items()},
         variables=frozenset(tuple(_keys(*o)) for o in both),
         runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
-        quantized=tuple(json.loads(model.graphs[g].nodes[n].attrs[TAG].s) for g, n in _proxies(model, form)),
+        quantized=tuple(tag_of(model.graphs[g].nodes[n]) for g, n in _proxies(model, form)),
         reason=_reason(model, graph, mode, found) or _computed(computed),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,10 +35,16 @@ HARMLESS = frozenset(
 """Ops that compute with numbers, keep no state, and reach neither files, network nor Python."""
 
 
+LARGEST = 2**24
+"""The most elements that a value has which a quantiser computes; batch norms have thousands of channels at most."""
+
+
 def evaluated(
     model: Model, terms: Sequence[Term], known: Mapping[Term, np.ndarray], *, trust: bool
 ) -> list[np.ndarray]:
     """What some terms are, with the values that the variables of the model are to be saved with.
+
+    Without trust, no value may be larger than `LARGEST`, nor of a size that is not known before it is computed.
 
     Args:
         model: what the terms are of.
@@ -50,7 +57,8 @@ def evaluated(
     """
     placing = _Placing(model, known, trust)
     fetched = [placing.place(term) for term in terms]
-    return run(Graph(MAIN, placing.nodes), placing.feeds, fetched, library(model, placing.called))
+    largest = None if trust else LARGEST
+    return run(Graph(MAIN, placing.nodes), placing.feeds, fetched, library(model, placing.called), largest)
 
 
 class _Placing:
@@ -71,17 +79,35 @@ class _Placing:
 
     def place(self, term: Term) -> Value:
         """Where a term is in the graph."""
-        if term not in self._placed:
-            self._placed[term] = self._new(term)
+        waiting = [term]
+        while waiting:
+            missing = [i for i in self._needed(waiting[-1]) if i not in self._placed]
+            if missing:
+                waiting += missing
+            else:
+                last = waiting.pop()
+                if last not in self._placed:
+                    self._placed[last] = self._new(last)
         return self._placed[term]
+
+    @staticmethod
+    def _needed(term: Term) -> tuple[Term, ...]:
+        """The terms to be placed before this one; a variable is placed where it is read."""
+        return tuple(i for i in term.inputs if i.op != VARIABLE)
 
     def _new(self, term: Term) -> Value:
         if term.op == PORT:
-            return Value(self.place(term.inputs[0]).node, term.port)
+            return Value(self._placed[term.inputs[0]].node, term.port)
         if term.op == UNKNOWN:
             raise Error(f"a quantiser depends on {term.of}, which is only known while the model runs")
         if term.op == "ReadVariableOp" and term.inputs[0].op == VARIABLE:
             return self._fed(np.asarray(self.model.value_of(term.inputs[0].of)))
+        if term.op == "Const" and not self.trust:
+            sizes = [dim.size for dim in term.attrs["value"].tensor.tensor_shape.dim]
+            if math.prod(sizes) > LARGEST:
+                raise Error(
+                    f"a quantiser has a constant of {math.prod(sizes)} elements; --trust computes it all the same"
+                )
         if term.op not in HARMLESS and not self.trust:
             graph, node = term.node
             raise Error(
@@ -90,7 +116,7 @@ class _Placing:
             )
         for value in term.attrs.values():
             self.called.update(ops.functions_in(value))
-        inputs = tuple(self.place(i) for i in term.inputs)
+        inputs = tuple(self._placed[i] if i in self._placed else self._new(i) for i in term.inputs)
         name = f"term_{len(self.nodes)}"
         attrs = {k: v for k, v in term.attrs.items() if k[0] != "_"}
         self.nodes[name] = Node(name, term.op, inputs, attrs=attrs)
@@ -104,7 +130,13 @@ class _Placing:
         return Value(name)
 
 
-def run(graph: Graph, feeds: Mapping[str, np.ndarray], fetched: Sequence[Value], functions: Any = None) -> list[Any]:
+def run(
+    graph: Graph,
+    feeds: Mapping[str, np.ndarray],
+    fetched: Sequence[Value],
+    functions: Any = None,
+    largest: int | None = None,
+) -> list[Any]:
     """What a graph computes.
 
     Args:
@@ -112,14 +144,30 @@ def run(graph: Graph, feeds: Mapping[str, np.ndarray], fetched: Sequence[Value],
         feeds: values of its placeholders, by name.
         fetched: what to compute.
         functions: the library of functions that it calls, a ``FunctionDefLibrary``.
+        largest: the most elements that any value in it may have; None: any number, known beforehand or not.
+
+    Raises:
+        Error: TensorFlow refuses it, or a value is too large.
     """
     import tensorflow as tf
 
     proto = write_main(graph)
+    proto.versions.producer = tf.version.GRAPH_DEF_VERSION  # older graphs' placeholders had no shapes
     if functions is not None:
         proto.library.CopyFrom(functions)
-    with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        tf.import_graph_def(proto, name="")
-        given = {f"{name}:0": value for name, value in feeds.items()}
-        found: list[Any] = session.run([f"{v.node}:{v.port}" for v in fetched], given)
+    try:
+        with tf.Graph().as_default() as made, tf.compat.v1.Session() as session:
+            tf.import_graph_def(proto, name="")
+            for op in made.get_operations() if largest is not None else ():
+                for tensor in op.outputs:
+                    size = tensor.shape.num_elements()
+                    if size is None or size > largest:
+                        raise Error(
+                            f"a quantiser computes a value of shape {tensor.shape} by {op.type}, which may have more "
+                            f"than {largest} elements; --trust computes it all the same"
+                        )
+            given = {f"{name}:0": value for name, value in feeds.items()}
+            found: list[Any] = session.run([f"{v.node}:{v.port}" for v in fetched], given)
+    except (tf.errors.OpError, ValueError, TypeError) as e:
+        raise Error(f"what quantisers compute cannot be computed: {' '.join(str(e).split())[:200]}") from e
     return found

@@ -125,16 +125,31 @@ def _without_calls(model: Model, gone: Collection[str]) -> Graph:
 
 
 def without_orphans(model: Model, graph: Graph, candidates: Iterable[str]) -> Graph:
-    """A graph without those of these nodes that nothing uses, and without what only they used."""
-    uses = Counter(name for node in graph.nodes.values() for name in needed_by(node))
-    uses.update(model.analysis(held))
+    """A graph without those of these nodes that nothing uses, and without what only they used.
+
+    A read that nothing uses is no use.
+    """
+    users: dict[str, list[str]] = {}
+    uses = Counter(model.analysis(held))
+    for node in graph.nodes.values():
+        for name in needed_by(node):
+            uses[name] += 1
+            users.setdefault(name, []).append(node.name)
     nodes, waiting = dict(graph.nodes), list(candidates)
+
+    def drop(name: str) -> None:
+        node = nodes.pop(name)
+        uses.subtract(needed_by(node))
+        waiting.extend(needed_by(node))
+
     while waiting:
         name = waiting.pop()
-        if name in nodes and not uses[name]:
-            node = nodes.pop(name)
-            uses.subtract(needed_by(node))
-            waiting += needed_by(node)
+        if name in nodes:
+            reading = [u for u in users.get(name, ()) if u in nodes and nodes[u].op in READS and not uses[u]]
+            if uses[name] == len(reading):
+                for each in reading:
+                    drop(each)
+                drop(name)
     return replace(graph, nodes=nodes)
 
 

@@ -6,7 +6,7 @@ which compute the same from the same variables give the same term.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,8 +27,8 @@ SAME = frozenset({"Enter", "EnsureShape", "Identity", "PreventGradient", "Snapsh
 PORT = "port"
 """Op of a term that is another output of its input than the first: `port` says which."""
 
-DEEP = 400
-"""Terms that are nested deeper than this are not followed."""
+DEEP = 100
+"""Calls that are nested deeper than this are not followed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,12 +81,13 @@ class Terms:
         self.calls = model.analysis(call_graph)
         self._made: dict[tuple[Any, ...], Term] = {}
         self._known: dict[tuple[str, Value, Bound], Term] = {}
+        self._dependencies: dict[str, dict[str, frozenset[int]]] = {}
         self._assumptions: dict[str, Assumption] = {}
         self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
 
     def ways(self, graph: str, values: Collection[Value]) -> tuple[Bound, ...]:
         """What the arguments that some values of a function depend on are, for each way to call it."""
-        return self._bounds(graph, _arguments(self.model.graphs[graph], values))
+        return self._bounds(graph, self._arguments(self.model.graphs[graph], values))
 
     def on(self, graph: str, value: Value, way: Bound) -> Term:
         """The term of a value, where the function's arguments are these.
@@ -150,12 +151,41 @@ class Terms:
         return self._made.setdefault(key, term)
 
     def _term(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
-        key = (graph.name, value, way)
-        if key not in self._known:
-            if depth > DEEP:
-                raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
-            self._known[key] = self._new(graph, value, way, depth + 1)
-        return self._known[key]
+        if depth > DEEP:
+            raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
+        waiting, begun = [value], set[Value]()
+        while waiting:
+            each = waiting[-1]
+            key = (graph.name, each, way)
+            missing = [v for v in self._needed(graph, each) if (graph.name, v, way) not in self._known]
+            if key in self._known:
+                waiting.pop()
+            elif not missing:
+                self._known[key] = self._new(graph, each, way, depth)
+            elif each in begun:
+                self._known[key] = self._unknown(f"what a loop changes in {graph.name}")
+            else:
+                begun.add(each)
+                waiting += missing
+        return self._known[graph.name, value, way]
+
+    def _needed(self, graph: Graph, value: Value) -> tuple[Value, ...]:
+        """The values of the same graph from which a value's term is made."""
+        node = graph.nodes[value.node]
+        if node.op in SAME:
+            return node.inputs[:1]
+        chosen = self._assumed(graph).chosen(node)
+        if chosen is not None and not value.port:
+            return (chosen,)
+        return () if node.op in VARIABLES else tuple(node.inputs[p] for p in self._passed(node, value.port))
+
+    def _passed(self, node: Node, port: int) -> tuple[int, ...]:
+        """The inputs of a node on which an output depends: of a call, those that the result is computed from."""
+        form, called = ops.call_form(self.model, node), ops.callees(self.model, node)
+        if form is None or len(called) != 1:
+            return tuple(range(len(node.inputs)))
+        callee = self.model.graphs[called[0]]
+        return tuple(form.first + p for p in sorted(self._arguments(callee, [callee.results[port].value])))
 
     def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
         node = graph.nodes[value.node]
@@ -173,9 +203,9 @@ class Terms:
         if form is not None and len(called) == 1:
             callee = self.model.graphs[called[0]]
             result = callee.results[value.port].value
-            wanted = _arguments(callee, [result])
-            inner = ((p, self._term(graph, node.inputs[form.first + p], way, depth)) for p in sorted(wanted))
-            return self._term(callee, result, tuple(inner), depth)
+            wanted = sorted(self._arguments(callee, [result]))
+            inner = ((p, self._term(graph, node.inputs[form.first + p], way, depth)) for p in wanted)
+            return self._term(callee, result, tuple(inner), depth + 1)
         inputs = tuple(self._term(graph, v, way, depth) for v in node.inputs)
         made = self._make(Term(node.op, inputs, attrs=node.attrs, node=(graph.name, node.name)))
         return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
@@ -185,15 +215,20 @@ class Terms:
             self._assumptions[graph.name] = Assumption(self.model, graph, {})
         return self._assumptions[graph.name]
 
-
-def _arguments(graph: Graph, values: Collection[Value]) -> frozenset[int]:
-    """The positions of the arguments that some values of a graph depend on."""
-    positions: Mapping[str, int] = {name: p for p, name in enumerate(graph.arguments)}
-    seen = {v.node for v in values}
-    waiting = list(seen)
-    while waiting:
-        for value in graph.nodes[waiting.pop()].inputs:
-            if value.node not in seen:
-                seen.add(value.node)
-                waiting.append(value.node)
-    return frozenset(positions[name] for name in seen if name in positions)
+    def _arguments(self, graph: Graph, values: Collection[Value]) -> frozenset[int]:
+        """The positions of the arguments that some values of a graph depend on."""
+        known = self._dependencies.setdefault(graph.name, {a: frozenset([p]) for p, a in enumerate(graph.arguments)})
+        begun: set[str] = set()
+        waiting = [v.node for v in values]
+        while waiting:
+            name = waiting[-1]
+            inputs = {v.node for v in graph.nodes[name].inputs}
+            missing = [n for n in inputs if n not in known and n not in begun]  # a loop comes back to what is begun
+            if name in known or not missing:
+                waiting.pop()
+                if name not in known:
+                    known[name] = frozenset().union(*(known.get(n, frozenset()) for n in inputs))
+            else:
+                begun.add(name)
+                waiting += missing
+        return frozenset().union(*(known[v.node] for v in values))

@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from passes.batch_norm import BatchNorm, batch_norms
 from passes.schemes import SCHEMES
-from passes.sites import TAG, Site, quantized, sites
+from passes.sites import Site, quantized, sites
+from passes.tags import TAG, tag_of
 from passes.updates import consumers
 from rewriter.app.reports import became_of
 from rewriter.check import check
@@ -261,7 +261,7 @@ def formula_of(node: Node) -> str:
     """What a quantiser computes, in a line; "" for other nodes."""
     if TAG not in node.attrs:
         return ""
-    tag: Mapping[str, Any] = json.loads(node.attrs[TAG].s)
+    tag = tag_of(node)
     scheme = SCHEMES.get(tag["scheme"])
     if scheme is None:
         return f"{tag['scheme']}(v)"
@@ -270,4 +270,4 @@ def formula_of(node: Node) -> str:
 
 def label_of(node: Node) -> str:
     """A quantiser's role and formula, as a picture's edge says it."""
-    return f"{json.loads(node.attrs[TAG].s)['role']} ─ {formula_of(node)}"
+    return f"{tag_of(node)['role']} ─ {formula_of(node)}"

@@ -48,7 +48,6 @@ def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
             names = [n for n in node.function.concrete_functions if n in model.entries]
             del node.function.concrete_functions[:]
             node.function.concrete_functions.extend(names)
-    _hold(objects, trackables, sorted(moved[n] for n in captured))
     entries = {
         name: replace(entry, captures=tuple(c if isinstance(c, str) else moved[c] for c in entry.captures))
         for name, entry in model.entries.items()
@@ -79,8 +78,9 @@ def _keep_nodes(graph: Any, moved: Mapping[int, int]) -> None:
         graph.nodes.append(node)
 
 
-def _hold(objects: Any, trackables: Any, captured: list[int]) -> None:
+def hold_captured(objects: Any, trackables: Any) -> None:
     """Let the root hold what functions capture; else nothing keeps it alive when the model is loaded."""
+    captured = sorted({n for f in objects.concrete_functions.values() for n in f.bound_inputs})
     names = {c.local_name for c in objects.nodes[0].children}
     for hint, kinds in (("variables", True), ("resources", False)):
         wanted = [n for n in captured if (objects.nodes[n].WhichOneof("kind") == "variable") is kinds]

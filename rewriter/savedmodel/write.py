@@ -20,7 +20,7 @@ from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
-from rewriter.savedmodel.shrink import checkpoint_keys, shrink_meta, shrink_objects, shrink_saver
+from rewriter.savedmodel.shrink import checkpoint_keys, hold_captured, shrink_meta, shrink_objects, shrink_saver
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
@@ -124,7 +124,7 @@ def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:
         tensors[main_graph.OBJECT_GRAPH_KEY] = trackables.SerializeToString(deterministic=True)
     for variable in _added(model):
         tensors[variable.key] = np.asarray(variable.initial, dtype=variable.dtype)
-    return tensors | dict(model.assigned)
+    return tensors | {key: value for key, value in model.assigned.items() if key in model.variables}
 
 
 def _added(model: Model) -> list[Any]:
@@ -161,6 +161,8 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
     Additions(model, meta.object_graph_def, trackables, model.source.numbers).add()
+    if shrunk:
+        hold_captured(meta.object_graph_def, trackables)
     changes = make_loadable(meta.object_graph_def, trackables)
     model, calls = main_graph.extend(
         model, meta.saver_def, _added(model), trackables.SerializeToString(deterministic=True)
