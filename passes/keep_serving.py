@@ -6,11 +6,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from passes.entries import trains
+from passes.batch_norm import batch_norms
+from passes.entries import running_from, trains
+from passes.tags import TAG
+from rewriter.dataflow import Argument, VariableKey, origins
 from rewriter.edit import AddSignature, Clone, Edit, Keep, Note
 from rewriter.ir import Endpoint, Entry, Error, Model
 
 DEFAULT = "serving_default"
+ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply")
+"""What the names of ops begin with that change the variable that is their first input."""
+
 CALLS = ("serve", "__call__")
 """Attributes of the root that a signature is made from where there is none, in this order."""
 
@@ -37,11 +43,13 @@ class KeepServing:
                 "the model is in TensorFlow 1's format; load it with tf.saved_model.load, save it with "
                 "tf.saved_model.save(model, path, signatures=...) without the signature train, and finalize that"
             )
-        serving = serves(model)
+        given = [e for e in serves(model) if e in _given(model)]
+        serving = [e for e in serves(model) if e not in given]
         if not serving:
             raise Error(
-                "no signature and no function of the root normalises with the moving statistics alone: each trains, or "
-                "takes its mode as an argument; save the model with a signature that fixes training=False"
+                "no signature and no function of the root normalises with the moving statistics alone: each trains, "
+                "takes its mode as an argument, or changes variables of batch norms; save the model with a signature "
+                "that fixes training=False (of a bnqat.KerasLayer, save its model)"
             )
         names = [n for n, s in model.signatures.items() if s.entry in {e.function for e in serving}]
         kept = [e.function for e in serving]
@@ -58,15 +66,44 @@ class KeepServing:
             yield Note(f"the signature {DEFAULT} is made from the model's {source.paths[0]}")
             kept.append(name)
         for name in sorted(set(model.signatures) - set(names)):
-            yield Note(f"the signature {name} trains, and is left out")
+            yield Note(f"the signature {name} trains, or changes its mode or variables, and is left out")
+        for entry in given:
+            yield Note(f"{entry.paths[0]} is left out, as its caller gives it what it quantises")
         yield Keep(tuple(kept))
 
 
 def serves(model: Model) -> list[Entry]:
-    """What signatures compute, and the root's functions, as far as they normalise with the moving statistics alone."""
+    """What signatures compute, and the root's functions, as far as they only normalise with the moving statistics."""
     signed = {s.entry for s in model.signatures.values()}
     held = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
-    return [e for e in held if not trains(model, e.function)]
+    return [e for e in held if not trains(model, e.function) and not _changes(model, e.function)]
+
+
+def _changes(model: Model, function: str) -> bool:
+    """Whether a function assigns a variable that a batch norm, or a quantiser, depends on."""
+    kept = {key for bn in model.analysis(batch_norms) for key in bn.variables.values()}
+    kept |= {key for key, v in model.variables.items() if v.name.startswith("quantization")}
+    for name, known in running_from(model, function).items():
+        for node in model.graphs[name].nodes.values():
+            if node.op.startswith(ASSIGNING) and node.inputs and any(assumed.runs(node.name) for assumed in known):
+                found = origins(model, name, node.inputs[0])
+                if any(isinstance(o, VariableKey) and o.key in kept for o in found):
+                    return True
+    return False
+
+
+def _given(model: Model) -> list[Entry]:
+    """Functions of the root, no signature's, that quantise what their caller gives them, as a helper does."""
+    signed = {s.entry for s in model.signatures.values()}
+    given = {
+        o.graph
+        for graph in model.graphs.values()
+        for node in graph.nodes.values()
+        if TAG in node.attrs and node.inputs
+        for o in origins(model, graph.name, node.inputs[-1])
+        if isinstance(o, Argument)
+    }
+    return [e for e in model.entries.values() if e.function in given - signed]
 
 
 def _called(serving: Iterable[Entry]) -> Entry | None:

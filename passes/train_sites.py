@@ -101,11 +101,11 @@ class Training:
         given = None if self.momentum is None else 1 - self.momentum
         factor = next(iter(factors(self.model, site)), given)
         for role, (holder, old) in averages(self.model, site).items():
-            before = self.updates.get(holder) or self._old(site, holder, old, batch[role])
+            dtype = ops.output_dtype(self.model, self.model.graphs[site.graph], old)
+            statistic = batch[role] if batch[role].dtype == dtype else op("Cast", batch[role], DstT=ops.Dtype(dtype))
+            before = self.updates.get(holder) or self._old(site, holder, old, statistic)
             self.after[holder] = site
-            self.updates[holder] = moving_average(
-                before, batch[role], 1 - DEFAULT_MOMENTUM if factor is None else factor
-            )
+            self.updates[holder] = moving_average(before, statistic, 1 - DEFAULT_MOMENTUM if factor is None else factor)
 
     def _kernels(self, site: Site, node: str) -> Mapping[str, Expr]:
         """The kernel's statistics; where it stands for single ops, the variance is the population's."""

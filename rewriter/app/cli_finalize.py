@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from rewriter.app.guard import one_line, progress, refuse_file, write_file
-from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.guard import check_parameters, one_line, progress, refuse_file, write_file
 from rewriter.app.options import TAGS
 from rewriter.app.show import show_finalized
 from rewriter.ir import Error
@@ -22,7 +21,9 @@ from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require
     type=click.Path(path_type=Path, dir_okay=False),
     help="Write codes, scales and zero points to this file, .npz or .json.",
 )
-@click.option("--fold", is_flag=True, help="Let batch norms become part of the convolution before them.")
+@click.option(
+    "--fold", is_flag=True, help="Let batch norms become part of the convolution before them; not with --params."
+)
 @click.option("--trust", is_flag=True, help="Compute quantisers with ops that are not known to be harmless.")
 @TAGS
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
@@ -49,11 +50,10 @@ def finalize(
         if not dry_run:
             refuse_overlap(source, target)
             refuse_existing(target, overwrite)
-        for file, what in ((params, "parameters"), (report_file, "report")):
-            if file is not None:
-                refuse_file(file, what, source, target)
-        if params is not None and params.suffix not in PARAMETER_FILES:
-            raise Error(f"{params}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
+        if params is not None:
+            check_parameters(params, fold, source, target)
+        if report_file is not None:
+            refuse_file(report_file, "report", source, target)
         if params is not None and dry_run:
             raise Error("--params is written with the model, and --dry-run writes nothing; leave out one of them")
 

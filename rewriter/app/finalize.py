@@ -13,18 +13,23 @@ from passes.inline_calls import InlineCalls
 from passes.keep_serving import KeepServing, serves
 from passes.quantized_values import Quantized, tagged
 from passes.settle_choices import SettleChoices
+from passes.sites import sites
 from rewriter.app.api import NothingToRewriteError
-from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.guard import check_parameters
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
 from rewriter.check import check
+from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
-from rewriter.ir import Error, Model, unused
+from rewriter.ir import Model, unused
 from rewriter.pipeline import Observer, Pipeline, Step
 from rewriter.report import Baked, FinalizeReport, Skipped
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import Written, save
+
+GROWTH = 4
+"""How many times larger a graph may become by inlining, before that is given up."""
 
 
 def finalize(
@@ -48,7 +53,8 @@ def finalize(
     Args:
         source: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not; it is not changed.
         target: where to write; it must not exist, unless `overwrite` is given.
-        params: a file to write codes, scales and zero points to, ``.npz`` or ``.json``.
+        params: a file to write codes, scales and zero points to, ``.npz`` or ``.json``; not with `fold`, which leaves
+            no variable that holds what they give.
         fold: let batch norms become part of the convolution before them, where there is one.
         trust: compute quantisers whose ops are not known to be harmless, such as those of a function of one's own.
         tags: those of the meta graph, where it holds several; the one for serving, if not given.
@@ -61,8 +67,8 @@ def finalize(
         Error: the model cannot be read or written, or what quantisers make of a variable cannot be stored.
     """
     target = Path(target)
-    if params is not None and Path(params).suffix not in PARAMETER_FILES:
-        raise Error(f"{params}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
+    if params is not None:
+        check_parameters(Path(params), fold, Path(source), target)
     if not dry_run:
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
@@ -73,7 +79,7 @@ def finalize(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
             "fine-tuned and saved again since"
         )
-    settling = [] if not before.object_based or serves(before) else [SettleChoices()]
+    settling = [SettleChoices()] if before.object_based and _undecided(before) else []
     kept, steps = Pipeline([*settling, KeepServing()], tuple(observers)).run(before)
     stores = kept.analysis(trusted_stores if trust else quantized_stores)
     if not stores.values:
@@ -97,14 +103,29 @@ def finalize(
     return replace(report, other_changes=changes)
 
 
+def _undecided(model: Model) -> bool:
+    """Whether what serves holds batch norms in training mode, which a constant keeps from being used."""
+    calls = model.analysis(call_graph)
+    reached = frozenset().union(*(calls.reached(e.function) for e in serves(model)))
+    return not reached or any(site.training for site in model.analysis(sites) if site.graph in reached)
+
+
 def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
     """A model with batch norms in convolutions, whose layers are first brought into one graph."""
-    steps: list[Step] = []
-    while not steps or steps[-1].edits:
-        model, more = Pipeline([InlineCalls()], observers).run(model)
+    size = _size(model)
+    inlined, steps = model, list[Step]()
+    while not steps or (steps[-1].edits and _size(inlined) <= GROWTH * size):
+        inlined, more = Pipeline([InlineCalls()], observers).run(inlined)
         steps += more
-    model, more = Pipeline([FoldBatchNorm()], observers).run(model)
-    return model, [*steps, *more]
+    # Where a layer and what precedes it are still apart, or nothing was folded, functions stay as they are.
+    if steps[-1].edits or not folded(inlined):
+        inlined, steps = model, []
+    result, more = Pipeline([FoldBatchNorm()], observers).run(inlined)
+    return result, [*steps, *more]
+
+
+def _size(model: Model) -> int:
+    return sum(len(graph.nodes) for graph in model.graphs.values())
 
 
 def _parameters(stores: Stores, after: Model) -> list[Parameter]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from rewriter.app.names import PARAMETER_FILES
 from rewriter.ir import Error
 
 if TYPE_CHECKING:
@@ -86,6 +87,22 @@ def refuse_file(file: Path, what: str, *models: Path) -> None:
     for model in models:
         if file.resolve().is_relative_to(model.resolve()):
             raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
+
+
+def check_parameters(file: Path, fold: bool, *models: Path) -> None:
+    """Refuse a file for parameters.
+
+    Raises:
+        Error: its name does not say its format, it would lie in a model or in no directory, or there is nothing to
+            describe.
+    """
+    if file.suffix not in PARAMETER_FILES:
+        raise Error(f"{file}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
+    if fold:
+        raise Error(
+            "with --fold no variable holds what --params would describe; finalize once with each, to two destinations"
+        )
+    refuse_file(file, "parameters", *models)
 
 
 def write_file(file: Path, text: str, what: str, done: str = "") -> None:
