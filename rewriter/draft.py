@@ -158,8 +158,7 @@ class Draft:
         for node in self.nodes.values():
             if node.op == "VarHandleOp" and node.attrs["shared_name"].s == variable.key.encode():
                 return Value(node.name)
-        # LiteRT looks for a node of the shared name.
-        node = var_handle(self.mint(variable.key), variable)
+        node = var_handle(self.mint(variable.name), variable)
         self.nodes[node.name] = node
         return Value(node.name)
 

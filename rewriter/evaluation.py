@@ -58,7 +58,8 @@ def evaluated(
     placing = _Placing(model, known, trust)
     fetched = [placing.place(term) for term in terms]
     largest = None if trust else LARGEST
-    return run(Graph(MAIN, placing.nodes), placing.feeds, fetched, library(model, placing.called), largest)
+    functions = library(model, placing.called) if placing.called else None
+    return run(Graph(MAIN, placing.nodes), placing.feeds, fetched, functions, largest)
 
 
 class _Placing:

@@ -177,6 +177,15 @@ def _following(graph: Graph, values: Collection[Value]) -> set[str]:
     return first.union(*(nx.descendants(digraph, name) for name in first))
 
 
+def share_by_name(main: Graph) -> Graph:
+    """The main graph with each variable's resource under the name of its node, which LiteRT's converter looks for."""
+    nodes = {
+        name: node.with_attrs(shared_name=ops.attr(name)) if node.op == "VarHandleOp" else node
+        for name, node in main.nodes.items()
+    }
+    return replace(main, nodes=nodes)
+
+
 def shrink_meta(meta: Any, graphs: Mapping[str, Graph], signatures: Collection[str]) -> None:
     """Take signatures out of a meta graph, and what else speaks of nodes and functions that are gone."""
     main = graphs[MAIN]

@@ -20,7 +20,14 @@ from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
-from rewriter.savedmodel.shrink import checkpoint_keys, hold_captured, shrink_meta, shrink_objects, shrink_saver
+from rewriter.savedmodel.shrink import (
+    checkpoint_keys,
+    hold_captured,
+    share_by_name,
+    shrink_meta,
+    shrink_objects,
+    shrink_saver,
+)
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
 GENERIC = "_generic_user_object"
@@ -167,6 +174,8 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
     model, calls = main_graph.extend(
         model, meta.saver_def, _added(model), trackables.SerializeToString(deterministic=True)
     )
+    if shrunk:
+        model = replace(model, graphs={**model.graphs, MAIN: share_by_name(model.graphs[MAIN])})
     _write_graphs(model, meta)
     if shrunk:
         held = signatures_of(source.proto.meta_graphs[source.index], source.protos[MAIN][0])

@@ -1,0 +1,195 @@
+"""What goes with functions that are not kept, in the text form of graphs; and terms across calls."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from rewriter.apply import apply
+from rewriter.edit import Keep
+from rewriter.evaluation import LARGEST, evaluated
+from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
+from rewriter.prune import needed_without
+from rewriter.terms import DEEP, Terms, cone
+from rewriter.text import from_text, to_text
+
+FLOAT = "float32"
+
+
+def long(text: str) -> str:
+    """A text with lists of dtypes spelled out: $fr is a float and a resource."""
+    names = {"f": "DT_FLOAT", "r": "DT_RESOURCE"}
+
+    def spelled(match: re.Match[str]) -> str:
+        return f'proto "list {{ {" ".join(f"type: {names[letter]}" for letter in match[1])} }}"'
+
+    return re.sub(r"\$([fr]+)", spelled, text)
+
+
+def model(*texts: str, entries: tuple[str, ...] = ("top",), captures: tuple[str, ...] = ("a", "b")) -> Model:
+    """Functions in text form; the entries take one float and capture variables."""
+    graphs = {g.name: g for g in (from_text(long(text)) for text in texts)}
+    found = {name: Entry(name, (Spec("x", FLOAT, ()),), (Spec("y", FLOAT, ()),), captures, (name,)) for name in entries}
+    variables = {k: Variable(k, k, FLOAT, ()) for k in captures}
+    values = {"a": np.float32(2), "b": np.float32(5)}
+    return Model({MAIN: Graph(MAIN, {}), **graphs}, variables, found, values=lambda key: values[key])
+
+
+TOP = """\
+stateful function top(x: float32, a: resource, b: resource) -> (y = call: float32) {
+  read = ReadVariableOp(b) {dtype: float32}
+  call = StatefulPartitionedCall(x, a, b, read) {Tin: $frrf, Tout: $f, f: @inner}
+  effect read = read
+  effect call = call
+}
+"""
+INNER = """\
+stateful function inner(x: float32, a: resource, b: resource, more: float32) -> (y = sum: float32) {
+  first = ReadVariableOp(a) {dtype: float32}
+  second = ReadVariableOp(b) {dtype: float32}
+  unused = Mul(second, more) {T: float32}
+  sum = AddV2(x, first) after(second) {T: float32}
+  effect second = second
+}
+"""
+
+
+def test_what_no_result_needs_goes_through_calls_up_to_the_variables() -> None:
+    kept = apply(model(TOP, INNER), [Keep(("top",))])
+    assert to_text(kept.graphs["top"]) == long("""\
+stateful function top(x: float32, a: resource) -> (y = call: float32) {
+  call = StatefulPartitionedCall(x, a) {Tin: $fr, Tout: $f, f: @inner}
+  effect call = call
+}
+""")
+    assert (
+        to_text(kept.graphs["inner"])
+        == """\
+stateful function inner(x: float32, a: resource) -> (y = sum: float32) {
+  first = ReadVariableOp(a) {dtype: float32}
+  sum = AddV2(x, first) {T: float32}
+}
+"""
+    )
+    assert kept.entries["top"].captures == ("a",)
+    assert set(kept.variables) == {"a"}
+    again = apply(kept, [Keep(("top",))])
+    assert again.graphs == kept.graphs
+
+
+def test_what_a_read_that_goes_has_waited_for_is_waited_for() -> None:
+    text = """\
+stateful function top(x: float32, a: resource, b: resource) -> (y = late: float32) {
+  assign = AssignVariableOp(a, x) {dtype: float32}
+  unused = ReadVariableOp(b) after(assign) {dtype: float32}
+  late = ReadVariableOp(a) after(unused) {dtype: float32}
+}
+"""
+    kept = apply(model(text), [Keep(("top",))]).graphs["top"]
+    assert kept.nodes["late"].after == ("assign",)
+    assert "unused" not in kept.nodes
+
+
+LOOP = """\
+stateful function top(x: float32, a: resource, b: resource) -> (y = result: float32) {
+  dead = ReadVariableOp(b) {dtype: float32}
+  loop = While(x, dead, a) {T: $ffr, cond: @cond, body: @body}
+  read = ReadVariableOp(loop:2) {dtype: float32}
+  result = AddV2(loop, read) {T: float32}
+  effect loop = loop
+}
+"""
+COND = """\
+function cond(x: float32, dead: float32, a: resource) -> (more = less: bool) {
+  less = Less(x, x) {T: float32}
+}
+"""
+BODY = """\
+stateful function body(x: float32, dead: float32, a: resource) -> (x = y: float32, d = dead: float32, a = a: resource) {
+  y = Mul(x, x) {T: float32}
+}
+"""
+
+
+def test_a_loop_loses_what_it_only_passes_on_and_its_outputs_move_up() -> None:
+    kept = apply(model(LOOP, COND, BODY), [Keep(("top",))])
+    top = kept.graphs["top"]
+    assert top.nodes["loop"].inputs == (Value("x"), Value("a"))
+    assert top.nodes["read"].inputs == (Value("loop", 1),)
+    assert kept.graphs["cond"].arguments == kept.graphs["body"].arguments == ("x", "a")
+    assert [r.name for r in kept.graphs["body"].results] == ["x", "a"]
+    assert set(kept.variables) == {"a"}
+
+
+def test_inputs_that_do_not_count_are_no_need_and_others_are() -> None:
+    whole = model(TOP, INNER)
+    assert needed_without(whole, []) == {"a"}
+    assert needed_without(whole, [Edge("inner", "sum", 1)]) == frozenset()
+    assert needed_without(whole, [Edge("inner", "sum", 0)]) == {"a"}
+
+
+def test_terms_meet_again_across_calls_and_are_computed() -> None:
+    other = TOP.replace("top(", "other(").replace("(x, a, b, read)", "(x, b, a, read)")
+    two = model(TOP, other, INNER, entries=("top", "other"))
+    terms = Terms(two)
+    product = Value("unused")
+    first, second = (terms.on("inner", product, way) for way in terms.ways("inner", [product]))
+    # b times b, and a times b: both are read of what each caller passes.
+    assert sorted(float(v) for v in evaluated(two, [first, second], {}, trust=False)) == [10.0, 25.0]
+    reads = [t for t in cone([first, second]) if t.op == "ReadVariableOp"]
+    assert len(reads) == 2
+    with pytest.raises(Error, match="argument 0 of top, which is only known while the model runs"):
+        evaluated(
+            two, [terms.on("inner", Value("sum"), w) for w in terms.ways("inner", [Value("sum")])], {}, trust=True
+        )
+
+
+def test_a_long_chain_is_followed_and_deep_calls_are_not() -> None:
+    lines = "".join(f"  n{i} = Mul(n{i - 1}, n{i - 1}) {{T: float32}}\n" for i in range(1, 3000))
+    text = f"""\
+stateful function top(x: float32, a: resource, b: resource) -> (y = n2999: float32) {{
+  one = ReadVariableOp(a) {{dtype: float32}}
+  n0 = Sub(one, one) {{T: float32}}
+{lines}}}
+"""
+    chain = model(text)
+    terms = Terms(chain)
+    (way,) = terms.ways("top", [Value("n2999")])
+    assert evaluated(chain, [terms.on("top", Value("n2999"), way)], {}, trust=False) == [0.0]
+    nested = [
+        f"function f{i}(a: resource) -> (y = c: float32) {{\n"
+        f"  c = PartitionedCall(a) {{Tin: $r, Tout: $f, f: @f{i + 1}}}\n}}"
+        for i in range(DEEP + 2)
+    ]
+    last = f"function f{DEEP + 2}(a: resource) -> (y = c: float32) {{\n  c = ReadVariableOp(a) {{dtype: float32}}\n}}"
+    deep = model(*nested, last, entries=(), captures=())
+    with pytest.raises(Error, match="nested too deep to be followed"):
+        Terms(deep).on("f0", Value("c"), ())
+
+
+SIZES = f'proto "tensor {{ dtype: DT_INT32 tensor_shape {{ dim {{ size: 1 }} }} int_val: {LARGEST + 1} }}"'
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        ("  y = ReadFile(r)", "ReadFile .* pass --trust"),
+        (
+            f"  n = Const() {{dtype: int32, value: {SIZES}}}\n  y = Fill(n, r) {{T: float32, index_type: int32}}",
+            "a value of shape .* by Fill, which may have more than",
+        ),
+        ("  y = Round() {T: float32}", "cannot be computed"),
+    ],
+)
+def test_what_is_not_harmless_is_not_computed(lines: str, sentence: str) -> None:
+    text = f"stateful function top(x: float32, a: resource, b: resource) -> (y = y: float32) {{\n{lines}\n"
+    text += "  r = ReadVariableOp(a) {dtype: float32}\n}"
+    graph: Graph = from_text(text)
+    assert graph.nodes["y"].op in ("ReadFile", "Fill", "Round")
+    bad = model(text)
+    terms = Terms(bad)
+    (way,) = terms.ways("top", [Value("y")])
+    with pytest.raises(Error, match=sentence):
+        evaluated(bad, [terms.on("top", Value("y"), way)], {}, trust=False)
