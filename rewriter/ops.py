@@ -80,7 +80,7 @@ PART = "_bnqat_part"
 
 def forwarded(node: Node, port: int) -> Value | None:
     """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
-    if PROXY in node.attrs:
+    if PROXY in node.attrs and node.inputs:
         return node.inputs[-1]
     if node.op == "IdentityN":
         return node.inputs[port]

@@ -191,7 +191,11 @@ def shrink_meta(meta: Any, graphs: Mapping[str, Graph], signatures: Collection[s
     main = graphs[MAIN]
     for name, signature in list(meta.signature_def.items()):
         tensors = (*signature.inputs.values(), *signature.outputs.values())
-        if name in signatures or any(t.name and t.name.partition(":")[0] not in main.nodes for t in tensors):
+        if (
+            name in signatures
+            or not signature.outputs
+            or any(t.name and t.name.partition(":")[0] not in main.nodes for t in tensors)
+        ):
             del meta.signature_def[name]
     for name in set(meta.meta_info_def.function_aliases) - set(graphs):
         del meta.meta_info_def.function_aliases[name]
