@@ -202,7 +202,7 @@ class _Usage:
 
     def _walk(self, graph: Graph) -> None:
         waiting = [r.value.node for i, r in enumerate(graph.results) if not self._passes(graph, i)]
-        waiting += [e.node for e in graph.effects if graph.nodes[e.node].op not in READS]
+        waiting += [e.node for e in graph.effects if graph.nodes[e.node].op not in READS or _waits(graph, e.node)]
         waiting += [a for p, a in enumerate(graph.arguments) if (graph.name, p) in self.wanted]
         live: set[str] = set()
         while waiting:
@@ -314,6 +314,10 @@ class _Usage:
         first = len(entry.inputs)
         captures = (c for i, c in enumerate(entry.captures) if (entry.function, first + i) in self.wanted)
         return replace(entry, captures=tuple(captures))
+
+
+def _waits(graph: Graph, read: str) -> bool:
+    return any(True for _ in _before(graph, read))
 
 
 def _before(graph: Graph, read: str) -> Iterator[str]:

@@ -90,6 +90,11 @@ stateful function top(x: float32, a: resource, b: resource) -> (y = late: float3
     kept = apply(model(text), [Keep(("top",))]).graphs["top"]
     assert kept.nodes["late"].after == ("assign",)
     assert "unused" not in kept.nodes
+    # What runs only because a read waits for it still runs.
+    alone = text.replace("  late = ReadVariableOp(a) after(unused) {dtype: float32}\n", "  effect unused = unused\n")
+    kept = apply(model(alone.replace("y = late", "y = x")), [Keep(("top",))]).graphs["top"]
+    assert {"assign", "unused"} <= kept.nodes.keys()
+    assert [e.node for e in kept.effects] == ["unused"]
 
 
 LOOP = """\
