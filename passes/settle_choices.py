@@ -12,6 +12,8 @@ from rewriter.expr import Use
 from rewriter.ir import MAIN, Model, Value
 from rewriter.liveness import BRANCHES, Assumption
 
+SWITCHES = ("RefSwitch", "Switch")
+
 
 @dataclass(frozen=True)
 class SettleChoices:
@@ -32,15 +34,31 @@ class SettleChoices:
                 if node.op in BRANCHES and assumed.known(node.inputs[0]) is not None:
                     settled = True
                     yield Inline(name, node.name, assumed.taken(node)[0])
-                elif node.op in ops.CHOICES and assumed.chosen(node) is not None:
-                    value = assumed.resolved(Value(node.name))
-                    chosen = Use(ops.output_dtype(model, graph, value), value)
-                    for edge in model.analysis_of(graph, consumers).get(Value(node.name), ()):
-                        settled = True
-                        yield Rewire(edge, chosen, node.name)
+                for port in range(2 if node.op in SWITCHES else 1):
+                    value = _settled(assumed, Value(node.name, port))
+                    if value.node != node.name:
+                        chosen = Use(ops.output_dtype(model, graph, value), value)
+                        for edge in model.analysis_of(graph, consumers).get(Value(node.name, port), ()):
+                            settled = True
+                            yield Rewire(edge, chosen, node.name)
         if settled:
             yield Note(
                 "its functions choose their mode by a constant; what it chooses stays, and kernels that could not be "
                 "merged may be, so that outputs may differ in the last bit"
             )
             yield Keep(tuple(model.entries))
+
+
+def _settled(assumed: Assumption, value: Value) -> Value:
+    """What a value is, where constants decide; of a branch that is not taken, the value itself."""
+    while True:
+        node = assumed.graph.nodes[value.node]
+        if node.op in SWITCHES:
+            taken = assumed.known(node.inputs[1])
+            if taken is None or value.port != int(taken):
+                return value
+            value = node.inputs[0]
+        elif node.op in ops.CHOICES and not value.port and assumed.chosen(node) is not None:
+            value = assumed.resolved(value)
+        else:
+            return value

@@ -83,7 +83,9 @@ def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureReq
     assert any(b.error > 0 for b in report.baked)
     assert all(table[f"{b.variable}.bits"] == 6 for b in report.baked)
     final = tf.saved_model.load(str(tmp_path / "final")).signatures[case.name]
-    np.testing.assert_array_equal(only(final(**x)), tuned)
+    settled = any("may differ in the last bit" in note for note in report.notes)  # as in TensorFlow 1's graphs
+    bound = 2e-7 * np.abs(tuned).max() if settled else 0
+    np.testing.assert_allclose(only(final(**x)), tuned, rtol=0, atol=bound)
 
     lite = converted(tmp_path / "final", case.name)
     assert np.abs(run(lite, case.name, x) - tuned).max() < FLOAT * np.abs(tuned).max()
