@@ -43,8 +43,9 @@ class KeepServing:
                 "the model is in TensorFlow 1's format; load it with tf.saved_model.load, save it with "
                 "tf.saved_model.save(model, path, signatures=...) without the signature train, and finalize that"
             )
-        given = [e for e in serves(model) if e in _given(model)]
-        serving = [e for e in serves(model) if e not in given]
+        found, helpers = serves(model), _given(model)
+        given = [e for e in found if e in helpers]
+        serving = [e for e in found if e not in given]
         if not serving:
             raise Error(
                 "no signature and no function of the root normalises with the moving statistics alone: each trains, "

@@ -47,8 +47,8 @@ def finalize(
     """Write the SavedModel to deploy: quantised values in the variables, and nothing left that trains or quantises.
 
     Of the model, its quantisers alone are computed, as they act from the start step and ramp on. The outputs of every
-    signature and function that is left are those of the fine-tuned model with its quantisers on, bit for bit; with
-    `fold`, but for rounding.
+    signature and function that is left are those of the fine-tuned model with its quantisers on, bit for bit; but for
+    rounding with `fold`, and where functions choose their mode by a constant, as the report notes.
 
     Args:
         source: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not; it is not changed.
