@@ -217,7 +217,9 @@ class Terms:
 
     def _arguments(self, graph: Graph, values: Collection[Value]) -> frozenset[int]:
         """The positions of the arguments that some values of a graph depend on."""
-        known = self._dependencies.setdefault(graph.name, {a: frozenset([p]) for p, a in enumerate(graph.arguments)})
+        if graph.name not in self._dependencies:
+            self._dependencies[graph.name] = {a: frozenset([p]) for p, a in enumerate(graph.arguments)}
+        known = self._dependencies[graph.name]
         begun: set[str] = set()
         waiting = [v.node for v in values]
         while waiting:
