@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from passes.batch_norm import batch_norms
@@ -43,7 +43,7 @@ class KeepServing:
                 "the model is in TensorFlow 1's format; load it with tf.saved_model.load, save it with "
                 "tf.saved_model.save(model, path, signatures=...) without the signature train, and finalize that"
             )
-        found, helpers = serves(model), _given(model)
+        found, helpers = model.analysis(serves), _given(model)
         given = [e for e in found if e in helpers]
         serving = [e for e in found if e not in given]
         if not serving:
@@ -77,18 +77,18 @@ def serves(model: Model) -> list[Entry]:
     """What signatures compute, and the root's functions, as far as they only normalise with the moving statistics."""
     signed = {s.entry for s in model.signatures.values()}
     held = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
-    return [e for e in held if not trains(model, e.function) and not _changes(model, e.function)]
+    fixed = {key for bn in model.analysis(batch_norms) for key in bn.variables.values()}
+    fixed |= {key for key, v in model.variables.items() if v.name.startswith("quantization")}
+    return [e for e in held if not trains(model, e.function) and not _changes(model, e.function, fixed)]
 
 
-def _changes(model: Model, function: str) -> bool:
-    """Whether a function assigns a variable that a batch norm, or a quantiser, depends on."""
-    kept = {key for bn in model.analysis(batch_norms) for key in bn.variables.values()}
-    kept |= {key for key, v in model.variables.items() if v.name.startswith("quantization")}
+def _changes(model: Model, function: str, fixed: Collection[str]) -> bool:
+    """Whether a function assigns one of some variables."""
     for name, known in running_from(model, function).items():
         for node in model.graphs[name].nodes.values():
             if node.op.startswith(ASSIGNING) and node.inputs and any(assumed.runs(node.name) for assumed in known):
                 found = origins(model, name, node.inputs[0])
-                if any(isinstance(o, VariableKey) and o.key in kept for o in found):
+                if any(isinstance(o, VariableKey) and o.key in fixed for o in found):
                     return True
     return False
 

@@ -109,10 +109,7 @@ def _without_calls(model: Model, gone: Collection[str]) -> Graph:
     """The main graph without calls of these functions, what follows from them, and what only they needed."""
     main = model.graphs[MAIN]
     found = {call.node for call in model.analysis(call_graph).calls.get(MAIN, ()) if call.callee in gone}
-    digraph: nx.DiGraph[str] = nx.DiGraph()
-    digraph.add_nodes_from(main.nodes)
-    digraph.add_edges_from((v.node, node.name) for node in main.nodes.values() for v in node.inputs)
-    dead = found.union(*(nx.descendants(digraph, name) for name in found))
+    dead = following(main, found)
     nodes = {
         name: replace(node, after=tuple(a for a in node.after if a not in dead))
         if dead.intersection(node.after)
@@ -122,6 +119,14 @@ def _without_calls(model: Model, gone: Collection[str]) -> Graph:
     }
     before = (v.node for name in dead for v in main.nodes[name].inputs)
     return without_orphans(model, replace(main, nodes=nodes), before) if dead else main
+
+
+def following(graph: Graph, names: Collection[str]) -> set[str]:
+    """Some nodes, and all that are computed from what they compute."""
+    digraph: nx.DiGraph[str] = nx.DiGraph()
+    digraph.add_nodes_from(graph.nodes)
+    digraph.add_edges_from((v.node, node.name) for node in graph.nodes.values() for v in node.inputs)
+    return set(names).union(*(nx.descendants(digraph, name) for name in names))
 
 
 def without_orphans(model: Model, graph: Graph, candidates: Iterable[str]) -> Graph:

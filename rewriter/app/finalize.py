@@ -106,7 +106,7 @@ def finalize(
 def _undecided(model: Model) -> bool:
     """Whether what serves holds batch norms in training mode, which a constant keeps from being used."""
     calls = model.analysis(call_graph)
-    reached = frozenset().union(*(calls.reached(e.function) for e in serves(model)))
+    reached = frozenset().union(*(calls.reached(e.function) for e in model.analysis(serves)))
     return not reached or any(site.training for site in model.analysis(sites) if site.graph in reached)
 
 

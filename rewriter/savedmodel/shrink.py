@@ -10,13 +10,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import networkx as nx
 import numpy as np
 
 from rewriter import ops
 from rewriter.dataflow import Argument, follow
 from rewriter.ir import MAIN, Graph, Model, Value, unused
-from rewriter.prune import prune, without_orphans
+from rewriter.prune import following, prune, without_orphans
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY, bound_values, find_saver, restored, saved, strings
 from rewriter.savedmodel.objects import belongings, functions_of
 
@@ -159,22 +158,13 @@ def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
         else:
             dropped |= {Value(node.name, i) for i in goes}
             ports |= {Value(node.name, old): Value(node.name, new) for new, old in enumerate(stays)}
-    dead = _following(replace(graph, nodes=nodes), dropped)
+    dead = following(replace(graph, nodes=nodes), {n.name for n in nodes.values() if not dropped.isdisjoint(n.inputs)})
     left = {}
     for node in nodes.values():
         if node.name not in dead:
             inputs = tuple(ports.get(v, v) for v in node.inputs)
             left[node.name] = replace(node, inputs=inputs, after=tuple(a for a in node.after if a not in dead))
     return replace(graph, nodes=left, effects=tuple(e for e in graph.effects if e.node not in dead))
-
-
-def _following(graph: Graph, values: Collection[Value]) -> set[str]:
-    """The nodes that these values reach."""
-    digraph: nx.DiGraph[str] = nx.DiGraph()
-    digraph.add_nodes_from(graph.nodes)
-    digraph.add_edges_from((v.node, node.name) for node in graph.nodes.values() for v in node.inputs)
-    first = {node.name for node in graph.nodes.values() if not set(values).isdisjoint(node.inputs)}
-    return first.union(*(nx.descendants(digraph, name) for name in first))
 
 
 def share_by_name(main: Graph) -> Graph:
