@@ -14,6 +14,7 @@ from passes.quantizers import learned_limits
 from passes.ranges import Ema, Fixed, Learned
 from passes.roles import MAX_BITS, ROLES
 from passes.schemes import FLOAT, Scheme
+from passes.together import how
 from rewriter.expr import Apply, Expr, PerCall, array, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
 from rewriter.ops import Dtype, attr, dtype_attr
@@ -99,6 +100,7 @@ class Controls:
         variables: those of which something is read.
         amount: float32 scalar, from 0 before `start_step` to 1 from `ramp_steps` later.
         bits: int32 [rows], the widths in force.
+        how: int32 scalar, how vectors are quantised together, as `passes.together.how` says.
         limits: float32 [rows, 2], the ranges that are not dynamic, each in its scheme's coordinate.
         key: uint64 [1], from which random numbers follow: the step.
     """
@@ -112,6 +114,8 @@ class Controls:
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
         self.amount = per_call("quantization_amount", _amount(*(read(self.variables[n]) for n in self.variables)))
         self.bits = per_call("quantization_bits", self._bits(), (4 * self.layers,))
+        used = [self.row(role, i) for role in ROLES for i, q in enumerate(quantizers[role]) if q is not None]
+        self.how = per_call("quantization_how", how(self.amount, rows_of(self.bits, np.array(used))))
         self.limits = self._limits()
         seed = op("Cast", read(self.variables["step"]), DstT=Dtype("uint64"))
         self.key = per_call("quantization_key", op("Reshape", seed, array(np.array([1], np.int32))), (1,))
@@ -179,6 +183,11 @@ class Controls:
                 self.variables[name] = _found(self.model, name, (self.layers,)) or made
                 found.append(read(self.variables[name]))
         return learned_limits(chosen, found[0], found[1] if len(found) > 1 else None)
+
+
+def rows_of(values: Expr, index: np.ndarray) -> Expr:
+    """Elements along the first axis, in the index's shape."""
+    return op("GatherV2", values, array(index.astype(np.int32)), constant(0, "int32"))
 
 
 def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:

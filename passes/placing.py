@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from passes.controls import Controls
+from passes.controls import Controls, rows_of
 from passes.pipelines import Traced
 from passes.quantizers import Kind, observing, piped, quantizing, row
 from passes.ranges import Dynamic
 from passes.schemes import FLOAT
 from passes.tags import TAG
-from passes.uses import Piped, Vector
+from passes.together import GENERAL, rows, way
+from passes.uses import Group, Piped, Together, Vector
 from rewriter import ops
 from rewriter.edit import Edit, Run, RunAfter
-from rewriter.expr import Apply, Expr, Function, Port, array, constant, handle, op
+from rewriter.expr import Apply, Expr, Function, Port, array, case, constant, handle, op
 from rewriter.ir import MAIN, Model, unused
 from rewriter.ops import Dtype
 
@@ -37,48 +38,74 @@ class Placing:
         self.functions: dict[tuple[Any, ...], Function] = {}
         self.made: dict[Vector, Expr] = {}
 
-    def place(self, group: tuple[Vector, ...]) -> Iterator[Edit]:
+    def place(self, group: Group | Together) -> Iterator[Edit]:
         """Make what stands for each vector of a group; the edits are what has to run besides."""
+        if isinstance(group, Together):
+            self._place_together(group.vectors)
+            return
         first, kind = group[0], group[0].kind
         count = len(group) if len(group) > 1 else 0
-        rows = [self.controls.row(v.role, v.layer) for v in group]
+        places = [self.controls.row(v.role, v.layer) for v in group]
         value = _stacked(group, kind) if count else first.value
-        told: list[Expr] = [self.controls.amount, _taken(self.controls.bits, np.reshape(rows, (-1, 1) if count else 1))]
+        told: list[Expr] = [
+            self.controls.amount,
+            rows_of(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
+        ]
         if isinstance(kind, Piped):
             function = self._function(piped, self.traced.names[kind.wanted], kind.wanted.size, kind.dtype)
             self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
             return
         if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
-            limits = _taken(self.controls.limits, np.array(rows if count else rows[0]))
+            limits = rows_of(self.controls.limits, np.array(places if count else places[0]))
             if kind.observed:
                 limits = self._call(self._function(observing, kind.observing, count), value, limits, name="observed")
                 yield from self._keep(group, limits)
             told.append(limits)
         if kind.stochastic:
-            told.append(self._noise(value, rows[0], first.statistic))
+            told.append(self._noise(op("Shape", value), first))
         function = self._function(quantizing, kind.plain, count)
         if not count:
             name = first.role if self.model.object_based else "quantized"
             self.made[first] = self._call(function, *told, value, name=name, **{TAG: first.tag})
             return
         quantized = function(*told, value, name="quantized")
-        dtype, size = kind.dtype, kind.size or 0
         attrs = {
             "num": ops.attr(count),
-            "T": ops.dtype_attr(dtype),
-            "_output_shapes": ops.shapes_attr([(size,)] * count),
+            "T": ops.dtype_attr(kind.dtype),
+            "_output_shapes": ops.shapes_attr([(kind.size or 0,)] * count),
         }
-        rows_of = Apply(dtype, "Unpack", (quantized,), attrs)
-        for port, vector in enumerate(group):
-            stands = self._function(row, size, dtype)
-            self.made[vector] = stands(Port(dtype, rows_of, port), vector.value, name=vector.role, **{TAG: vector.tag})
+        unstacked = Apply(kind.dtype, "Unpack", (quantized,), attrs)
+        self._stand([Port(kind.dtype, unstacked, port) for port in range(count)], group)
+
+    def _place_together(self, vectors: Sequence[Vector]) -> None:
+        """Make what stands for vectors of one graph whose ranges follow their values."""
+        kinds = tuple(v.kind for v in vectors if isinstance(v.kind, Kind))
+        bits, noise = [], []
+        for each in rows(kinds):
+            own = [vectors[i] for i in each.places]
+            places = [self.controls.row(v.role, v.layer) for v in own]
+            bits.append(rows_of(self.controls.bits, np.reshape(places, (-1, 1))))
+            if each.arithmetic.stochastic:
+                noise.append(self._noise(array(np.array(each.shape, np.int32)), own[0]))
+        told = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
+        ways = [self._function(way, kinds, i) for i in range(GENERAL + 1)]
+        first = case(self.controls.how, ways, told, "quantized", **{ops.GENERAL: GENERAL})
+        self._stand([Port(v.value.dtype, first, i) for i, v in enumerate(vectors)], vectors)
+
+    def _stand(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
+        """Let each stand for a vector."""
+        for value, vector in zip(quantized, vectors, strict=True):
+            if not isinstance(vector.kind, Kind) or vector.kind.size is None:
+                raise AssertionError("what is a row of others has a known size")
+            stands = self._function(row, vector.kind.size, vector.kind.dtype)
+            self.made[vector] = stands(value, vector.value, name=vector.role, **{TAG: vector.tag})
 
     def _keep(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
         """Store moved limits, when all that a call does is done."""
         for role in dict.fromkeys(v.role for v in group):
             own = [i for i, v in enumerate(group) if v.role == role]
             layers_of_role = array(np.array([group[i].layer for i in own], np.int32))
-            moved = limits if len(own) == len(group) else _taken(limits, np.array(own))
+            moved = limits if len(own) == len(group) else rows_of(limits, np.array(own))
             if len(group) == 1:
                 moved = op("Reshape", moved, array(np.array([1, 2], np.int32)))
             update = op("ResourceScatterUpdate", handle(self.controls.ranges(role)), layers_of_role, moved)
@@ -88,10 +115,10 @@ class Placing:
                 # In the main graph nothing runs but what a signature needs, such as the update of an average.
                 yield RunAfter(MAIN, group[0].run, (update,), f"quantization/range/{role}")
 
-    def _noise(self, value: Expr, row_: int, statistic: bool) -> Expr:
+    def _noise(self, shape: Expr, first: Vector) -> Expr:
         """Random numbers that follow from the step and from what they are for."""
-        counter = array(np.array([0, 2 * row_ + statistic], np.uint64))  # the first counts on with each four numbers
-        shape = op("Shape", value)
+        place = 2 * self.controls.row(first.role, first.layer) + first.statistic
+        counter = array(np.array([0, place], np.uint64))  # the first counts on with each four numbers
         return op(
             "StatelessRandomUniformV2", shape, self.controls.key, counter, constant(1, "int32"), dtype=Dtype(FLOAT)
         )
@@ -108,14 +135,9 @@ class Placing:
         return self.functions[make, arguments]
 
 
-def _stacked(group: tuple[Vector, ...], kind: Kind | Piped) -> Expr:
+def _stacked(group: Group, kind: Kind | Piped) -> Expr:
     """The vectors as rows."""
     attrs = {"N": ops.attr(len(group)), "T": ops.dtype_attr(kind.dtype)}
     if isinstance(kind, Kind):
         attrs["_output_shapes"] = ops.shapes_attr([(len(group), kind.size or 0)])
     return Apply(kind.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")
-
-
-def _taken(values: Expr, index: np.ndarray) -> Expr:
-    """Elements along the first axis, in the index's shape."""
-    return op("GatherV2", values, array(index.astype(np.int32)), constant(0, "int32"))

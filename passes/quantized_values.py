@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from tensorflow.python.framework import tensor_util
 
 from passes.entries import running_from
 from passes.parts import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
@@ -20,6 +21,9 @@ PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
 
 _Parts = tuple[Term, Mapping[str, Term]]
 """The width in force, and the parts by name."""
+
+_Place = int | slice | None
+"""Where something is in several: in this row, at these places in a row of all, or it is alone."""
 
 
 class Quantized(NamedTuple):
@@ -81,7 +85,7 @@ def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
 
 
 class _Terms(NamedTuple):
-    """A quantiser's terms, and the row of the width and the parts that counts (-1: there is but one)."""
+    """A quantiser's terms, and where in the width and the parts what counts is."""
 
     graph: str
     node: str
@@ -90,7 +94,7 @@ class _Terms(NamedTuple):
     value: Term
     raw: Term
     width: Term
-    row: int
+    place: _Place
     parts: Mapping[str, Term]
 
     def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
@@ -99,13 +103,12 @@ class _Terms(NamedTuple):
         Raises:
             Error: its shapes are not a quantiser's.
         """
-        alone = self.row < 0
-        shapes = [values[t].shape for t in (*self.parts.values(), self.width)]
-        if (not alone and any(s and s[0] <= self.row for s in shapes)) or values[self.width].size == 0:
-            raise unknown(f"{self.node} in {self.graph}")
-        parts = {n: values[t] if alone or not values[t].ndim else values[t][self.row] for n, t in self.parts.items()}
-        bits = int(np.ravel(values[self.width])[max(self.row, 0)])
         shape = values[self.value].shape
+        try:
+            parts = {name: self._own(values[term], whole=name == CODE) for name, term in self.parts.items()}
+            bits = int(np.ravel(self._own(values[self.width], whole=False))[0])
+        except IndexError:
+            raise unknown(f"{self.node} in {self.graph}") from None
         if CODE in parts and (parts[CODE].shape != shape or any(_wider(parts[n], shape) for n in parts)):
             raise unknown(f"{self.node} in {self.graph}")
         return Quantized(
@@ -120,6 +123,20 @@ class _Terms(NamedTuple):
             parts,
         )
 
+    def _own(self, array: np.ndarray, *, whole: bool) -> np.ndarray:
+        """What of an array is this quantiser's: a number for each value, or else the number that all have.
+
+        Raises:
+            IndexError: it is not there.
+        """
+        if self.place is None or not array.ndim:
+            return array
+        if isinstance(self.place, int):
+            own: np.ndarray = array[self.place]
+            return own
+        found = array.ravel()[self.place]
+        return found if whole else found[[0]]
+
 
 def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
     reached: dict[str, list[Assumption]] = {}
@@ -133,18 +150,22 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
                 value = terms.on(name, Value(node), way)
-                whole, row = _whole(value)
+                whole, place = _whole(value)
                 if whole not in known_parts:
                     known_parts[whole] = _parts(whole, f"{node} in {name}")
                 width, parts = known_parts[whole]
-                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, row, parts)
+                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, place, parts)
 
 
-def _whole(value: Term) -> tuple[Term, int]:
-    """What several values are quantised in together, and in which row of it this one is; -1: it is alone."""
-    if value.op == PORT:
-        return value.inputs[0].inputs[0], value.port
-    return (value.inputs[0], 0) if value.op == "Unpack" else (value, -1)
+def _whole(value: Term) -> tuple[Term, _Place]:
+    """What several values are quantised in together, and where in it this one is."""
+    of, port = (value.inputs[0], value.port) if value.op == PORT else (value, 0)
+    if of.op == "Unpack":
+        return of.inputs[0], port
+    if of.op == "SplitV" and of.inputs[1].op == "Const":
+        ends = np.cumsum(tensor_util.MakeNdarray(of.inputs[1].attrs["value"].tensor))
+        return of.inputs[0], slice(int(ends[port - 1]) if port else 0, int(ends[port]))
+    return value, None
 
 
 def _parts(whole: Term, where: str) -> _Parts:

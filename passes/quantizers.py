@@ -20,7 +20,7 @@ import numpy as np
 from passes.parts import CODE, WIDTH, part
 from passes.ranges import Dynamic, Ema, Fixed, Learned
 from passes.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
-from rewriter.expr import Apply, Expr, Function, Port, array, constant, op, parameter, select, stop_gradient
+from rewriter.expr import Apply, Expr, Function, Port, Shape, array, constant, op, parameter, select, stop_gradient
 from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
 
 
@@ -46,6 +46,10 @@ class Kind:
     def stochastic(self) -> bool:
         """Whether it is told random numbers."""
         return self.training and self.scheme.rounding == "stochastic"
+
+    def shape(self, rows: int) -> Shape:
+        """The shape of a vector, for no rows, or of that many of them; None where the size is not known."""
+        return None if self.size is None else (rows, self.size) if rows else (self.size,)
 
     @property
     def observed(self) -> bool:
@@ -93,16 +97,16 @@ def quantizing(kind: Kind, rows: int = 0) -> Function:
     shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
     given = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
     noise = parameter("noise", FLOAT) if kind.stochastic else None
-    shape = None if kind.size is None else (rows, kind.size) if rows else (kind.size,)
+    shape = kind.shape(rows)
     if given is not None:
         told.append(given)
         shapes.append((rows, 2) if rows else (2,))
     if noise is not None:
         told.append(noise)
         shapes.append(shape)
-    quantized = _Quantized(kind, _cast(value, FLOAT), bits, given, noise)
-    acting = (op("Greater", amount, 0.0)) & part(WIDTH, op("Greater", bits, 0))
-    result = select(acting & quantized.defined, quantized.through(value, amount), value)
+    values = Values(kind, value, shape)
+    acting = (op("Greater", amount, 0.0)) & wide(bits)
+    result = select(acting & values.defined, _Differentiable(values, bits, given, noise).through(amount), value)
     name = "_".join(
         [
             f"bnqat_{scheme.name}_{scheme.range.name}",
@@ -115,70 +119,103 @@ def quantizing(kind: Kind, rows: int = 0) -> Function:
             *([f"{rows}_rows"] if rows else []),
         ]
     )
-    return Function(re.sub(r"\W", "_", name), (*told, value), (*shapes, shape), result)
+    return Function(re.sub(r"\W", "_", name), (*told, value), (*shapes, shape), (result,))
 
 
 def piped(graph: str, size: int, dtype: str) -> Function:
     """The function of a pipeline that is a graph: (amount, bits, value) -> value; its gradient is its own."""
     amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", dtype)
-    raw = _cast(value, FLOAT)
+    raw = cast(value, FLOAT)
     attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
     attrs["_output_shapes"] = shapes_attr([(size,)])
-    acting = (op("Greater", amount, 0.0)) & part(WIDTH, op("Greater", bits, 0))
+    acting = (op("Greater", amount, 0.0)) & wide(bits)
     # While it does not act, no gradient goes back through it: one that is not finite would be multiplied with 0.
     given = select(acting, raw, stop_gradient(raw))
     made = Apply(FLOAT, "PartitionedCall", (given,), attrs, "pipeline")
     blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
-    result = select(acting, _cast(blend, dtype), value)
+    result = select(acting, cast(blend, dtype), value)
     name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
-    return Function(name, (amount, bits, value), ((), (1,), (size,)), result)
+    return Function(name, (amount, bits, value), ((), (1,), (size,)), (result,))
 
 
-class _Quantized:
-    """A float32 value on the grid of its width and limits."""
+class Values:
+    """A vector [C] or a stack [R, C] of a kind, before the levels are known.
 
-    def __init__(self, kind: Kind, value: Expr, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
-        scheme = kind.scheme
+    Attributes:
+        raw: as float32.
+        defined: which of them are quantised.
+        coordinate: where they lie.
+    """
+
+    def __init__(self, kind: Kind, value: Expr, shape: Shape) -> None:
         self.kind = kind
-        self.raw = value
-        self.bits = bits
-        self.defined = scheme.defined(value)
-        coordinate = scheme.coordinate(value, kind.epsilon)
-        self.limits = _split(given) if given is not None else scheme.seen(coordinate, self.defined)
-        wide = Limits(*(_cast(limit, scheme.dtype) for limit in self.limits))
-        self.grid: Grid = scheme.grid(wide, bits)
-        self.position = self.grid.position(coordinate)
-        code = _rounded(self.position, noise)
-        if self.grid.zero is not None:
-            code = code + self.grid.zero
-        bottom = constant(0.0, scheme.dtype) if self.grid.bottom is None else self.grid.bottom
-        kept = part(CODE, op("Minimum", op("Maximum", code, bottom), self.grid.top))
-        self.inside = op("Equal", kept, code)
-        self.steps = kept if self.grid.zero is None else kept - self.grid.zero
-        self.value = scheme.value(self.grid.level(self.steps), kind.epsilon)
+        self.value = value
+        self.shape = shape
+        self.raw = cast(value, FLOAT)
+        self.defined = kind.scheme.defined(self.raw)
+        self.coordinate = kind.scheme.coordinate(self.raw, kind.epsilon)
 
-    def through(self, value: Expr, amount: Expr) -> Expr:
-        """The quantised value, as much as there is to be of it, with its gradients; `value` has its own dtype."""
+    def seen(self) -> Limits:
+        """The least and the greatest that count."""
+        return self.kind.scheme.seen(self.raw, self.defined, self.shape)
+
+
+class OnGrid:
+    """Values on the levels of a grid, float32 in `value`."""
+
+    def __init__(self, values: Values, grid: Grid, noise: Expr | None) -> None:
+        scheme = values.kind.scheme
+        self.values = values
+        self.grid = grid
+        self.position = grid.position(values.coordinate)
+        code = _rounded(self.position, noise)
+        if grid.zero is not None:
+            code = code + grid.zero
+        bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
+        kept = part(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
+        self.inside = op("Equal", kept, code)
+        self.steps = kept if grid.zero is None else kept - grid.zero
+        self.value = scheme.value(grid.level(self.steps), values.kind.epsilon)
+
+    def blend(self, amount: Expr) -> Expr:
+        """The quantised value, as much as there is to be of it, in the values' own dtype."""
         rest = constant(1.0, FLOAT) - amount
-        blend = stop_gradient(_cast(self.value * amount + self.raw * rest, value.dtype))
+        return cast(self.value * amount + self.values.raw * rest, self.values.value.dtype)
+
+
+class _Differentiable(OnGrid):
+    """The same with limits and gradients."""
+
+    def __init__(self, values: Values, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
+        scheme = values.kind.scheme
+        self.bits = bits
+        self.limits = _split(given) if given is not None else scheme.range_of(values.seen(), values.kind.epsilon)
+        limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
+        super().__init__(values, scheme.grid(limits, bits), noise)
+
+    def through(self, amount: Expr) -> Expr:
+        """The quantised value, as much as there is to be of it, with its gradients."""
+        value = self.values.value
+        rest = constant(1.0, FLOAT) - amount
+        blend = stop_gradient(self.blend(amount))
         passed = value - stop_gradient(value)
-        if isinstance(self.kind.scheme.range, Dynamic):
+        if isinstance(self.values.kind.scheme.range, Dynamic):
             return blend + passed  # nothing is clipped
-        passed = passed * _cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
-        if not isinstance(self.kind.scheme.range, Learned):
+        passed = passed * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
+        if not isinstance(self.values.kind.scheme.range, Learned):
             return blend + passed
-        return blend + passed + _cast(self._of_limits(amount), value.dtype)
+        return blend + passed + cast(self._of_limits(amount), value.dtype)
 
     def _of_limits(self, amount: Expr) -> Expr:
         """Zeros, with the gradient of the quantised value for the limits."""
-        scheme = self.kind.scheme
-        size = self.kind.size
+        kind = self.values.kind
+        scheme, size = kind.scheme, kind.size
         if size is None:
             raise AssertionError("a learned range is for vectors of known size")
-        inside = _cast(self.inside, scheme.dtype)
+        inside = cast(self.inside, scheme.dtype)
         rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
         of_high = (self.steps - rounded) * self.grid.reciprocal
-        slope = scheme.slope(self.value, self.kind.epsilon)
+        slope = scheme.slope(self.value, kind.epsilon)
         factor = scheme.step_gradient_factor(self.bits, size) * amount
         factor = factor if slope is None else factor * slope
         result = _zero(self.limits.high) * self._gradient(of_high, factor)
@@ -189,7 +226,12 @@ class _Quantized:
 
     def _gradient(self, slope: Expr, factor: Expr) -> Expr:
         """What the gradient is multiplied with; 0 where no value is quantised."""
-        return stop_gradient(select(self.defined, _cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
+        return stop_gradient(select(self.values.defined, cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
+
+
+def wide(bits: Expr) -> Expr:
+    """Which widths are in force at all."""
+    return part(WIDTH, op("Greater", bits, 0))
 
 
 def _zero(value: Expr) -> Expr:
@@ -201,11 +243,12 @@ def _rounded(position: Expr, noise: Expr | None) -> Expr:
     if noise is None:
         return op("Round", position)
     below = op("Floor", position)
-    up = op("Less", _cast(noise, position.dtype), position - below)
-    return below + _cast(up, position.dtype)
+    up = op("Less", cast(noise, position.dtype), position - below)
+    return below + cast(up, position.dtype)
 
 
-def _cast(value: Expr, dtype: str) -> Expr:
+def cast(value: Expr, dtype: str) -> Expr:
+    """The value in a dtype."""
     return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))
 
 
@@ -225,20 +268,19 @@ def observing(kind: Kind, rows: int = 0) -> Function:
     if not isinstance(scheme.range, Ema):
         raise AssertionError("only moving averages are moved")
     value, old = parameter("value", kind.dtype), parameter("limits", FLOAT)
-    wide = _cast(value, FLOAT)
-    defined = scheme.defined(wide)
-    low, high = (_cast(e, FLOAT) for e in scheme.seen(scheme.coordinate(wide, kind.epsilon), defined))
+    shape = kind.shape(rows)
+    values = Values(kind, value, shape)
+    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), kind.epsilon))
     attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "Tidx": dtype_attr("int32")}
     seen = Apply(FLOAT, "ConcatV2", (low, high, constant(-1, "int32")), attrs)
-    counted = op("Any", defined, constant(-1, "int32"), keep_dims=True)
+    counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
     momentum = np.float32(scheme.range.momentum)
     new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)
     name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{kind.epsilon:.9g}"
     name += ("" if kind.size is None else f"_{kind.size}_channels") + ("" if kind.dtype == FLOAT else f"_{kind.dtype}")
     name += f"_{rows}_rows" if rows else ""
-    shape = None if kind.size is None else (rows, kind.size) if rows else (kind.size,)
     shapes = (shape, (rows, 2) if rows else (2,))
-    return Function(re.sub(r"\W", "_", name), (value, old), shapes, select(counted, new, old))
+    return Function(re.sub(r"\W", "_", name), (value, old), shapes, (select(counted, new, old),))
 
 
 def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | None) -> Expr:
@@ -264,4 +306,4 @@ def row(size: int, dtype: str) -> Function:
     """A function (quantised, value) -> quantised: which vector a row of quantised ones stands for."""
     quantized, value = parameter("quantized", dtype), parameter("value", dtype)
     name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
-    return Function(name, (quantized, value), ((size,), (size,)), op("Identity", quantized))
+    return Function(name, (quantized, value), ((size,), (size,)), (op("Identity", quantized),))

@@ -16,7 +16,7 @@ import numpy as np
 from passes.parts import EPSILON, ORIGIN, SCALE, ZERO_POINT, part
 from passes.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
-from rewriter.expr import Expr, array, constant, op, select
+from rewriter.expr import Expr, Shape, array, constant, filled, op, select
 from rewriter.ir import Error
 from rewriter.ops import Dtype
 
@@ -49,6 +49,11 @@ class Grid(NamedTuple):
     bottom: Expr | None
     top: Expr
     reciprocal: Expr
+
+    def each(self, change: Callable[[Expr], Expr]) -> Grid:
+        """A grid with every field changed in the same way."""
+        zero, origin, bottom = (None if e is None else change(e) for e in (self.zero, self.origin, self.bottom))
+        return Grid(change(self.scale), zero, origin, bottom, change(self.top), change(self.reciprocal))
 
     def position(self, value: Expr) -> Expr:
         """Where a value lies, in units of the scale, from the origin."""
@@ -112,10 +117,18 @@ class Scheme:
         """How much a quantised value grows with its coordinate; None stands for 1."""
         return None
 
-    def seen(self, coordinate: Expr, defined: Expr) -> Limits:
-        """The limits of these values; zero is always between them."""
-        known = select(defined, coordinate, constant(0.0, FLOAT))
-        return Limits(op("Minimum", _reduce("Min", known), 0.0), op("Maximum", _reduce("Max", known), 0.0))
+    def seen(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
+        """The least and the greatest of float32 values of a shape, and of zero where some do not count."""
+        known = where(defined, value, 0.0, shape)
+        return Limits(_reduce("Min", known), _reduce("Max", known))
+
+    def range_of(self, seen: Limits, epsilon: float) -> Limits:  # noqa: ARG002  it has no influence here
+        """The limits, in the scheme's coordinate, of values that have these; zero is always between them."""
+        return Limits(op("Minimum", seen.low, 0.0), op("Maximum", seen.high, 0.0))
+
+    def ceiling(self, grid: Grid) -> Expr | None:  # noqa: ARG002  most never have a value there
+        """The most steps from the origin, [..., 1], where a range that is the values' own does not say so; or None."""
+        return None
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """The levels for limits [..., 1] and int32 bits [..., 1]."""
@@ -163,6 +176,13 @@ def by_width(bits: Expr, entry: Callable[[int], float], dtype: str) -> Expr:
     return op("GatherV2", table, bits, constant(0, "int32"))
 
 
+def where(defined: Expr, value: Expr, otherwise: float, shape: Shape) -> Expr:
+    """The values where they are defined, else a number; `shape` is theirs, if it is known."""
+    if shape is None:
+        return select(defined, value, constant(otherwise, value.dtype))
+    return op("Select", defined, value, filled(otherwise, value.dtype, shape))
+
+
 def _reduce(name: str, value: Expr) -> Expr:
     return op(name, value, constant(-1, "int32"), keep_dims=True)
 
@@ -192,6 +212,10 @@ class Affine(Scheme):
         scale = _or_one((limits.high - limits.low) * reciprocal)
         zero = part(ZERO_POINT, op("Round", -limits.low / scale))
         return Grid(scale, zero, None, None, self.top(bits), reciprocal)
+
+    def ceiling(self, grid: Grid) -> Expr | None:
+        """The greatest code's: round(hi / s) + round(-lo / s) may be one more."""
+        return None if grid.zero is None else grid.top - grid.zero
 
 
 @dataclass(frozen=True)
@@ -283,9 +307,8 @@ class Log(Scheme):
         return (value >= 0.0) & (value < float("inf"))
 
     def coordinate(self, value: Expr, epsilon: float) -> Expr:
-        """log(v + epsilon), float64."""
-        shifted = select(self.defined(value), value + epsilon, constant(1.0, FLOAT))
-        return op("Log", op("Cast", shifted, DstT=Dtype(DOUBLE)))
+        """log(v + epsilon), float64; of values that do not count, anything."""
+        return op("Log", op("Cast", value + epsilon, DstT=Dtype(DOUBLE)))
 
     def value(self, coordinate: Expr, epsilon: float) -> Expr:
         """What `coordinate` gives, back as float32 values."""
@@ -296,12 +319,14 @@ class Log(Scheme):
         """dv'/dl."""
         return value + epsilon
 
-    def seen(self, coordinate: Expr, defined: Expr) -> Limits:
+    def seen(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
         """The least and the greatest of these values; of none, infinities."""
-        low, high = (constant(x, DOUBLE) for x in (float("inf"), float("-inf")))
-        return Limits(
-            _reduce("Min", select(defined, coordinate, low)), _reduce("Max", select(defined, coordinate, high))
-        )
+        low, high = (where(defined, value, x, shape) for x in (float("inf"), float("-inf")))
+        return Limits(_reduce("Min", low), _reduce("Max", high))
+
+    def range_of(self, seen: Limits, epsilon: float) -> Limits:
+        """Their logarithms; no value has to be among them."""
+        return Limits(*(self.coordinate(limit, epsilon) for limit in seen))
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """The levels for float64 limits [..., 1] and int32 bits [..., 1]."""

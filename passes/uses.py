@@ -8,6 +8,7 @@ from typing import NamedTuple
 from passes.pipelines import Wanted
 from passes.predicates import reached
 from passes.quantizers import Kind
+from passes.ranges import Dynamic
 from rewriter.edit import Edit
 from rewriter.expr import Expr, Use
 from rewriter.ir import Graph, Model, Value
@@ -53,27 +54,37 @@ class Quantity(NamedTuple):
     put: Callable[[Expr], Iterator[Edit]]
 
 
-def groups(model: Model, found: Iterable[Quantity]) -> Iterator[tuple[Vector, ...]]:
+Group = tuple[Vector, ...]
+"""Vectors of one kind, which are rows of a stack where they are several."""
+
+
+class Together(NamedTuple):
+    """Vectors of several batch norms whose ranges follow their values; all are quantised in one place."""
+
+    vectors: tuple[Vector, ...]
+
+
+def groups(model: Model, found: Iterable[Quantity]) -> Iterator[Group | Together]:
     """The vectors, each once: those of one kind and graph together, where none precedes another.
 
     Parameters that are read before any is used are together, and so are statistics that no average precedes. A set
     of ops serves them all, in place of one for each.
     """
     by_graph: dict[str, list[Quantity]] = {}
-    for each in found:
-        by_graph.setdefault(each.vector.graph, []).append(each)
+    for quantity in found:
+        by_graph.setdefault(quantity.vector.graph, []).append(quantity)
     for name, quantities in by_graph.items():
         graph = model.graphs[name]
         together: set[Vector] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
         if model.object_based and not conditional:
-            for group in _together(model, graph, quantities):
-                together.update(group)
-                yield group
+            for each in _together(model, graph, quantities):
+                together.update(each.vectors if isinstance(each, Together) else each)
+                yield each
         yield from ((v,) for v in dict.fromkeys(q.vector for q in quantities) if v not in together)
 
 
-def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[tuple[Vector, ...]]:
+def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[Group | Together]:
     statistics = [q for q in found if q.vector.statistic]
     parameters = [q for q in found if not q.vector.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))
@@ -82,7 +93,7 @@ def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[tup
     yield from _of_one_kind(model, graph, parameters, after)
 
 
-def _of_one_kind(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[tuple[Vector, ...]]:
+def _of_one_kind(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[Group | Together]:
     """Vectors of one kind, but for what is computed after others are used."""
     kinds: dict[Kind, dict[Vector, None]] = {}
     for quantity in found:
@@ -92,7 +103,14 @@ def _of_one_kind(model: Model, graph: Graph, found: list[Quantity], after: set[s
             continue
         if made and made.node not in after and _whole(model, graph, made, vector.kind.size):
             kinds.setdefault(vector.kind, {})[vector] = None
-    yield from (tuple(vectors) for vectors in kinds.values() if len(vectors) > 1)
+    following = [v for kind, vectors in kinds.items() if isinstance(kind.scheme.range, Dynamic) for v in vectors]
+    # For a single batch norm, a choice costs more than what it saves.
+    several = len({vector.layer for vector in following}) > 1
+    if several:
+        yield Together(tuple(following))
+    for kind, vectors in kinds.items():
+        if len(vectors) > 1 and not (several and isinstance(kind.scheme.range, Dynamic)):
+            yield tuple(vectors)
 
 
 def _whole(model: Model, graph: Graph, value: Value, size: int | None) -> bool:

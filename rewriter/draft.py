@@ -286,7 +286,8 @@ def define(function: Function) -> Graph:
     names = tuple(p.value.node for p in function.parameters)
     nodes = {p.value.node: Node(p.value.node, ARG, attrs={"T": dtype_attr(p.dtype)}) for p in function.parameters}
     draft = Draft(Graph(function.name, nodes, names), entry=False)
-    draft.add_result("result", draft.place(function.result, "compute"), function.result.dtype)
+    for result in function.results:
+        draft.add_result("result", draft.place(result, "compute"), result.dtype)
     return replace(draft.finish(), attrs={"_input_shapes": shapes_attr(list(function.shapes))})
 
 

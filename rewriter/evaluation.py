@@ -19,7 +19,8 @@ from rewriter.terms import PORT, UNKNOWN, VARIABLE, Term
 HARMLESS = frozenset(
     {
         "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "Bitcast", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
-        "BroadcastTo", "Cast", "Ceil", "ClipByValue", "ConcatV2", "Const", "Equal", "Exp", "ExpandDims", "Expm1",
+        "BroadcastTo", "Cast", "Ceil", "ClipByValue", "ConcatV2", "Const", "DynamicStitch", "Equal", "Exp",
+        "ExpandDims", "Expm1",
         "FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "Fill", "Floor",
         "FloorDiv", "FloorMod", "GatherV2", "Greater", "GreaterEqual", "IdentityN", "Inv", "Invert", "IsFinite",
         "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr",
@@ -28,7 +29,7 @@ HARMLESS = frozenset(
         "Range", "Rank", "ReadVariableOp", "RealDiv", "Reciprocal", "Relu", "Relu6", "Reshape", "RightShift", "Rint",
         "Round", "Rsqrt", "Select", "SelectV2", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softplus", "Split",
         "SplitV", "Sqrt", "Square", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum", "Tanh", "Tile",
-        "TopKV2", "Transpose", "Unpack", "Where", "ZerosLike",
+        "TopKV2", "Transpose", "Unpack", "UnsortedSegmentMax", "UnsortedSegmentMin", "Where", "ZerosLike",
     }
 )
 # fmt: on

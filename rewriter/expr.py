@@ -7,7 +7,7 @@ what is shared.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -116,6 +116,8 @@ class PerCall(Expr):
     shape: tuple[int, ...] = ()
 
 
+Shape = tuple[int, ...] | None
+
 Operand = Expr | bool | int | float
 
 
@@ -136,6 +138,13 @@ def array(value: np.ndarray) -> Apply:
     """A constant array; of strings, where its elements are bytes."""
     dtype = "string" if value.dtype == object else value.dtype.name
     return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(value)})
+
+
+def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
+    """A constant array with one value in all places, which is stored once."""
+    proto = ops.attr(np.full((1,), value, dtype))
+    proto.tensor.tensor_shape.CopyFrom(ops.shape_attr(shape).shape)
+    return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": proto})
 
 
 def per_call(label: str, inner: Expr, shape: tuple[int, ...] = ()) -> PerCall:
@@ -195,27 +204,32 @@ def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function to be added to the model: computes `result` from `parameters`. One output.
+    """A function to be added to the model: computes `results` from `parameters`.
 
     Attributes:
-        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper. The result has
-            that of the last.
+        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper. The results have
+            those of the last parameters, in order.
     """
 
     name: str
     parameters: tuple[Use, ...]
-    shapes: tuple[tuple[int, ...] | None, ...]
-    result: Expr
+    shapes: tuple[Shape, ...]
+    results: tuple[Expr, ...]
 
-    def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
+    @property
+    def result_shapes(self) -> tuple[Shape, ...]:
+        """The results' shapes."""
+        return self.shapes[len(self.shapes) - len(self.results) :]
+
+    def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Apply:
         """A call of the function, with a name hint and attributes that start with an underscore."""
         attrs = {**_call_attrs(self), **{k: ops.attr(v) for k, v in tags.items()}}
-        return Apply(self.result.dtype, "PartitionedCall", inputs, attrs, name)
+        return Apply(self.results[0].dtype, "PartitionedCall", inputs, attrs, name)
 
     def inlined(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
-        """What the function computes, without a call; the hint and attributes go to its last op."""
+        """What the function computes first, without a call; the hint and attributes go to its last op."""
         made: dict[Expr, Expr] = dict(zip(self.parameters, inputs, strict=True))
-        result = _inline(self.result, made)
+        result = _inline(self.results[0], made)
         if not isinstance(result, Apply):
             return result
         attrs = {**result.attrs, **{k: ops.attr(v) for k, v in tags.items()}}
@@ -224,15 +238,32 @@ class Function:
 
 @cache
 def _call_attrs(function: Function) -> Mapping[str, Any]:
-    attrs = {
-        "Tin": ops.attr([ops.Dtype(p.dtype) for p in function.parameters]),
-        "Tout": ops.attr([ops.Dtype(function.result.dtype)]),
-        "f": ops.attr(ops.Func(function.name)),
-    }
-    shape = function.shapes[-1]
-    if shape is not None:
-        attrs["_output_shapes"] = ops.shapes_attr([shape])
+    attrs = {**_passed_attrs(function), "f": ops.attr(ops.Func(function.name))}
+    if None not in function.result_shapes:
+        attrs["_output_shapes"] = ops.shapes_attr(list(function.result_shapes))
     return attrs
+
+
+def _passed_attrs(function: Function) -> Mapping[str, Any]:
+    return {
+        "Tin": ops.attr([ops.Dtype(p.dtype) for p in function.parameters]),
+        "Tout": ops.attr([ops.Dtype(r.dtype) for r in function.results]),
+    }
+
+
+def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name: str = "", **tags: Any) -> Apply:
+    """A call of one of several functions, which take and return the same; the others do not run.
+
+    `index`, an int32 scalar, is that function's position. Name and tags are as in a call.
+    """
+    first = branches[0]
+    attrs = {
+        **_passed_attrs(first),
+        "branches": ops.attr([ops.Func(branch.name) for branch in branches]),
+        "output_shapes": ops.shapes_attr(list(first.result_shapes)),
+        **{k: ops.attr(v) for k, v in tags.items()},
+    }
+    return Apply(first.results[0].dtype, "StatelessCase", (index, *inputs), attrs, name)
 
 
 def _inline(expr: Expr, made: dict[Expr, Expr]) -> Expr:

@@ -78,6 +78,11 @@ PART = "_bnqat_part"
 """Attribute of a node inside a quantiser: which part of the arithmetic it computes, by its name in `passes.parts`."""
 
 
+GENERAL = "_bnqat_general"
+"""Attribute of a Case whose branches compute the same, each under a condition of its own: the position of the one that
+does so under every condition."""
+
+
 def forwarded(node: Node, port: int) -> Value | None:
     """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
     if PROXY in node.attrs and node.inputs:
@@ -185,7 +190,7 @@ class Func(str):
     __slots__ = ()
 
 
-def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype]) -> Any:
+def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype] | list[Func]) -> Any:
     """A Python value as an ``AttrValue``."""
     proto = attr_value_pb2.AttrValue()
     if isinstance(value, bool):
@@ -203,7 +208,11 @@ def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype]) -> 
     elif isinstance(value, np.ndarray | np.generic):
         proto.tensor.CopyFrom(tensor_util.make_tensor_proto(value))
     else:
-        proto.list.type.extend(dtype_number(v) for v in value)
+        for each in value:
+            if isinstance(each, Func):
+                proto.list.func.add(name=each)
+            else:
+                proto.list.type.append(dtype_number(each))
     return proto
 
 

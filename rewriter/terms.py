@@ -181,11 +181,17 @@ class Terms:
 
     def _passed(self, node: Node, port: int) -> tuple[int, ...]:
         """The inputs of a node on which an output depends: of a call, those that the result is computed from."""
-        form, called = ops.call_form(self.model, node), ops.callees(self.model, node)
+        form, called = ops.call_form(self.model, node), self._called(node)
         if form is None or len(called) != 1:
             return tuple(range(len(node.inputs)))
         callee = self.model.graphs[called[0]]
         return tuple(form.first + p for p in sorted(self._arguments(callee, [callee.results[port].value])))
+
+    def _called(self, node: Node) -> tuple[str, ...]:
+        """The functions that a node may call; of some that compute the same, the one that always does."""
+        called = ops.callees(self.model, node)
+        general = node.attrs[ops.GENERAL].i if ops.GENERAL in node.attrs else -1
+        return (called[general],) if 0 <= general < len(called) else called
 
     def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
         node = graph.nodes[value.node]
@@ -199,7 +205,7 @@ class Terms:
         chosen = self._assumed(graph).chosen(node)
         if chosen is not None and not value.port:
             return self._term(graph, chosen, way, depth)
-        form, called = ops.call_form(self.model, node), ops.callees(self.model, node)
+        form, called = ops.call_form(self.model, node), self._called(node)
         if form is not None and len(called) == 1:
             callee = self.model.graphs[called[0]]
             result = callee.results[value.port].value

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from passes.roles import ROLES
 from tests import harness
 from tests.reference import Quantized, quantize
 
@@ -36,30 +37,85 @@ class Port(NamedTuple):
 
 
 def ports(body: Any, x: Sequence[Any]) -> list[Port]:
-    """The quantisers in a concrete function's own body, when it is called with these inputs."""
+    """The quantisers in a concrete function's own body, when it is called with these inputs, once."""
     nodes = [op for op in body.graph.get_operations() if harness.TAG in op.node_def.attr]
-    names: list[str] = []
-    for node in nodes:
-        call = _call(node)
-        names += [node.outputs[0].name, node.inputs[-1].name, *(t.name for t in call.inputs[:-1])]
-    values = iter(harness.fetch(body, x, names))
+    wanted = [t for node in nodes for t in _needed(node)]
+    names = list(dict.fromkeys(t.name for t in wanted))
+    values = dict(zip(names, harness.fetch(body, x, names), strict=True))
+    told: dict[str, Told] = {}
+    for choice in {node.inputs[0].op.name: node.inputs[0].op for node in nodes}.values():
+        if choice.type == "StatelessCase":
+            told |= _together(body, values, choice)
     found = []
     for node in nodes:
         tag = json.loads(node.node_def.attr[harness.TAG].s)
-        row = None if _call(node) is node else int(node.inputs[0].name.partition(":")[2])
-        got, raw = next(values), next(values)
-        told = [next(values) for _ in _call(node).inputs[:-1]]
-        amount, bits, *rest = told if row is None else [told[0], *(t[row] for t in told[1:])]
-        limits = rest.pop(0) if tag["range"] != "dynamic" else None
-        noise = rest.pop(0) if rest else None
-        found.append(Port(tag, got, raw, float(amount), int(np.ravel(bits)[0]), limits, noise))
+        found.append(told[node.name].port(tag) if node.name in told else _single(values, node, tag))
     return found
 
 
+def _needed(node: Any) -> Iterator[Any]:
+    """The tensors that tell what a tagged node is given and gives."""
+    call = _call(node)
+    yield from (node.outputs[0], node.inputs[-1], *call.inputs)
+    if call.type == "StatelessCase":
+        yield from (t for i in call.inputs if i.op.type == "GatherV2" for t in i.op.inputs[:2])
+
+
 def _call(node: Any) -> Any:
-    """The call that quantises: the node itself, or the one of whose result it is a row."""
-    unpack = node.inputs[0].op
-    return unpack.inputs[0].op if unpack.type == "Unpack" else node
+    """The op that quantises: the node itself, the one of whose result it is a row, or the choice of several."""
+    before = node.inputs[0].op
+    return before.inputs[0].op if before.type == "Unpack" else before if before.type == "StatelessCase" else node
+
+
+class Told(NamedTuple):
+    """What one of several vectors that are quantised together was told, and what it is."""
+
+    got: np.ndarray
+    raw: np.ndarray
+    amount: np.ndarray
+    bits: int
+    noise: np.ndarray | None
+
+    def port(self, tag: dict[str, Any]) -> Port:
+        """The same with its tag."""
+        return Port(tag, self.got, self.raw, float(self.amount), self.bits, None, self.noise)
+
+
+def _together(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[str, Told]:
+    """By the tagged node, what is told by the inputs of the op that chooses: see `passes.together.way`."""
+    branch = choice.get_attr("branches")[0].name
+    library = body.graph.as_graph_def().library.function
+    (names,) = ([a.name for a in f.signature.input_arg] for f in library if f.signature.name == branch)
+    inputs = dict(zip(names, choice.inputs[1:], strict=True))
+    given = {name: values[t.name] for name, t in inputs.items()}
+    tagged = {}
+    for op in (op for t in choice.outputs for op in t.consumers() if harness.TAG in op.node_def.attr):
+        tag = json.loads(op.node_def.attr[harness.TAG].s)
+        tagged[tag["role"], tag["layer"]] = op
+    found: dict[str, Told] = {}
+    for name in (name for name in inputs if name.startswith("bits_")):
+        of, places = (values[t.name] for t in inputs[name].op.inputs[:2])
+        noise = given.get(name.replace("bits", "noise"))
+        first = 0
+        for number, place in enumerate(places.ravel()):
+            op = tagged[ROLES[place // (len(of) // len(ROLES))], place % (len(of) // len(ROLES))]
+            raw = given[f"vector_{op.inputs[0].value_index}"]
+            own = None if noise is None else noise.ravel()[first : first + raw.size]
+            got = values[op.outputs[0].name]
+            found[op.name] = Told(got, raw, given["amount"], int(given[name][number, 0]), own)
+            first += 0 if noise is None else -(-raw.size // noise.shape[1]) * noise.shape[1]
+    return found
+
+
+def _single(values: Mapping[str, np.ndarray], node: Any, tag: dict[str, Any]) -> Port:
+    """A quantiser by itself, or a row of a stack of one kind."""
+    call = _call(node)
+    row = None if call is node else node.inputs[0].value_index
+    got, raw, *told = (values[t.name] for t in (node.outputs[0], node.inputs[-1], *call.inputs[:-1]))
+    amount, bits, *rest = told if row is None else [told[0], *(t[row] for t in told[1:])]
+    limits = rest.pop(0) if tag["range"] != "dynamic" else None
+    noise = rest.pop(0) if rest else None
+    return Port(tag, got, raw, float(amount), int(np.ravel(bits)[0]), limits, noise)
 
 
 def assert_equal(port: Port, epsilon: float) -> None:

@@ -251,16 +251,14 @@ class Twice(tf.Module):
         return first(second(first(x, training=True), training=False), training=False)
 
 
-def stacks(graph: Graph) -> dict[str, tuple[str, int]]:
-    """Tagged node -> the stack of which it stands for a row, and which one."""
-    found = {}
+def together(graph: Graph) -> set[str]:
+    """Tagged nodes that are one of several outputs of an op that chooses how they are quantised."""
+    found = set()
     for node in graph.nodes.values():
-        if "_bnqat" in node.attrs and graph.nodes[node.inputs[0].node].op == "Unpack":
-            quantised = graph.nodes[graph.nodes[node.inputs[0].node].inputs[0].node]
-            stack = graph.nodes[quantised.inputs[-1].node]
-            assert stack.op == "Pack"
-            assert stack.inputs[node.inputs[0].port] == node.inputs[1]  # the row is that of the raw value
-            found[node.name] = (stack.name, node.inputs[0].port)
+        if "_bnqat" in node.attrs and graph.nodes[node.inputs[0].node].op == "StatelessCase":
+            choice = graph.nodes[node.inputs[0].node]
+            assert choice.inputs[node.inputs[0].port - len(choice.attrs["Tout"].list.type)] == node.inputs[1]
+            found.add(node.name)
     return found
 
 
@@ -268,19 +266,20 @@ def tagged(graph: Graph) -> dict[str, dict[str, Any]]:
     return {n.name: json.loads(n.attrs["_bnqat"].s) for n in graph.nodes.values() if "_bnqat" in n.attrs}
 
 
-def test_vectors_of_one_kind_are_quantised_together(model: Paths) -> None:
-    """At most one stack of each size for affine and one for log, though there are 208 quantisers."""
+def test_vectors_of_several_batch_norms_are_quantised_together(model: Paths) -> None:
+    """One op that chooses for 208 quantisers; its ways compute each step of each arithmetic in one op."""
     before = load(model("mobilenet_export"))
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
-    found, tags = stacks(serve), tagged(serve)
-    sizes = {before.variables[key].shape for site in before.analysis(sites) for v in site.variables for key in v if key}
-    alone = [name for name in tags if name not in found]
+    tags = tagged(serve)
     assert len(tags) == 4 * 52
-    assert len({stack for stack, _ in found.values()}) <= 2 * len(sizes)
-    assert len(set(found.values())) == len(found)
-    for name in alone:  # the only layers of their size
-        assert tags[name]["scheme"] == "log"
+    assert together(serve) == set(tags)
+    (choice,) = (n for n in serve.nodes.values() if n.op == "StatelessCase")
+    off, on, partly = (after.graphs[f.name] for f in choice.attrs["branches"].list.func)
+    assert [r.value.node for r in off.results] == list(off.arguments[-4 * 52 :])
+    for way in (on, partly):
+        ops = [n.op for n in way.nodes.values()]
+        assert (ops.count("RealDiv"), ops.count("ConcatV2"), ops.count("Log")) == (3, 2, 3)  # log's limits, one by one
     assert sum(n.op == "Round" for n in serve.nodes.values()) == 0  # functions hold the arithmetic
 
 
@@ -289,12 +288,12 @@ def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> 
     before = load(source)
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
-    found, tags = stacks(serve), tagged(serve)
+    found, tags = together(serve), tagged(serve)
     alone = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in tags if n not in found)
-    together = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in found)
+    joint = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in found)
     first, second = sorted({tag["batch_norm"] for tag in tags.values()})
     assert {(first, "moving_mean"), (first, "moving_variance")} <= set(alone)
-    assert {(first, "gamma"), (second, "gamma"), (first, "beta"), (second, "beta")} <= set(together)
+    assert {(first, "gamma"), (second, "gamma"), (first, "beta"), (second, "beta")} <= set(joint)
     bnqat.rewrite(source, tmp_path / "off", start_step=2**40, quantize_average="none")
     bnqat.rewrite(source, tmp_path / "on", bits=3)
     x = harness.images((None, 4, 4, 6))

@@ -180,7 +180,7 @@ def test_clones_call_clones() -> None:
 
 def test_a_defined_function_can_be_called() -> None:
     x = parameter("value", "float32")
-    square = Function("square", (x,), ((4,),), x * x)
+    square = Function("square", (x,), ((4,),), (x * x,))
     after = edited(
         model(INNER), Define(square), Rewire(Edge("inner", "", 0), square(Use("float32", Value("neg"))), "s")
     )
@@ -266,7 +266,7 @@ SPEC = Spec("x", "float32", None)
 
 def test_the_same_expression_is_a_call_or_inlined() -> None:
     value = parameter("value", "float32")
-    twice = Function("twice", (value,), ((3,),), value + value)
+    twice = Function("twice", (value,), ((3,),), (value + value,))
     x = Use("float32", Value("x"))
     edits = [Rewire(Edge("inner", "", 0), twice.inlined(x, name="doubled", _tag="t"), "s")]
     graph = edited(model(INNER), *edits).graphs["inner"]
