@@ -11,7 +11,7 @@ import numpy as np
 from passes.roles import ROLES
 from passes.sites import Site, sites
 from rewriter.expr import Expr, constant
-from rewriter.ir import Model, unused
+from rewriter.ir import Model, Names
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,13 @@ def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
 
 def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
     """Layer names: what the variables' names have in common, made unique."""
-    names: list[str] = []
+    found: list[str] = []
+    names = Names()
     for key in keys:
         variables = [model.variables[k].name for k in key[:4] if k]
         scopes = [PurePosixPath(v).parent for v in variables]
         shared = (
             [s for s in (scopes[0], *scopes[0].parents) if all(o.is_relative_to(s) for o in scopes)] if scopes else []
         )
-        names.append(unused(str(shared[0]) if shared and shared[0].name else "batch_norm", names))
-    return names
+        found.append(names.new(str(shared[0]) if shared and shared[0].name else "batch_norm"))
+    return found

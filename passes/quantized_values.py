@@ -159,13 +159,21 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
 
 def _whole(value: Term) -> tuple[Term, _Place]:
     """What several values are quantised in together, and where in it this one is."""
-    of, port = (value.inputs[0], value.port) if value.op == PORT else (value, 0)
+    sliced = value.op == "Slice" and value.inputs[2].op == "Const"
+    of = value.inputs[0] if sliced else value
+    port, of = (of.port, of.inputs[0]) if of.op == PORT else (0, of)
     if of.op == "Unpack":
         return of.inputs[0], port
     if of.op == "SplitV" and of.inputs[1].op == "Const":
-        ends = np.cumsum(tensor_util.MakeNdarray(of.inputs[1].attrs["value"].tensor))
-        return of.inputs[0], slice(int(ends[port - 1]) if port else 0, int(ends[port]))
+        ends = np.cumsum(_constant(of.inputs[1]))
+        first = int(ends[port - 1]) if port else 0
+        return of.inputs[0], slice(first, first + int(_constant(value.inputs[2])[0]) if sliced else int(ends[port]))
     return value, None
+
+
+def _constant(term: Term) -> np.ndarray:
+    found: np.ndarray = tensor_util.MakeNdarray(term.attrs["value"].tensor)
+    return found.ravel()
 
 
 def _parts(whole: Term, where: str) -> _Parts:

@@ -83,15 +83,14 @@ class Row(NamedTuple):
 
     def split(self, values: Expr) -> Iterator[Expr]:
         """The vectors of what is in blocks, [values]."""
-        sizes, own = list[int](), list[int]()
-        for size, length in zip(self.sizes, self.lengths, strict=True):
-            own.append(len(sizes))
-            rest = int(length) * WIDTH - size
-            sizes += [size, *([rest] if rest else [])]
-        attrs = {"num_split": attr(len(sizes)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
-        attrs["_output_shapes"] = ops.shapes_attr([(size,) for size in sizes])
-        first = Apply(values.dtype, "SplitV", (values, _shape(sizes), constant(0, "int32")), attrs)
-        return (Port(values.dtype, first, i) for i in own)
+        lengths = [int(length) * WIDTH for length in self.lengths]
+        attrs = {"num_split": attr(len(lengths)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
+        attrs["_output_shapes"] = ops.shapes_attr([(length,) for length in lengths])
+        first = Apply(values.dtype, "SplitV", (values, _shape(lengths), constant(0, "int32")), attrs)
+        for index, (size, length) in enumerate(zip(self.sizes, lengths, strict=True)):
+            whole = Port(values.dtype, first, index)
+            # The rest is no output of its own: one that is not used has a gradient that XLA cannot compile.
+            yield whole if size == length else op("Slice", whole, _shape((0,)), _shape((size,)))
 
 
 def rows(kinds: Sequence[Kind]) -> list[Row]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
-from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Node, Result, Value, Variable, unused
+from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Names, Node, Result, Value, Variable
 from rewriter.ops import Dtype, attr, dtype_attr, more_shapes, registered, shape_attr, shapes_attr
 
 HANDLES = ("VarHandleOp", "ReadVariableOp")
@@ -35,6 +35,9 @@ class Draft:
         self.nodes = dict(graph.nodes)
         self.results = list(graph.results)
         self.effects = list(graph.effects)
+        self._results = Names(r.name for r in graph.results)
+        self._effects = Names(e.name for e in graph.effects)
+        self._run = {e.node for e in graph.effects}
         self.needs: dict[Need, str] = {}
         self.stateful = graph.stateful
         self._placed: dict[Expr, Value] = {}
@@ -185,8 +188,9 @@ class Draft:
 
     def add_effect(self, node: str) -> None:
         """Let a node run whenever the graph does."""
-        if self.graph.name != MAIN and all(e.node != node for e in self.effects):
-            self.effects.append(Effect(unused(node, {e.name for e in self.effects}), node))
+        if self.graph.name != MAIN and node not in self._run:
+            self.effects.append(Effect(self._effects.new(node), node))
+            self._run.add(node)
             self.stateful = True
 
     def run_after(self, name: str, others: tuple[str | Expr, ...], scope: str) -> None:
@@ -228,6 +232,7 @@ class Draft:
         self.results = [r._replace(value=results.get(r.value, r.value)) for r in self.results]
         if any(e.node == call for e in self.effects):
             self.effects = [e for e in self.effects if e.node != call]
+            self._run.discard(call)
             for name in effects:
                 self.add_effect(name)
         self.inlined.update(results)
@@ -252,7 +257,7 @@ class Draft:
 
     def add_result(self, name: str, value: Value, dtype: str) -> None:
         """Return one more value."""
-        self.results.append(Result(unused(name, {r.name for r in self.results}), value, dtype))
+        self.results.append(Result(self._results.new(name), value, dtype))
 
     def _node(self, name: str) -> Node:
         if name not in self.nodes:

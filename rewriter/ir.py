@@ -10,7 +10,7 @@ form does not model travels along, serialised, in `residue`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,6 +35,28 @@ def unused(hint: str, taken: Container[str]) -> str:
         count += 1
         name = f"{hint}_{count}"
     return name
+
+
+class Names:
+    """Names that are taken; with each new one there is one more.
+
+    Attributes:
+        taken: all of them.
+    """
+
+    def __init__(self, taken: Iterable[str] = ()) -> None:
+        self.taken = set(taken)
+        self._counts: dict[str, int] = {}
+
+    def new(self, hint: str) -> str:
+        """`hint`, or `hint` with the first number that makes it a name not taken."""
+        name, count = hint, self._counts.get(hint, 0)
+        while name in self.taken:
+            count += 1
+            name = f"{hint}_{count}"
+        self._counts[hint] = count
+        self.taken.add(name)
+        return name
 
 
 class Value(NamedTuple):

@@ -6,7 +6,7 @@ which compute the same from the same variables give the same term.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,8 +69,11 @@ def cone(terms: Iterable[Term]) -> Iterator[Term]:
                 waiting.append(inner)
 
 
-Bound = tuple[tuple[int, Term], ...]
-"""What some arguments of a function are, by position."""
+@dataclass(frozen=True, eq=False)
+class Bound:
+    """What some arguments of a function are, by position. Of equal ones there is one object."""
+
+    terms: Mapping[int, Term]
 
 
 class Terms:
@@ -80,7 +83,9 @@ class Terms:
         self.model = model
         self.calls = model.analysis(call_graph)
         self._made: dict[tuple[Any, ...], Term] = {}
-        self._known: dict[tuple[str, Value, Bound], Term] = {}
+        self._bound: dict[tuple[tuple[int, Term], ...], Bound] = {}
+        self._passing: dict[tuple[str, str, frozenset[int], Bound], Bound] = {}
+        self._known: dict[tuple[str, Bound], dict[Value, Term]] = {}
         self._dependencies: dict[str, dict[str, frozenset[int]]] = {}
         self._assumptions: dict[str, Assumption] = {}
         self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
@@ -99,7 +104,7 @@ class Terms:
 
     def _bounds(self, name: str, wanted: frozenset[int]) -> tuple[Bound, ...]:
         if not wanted:
-            return ((),)
+            return (self._way({}),)
         if (name, wanted) in self._ways:
             return self._ways[name, wanted]
         found: dict[Bound, None] = {}
@@ -107,7 +112,7 @@ class Terms:
         if entry is not None:
             first = len(entry.inputs)
             captures = [None] * first + list(entry.captures)
-            found[tuple((p, self._captured(name, p, captures[p])) for p in sorted(wanted))] = None
+            found[self._way({p: self._captured(name, p, captures[p]) for p in sorted(wanted)})] = None
         for call in self.calls.callers.get(name, ()):
             if call.graph == MAIN:
                 continue  # what it binds, a concrete function binds; the others save and restore
@@ -120,9 +125,13 @@ class Terms:
                     p: self._unknown(f"what a loop changes in {name}") if p in changed else self.on(call.graph, v, way)
                     for p, v in inputs.items()
                 }
-                found[tuple(terms.items())] = None
+                found[self._way(terms)] = None
         self._ways[name, wanted] = tuple(found)
         return self._ways[name, wanted]
+
+    def _way(self, terms: dict[int, Term]) -> Bound:
+        """Terms by position, in order."""
+        return self._bound.setdefault(tuple(terms.items()), Bound(terms))
 
     def _changed(self, node: Node) -> set[int]:
         """The arguments of a loop's functions that the loop changes."""
@@ -153,21 +162,21 @@ class Terms:
     def _term(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
         if depth > DEEP:
             raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
+        known = self._known.setdefault((graph.name, way), {})
         waiting, begun = [value], set[Value]()
         while waiting:
             each = waiting[-1]
-            key = (graph.name, each, way)
-            missing = [v for v in self._needed(graph, each) if (graph.name, v, way) not in self._known]
-            if key in self._known:
+            missing = [] if each in known else [v for v in self._needed(graph, each) if v not in known]
+            if each in known:
                 waiting.pop()
             elif not missing:
-                self._known[key] = self._new(graph, each, way, depth)
+                known[each] = self._new(graph, each, way, depth)
             elif each in begun:
-                self._known[key] = self._unknown(f"what a loop changes in {graph.name}")
+                known[each] = self._unknown(f"what a loop changes in {graph.name}")
             else:
                 begun.add(each)
                 waiting += missing
-        return self._known[graph.name, value, way]
+        return known[value]
 
     def _needed(self, graph: Graph, value: Value) -> tuple[Value, ...]:
         """The values of the same graph from which a value's term is made."""
@@ -194,25 +203,28 @@ class Terms:
         return (called[general],) if 0 <= general < len(called) else called
 
     def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
-        node = graph.nodes[value.node]
+        node, known = graph.nodes[value.node], self._known[graph.name, way]
         if node.op == ARG:
-            return dict(way).get(graph.arguments.index(node.name)) or self._unknown(f"{node.name} of {graph.name}")
+            (position,) = self._arguments(graph, [value])
+            return way.terms.get(position) or self._unknown(f"{node.name} of {graph.name}")
         if node.op in SAME:
-            return self._term(graph, node.inputs[0], way, depth)
+            return known[node.inputs[0]]
         if node.op in VARIABLES:
             keys = [o.key for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
             return self._make(Term(VARIABLE, of=keys[0])) if keys else self._unknown(node.name)
         chosen = self._assumed(graph).chosen(node)
         if chosen is not None and not value.port:
-            return self._term(graph, chosen, way, depth)
+            return known[chosen]
         form, called = ops.call_form(self.model, node), self._called(node)
         if form is not None and len(called) == 1:
             callee = self.model.graphs[called[0]]
             result = callee.results[value.port].value
-            wanted = sorted(self._arguments(callee, [result]))
-            inner = ((p, self._term(graph, node.inputs[form.first + p], way, depth)) for p in wanted)
-            return self._term(callee, result, tuple(inner), depth + 1)
-        inputs = tuple(self._term(graph, v, way, depth) for v in node.inputs)
+            wanted = self._arguments(callee, [result])
+            passing = (graph.name, node.name, wanted, way)
+            if passing not in self._passing:
+                self._passing[passing] = self._way({p: known[node.inputs[form.first + p]] for p in sorted(wanted)})
+            return self._term(callee, result, self._passing[passing], depth + 1)
+        inputs = tuple(known[v] for v in node.inputs)
         made = self._make(Term(node.op, inputs, attrs=node.attrs, node=(graph.name, node.name)))
         return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
 
@@ -235,8 +247,14 @@ class Terms:
             if name in known or not missing:
                 waiting.pop()
                 if name not in known:
-                    known[name] = frozenset().union(*(known.get(n, frozenset()) for n in inputs))
+                    known[name] = _union([known.get(n, frozenset()) for n in inputs])
             else:
                 begun.add(name)
                 waiting += missing
-        return frozenset().union(*(known[v.node] for v in values))
+        return _union([known[v.node] for v in values])
+
+
+def _union(sets: Sequence[frozenset[int]]) -> frozenset[int]:
+    """The union; the largest set itself where it holds the others, as it is in most places where it is large."""
+    largest = max(sets, key=len, default=frozenset[int]())
+    return largest if all(s is largest or s <= largest for s in sets) else largest.union(*sets)

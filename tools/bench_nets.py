@@ -32,15 +32,42 @@ def keras3(net: str, path: Path) -> None:
         archive.write_out(str(path), verbose=False)
 
 
-def fused(net: str, path: Path) -> None:
-    """Keras 2's layers: the fused kernel; `train` and `serve` are two functions."""
-    model = keras_application(net)
-    spec = [tf.TensorSpec((None, *SIZE), name="x")]
-    module = tf.Module()
-    module.held = model.variables
-    module.serve = tf.function(lambda x: model(x, training=False), input_signature=spec)
-    module.train = tf.function(lambda x: model(x, training=True), input_signature=spec)
-    tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+def keras2(change: Callable[[Any], Any]) -> Callable[[str, Path], None]:
+    """Keras 2's model after some change; `train` and `serve` are two functions."""
+
+    def write(net: str, path: Path) -> None:
+        model = change(keras_application(net))
+        spec = [tf.TensorSpec((None, *SIZE), name="x")]
+        module = tf.Module()
+        module.held = model.variables
+        module.serve = tf.function(lambda x: model(x, training=False), input_signature=spec)
+        module.train = tf.function(lambda x: model(x, training=True), input_signature=spec)
+        tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
+
+    return write
+
+
+def qkeras(model: Any) -> Any:
+    """The same with QKeras' batch norm, as its defaults are."""
+    import tf_keras
+    from qkeras import QBatchNormalization
+
+    def own(layer: Any) -> Any:
+        if isinstance(layer, tf_keras.layers.BatchNormalization):
+            axis = layer.axis[0] if isinstance(layer.axis, list) else layer.axis
+            return QBatchNormalization(axis=axis, momentum=layer.momentum, epsilon=layer.epsilon, name=layer.name)
+        return layer.__class__.from_config(layer.get_config())
+
+    changed = tf_keras.models.clone_model(model, clone_function=own)
+    changed.set_weights(model.get_weights())
+    return changed
+
+
+def tfmot(model: Any) -> Any:
+    """The same after TFMOT's quantisation-aware rewriting, which quantises weights and activations."""
+    import tensorflow_model_optimization
+
+    return tensorflow_model_optimization.quantization.keras.quantize_model(model)
 
 
 def chosen(norm: Norm) -> Callable[[str, Path], None]:
@@ -79,6 +106,8 @@ NETS: dict[str, Callable[[str, Path], None]] = {
     "keras3": keras3,
     "by_hand": chosen(moments_inside),
     "two_kernels": chosen(two_kernels),
-    "fused": fused,
+    "fused": keras2(lambda model: model),
+    "qkeras": keras2(qkeras),
+    "tfmot": keras2(tfmot),
 }
 """By form; each writes a net of this name (`MobileNetV2`, `ResNet50`) to a directory."""

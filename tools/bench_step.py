@@ -1,125 +1,225 @@
-"""Cost of a training and an inference step: the source, its batch norms fused, and fused and quantised.
+"""Cost of a training and an inference step: ours and others', each in pairs with the float model with fused kernels.
 
-    python -m tools.bench_step [--form keras3 by_hand two_kernels] [--net MobileNetV2] [--batch 8 32] [--pairs 30]
+    python -m tools.bench_step [--net MobileNetV2 --batch 1 8 32] [--seconds 120] [--only fused on off]
 
-Forms: `keras3`, single ops; `by_hand`, single ops with statistics chosen by tf.cond; `two_kernels`, one fused kernel
-for each mode and a tf.cond afterwards; `fused`, Keras 2's layers. Every step runs once in each round, in one process;
-a row shows the median of the rounds' ratios to the source's step (below 1 is faster) with the quartiles, and the same
-to the step of the net that Keras 2 writes with one fused kernel. A step is forward, backward and the moving averages,
-without an optimizer. Quantisers are on, 8 bits.
+Needs the extra `bench`. All steps of a net and a batch size run in one process, one after the other in a new random
+order in each round, for so many seconds; what is shown is the median of the rounds' ratios to the step of the float
+model with fused kernels (below 1 is faster), the interval in which that median lies with 95 % (from resampling), and
+the quartiles of the ratios. A step is forward, backward and the moving averages, without an optimizer, on 96 x 96
+images with 10 classes. Rows:
+
+- fused again: the same float model from another directory, which shows what a difference is worth
+- hand-written: single ops, statistics chosen by tf.cond; two subgraphs: a fused kernel for each mode and a tf.cond
+  afterwards; Keras 3: its own layers
+- QKeras: its QBatchNormalization with its defaults; TFMOT: quantize_model, which quantises weights and activations too
+- off, on: rewritten by bnqat, 8 bits, before and after `start_step`; frozen: with frozen moving statistics; stateful
+  ranges: moving averages of the limits; changing widths: 8 and 4 bits in turn; a role off: the width of gamma is 0
+- "..., rewritten": what bnqat makes of these models, on
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import json
 import os
-import statistics
-import sys
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+os.environ["TF_USE_LEGACY_KERAS"] = "1"  # QKeras and TFMOT are made for Keras 2
 
+import numpy as np
 import tensorflow as tf
 from rich.console import Console
-from rich.table import Table
+from rich.progress import Progress
 
 import bnqat
-from rewriter.app.lineup import FUSING
 from tools.bench_nets import NETS
 
-Step = Callable[[], Any]
-WARM_UP = 2
+BASE = "fused"
+KINDS = ("training", "inference")
+WARM_UP = 3
+SHORT = 0.1
+"""Seconds up to which a step runs once before it is timed, so that none pays for what the one before left in caches."""
 
 
-def steps(path: Path, x: Any) -> dict[str, Step]:
-    """The compiled training and inference step of a saved model."""
-    model = tf.saved_model.load(str(path))
-    mode = len(model.serve.concrete_functions[0].structured_input_signature[0]) > 1
-    quantization = getattr(model, "quantization", None)
-    call = model.train if quantization is None and not mode else getattr(quantization, "train", model.serve)
-    variables = [v for v in call.concrete_functions[0].graph.variables if v.trainable]
-
-    @tf.function
-    def train() -> Any:
-        with tf.GradientTape() as tape:
-            y = call(x, tf.constant(True)) if mode else call(x)
-            loss = tf.reduce_sum(y**2)
-        return tape.gradient(loss, variables)
-
-    @tf.function
-    def serve() -> Any:
-        return model.serve(x, tf.constant(False)) if mode else model.serve(x)
-
-    return {"training": train, "inference": serve}
+LEAST = 2
+"""The fewest rounds."""
 
 
-def timed(run: dict[str, Step], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each step in each round; the order turns from round to round, the first rounds are not counted."""
-    found: dict[str, list[float]] = {name: [] for name in run}
-    names = list(run)
-    for index in range(WARM_UP + rounds):
-        for name in names[index % len(names) :] + names[: index % len(names)]:
-            start = time.perf_counter()
-            run[name]()
-            if index >= WARM_UP:
-                found[name].append(time.perf_counter() - start)
+class Variant(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        source: the net that it is, or is rewritten from.
+        options: of the rewrite; None for the source as it is.
+        turn: what to do with the loaded model before the n-th step.
+    """
+
+    source: str
+    options: Mapping[str, Any] | None = None
+    turn: Callable[[Any, int], None] = lambda _model, _number: None
+
+
+def _widths(model: Any, number: int) -> None:
+    for role in ("gamma", "beta", "moving_mean", "moving_variance"):
+        getattr(model.quantization.bits, role).assign(4 if number % 2 else 8)
+
+
+def _without_gamma(model: Any, number: int) -> None:
+    if number == 0:
+        model.quantization.bits.gamma.assign(0)
+
+
+VARIANTS: Mapping[str, Variant] = {
+    BASE: Variant("fused"),
+    "fused again": Variant("fused"),
+    "hand-written": Variant("by_hand"),
+    "two subgraphs": Variant("two_kernels"),
+    "Keras 3": Variant("keras3"),
+    "QKeras": Variant("qkeras"),
+    "TFMOT": Variant("tfmot"),
+    "off": Variant("fused", {"start_step": 2**62}),
+    "on": Variant("fused", {}),
+    "frozen": Variant("fused", {"freeze_step": 0}),
+    "stateful ranges": Variant("fused", {"range": "ema"}),
+    "changing widths": Variant("fused", {}, _widths),
+    "a role off": Variant("fused", {}, _without_gamma),
+    "hand-written, rewritten": Variant("by_hand", {}),
+    "two subgraphs, rewritten": Variant("two_kernels", {}),
+    "Keras 3, rewritten": Variant("keras3", {}),
+}
+
+
+class Runner:
+    """The compiled steps of a saved model."""
+
+    def __init__(self, path: Path, variant: Variant, x: Any) -> None:
+        self.model = tf.saved_model.load(str(path))
+        self.turn = variant.turn
+        self.number = 0
+        mode = len(self.model.serve.concrete_functions[0].structured_input_signature[0]) > 1
+        quantization = getattr(self.model, "quantization", None)
+        own = self.model.serve if mode else self.model.train
+        call = getattr(quantization, "train", own)
+        variables = [v for v in call.concrete_functions[0].graph.variables if v.trainable]
+        chosen = mode and call is self.model.serve
+
+        @tf.function
+        def training() -> Any:
+            with tf.GradientTape() as tape:
+                y = call(x, tf.constant(True)) if chosen else call(x)
+                loss = tf.reduce_sum(y**2)
+            return tape.gradient(loss, variables)
+
+        @tf.function
+        def inference() -> Any:
+            return self.model.serve(x, tf.constant(False)) if mode else self.model.serve(x)
+
+        self.steps = {"training": training, "inference": inference}
+
+    def __call__(self, kind: str) -> float:
+        """Seconds of one step."""
+        self.turn(self.model, self.number)
+        self.number += 1
+        start = time.perf_counter()
+        self.steps[kind]()
+        return time.perf_counter() - start
+
+
+def timed(runners: Mapping[str, Runner], kind: str, limit: float) -> dict[str, list[float]]:
+    """Seconds of each step in each round."""
+    first = {name: min(runner(kind) for _ in range(WARM_UP)) for name, runner in runners.items()}
+    found: dict[str, list[float]] = {name: [] for name in runners}
+    end = time.perf_counter() + limit
+    while time.perf_counter() < end or len(found[BASE]) < LEAST:
+        for name in random.sample(list(runners), len(runners)):
+            if first[name] < SHORT:
+                runners[name](kind)
+            found[name].append(runners[name](kind))
     return found
 
 
-def ratio(seconds: dict[str, list[float]], name: str, base: str) -> str:
-    """Median and quartiles of one step's time over another's, round by round."""
-    pairs = [a / b for a, b in zip(seconds[name], seconds[base], strict=True)]
-    low, middle, high = statistics.quantiles(pairs, n=4)
-    return f"{middle:.2f} ({low:.2f}, {high:.2f})"
+def compared(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
+    """The rounds' ratios: their median, where it lies with 95 %, and their quartiles."""
+    ratios = np.array(seconds) / np.array(base)
+    again = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
+    names = ("median", "from", "to", "lower quartile", "upper quartile")
+    values = (np.median(ratios), *np.quantile(again, (0.025, 0.975)), *np.quantile(ratios, (0.25, 0.75)))
+    return {name: round(float(value), 4) for name, value in zip(names, values, strict=True)}
 
 
-def measure(form: str, net: str, folder: Path, batches: list[int], rounds: int) -> Iterator[list[str]]:
-    """The rows of one form of one net, as they are measured."""
-    paths = {name: folder / f"{net}_{form}_{name}" for name in ("source", "fused", "quantised")}
-    NETS[form](net, paths["source"])
-    bnqat.rewrite(paths["source"], paths["quantised"])
-    if form == "fused":
-        del paths["fused"]
-    else:
-        bnqat.rewrite(paths["source"], paths["fused"], passes=FUSING)
-        paths["single"] = folder / f"{net}_single"
-        if not paths["single"].exists():
-            NETS["fused"](net, paths["single"])
-    for batch in batches:
-        x = tf.random.normal([batch, 96, 96, 3])
-        made = {name: steps(path, x) for name, path in paths.items()}
-        for kind in ("training", "inference"):
-            seconds = timed({name: both[kind] for name, both in made.items()}, rounds)
-            base = "single" if "single" in paths else "source"
-            for name in paths:
-                if name not in ("source", "single"):
-                    ratios = [ratio(seconds, name, "source"), ratio(seconds, name, base)]
-                    milliseconds = f"{1000 * statistics.median(seconds['source']):.0f} ms"
-                    yield [net, form, str(batch), kind, milliseconds, name, *ratios]
+def prepared(net: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
+    """The models, each in a directory of its own."""
+    paths = {}
+    for name in names:
+        variant, path = VARIANTS[name], folder / f"{net} {name}"
+        source = folder / f"{net} {variant.source}" if variant.options is not None else path
+        if not source.exists():
+            NETS[variant.source](net, source)
+        if variant.options is not None:
+            bnqat.rewrite(source, path, **variant.options)
+        paths[name] = path
+    return paths
+
+
+def measured(paths: Mapping[str, Path], batch: int, limit: float) -> dict[str, Any]:
+    """By kind: the base's milliseconds, the number of rounds, and each row's ratios."""
+    x = tf.random.normal([batch, 96, 96, 3])
+    runners = {name: Runner(path, VARIANTS[name], x) for name, path in paths.items()}
+    found = {}
+    for kind in KINDS:
+        seconds = timed(runners, kind, limit)
+        rows = {name: compared(each, seconds[BASE]) for name, each in seconds.items()}
+        milliseconds = round(1000 * float(np.median(seconds[BASE])), 1)
+        found[kind] = {"milliseconds": milliseconds, "rounds": len(seconds[BASE]), "rows": rows}
+    return found
+
+
+def table(found: Mapping[str, Any]) -> str:
+    """The rows as a table in Markdown."""
+    heads = [f"{kind}, {found[kind]['milliseconds']:g} ms, {found[kind]['rounds']} rounds" for kind in KINDS]
+    lines = [f"| | {' | '.join(heads)} |", "|---|---|---|"]
+    for name in found[KINDS[0]]["rows"]:
+        cells = (_cell(found[kind]["rows"][name]) for kind in KINDS)
+        lines += [f"| {name} | {' | '.join(cells)} |"] if name != BASE else []
+    return "\n".join(lines)
+
+
+def _cell(row: Mapping[str, float]) -> str:
+    median, low, high, first, third = row.values()
+    return f"**{median:.3f}** ({low:.3f} to {high:.3f}; {first:.2f}, {third:.2f})"
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a table for each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--form", nargs="+", choices=list(NETS), default=["keras3", "by_hand", "two_kernels"])
-    parser.add_argument("--net", nargs="+", choices=["MobileNetV2", "ResNet50"], default=["MobileNetV2"])
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 32])
-    parser.add_argument("--pairs", type=int, default=30, help="rounds, 2 or more (default 30)")
+    parser.add_argument("--net", choices=["MobileNetV2", "ResNet50"], default="MobileNetV2")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
+    parser.add_argument("--seconds", type=float, default=120, help="for all rows of one batch size and kind of step")
+    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="ROW")
+    parser.add_argument("--json", type=Path, help="write all figures to this file too")
     options = parser.parse_args()
-    if options.pairs < WARM_UP or min(options.batch) < 1:
-        parser.error("there are at least 2 rounds, and at least 1 image in a batch")
-    table = Table("net", "form", "batch", "step", "source", "result", "to the source", "to a single fused kernel")
-    with tempfile.TemporaryDirectory() as folder:
-        for net in options.net:
-            for form in options.form:
-                for row in measure(form, net, Path(folder), options.batch, options.pairs):
-                    table.add_row(*row)
-                    print(*row, sep="  ", file=sys.stderr)
-    Console(width=None if os.isatty(1) else 160).print(table)
+    if min(options.batch) < 1:
+        parser.error("there is at least 1 image in a batch")
+    console, results = Console(stderr=True), {}
+    names = [BASE, *(name for name in options.only if name != BASE)]
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
+        task = progress.add_task("making the models", total=1 + len(options.batch))
+        paths = prepared(options.net, names, Path(folder))
+        for batch in options.batch:
+            progress.update(task, advance=1, description=f"batch {batch}")
+            results[batch] = measured(paths, batch, options.seconds)
+            print(f"{options.net}, batch {batch}:\n\n{table(results[batch])}\n", flush=True)
+            gc.collect()
+    if options.json:
+        options.json.write_text(json.dumps({options.net: results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

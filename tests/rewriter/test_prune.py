@@ -12,7 +12,7 @@ from rewriter.edit import Keep
 from rewriter.evaluation import LARGEST, evaluated
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
 from rewriter.prune import needed_without
-from rewriter.terms import DEEP, Terms, cone
+from rewriter.terms import DEEP, Bound, Terms, cone
 from rewriter.text import from_text, to_text
 
 FLOAT = "float32"
@@ -171,7 +171,7 @@ stateful function top(x: float32, a: resource, b: resource) -> (y = n2999: float
     last = f"function f{DEEP + 2}(a: resource) -> (y = c: float32) {{\n  c = ReadVariableOp(a) {{dtype: float32}}\n}}"
     deep = model(*nested, last, entries=(), captures=())
     with pytest.raises(Error, match="nested too deep to be followed"):
-        Terms(deep).on("f0", Value("c"), ())
+        Terms(deep).on("f0", Value("c"), Bound({}))
 
 
 SIZES = f'proto "tensor {{ dtype: DT_INT32 tensor_shape {{ dim {{ size: 1 }} }} int_val: {LARGEST + 1} }}"'
