@@ -109,12 +109,11 @@ class Runner:
         own = self.model.serve if mode else self.model.train
         call = getattr(quantization, "train", own)
         variables = [v for v in call.concrete_functions[0].graph.variables if v.trainable]
-        chosen = mode and call is self.model.serve
 
         @tf.function
         def training() -> Any:
             with tf.GradientTape() as tape:
-                y = call(x, tf.constant(True)) if chosen else call(x)
+                y = call(x, tf.constant(True)) if mode else call(x)
                 loss = tf.reduce_sum(y**2)
             return tape.gradient(loss, variables)
 

@@ -14,6 +14,7 @@ from rewriter.app.guard import one_line, progress, refuse_file, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
 from rewriter.app.show import show_rewrite
+from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
@@ -128,7 +129,8 @@ def rewrite(
     with one_line(check):
         from rewriter.app import api
 
-        report = api.rewrite(source, target, passes=names, observers=[progress], **options)
+        with waiting(f"rewriting {source}"):
+            report = api.rewrite(source, target, passes=names, observers=[progress], **options)
         written = None if options["dry_run"] else target
         show_rewrite(report, written)
         done = "nothing" if written is None else str(written)
@@ -137,7 +139,9 @@ def rewrite(
         if page is not None:
             from rewriter.app.diff import diff
 
-            write_file(page, diff(source, target, tags=options["tags"]).to_html(), "page", done)
+            with waiting("making the page"):
+                text = diff(source, target, tags=options["tags"]).to_html()
+            write_file(page, text, "page", done)
             click.echo(f"what changed is in {page}")
 
 

@@ -9,6 +9,7 @@ import click
 from rewriter.app.guard import check_parameters, one_line, progress, refuse_file, write_file
 from rewriter.app.options import TAGS
 from rewriter.app.show import show_finalized
+from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
 
@@ -60,17 +61,18 @@ def finalize(
     with one_line(check):
         from rewriter.app import finalize as api
 
-        report = api.finalize(
-            source,
-            target,
-            params=params,
-            fold=fold,
-            trust=trust,
-            tags=tags,
-            overwrite=overwrite,
-            dry_run=dry_run,
-            observers=[progress],
-        )
+        with waiting(f"finalizing {source}"):
+            report = api.finalize(
+                source,
+                target,
+                params=params,
+                fold=fold,
+                trust=trust,
+                tags=tags,
+                overwrite=overwrite,
+                dry_run=dry_run,
+                observers=[progress],
+            )
         show_finalized(report, None if dry_run else target, params)
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", "nothing" if dry_run else str(target))

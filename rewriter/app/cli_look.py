@@ -17,6 +17,7 @@ from rewriter.app.guard import one_line, refuse_file, write_file
 from rewriter.app.options import TAGS, width
 from rewriter.app.show import show_inspection, show_sensitivity, show_verification
 from rewriter.app.show_diff import show_diff
+from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import require_model
 
@@ -40,9 +41,11 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
     with one_line(check):
         from rewriter.app import api
 
-        report = api.inspect(model, tags=tags)
+        with waiting(f"reading {model}"):
+            report = api.inspect(model, tags=tags)
+            text = report.to_html() if page is not None else ""
         if page is not None:
-            write_file(page, report.to_html(), "page")
+            write_file(page, text, "page")
         if as_json:
             click.echo(report.to_json())
         else:
@@ -94,13 +97,15 @@ def diff(
     with one_line(check):
         from rewriter.app.diff import diff as compare
 
-        found = compare(before, after, **options)
+        with waiting(f"comparing {before} and {after}"):
+            found = compare(before, after, **options)
+            drawn = None if site is None else found.to_svg(*found.site(site), hops)
+            text = "" if form == "text" else drawn or (found.to_json() if form == "json" else found.to_html())
         if form == "text":
             with _to(output):
                 show_diff(found.title, found.report, verbose=verbose)
         else:
-            drawn = None if site is None else found.to_svg(*found.site(site), hops)
-            _put(drawn or (found.to_json() if form == "json" else found.to_html()), output)
+            _put(text, output)
     if exit_code and found.report.changes:
         sys.exit(1)
 
@@ -146,7 +151,8 @@ def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_js
         logging.getLogger("tensorflow").setLevel(logging.ERROR)  # loading for V1 sessions is deprecated, and says so
         click.echo(f"executing {before} and {after}", err=True)
         inputs = None if inputs_file is None else arrays(inputs_file)
-        found = claims(before, after, inputs=inputs, seed=seed)
+        with waiting("running both"):
+            found = claims(before, after, inputs=inputs, seed=seed)
         if as_json:
             click.echo(found.to_json())
         else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
         for check in checks:
             check()
         if tensorflow:
-            with _quiet():
+            with waiting("importing TensorFlow"), _quiet():
                 importlib.import_module("rewriter.app.api")
         yield
     except Error as e:

@@ -1,0 +1,42 @@
+"""A bar on stderr while a command works for longer than a moment."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+DELAY = 2.0
+"""Seconds until the bar appears."""
+
+
+@contextmanager
+def waiting(what: str, delay: float = DELAY) -> Iterator[None]:
+    """Show what is being done, and for how long it has been, where stderr is a terminal; it goes when all is done."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    # While TensorFlow is imported, what is written to stderr's own descriptor is thrown away.
+    with os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8") as terminal:
+        done = threading.Event()
+
+        def show() -> None:
+            if done.wait(delay):
+                return
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            with Progress(*columns, console=Console(file=terminal), transient=True) as bar:
+                bar.add_task(what, total=None)
+                done.wait()
+
+        thread = threading.Thread(target=show, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
