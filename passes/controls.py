@@ -115,7 +115,7 @@ class Controls:
         self.amount = per_call("quantization_amount", _amount(*(read(self.variables[n]) for n in self.variables)))
         self.bits = per_call("quantization_bits", self._bits(), (4 * self.layers,))
         used = [self.row(role, i) for role in ROLES for i, q in enumerate(quantizers[role]) if q is not None]
-        self.how = per_call("quantization_how", how(self.amount, rows_of(self.bits, np.array(used))))
+        self.how = per_call("quantization_how", how(self.amount, taken(self.bits, np.array(used))))
         self.limits = self._limits()
         seed = op("Cast", read(self.variables["step"]), DstT=Dtype("uint64"))
         self.key = per_call("quantization_key", op("Reshape", seed, array(np.array([1], np.int32))), (1,))
@@ -185,7 +185,7 @@ class Controls:
         return learned_limits(chosen, found[0], found[1] if len(found) > 1 else None)
 
 
-def rows_of(values: Expr, index: np.ndarray) -> Expr:
+def taken(values: Expr, index: np.ndarray) -> Expr:
     """Elements along the first axis, in the index's shape."""
     return op("GatherV2", values, array(index.astype(np.int32)), constant(0, "int32"))
 

@@ -1,4 +1,4 @@
-"""Quantised vectors as expressions: alone, or as rows of a stack, tagged so that inspection needs no log."""
+"""Quantised vectors as expressions: alone, in stacks or all together, tagged so that inspection needs no log."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from passes.controls import Controls, rows_of
+from passes.controls import Controls, taken
 from passes.pipelines import Traced
 from passes.quantizers import Kind, observing, piped, quantizing, row
 from passes.ranges import Dynamic
 from passes.schemes import FLOAT
 from passes.tags import TAG
-from passes.together import GENERAL, rows, way
+from passes.together import GENERAL, layout, way
 from passes.uses import Group, Piped, Together, Vector
 from rewriter import ops
 from rewriter.edit import Edit, Run, RunAfter
@@ -49,14 +49,14 @@ class Placing:
         value = _stacked(group, kind) if count else first.value
         told: list[Expr] = [
             self.controls.amount,
-            rows_of(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
+            taken(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
         ]
         if isinstance(kind, Piped):
             function = self._function(piped, self.traced.names[kind.wanted], kind.wanted.size, kind.dtype)
             self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
             return
         if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
-            limits = rows_of(self.controls.limits, np.array(places if count else places[0]))
+            limits = taken(self.controls.limits, np.array(places if count else places[0]))
             if kind.observed:
                 limits = self._call(self._function(observing, kind.observing, count), value, limits, name="observed")
                 yield from self._keep(group, limits)
@@ -81,10 +81,11 @@ class Placing:
         """Make what stands for vectors of one graph whose ranges follow their values."""
         kinds = tuple(v.kind for v in vectors if isinstance(v.kind, Kind))
         bits, noise = [], []
-        for each in rows(kinds):
+        for each in layout(kinds):
             own = [vectors[i] for i in each.places]
             places = [self.controls.row(v.role, v.layer) for v in own]
-            bits.append(rows_of(self.controls.bits, np.reshape(places, (-1, 1))))
+            # int64, as a function's int32 arguments are taken to be in the host's memory, and a GPU's Case copies none.
+            bits.append(op("Cast", taken(self.controls.bits, np.reshape(places, (-1, 1))), DstT=Dtype("int64")))
             if each.arithmetic.stochastic:
                 noise.append(self._noise(array(np.array(each.shape, np.int32)), own[0]))
         told = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
@@ -105,7 +106,7 @@ class Placing:
         for role in dict.fromkeys(v.role for v in group):
             own = [i for i, v in enumerate(group) if v.role == role]
             layers_of_role = array(np.array([group[i].layer for i in own], np.int32))
-            moved = limits if len(own) == len(group) else rows_of(limits, np.array(own))
+            moved = limits if len(own) == len(group) else taken(limits, np.array(own))
             if len(group) == 1:
                 moved = op("Reshape", moved, array(np.array([1, 2], np.int32)))
             update = op("ResourceScatterUpdate", handle(self.controls.ranges(role)), layers_of_role, moved)

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from tensorflow.core.framework import types_pb2
 from tensorflow.python.framework import tensor_util
 
 from passes.entries import running_from
 from passes.parts import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.tags import TAG, tag_of
 from rewriter import ops
-from rewriter.evaluation import evaluated
+from rewriter.evaluation import LARGEST, evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
 from rewriter.terms import PORT, Bound, Term, Terms, cone
 
+WHOLE = (types_pb2.DT_INT32, types_pb2.DT_INT64)
 PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
 
 _Parts = tuple[Term, Mapping[str, Term]]
@@ -150,29 +153,52 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
                 value = terms.on(name, Value(node), way)
-                whole, place = _whole(value)
+                whole, place = _whole(value, f"{node} in {name}")
                 if whole not in known_parts:
                     known_parts[whole] = _parts(whole, f"{node} in {name}")
                 width, parts = known_parts[whole]
                 yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, place, parts)
 
 
-def _whole(value: Term) -> tuple[Term, _Place]:
-    """What several values are quantised in together, and where in it this one is."""
-    sliced = value.op == "Slice" and value.inputs[2].op == "Const"
+def _whole(value: Term, where: str) -> tuple[Term, _Place]:
+    """What several values are quantised in together, and where in it this one is.
+
+    Raises:
+        Error: it is not taken from there as bnqat does.
+    """
+    sliced = value.op == "Slice"
     of = value.inputs[0] if sliced else value
     port, of = (of.port, of.inputs[0]) if of.op == PORT else (0, of)
-    if of.op == "Unpack":
+    if of.op == "Unpack" and not sliced:
         return of.inputs[0], port
-    if of.op == "SplitV" and of.inputs[1].op == "Const":
-        ends = np.cumsum(_constant(of.inputs[1]))
-        first = int(ends[port - 1]) if port else 0
-        return of.inputs[0], slice(first, first + int(_constant(value.inputs[2])[0]) if sliced else int(ends[port]))
-    return value, None
+    if of.op != "SplitV":
+        return value, None
+    ends = np.cumsum(_numbers(of, 1, where))
+    if not port < len(ends):
+        raise unknown(where)
+    first = int(ends[port - 1]) if port else 0
+    if not sliced:
+        return of.inputs[0], slice(first, int(ends[port]))
+    begin, size = _numbers(value, 1, where), _numbers(value, 2, where)
+    if begin.shape != (1,) or size.shape != (1,) or begin[0] or not 0 <= size[0] <= ends[port] - first:
+        raise unknown(where)
+    return of.inputs[0], slice(first, first + int(size[0]))
 
 
-def _constant(term: Term) -> np.ndarray:
-    found: np.ndarray = tensor_util.MakeNdarray(term.attrs["value"].tensor)
+def _numbers(term: Term, position: int, where: str) -> np.ndarray:
+    """The whole numbers that an input of a term is, a constant.
+
+    Raises:
+        Error: it is none.
+    """
+    given = term.inputs[position] if position < len(term.inputs) else term
+    tensor = given.attrs["value"].tensor if given.op == "Const" and "value" in given.attrs else None
+    if tensor is None or tensor.dtype not in WHOLE or math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
+        raise unknown(where)
+    try:
+        found: np.ndarray = tensor_util.MakeNdarray(tensor)
+    except (TypeError, ValueError):
+        raise unknown(where) from None
     return found.ravel()
 
 

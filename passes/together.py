@@ -68,8 +68,8 @@ class Row(NamedTuple):
 
     @property
     def blocks(self) -> Expr:
-        """The vector that each block belongs to, int32 [blocks]."""
-        return array(np.repeat(np.arange(len(self.sizes), dtype=np.int32), self.lengths))
+        """The vector that each block belongs to, int64 [blocks]."""
+        return array(np.repeat(np.arange(len(self.sizes), dtype=np.int64), self.lengths))
 
     def joined(self, vectors: Sequence[Expr]) -> Expr:
         """Its vectors in blocks; what is left of a vector's last one is filled with what is not quantised."""
@@ -93,7 +93,7 @@ class Row(NamedTuple):
             yield whole if size == length else op("Slice", whole, _shape((0,)), _shape((size,)))
 
 
-def rows(kinds: Sequence[Kind]) -> list[Row]:
+def layout(kinds: Sequence[Kind]) -> list[Row]:
     """What is done together to vectors of these kinds.
 
     Raises:
@@ -110,11 +110,11 @@ def rows(kinds: Sequence[Kind]) -> list[Row]:
 def way(kinds: tuple[Kind, ...], index: int) -> Function:
     """The function for what `how` says: (amount, bits of each row, noise.., vectors..) -> vectors.
 
-    Bits are int32 [vectors of the row, 1]; noise is float32 of the row's shape, for each whose rounding is stochastic.
+    Bits are int64 [vectors of the row, 1]; noise is float32 of the row's shape, for each whose rounding is stochastic.
     """
-    found = rows(kinds)
+    found = layout(kinds)
     amount = parameter("amount", FLOAT)
-    bits = [parameter(f"bits_{i}", "int32") for i, _ in enumerate(found)]
+    bits = [parameter(f"bits_{i}", "int64") for i, _ in enumerate(found)]
     noise = {row: parameter(f"noise_{i}", FLOAT) for i, row in enumerate(found) if row.arithmetic.stochastic}
     vectors = [parameter(f"vector_{i}", kind.dtype) for i, kind in enumerate(kinds)]
     results: list[Expr] = list(vectors)

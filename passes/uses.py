@@ -65,7 +65,7 @@ class Together(NamedTuple):
 
 
 def groups(model: Model, found: Iterable[Quantity]) -> Iterator[Group | Together]:
-    """The vectors, each once: those of one kind and graph together, where none precedes another.
+    """The vectors, each once: those of a graph together, where none precedes another; of one kind, if ranges clip.
 
     Parameters that are read before any is used are together, and so are statistics that no average precedes. A set
     of ops serves them all, in place of one for each.
@@ -88,13 +88,13 @@ def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[Gro
     statistics = [q for q in found if q.vector.statistic]
     parameters = [q for q in found if not q.vector.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))
-    yield from _of_one_kind(model, graph, statistics, after)
+    yield from _joined(model, graph, statistics, after)
     after |= set(reached(model, graph, [q.user for q in parameters]))
-    yield from _of_one_kind(model, graph, parameters, after)
+    yield from _joined(model, graph, parameters, after)
 
 
-def _of_one_kind(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[Group | Together]:
-    """Vectors of one kind, but for what is computed after others are used."""
+def _joined(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[Group | Together]:
+    """What goes together, but for what is computed after others are used."""
     kinds: dict[Kind, dict[Vector, None]] = {}
     for quantity in found:
         vector = quantity.vector

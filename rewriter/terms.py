@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewriter import ops
 from rewriter.dataflow import VARIABLES, VariableKey, call_graph, origins
@@ -74,6 +74,15 @@ class Bound:
     """What some arguments of a function are, by position. Of equal ones there is one object."""
 
     terms: Mapping[int, Term]
+
+
+class _Call(NamedTuple):
+    """A function that a node calls, one of its results, and the positions of the arguments that this depends on."""
+
+    callee: Graph
+    result: Value
+    first: int
+    arguments: frozenset[int]
 
 
 class Terms:
@@ -166,7 +175,7 @@ class Terms:
         waiting, begun = [value], set[Value]()
         while waiting:
             each = waiting[-1]
-            missing = [] if each in known else [v for v in self._needed(graph, each) if v not in known]
+            missing = [] if each in known else self._missing(graph, each, way, known)
             if each in known:
                 waiting.pop()
             elif not missing:
@@ -177,6 +186,13 @@ class Terms:
                 begun.add(each)
                 waiting += missing
         return known[value]
+
+    def _missing(self, graph: Graph, value: Value, way: Bound, known: Mapping[Value, Term]) -> list[Value]:
+        """The values from which a value's term is made, of which there is none yet."""
+        called = self._call(graph.nodes[value.node], value.port)
+        if called is not None and (graph.name, value.node, called.arguments, way) in self._passing:
+            return []
+        return [v for v in self._needed(graph, value) if v not in known]
 
     def _needed(self, graph: Graph, value: Value) -> tuple[Value, ...]:
         """The values of the same graph from which a value's term is made."""
@@ -190,17 +206,27 @@ class Terms:
 
     def _passed(self, node: Node, port: int) -> tuple[int, ...]:
         """The inputs of a node on which an output depends: of a call, those that the result is computed from."""
+        called = self._call(node, port)
+        if called is None:
+            return tuple(range(len(node.inputs)))
+        return tuple(called.first + p for p in sorted(called.arguments))
+
+    def _call(self, node: Node, port: int) -> _Call | None:
+        """What computes an output of a node, where that is a function."""
         form, called = ops.call_form(self.model, node), self._called(node)
         if form is None or len(called) != 1:
-            return tuple(range(len(node.inputs)))
+            return None
         callee = self.model.graphs[called[0]]
-        return tuple(form.first + p for p in sorted(self._arguments(callee, [callee.results[port].value])))
+        result = callee.results[port].value
+        return _Call(callee, result, form.first, self._arguments(callee, [result]))
 
     def _called(self, node: Node) -> tuple[str, ...]:
         """The functions that a node may call; of some that compute the same, the one that always does."""
         called = ops.callees(self.model, node)
-        general = node.attrs[ops.GENERAL].i if ops.GENERAL in node.attrs else -1
-        return (called[general],) if 0 <= general < len(called) else called
+        general = node.attrs.get(ops.GENERAL) if node.op in ("Case", "StatelessCase") else None
+        if general is None or general.WhichOneof("value") != "i" or not 0 <= general.i < len(called):
+            return called
+        return (called[general.i],)
 
     def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
         node, known = graph.nodes[value.node], self._known[graph.name, way]
@@ -215,17 +241,15 @@ class Terms:
         chosen = self._assumed(graph).chosen(node)
         if chosen is not None and not value.port:
             return known[chosen]
-        form, called = ops.call_form(self.model, node), self._called(node)
-        if form is not None and len(called) == 1:
-            callee = self.model.graphs[called[0]]
-            result = callee.results[value.port].value
-            wanted = self._arguments(callee, [result])
-            passing = (graph.name, node.name, wanted, way)
+        called = self._call(node, value.port)
+        if called is not None:
+            passing = (graph.name, node.name, called.arguments, way)
             if passing not in self._passing:
-                self._passing[passing] = self._way({p: known[node.inputs[form.first + p]] for p in sorted(wanted)})
-            return self._term(callee, result, self._passing[passing], depth + 1)
-        inputs = tuple(known[v] for v in node.inputs)
-        made = self._make(Term(node.op, inputs, attrs=node.attrs, node=(graph.name, node.name)))
+                inputs = {p: known[node.inputs[called.first + p]] for p in sorted(called.arguments)}
+                self._passing[passing] = self._way(inputs)
+            return self._term(called.callee, called.result, self._passing[passing], depth + 1)
+        operands = tuple(known[v] for v in node.inputs)
+        made = self._make(Term(node.op, operands, attrs=node.attrs, node=(graph.name, node.name)))
         return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
 
     def _assumed(self, graph: Graph) -> Assumption:

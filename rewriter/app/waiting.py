@@ -29,7 +29,7 @@ def waiting(what: str, delay: float = DELAY) -> Iterator[None]:
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-            with Progress(*columns, console=Console(file=terminal), transient=True) as bar:
+            with Progress(*columns, console=Console(file=terminal), transient=True, redirect_stdout=False) as bar:
                 bar.add_task(what, total=None)
                 done.wait()
 
