@@ -132,6 +132,17 @@ class _Placing:
         return Value(name)
 
 
+def _run_once() -> Any:
+    """The configuration of a session that runs a graph once: to optimise it takes longer than to run it."""
+    import tensorflow as tf
+    from tensorflow.core.protobuf import rewriter_config_pb2
+
+    plain = tf.compat.v1.OptimizerOptions(opt_level=tf.compat.v1.OptimizerOptions.L0)
+    as_it_is = rewriter_config_pb2.RewriterConfig(disable_meta_optimizer=True)
+    options = tf.compat.v1.GraphOptions(optimizer_options=plain, rewrite_options=as_it_is)
+    return tf.compat.v1.ConfigProto(graph_options=options)
+
+
 def run(
     graph: Graph,
     feeds: Mapping[str, np.ndarray],
@@ -158,7 +169,7 @@ def run(
     if functions is not None:
         proto.library.CopyFrom(functions)
     try:
-        with tf.Graph().as_default() as made, tf.compat.v1.Session() as session:
+        with tf.Graph().as_default() as made, tf.compat.v1.Session(config=_run_once()) as session:
             tf.import_graph_def(proto, name="")
             for op in made.get_operations() if largest is not None else ():
                 for tensor in op.outputs:
