@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -86,7 +87,7 @@ class Row(NamedTuple):
         lengths = [int(length) * WIDTH for length in self.lengths]
         attrs = {"num_split": attr(len(lengths)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
         attrs["_output_shapes"] = ops.shapes_attr([(length,) for length in lengths])
-        first = Apply(values.dtype, "SplitV", (values, _shape(lengths), constant(0, "int32")), attrs)
+        first = Apply(values.dtype, "SplitV", (values, _shape(tuple(lengths)), constant(0, "int32")), attrs)
         for index, (size, length) in enumerate(zip(self.sizes, lengths, strict=True)):
             whole = Port(values.dtype, first, index)
             # The rest is no output of its own: one that is not used has a gradient that XLA cannot compile.
@@ -192,5 +193,6 @@ def _straight_through(raw: Expr, quantized: Expr) -> Expr:
     return op("Reshape", Apply(raw.dtype, "DynamicStitch", inputs, attrs), _shape((-1,)))
 
 
-def _shape(shape: Sequence[int]) -> Expr:
+@cache
+def _shape(shape: tuple[int, ...]) -> Expr:
     return array(np.array(shape, np.int32))

@@ -41,7 +41,7 @@ class Draft:
         self.needs: dict[Need, str] = {}
         self.stateful = graph.stateful
         self._placed: dict[Expr, Value] = {}
-        self._minted: dict[str, int] = {}
+        self._names = Names(graph.nodes)
         self._frames = dict(frames(graph))
         self._entered: dict[tuple[Value, Frame], Value] = {}
         self.inlined: dict[Value, Value] = {}
@@ -49,12 +49,7 @@ class Draft:
 
     def mint(self, hint: str) -> str:
         """A node name that the graph does not have, like `hint`."""
-        name, count = hint, self._minted.get(hint, 0)
-        while name in self.nodes:
-            count += 1
-            name = f"{hint}_{count}"
-        self._minted[hint] = count
-        return name
+        return self._names.new(hint)
 
     def place(self, expr: Expr, scope: str) -> Value:
         """The value of an expression in this graph. What was placed before is used again."""

@@ -140,8 +140,9 @@ def array(value: np.ndarray) -> Apply:
     return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(value)})
 
 
+@cache
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
-    """A constant array with one value in all places, which is stored once."""
+    """A constant array with one value in all places, which is stored once; equal ones are one expression."""
     proto = ops.attr(np.full((1,), value, dtype))
     proto.tensor.tensor_shape.CopyFrom(ops.shape_attr(shape).shape)
     return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": proto})

@@ -4,7 +4,7 @@
     python -m tools.bench_rewrite checkpoint [--gib 0.1 1 4]
     python -m tools.bench_rewrite start
 
-`nodes`: models of so many layers, each a convolution, a batch norm and 24 small ops, in a serving and a training
+`nodes`: models of so many layers, each a convolution, a batch norm and 9 small ops, in a serving and a training
 function. They are in one function (flat), each in a function of its own (functions), or in functions that call each
 other 50 deep (deep). `copy` is reading, parsing, writing and copying the model, which any rewrite does at least.
 Exponents are the slopes of log time over log nodes between the two largest sizes. `checkpoint`: one small net beside
@@ -88,7 +88,7 @@ def make(path: Path, shape: str, layers: int, gib: float) -> None:
 
     def layer(x: tf.Tensor, norm: FusedBatchNorm, training: bool) -> tf.Tensor:
         x = norm(tf.nn.conv2d(x, module.kernel, 1, "SAME"), training)
-        for _ in range(24):
+        for _ in range(9):
             x = tf.raw_ops.Relu(features=x)
         return x
 
