@@ -58,7 +58,7 @@ def _needed(node: Any) -> Iterator[Any]:
     call = _call(node)
     yield from (node.outputs[0], node.inputs[-1], *call.inputs)
     if call.type == "StatelessCase":
-        yield from (t for i in call.inputs if i.op.type == "GatherV2" for t in i.op.inputs[:2])
+        yield from (t for i in call.inputs if i.op.type == "Cast" for t in i.op.inputs[0].op.inputs[:2])
 
 
 def _call(node: Any) -> Any:
@@ -94,7 +94,7 @@ def _together(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[
         tagged[tag["role"], tag["layer"]] = op
     found: dict[str, Told] = {}
     for name in (name for name in inputs if name.startswith("bits_")):
-        of, places = (values[t.name] for t in inputs[name].op.inputs[:2])
+        of, places = (values[t.name] for t in inputs[name].op.inputs[0].op.inputs[:2])
         noise = given.get(name.replace("bits", "noise"))
         first = 0
         for number, place in enumerate(places.ravel()):
