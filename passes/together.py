@@ -141,6 +141,7 @@ class _Placed:
     def __init__(self, row: Row, raw: Expr, bits: Expr) -> None:
         self.row = row
         self.bits = bits
+        self.blocks = row.blocks  # once: each expression of it would be a constant of its own
         kind = row.arithmetic
         self.values = Values(kind, raw, row.shape)
         seen = self.values.seen()
@@ -171,12 +172,12 @@ class _Placed:
     def _of_vectors(self, reduction: str, blocks: Expr) -> Expr:
         """The least or greatest of each vector, [vectors, 1], of those of its blocks, [blocks, 1]."""
         count = constant(len(self.row.sizes), "int32")
-        return op(f"UnsortedSegment{reduction}", blocks, self.row.blocks, count)
+        return op(f"UnsortedSegment{reduction}", blocks, self.blocks, count)
 
     def _of_blocks(self, vectors: Expr) -> Expr:
         """For each value, what is its vector's, marked as what that is: [vectors, 1] -> [blocks, width]."""
         repeated = op("BroadcastTo", vectors, _shape((len(self.row.sizes), WIDTH)))
-        values = op("GatherV2", repeated, self.row.blocks, constant(0, "int32"))
+        values = op("GatherV2", repeated, self.blocks, constant(0, "int32"))
         mark = vectors.attrs.get(ops.PART) if isinstance(vectors, Apply) else None
         return values if mark is None else part(mark.s.decode(), values)
 
