@@ -358,15 +358,13 @@ def output_dtype(model: Model, graph: Graph, value: Value) -> str:
         return model.graphs[node.op].results[value.port].dtype
     definition = op_def(model, node.op)
     attrs = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")} | dict(node.attrs)
-    dtypes: list[int] = []
-    for arg in definition.output_arg:
-        if arg.type_list_attr:
-            dtypes += attrs[arg.type_list_attr].list.type
-        else:
-            dtypes += [attrs[arg.type_attr].type if arg.type_attr else arg.type] * (
-                attrs[arg.number_attr].i if arg.number_attr else 1
-            )
-    return dtype_name(dtypes[value.port]).removesuffix("_ref")
+    port = value.port
+    for arg, (_, count) in zip(definition.output_arg, outputs(definition, node.attrs), strict=True):
+        if port < count:
+            own = attrs[arg.type_list_attr].list.type[port] if arg.type_list_attr else arg.type
+            return dtype_name(attrs[arg.type_attr].type if arg.type_attr else own).removesuffix("_ref")
+        port -= count
+    raise IndexError(f"{value} is not an output of {node.op}")
 
 
 def viewed(graph: Graph, node: Node) -> Value | None:

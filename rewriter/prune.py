@@ -71,7 +71,9 @@ def needed_without(model: Model, edges: Iterable[Edge]) -> frozenset[str]:
     """The variables that would still be needed if some inputs of nodes were constants; their other inputs count."""
     cut: dict[str, dict[str, Node]] = {}
     for edge in edges:
-        held = cut.setdefault(edge.graph, {**model.graphs[edge.graph].nodes, CUT: Node(CUT, "Const")})
+        if edge.graph not in cut:
+            cut[edge.graph] = {**model.graphs[edge.graph].nodes, CUT: Node(CUT, "Const")}
+        held = cut[edge.graph]
         inputs = list(held[edge.node].inputs)
         inputs[edge.position] = Value(CUT)
         held[edge.node] = replace(held[edge.node], inputs=tuple(inputs))

@@ -25,13 +25,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 COMMANDS = ("copy", "inspect", "rewrite", "diff", "finalize")
 
-WORKER = """
-import resource, shutil, sys, time
+WORKER = r"""
+import re, shutil, sys, time
 from pathlib import Path
 import bnqat
 import tensorflow as tf
@@ -56,7 +57,9 @@ run = {
 }[command]
 start = time.perf_counter()
 run()
-print(time.perf_counter() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+seconds = time.perf_counter() - start
+# Not getrusage: what it says begins with the size of the process that started this one.
+print(seconds, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
 MAKER = """
@@ -80,6 +83,9 @@ def make(path: Path, shape: str, layers: int, gib: float) -> None:
 
     from tests.models import FusedBatchNorm
 
+    # AutoGraph takes so many frames of Python for a call that 50 of them are too deep.
+    function = partial(tf.function, autograph=False)
+
     module = tf.Module()
     module.ballast = [tf.Variable(tf.zeros([1 << 20]), name=f"ballast_{i}") for i in range(round(gib * 256))]
     module.kernel = tf.Variable(tf.random.stateless_normal([1, 1, 8, 8], [1, 2]))
@@ -97,18 +103,18 @@ def make(path: Path, shape: str, layers: int, gib: float) -> None:
             x = layer(x, norm, training)
         following = first + width
         if shape == "deep" and following < layers:
-            return tf.function(lambda x: from_layer(x, following, training))(x)
+            return function(lambda x: from_layer(x, following, training))(x)
         return x
 
     def whole(x: tf.Tensor, training: bool) -> tf.Tensor:
         for first in range(0, layers, width) if shape == "functions" else (0,):
-            inner = tf.function(lambda x, first=first: from_layer(x, first, training))
+            inner = function(lambda x, first=first: from_layer(x, first, training))
             x = inner(x) if shape != "flat" else from_layer(x, first, training)
         return x
 
     spec = [tf.TensorSpec((None, 4, 4, 8), name="x")]
-    module.serve = tf.function(lambda x: whole(x, training=False), input_signature=spec)
-    module.train = tf.function(lambda x: whole(x, training=True), input_signature=spec)
+    module.serve = function(lambda x: whole(x, training=False), input_signature=spec)
+    module.train = function(lambda x: whole(x, training=True), input_signature=spec)
     tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -13,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from passes.batch_norm import batch_norms
 from passes.pipelines import Function
 from passes.quantize_batch_norm import QuantizeBatchNorm
+from rewriter.app.collection import no_collection
 from rewriter.app.lineup import lineup
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
@@ -36,18 +35,7 @@ class NothingToRewriteError(Error):
     """The model holds nothing that the passes could change."""
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pause the cyclic garbage collector: what is made here lives until the end and is free of cycles."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
+@no_collection()
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
     """The signatures and batch norms of a SavedModel, and what is in their variables.
 
@@ -72,7 +60,7 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
     return Inspection(signatures, described, Path(model).resolve().name)
 
 
-@_no_collection()
+@no_collection()
 def rewrite(
     source: str | Path,
     target: str | Path,

@@ -13,6 +13,7 @@ from passes.schemes import SCHEMES
 from passes.sites import Site, quantized, sites
 from passes.tags import TAG, tag_of
 from passes.updates import consumers
+from rewriter.app.collection import no_collection
 from rewriter.app.reports import became_of
 from rewriter.check import check
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
@@ -83,6 +84,7 @@ class Diff:
         return frame(self.to_html())
 
 
+@no_collection()
 def diff(
     before: str | Path,
     after: str | Path,

@@ -15,6 +15,7 @@ from passes.quantized_values import Quantized, tagged
 from passes.settle_choices import SettleChoices
 from passes.sites import sites
 from rewriter.app.api import NothingToRewriteError
+from rewriter.app.collection import no_collection
 from rewriter.app.guard import check_parameters
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
@@ -32,6 +33,7 @@ GROWTH = 4
 """How many times larger a graph may become by inlining, before that is given up."""
 
 
+@no_collection()
 def finalize(
     source: str | Path,
     target: str | Path,
