@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,19 +76,39 @@ def trusted_values(model: Model) -> tuple[Quantized, ...]:
 
 
 def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
-    terms = Terms(model)
-    found = list(_found(model, terms))
-    wanted: dict[Term, None] = {}
-    for each in found:
-        wanted |= dict.fromkeys((each.value, each.raw, each.width, *each.parts.values()))
-    # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
-    amounts = {t: np.array(1, np.float32) for t in cone(wanted) if _part(t) == AMOUNT}
-    values = dict(zip(wanted, evaluated(model, list(wanted), amounts, trust=trust), strict=True))
+    found = list(_found(model, Terms(model)))
+    values: dict[Term, np.ndarray] = {}
+    for several in _parcels(found):
+        wanted: dict[Term, None] = {}
+        for each in several:
+            wanted |= dict.fromkeys((each.value, each.raw, each.width, *each.parts.values()))
+        # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
+        amounts = {t: np.array(1, np.float32) for t in cone(wanted) if _part(t) == AMOUNT}
+        values.update(zip(wanted, evaluated(model, list(wanted), amounts, trust=trust), strict=True))
     return tuple(each.known(values) for each in found)
 
 
+PARCEL = 100
+"""How many quantisers are computed in a session: the time it takes to run a graph grows faster than the graph."""
+
+
+def _parcels(found: Iterable[_Terms]) -> Iterator[list[_Terms]]:
+    """Quantisers in parcels to compute; those of one computation stay together."""
+    together: dict[Term, list[_Terms]] = {}
+    for each in found:
+        together.setdefault(each.whole, []).append(each)
+    parcel: list[_Terms] = []
+    for several in together.values():
+        parcel += several
+        if len(parcel) >= PARCEL:
+            yield parcel
+            parcel = []
+    if parcel:
+        yield parcel
+
+
 class _Terms(NamedTuple):
-    """A quantiser's terms, and where in the width and the parts what counts is."""
+    """A quantiser's terms, what computes them all, and where in the width and the parts what counts is."""
 
     graph: str
     node: str
@@ -96,6 +116,7 @@ class _Terms(NamedTuple):
     tag: Mapping[str, Any]
     value: Term
     raw: Term
+    whole: Term
     width: Term
     place: _Place
     parts: Mapping[str, Term]
@@ -157,7 +178,7 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
                 if whole not in known_parts:
                     known_parts[whole] = _parts(whole, f"{node} in {name}")
                 width, parts = known_parts[whole]
-                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), width, place, parts)
+                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), whole, width, place, parts)
 
 
 def _whole(value: Term, where: str) -> tuple[Term, _Place]:
