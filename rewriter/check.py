@@ -19,6 +19,15 @@ def check(model: Model, before: Model | None = None) -> None:
         if before is None or before.graphs.get(graph.name) is not graph:
             for problem in problems(model, graph):
                 raise Error(f"in {graph.name or 'the main graph'}: {problem}")
+    check_entries(model)
+
+
+def check_entries(model: Model) -> None:
+    """Check that concrete functions fit their graphs.
+
+    Raises:
+        Error: names the function and what is wrong with it.
+    """
     for entry in model.entries.values():
         if entry.function not in model.graphs:
             raise Error(f"the concrete function {entry.function} has no graph")

@@ -17,7 +17,6 @@ from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
-from rewriter.check import check
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
 from rewriter.pipeline import Observer, Pass, Pipeline
@@ -49,7 +48,6 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         Error: the model cannot be read.
     """
     read = load(model, tags)
-    check(read)
     signatures = {name: describe_signature(read, s) for name, s in read.signatures.items()}
     found = read.analysis(batch_norms)
     held = values_of(read, found)
@@ -133,7 +131,6 @@ def rewrite(
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source, tags)
-    check(before)
     after, steps = Pipeline(chosen, observers).run(before)
     report = report_of(before, after, steps)
     quantizing = any(isinstance(each, QuantizeBatchNorm) for each in chosen)

@@ -15,7 +15,6 @@ from passes.tags import TAG, tag_of
 from passes.updates import consumers
 from rewriter.app.collection import no_collection
 from rewriter.app.reports import became_of
-from rewriter.check import check
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.log import LOG, RECORD, explained, read_record
@@ -25,7 +24,8 @@ from rewriter.diff.svg import picture_svg
 from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
 from rewriter.page.shell import frame
 from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
-from rewriter.savedmodel.read import INIT_SIGNATURE, load
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.references import INIT_SIGNATURE
 from rewriter.savedmodel.write import EXTRA
 
 
@@ -109,8 +109,6 @@ def diff(
         Error: a model cannot be read, or the record is none.
     """
     models = load(before, tags), load(after, tags)
-    for model in models:
-        check(model)
     compared = compare(*models, values=all_keys(*models) if values else (), describe=full)
     records = [read_record(Path(path) / EXTRA / RECORD) for path in (before, after)]
     known = records[1] if records[0] != records[1] else None  # one that both have is not about this difference

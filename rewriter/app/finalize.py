@@ -19,7 +19,6 @@ from rewriter.app.collection import no_collection
 from rewriter.app.guard import check_parameters
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
-from rewriter.check import check
 from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
@@ -75,7 +74,6 @@ def finalize(
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source, tags)
-    check(before)
     if not tagged(before):
         raise NothingToRewriteError(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "

@@ -16,6 +16,7 @@ import click
 from rewriter.app.names import PARAMETER_FILES
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
+from rewriter.savedmodel.staging import reason, write_whole
 
 if TYPE_CHECKING:
     from rewriter.pipeline import Step
@@ -42,7 +43,7 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
     except BrokenPipeError:
         raise  # the reader has had enough, which click knows how to end
     except OSError as e:
-        fail(f"{e.filename}: {e.strerror}" if e.filename else f"{e.strerror or e}")
+        fail(reason(e))
     except KeyboardInterrupt:
         fail("interrupted; nothing was written")
 
@@ -113,7 +114,7 @@ def write_file(file: Path, text: str, what: str, done: str = "") -> None:
         Error: it cannot be written; the message says what was `done` before.
     """
     try:
-        file.write_text(text, encoding="utf-8")
+        write_whole(file, text.encode())
     except OSError as e:
         before = f"{done} was written, but " if done else ""
         raise Error(f"{before}the {what} {file} was not written: {e.strerror}") from e

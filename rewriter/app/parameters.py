@@ -16,6 +16,7 @@ import numpy as np
 from passes.parts import CODE, EPSILON, ORIGIN, SCALE, ZERO_POINT
 from passes.quantized_values import Quantized
 from rewriter.ir import Error
+from rewriter.savedmodel.staging import write_whole
 
 FORMAT = 1
 
@@ -119,7 +120,7 @@ def write_parameters(file: Path, table: Sequence[Parameter], done: str) -> None:
         Error: it cannot be written; the message says what was `done` before.
     """
     try:
-        file.write_bytes(_json(table) if file.suffix == ".json" else _arrays(table))
+        write_whole(file, _json(table) if file.suffix == ".json" else _arrays(table))
     except OSError as e:
         raise Error(f"{done} was written, but the parameters {file} were not: {e.strerror}") from e
 

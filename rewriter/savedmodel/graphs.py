@@ -6,6 +6,7 @@ Source: ``tensorflow/core/framework/{graph,node_def,function,op_def}.proto``. A 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,10 +34,10 @@ def definitions(library: Any, brought: Mapping[str, Any]) -> Definitions:
 
 def read_main(proto: Any) -> Graph:
     """The main graph of a GraphDef, without its library."""
-    nodes = {}
+    nodes: dict[str, Node] = {}
     for node in proto.node:
-        inputs, after = _split_inputs(node.input)
-        nodes[node.name] = _read_node(node, tuple(_main_value(i) for i in inputs), after)
+        inputs, after = _split_inputs(node, nodes, "the main graph")
+        nodes[node.name] = _read_node(node, tuple(main_value(i) for i in inputs), after)
     rest = graph_pb2.GraphDef(versions=proto.versions, version=proto.version)
     return Graph(MAIN, nodes, residue=rest.SerializeToString(deterministic=True))
 
@@ -46,9 +47,10 @@ def read_function(proto: Any, find: Definitions) -> Graph:
     signature = proto.signature
     nodes: dict[str, Node] = {}
     for index, arg in enumerate(signature.input_arg):
+        _refuse_twice(arg.name, nodes, signature.name)
         nodes[arg.name] = _read_argument(arg, proto.arg_attr.get(index))
     by_name = {n.name: n for n in proto.node_def}
-    ports: dict[str, dict[str, int]] = {}
+    ports: dict[str, dict[str, tuple[int, int]]] = {}
 
     def value(text: str) -> Value:
         name, _, rest = text.partition(":")
@@ -60,12 +62,13 @@ def read_function(proto: Any, find: Definitions) -> Graph:
             if node is None:
                 raise Error(f"in {signature.name}: the input {text} does not exist")
             ports[name] = _first_ports(find(node.op), node.attr)
-        if output not in ports[name]:
-            raise Error(f"in {signature.name}: {name} has no output {output}")
-        return Value(name, ports[name][output] + int(index or 0))
+        first, count = ports[name].get(output, (0, 0))
+        if not _number(index) < count:
+            raise Error(f"in {signature.name}: {name} has no output {rest}")
+        return Value(name, first + _number(index))
 
     for node in proto.node_def:
-        inputs, after = _split_inputs(node.input)
+        inputs, after = _split_inputs(node, nodes, signature.name)
         nodes[node.name] = _read_node(node, tuple(value(i) for i in inputs), after)
     return Graph(
         signature.name,
@@ -79,21 +82,49 @@ def read_function(proto: Any, find: Definitions) -> Graph:
     )
 
 
-def _first_ports(definition: Any, attrs: Mapping[str, Any]) -> dict[str, int]:
+def _first_ports(definition: Any, attrs: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """The first port of each output argument, and how many it has."""
     first, found = 0, {}
     for name, count in ops.outputs(definition, attrs):
-        found[name] = first
+        found[name] = first, count
         first += count
     return found
 
 
-def _split_inputs(inputs: Any) -> tuple[list[str], tuple[str, ...]]:
-    return [i for i in inputs if i[0] != "^"], tuple(i[1:] for i in inputs if i[0] == "^")
+def _split_inputs(node: Any, known: Mapping[str, Node], where: str) -> tuple[list[str], tuple[str, ...]]:
+    """A node's inputs, and the nodes that it runs after.
+
+    Raises:
+        Error: there is a node of its name already.
+    """
+    _refuse_twice(node.name, known, where)
+    inputs = [i for i in node.input if i[:1] != "^"]
+    return inputs, tuple(i[1:] for i in node.input if i[:1] == "^")
 
 
-def _main_value(text: str) -> Value:
+def _refuse_twice(name: str, known: Mapping[str, Node], where: str) -> None:
+    if name in known:
+        raise Error(f"in {where}: there are two nodes called {name}")
+
+
+_PORT = re.compile(r"\d{0,9}", re.ASCII)
+
+
+def _number(text: str) -> int:
+    """A port as it is spelled, where 0 may be left out.
+
+    Raises:
+        Error: it is none.
+    """
+    if not _PORT.fullmatch(text):
+        raise Error(f"{text} is not the number of an output")
+    return int(text or 0)
+
+
+def main_value(text: str) -> Value:
+    """A value as a GraphDef spells it."""
     name, _, port = text.partition(":")
-    return Value(name, int(port or 0))
+    return Value(name, _number(port))
 
 
 def _read_node(proto: Any, inputs: tuple[Value, ...], after: tuple[str, ...]) -> Node:

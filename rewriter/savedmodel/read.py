@@ -11,15 +11,18 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
+from rewriter.check import check, check_entries
+from rewriter.conformance import conform
 from rewriter.ir import MAIN, Error, Gradient, Graph, Model, Signature
 from rewriter.savedmodel import v1
 from rewriter.savedmodel.checkpoint import Checkpoint
+from rewriter.savedmodel.files import Stamps, refuse_names, stamps
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
 from rewriter.savedmodel.objects import owned, read_entries, read_variables
+from rewriter.savedmodel.references import INIT_SIGNATURE, refuse_dangling, refuse_signatures, refuse_unlike
 from rewriter.savedmodel.staging import require_model
 
-INIT_SIGNATURE = "__saved_model_init_op"
 SERVE_TAG = "serve"
 
 
@@ -33,6 +36,7 @@ class Source:
         index: which of its meta graphs was read.
         trackables: the checkpoint's object graph.
         numbers: each variable's number in the object graph, by key.
+        stamps: what identified each file before any was read.
         protos: each graph as read, with its proto, so that what no pass touched goes back verbatim.
     """
 
@@ -44,6 +48,7 @@ class Source:
     trackables: Any
     numbers: Mapping[str, int]
     protos: Mapping[str, tuple[Graph, Any]]
+    stamps: Stamps
 
 
 def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
@@ -59,27 +64,36 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     """
     path = Path(path)
     file = require_model(path)
+    stamped = stamps(path)
     proto = _read_proto(file)
     index = _meta_graph(path, proto, tags)
     meta = proto.meta_graphs[index]
+    refuse_names(path, meta)
     brought = {o.name: o for o in meta.meta_info_def.stripped_op_list.op}
     find = definitions(meta.graph_def.library, brought)
     protos: dict[str, tuple[Graph, Any]] = {MAIN: (read_main(meta.graph_def), meta.graph_def)}
     for function in meta.graph_def.library.function:
+        if not function.signature.name or function.signature.name in protos:
+            raise Error(f"{path} holds two functions called {function.signature.name}, or one without a name")
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
     checkpoint = checkpoint_in(path)
-    trackables = trackable_object_graph_pb2.TrackableObjectGraph()
-    if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
-        trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
-    source = Source(path, file.name, proto, index, checkpoint, trackables, {}, protos)
+    trackables = _trackables(path, checkpoint)
+    refuse_dangling(path, meta.object_graph_def, trackables)
+    source = Source(path, file.name, proto, index, checkpoint, trackables, {}, protos, stamped)
     values = None if checkpoint is None else checkpoint.tensor
     objects = bool(meta.object_graph_def.nodes)
     registered = meta.graph_def.library.registered_gradients
     concrete = dict(meta.object_graph_def.concrete_functions)
     gradients = {g.registered_op_type: Gradient(g.gradient_func, concrete.get(g.gradient_func)) for g in registered}
     model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
+    check(model)
+    conform(model)
     model = interpreted(model)
+    check_entries(model)
+    refuse_signatures(path, meta, model)
+    if checkpoint is not None:
+        refuse_unlike(path, model, checkpoint)
     if checkpoint is None and model.variables:
         raise Error(f"{path} has variables but no directory 'variables' with their values")
     return model
@@ -131,6 +145,17 @@ def _read_proto(file: Path) -> Any:
     if not proto.meta_graphs or not any(m.HasField("graph_def") for m in proto.meta_graphs):
         raise Error(f"{file} holds no graph: it is truncated, damaged or no SavedModel")
     return proto
+
+
+def _trackables(path: Path, checkpoint: Checkpoint | None) -> Any:
+    """The checkpoint's object graph; empty where it has none."""
+    found = trackable_object_graph_pb2.TrackableObjectGraph()
+    if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
+        try:
+            found.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
+        except (DecodeError, TypeError) as e:
+            raise Error(f"{path}: the object graph of the checkpoint is damaged") from e
+    return found
 
 
 def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:

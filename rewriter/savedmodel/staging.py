@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rewriter.ir import Error
+from rewriter.savedmodel.beside import OLD, beside
 
 MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 """The graph's file, binary or text; where both are there, TensorFlow takes the former."""
@@ -28,23 +29,40 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     Raises:
         Error: `target` exists and is not to be overwritten, or its parent cannot be written to.
     """
-    refuse_existing(target, overwrite)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.bnqat-", dir=target.parent))
+        with beside(target) as temporary:
+            refuse_existing(target, overwrite)
+            temporary.mkdir()
+            yield temporary
+            _sync(temporary)
+            _move(temporary, target, overwrite)
     except OSError as e:
-        raise Error(f"cannot write to {target.parent}: {e.strerror}") from e
-    try:
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        yield temporary
-        _sync(temporary)
-        _move(temporary, target, overwrite)
-    except OSError as e:
-        raise Error(f"cannot write {target}: {e.strerror or e}") from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise Error(f"cannot write {target}: {reason(e)}") from e
+
+
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file, whole or not at all; what is no ordinary file, like a pipe, is written to as it is.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    file = file.resolve()
+    if file.exists() and not file.is_file():
+        file.write_bytes(content)
+        return
+    with beside(file) as temporary:
+        temporary.write_bytes(content)
+        _sync_file(temporary)
+        temporary.replace(file)
+
+
+def reason(error: OSError) -> str:
+    """Why the system refused, and about what, in words."""
+    if isinstance(error, shutil.Error):  # holds (source, target, why) of each file that was not copied
+        return "; ".join(f"{source}: {why}" for source, _, why in error.args[0][:1])
+    why = error.strerror or str(error)
+    return f"{error.filename}: {why}" if error.filename else why
 
 
 def require_model(path: Path) -> Path:
@@ -92,28 +110,30 @@ def _sync(directory: Path) -> None:
     """Bring everything below a directory to the disk."""
     for folder, _, files in os.walk(directory):
         for name in [*files, "."]:
-            descriptor = os.open(Path(folder) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync_file(Path(folder) / name)
 
 
-def _move(temporary: Path, target: Path, overwrite: bool) -> None:
-    if overwrite and target.exists():
-        if not _exchange(temporary, target):
-            # No atomic exchange here: the old directory keeps its content under the temporary name's twin.
-            aside = temporary.with_name(temporary.name + "-old")
-            target.rename(aside)
-            temporary.rename(target)
-            aside.rename(temporary)
-    else:
-        temporary.rename(target)
-    descriptor = os.open(target.parent, os.O_RDONLY)
+def _sync_file(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _move(temporary: Path, target: Path, overwrite: bool) -> None:
+    try:
+        if not (overwrite and target.exists()):
+            temporary.rename(target)
+        elif not _exchange(temporary, target):
+            # No atomic exchange here: whoever finds the old directory aside, and no new one, puts it back.
+            target.rename(temporary.with_name(temporary.name + OLD))
+            temporary.rename(target)
+    except OSError as e:
+        if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise Error(f"{target} was written by another process meanwhile, and is left as it is") from e
+        raise
+    _sync_file(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -15,8 +15,9 @@ from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2, trackable_
 
 from rewriter import ops
 from rewriter.dataflow import call_graph
-from rewriter.ir import ARG, MAIN, Endpoint, Model, Node, Spec, Value
+from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Spec, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
+from rewriter.savedmodel.files import stamps
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
@@ -104,6 +105,10 @@ def save(
             seen = interpreted(replace(written, source=held))
             for name, text in log(Written(seen, changes)).items():
                 (extra / name).write_text(text, encoding="utf-8")
+        if stamps(source.path) != source.stamps:
+            raise Error(
+                f"{source.path} changed while it was read; nothing was written, run this again when it is whole"
+            )
     return changes
 
 

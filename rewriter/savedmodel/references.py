@@ -1,0 +1,101 @@
+"""Do the object graphs and signatures of a SavedModel refer to what there is, and variables fit the checkpoint.
+
+Source: ``tensorflow/core/protobuf/{saved_object_graph,trackable_object_graph,meta_graph}.proto``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rewriter import ops
+from rewriter.ir import MAIN, Error, Model
+from rewriter.savedmodel.checkpoint import Checkpoint
+from rewriter.savedmodel.graphs import main_value
+
+INIT_SIGNATURE = "__saved_model_init_op"
+"""The signature that is no tensors' but names the op that initialises tables."""
+
+
+def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
+    """Refuse object graphs that refer to objects or concrete functions that they do not hold.
+
+    Raises:
+        Error: names the object and what is missing.
+    """
+    for number, what in _numbers(objects):
+        if not 0 <= number < len(objects.nodes):
+            raise Error(f"{path}: {what} is object {number}, and there are {len(objects.nodes)} objects")
+    for number, held in enumerate(objects.nodes):
+        for name in _functions(held):
+            if name not in objects.concrete_functions:
+                raise Error(f"{path}: object {number} is the concrete function {name!r}, which does not exist")
+    for number, held in enumerate(trackables.nodes):
+        for child in held.children:
+            if not 0 <= child.node_id < len(trackables.nodes):
+                raise Error(
+                    f"{path}: in the checkpoint, object {number} has a child {child.node_id}, which is not there"
+                )
+
+
+def _numbers(objects: Any) -> Iterator[tuple[int, str]]:
+    """Every number of an object, and what is said to be it."""
+    for number, held in enumerate(objects.nodes):
+        for child in (*held.children, *held.dependencies):
+            yield child.node_id, f"{child.local_name!r} of object {number}"
+        for slot in held.slot_variables:
+            yield slot.original_variable_node_id, f"what object {number} keeps a slot for"
+            yield slot.slot_variable_node_id, f"the slot {slot.slot_name!r} of object {number}"
+        for name, saveable in held.saveable_objects.items():
+            yield saveable.save_function, f"what saves {name!r} of object {number}"
+            yield saveable.restore_function, f"what restores {name!r} of object {number}"
+    for name, function in objects.concrete_functions.items():
+        for number in function.bound_inputs:
+            yield number, f"what the concrete function {name!r} captures"
+
+
+def _functions(held: Any) -> Iterator[str]:
+    kind = held.WhichOneof("kind")
+    if kind == "function":
+        yield from held.function.concrete_functions
+    elif kind == "bare_concrete_function":
+        yield held.bare_concrete_function.concrete_function_name
+
+
+def refuse_unlike(path: Path, model: Model, checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that holds other shapes or dtypes than the variables have.
+
+    Raises:
+        Error: names the variable and both.
+    """
+    for key, variable in model.variables.items():
+        if key not in checkpoint.shapes or variable.shape is None:
+            continue
+        shape, dtype = tuple(checkpoint.shapes[key]), str(checkpoint.dtypes[key].name)
+        same = len(shape) == len(variable.shape)
+        same = same and all(a in (-1, b) for a, b in zip(variable.shape, shape, strict=True))
+        if not same or dtype.removesuffix("_ref") != variable.dtype.removesuffix("_ref"):
+            raise Error(
+                f"{path}: the variable {variable.name} is {variable.dtype} of shape {list(variable.shape)}, and the "
+                f"checkpoint holds {dtype} of shape {list(shape)}"
+            )
+
+
+def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
+    """Refuse signatures of tensors that the main graph does not compute.
+
+    Raises:
+        Error: names the signature and the tensor.
+    """
+    main = model.graphs[MAIN]
+    for name, signature in meta.signature_def.items():
+        for key, info in (*signature.inputs.items(), *signature.outputs.items()):
+            if info.WhichOneof("encoding") != "name":
+                continue
+            value = main_value(info.name)
+            held = main.nodes.get(value.node)
+            if name != INIT_SIGNATURE and (held is None or value.port >= ops.output_count(model, held)):
+                raise Error(
+                    f"{path}: {key!r} of the signature {name!r} is {info.name!r}, which the graph does not compute"
+                )

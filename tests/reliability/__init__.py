@@ -1,0 +1,1 @@
+"""What happens to models when something goes wrong: faults, damaged and hostile input."""

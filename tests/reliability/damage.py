@@ -1,0 +1,191 @@
+"""Damage to a SavedModel: to what its protocol buffers say, and to the bytes of its files."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, MutableSequence
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+from google.protobuf.descriptor import FieldDescriptor
+from tensorflow.core.protobuf import saved_model_pb2
+
+INTERESTING = (0, 1, -1, 2, 7, 127, 128, 1 << 20, (1 << 31) - 1, -(1 << 31), (1 << 62), -(1 << 62))
+FLOATS = (0.0, -1.0, 1e-30, 1e30, float("inf"), float("nan"))
+STRINGS = ("", " ", "x", ":", "^", "a:b:c:d", ":0", "a" * 3000, "\x1b[2J", "../../x", "\u202e", "__main__", "%s{0}")
+
+
+class Place(NamedTuple):
+    """A field of a message; which fields the way to it goes through says what kind of place it is."""
+
+    kind: str
+    message: Any
+    field: Any
+
+
+def places(message: Any, kind: str = "", depth: int = 0) -> Iterator[Place]:
+    """Every field that is set in a message and those in it, and some that could be."""
+    for field in message.DESCRIPTOR.fields:
+        yield Place(f"{kind}.{field.name}", message, field)
+    for field, value in message.ListFields():
+        if field.type != FieldDescriptor.TYPE_MESSAGE:
+            continue
+        below = f"{kind}.{field.name}"
+        if _is_map(field):
+            entry = field.message_type.fields_by_name["value"]
+            if entry.type == FieldDescriptor.TYPE_MESSAGE:
+                for key in sorted(value):
+                    yield from places(value[key], below, depth + 1)
+        elif field.is_repeated:
+            for each in value:
+                yield from places(each, below, depth + 1)
+        else:
+            yield from places(value, below, depth + 1)
+
+
+def _is_map(field: Any) -> bool:
+    return field.message_type is not None and field.message_type.GetOptions().map_entry
+
+
+def damage_structure(message: Any, random: Random) -> str:
+    """Change one field somewhere in a message, and say which and how.
+
+    Kinds of places are equally likely, or most damage would be to nodes' attributes.
+    """
+    by_kind: dict[str, list[Place]] = defaultdict(list)
+    for place in places(message):
+        by_kind[place.kind].append(place)
+    place = random.choice(by_kind[random.choice(sorted(by_kind))])
+    same = [p for p in by_kind[place.kind] if p.message.HasField(place.field.name)] if _has(place.field) else []
+    if place.field.is_repeated:
+        how = _damage_map(place, random) if _is_map(place.field) else _damage_list(place, random)
+    elif place.field.type == FieldDescriptor.TYPE_MESSAGE:
+        how = _damage_message(place, same, random)
+    else:
+        setattr(place.message, place.field.name, value := _other(place, by_kind, random))
+        how = f"= {value!r:.60}"
+    return f"{place.kind} {how}"
+
+
+def _has(field: Any) -> bool:
+    return not field.is_repeated and field.has_presence
+
+
+def _damage_message(place: Place, same: list[Place], random: Random) -> str:
+    if same and random.random() < 0.5:
+        other = random.choice(same)
+        held = type(getattr(other.message, place.field.name))()
+        held.CopyFrom(getattr(other.message, place.field.name))
+        getattr(place.message, place.field.name).CopyFrom(held)
+        return "as another"
+    if place.message.HasField(place.field.name):
+        place.message.ClearField(place.field.name)
+        return "cleared"
+    getattr(place.message, place.field.name).SetInParent()
+    return "made"
+
+
+def _damage_list(place: Place, random: Random) -> str:
+    held: MutableSequence[Any] = getattr(place.message, place.field.name)
+    how = random.choice(["removed", "twice", "exchanged", "changed", "emptied"])
+    if not held or how == "emptied":
+        if held:
+            del held[:]
+            return "emptied"
+        if place.field.type == FieldDescriptor.TYPE_MESSAGE:
+            held.add()  # type: ignore[attr-defined]
+        else:
+            held.append(_random(place.field, random))
+        return "one more"
+    index = random.randrange(len(held))
+    if how == "removed":
+        del held[index]
+    elif how == "twice":
+        held.extend([held[index]])
+    elif place.field.type == FieldDescriptor.TYPE_MESSAGE:
+        other = type(held[0])()
+        other.CopyFrom(held[random.randrange(len(held))])
+        held[index].CopyFrom(other)
+    else:
+        held[index] = random.choice([*held, _random(place.field, random)])
+    return f"[{index}] {how}"
+
+
+def _damage_map(place: Place, random: Random) -> str:
+    held = getattr(place.message, place.field.name)
+    keys = sorted(held)
+    if not keys:
+        return "left empty"
+    key = random.choice(keys)
+    if random.random() < 0.4:
+        del held[key]
+        return f"[{key!r:.40}] removed"
+    other = random.choice(keys)
+    if place.field.message_type.fields_by_name["value"].type == FieldDescriptor.TYPE_MESSAGE:
+        copy = type(held[other])()
+        copy.CopyFrom(held[other])
+        held[key].CopyFrom(copy)
+    else:
+        held[key] = held[other]
+    return f"[{key!r:.40}] as [{other!r:.40}]"
+
+
+def _other(place: Place, by_kind: dict[str, list[Place]], random: Random) -> Any:
+    """Another value for a field: what it is elsewhere, or anything."""
+    if random.random() < 0.5:
+        return getattr(random.choice(by_kind[place.kind]).message, place.field.name)
+    return _random(place.field, random)
+
+
+def _random(field: Any, random: Random) -> Any:
+    match field.cpp_type:
+        case FieldDescriptor.CPPTYPE_STRING:
+            text = random.choice(STRINGS)
+            return text.encode() if field.type == FieldDescriptor.TYPE_BYTES else text
+        case FieldDescriptor.CPPTYPE_BOOL:
+            return random.random() < 0.5
+        case FieldDescriptor.CPPTYPE_FLOAT | FieldDescriptor.CPPTYPE_DOUBLE:
+            return random.choice(FLOATS)
+        case FieldDescriptor.CPPTYPE_ENUM:
+            return random.choice([0, 1, 3, 7, 9, 20, 101, 9999])
+    unsigned = field.cpp_type in (FieldDescriptor.CPPTYPE_UINT32, FieldDescriptor.CPPTYPE_UINT64)
+    small = field.cpp_type in (FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_UINT32)
+    value = random.choice(INTERESTING)
+    value = max(-(1 << 31), min(value, (1 << 31) - 1)) if small else value
+    return abs(value) - (abs(value) == 1 << 31) if unsigned else value
+
+
+def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
+    """Other bytes, and what was done to them."""
+    how = random.choice(["truncated", "flipped", "zeroed", "inserted", "removed", "emptied"])
+    first = random.randrange(max(1, len(data)))
+    size = random.choice([1, 2, 8, 64, 1000])
+    match how:
+        case "truncated":
+            return data[:first], f"truncated at {first} of {len(data)}"
+        case "flipped":
+            return b"".join((data[:first], bytes([data[first] ^ 1 << random.randrange(8)]), data[first + 1 :])), (
+                f"bit flipped at {first} of {len(data)}"
+            )
+        case "zeroed":
+            return data[:first] + bytes(size) + data[first + size :], f"{size} zeroed at {first} of {len(data)}"
+        case "inserted":
+            return data[:first] + random.randbytes(size) + data[first:], f"{size} inserted at {first} of {len(data)}"
+        case "removed":
+            return data[:first] + data[first + size :], f"{size} removed at {first} of {len(data)}"
+    return b"", "emptied"
+
+
+def damage_model(model: Path, random: Random) -> str:
+    """Damage a model in place, and say how."""
+    graph = model / "saved_model.pb"
+    if graph.exists() and random.random() < 0.75:
+        proto = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
+        done = [damage_structure(proto, random) for _ in range(random.choice([1, 1, 1, 2, 4]))]
+        graph.write_bytes(proto.SerializeToString())
+        return "; ".join(done)
+    file = random.choice(sorted(p for p in model.rglob("*") if p.is_file() and p.name != "fingerprint.pb"))
+    data, done_ = damage_bytes(file.read_bytes(), random)
+    file.write_bytes(data)
+    return f"{file.relative_to(model)}: {done_}"

@@ -1,0 +1,172 @@
+"""Commands in processes of their own, watched; forked from one that has imported TensorFlow, so as to start at once.
+
+The server reads a request a line and answers with what became of it. Nothing in it runs an op: TensorFlow's threads,
+which do not survive a fork, are not started yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+CLI = "rewriter.app.cli:main"
+REPOSITORY = Path(__file__).parents[2]
+PAGE = os.sysconf("SC_PAGE_SIZE")
+TICK = 0.002
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function by ``module:name``, and its arguments."""
+
+    function: str
+    arguments: Sequence[Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a process.
+
+    Attributes:
+        code: its exit code; that of `died` is negative.
+        seconds: how long it ran.
+        peak: the most MiB that it held.
+        out: what it wrote to stdout.
+        err: likewise.
+        stopped: why it was stopped from outside, "" if it was not: "signal", "time" or "memory".
+    """
+
+    code: int
+    seconds: float
+    peak: float
+    out: str
+    err: str
+    stopped: str
+
+
+class Server:
+    """A process to fork others from."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.reliability.forks"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**environment, "CUDA_VISIBLE_DEVICES": "-1"},
+        )
+
+    def run(
+        self, *calls: Call, after: float | None = None, by: int = signal.SIGKILL, limit: float = 60, mib: float = 8192
+    ) -> Outcome:
+        """Make some calls, one after the other until one exits, in a new process.
+
+        Args:
+            calls: what to do.
+            after: seconds until the process is sent a signal.
+            by: which.
+            limit: seconds after which it is stopped.
+            mib: MiB above which it is stopped.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        request = {"calls": [asdict(c) for c in calls], "after": after, "by": int(by), "limit": limit, "mib": mib}
+        print(json.dumps(request), file=self._process.stdin, flush=True)
+        return Outcome(**json.loads(self._process.stdout.readline()))
+
+    def cli(self, *arguments: str | Path, before: Sequence[Call] = (), **options: Any) -> Outcome:
+        """Run the command line, after some calls that change the process."""
+        return self.run(*before, Call(CLI, [[str(a) for a in arguments]]), **options)
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+@contextlib.contextmanager
+def server() -> Iterator[Server]:
+    """A server as long as the block runs."""
+    started = Server()
+    try:
+        yield started
+    finally:
+        started.close()
+
+
+def _serve() -> None:
+    for name in ("tensorflow", "rewriter.app.api", "rewriter.app.diff", "rewriter.app.finalize", "rewriter.app.cli"):
+        importlib.import_module(name)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(asdict(_made(**json.loads(line)))) + "\n")
+        sys.stdout.flush()
+
+
+def _made(calls: Sequence[dict[str, Any]], after: float | None, by: int, limit: float, mib: float) -> Outcome:
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.monotonic()
+        child = os.fork()
+        if not child:
+            _child(calls, out.fileno(), err.fileno())
+        stopped, peak = "", 0.0
+        while True:
+            ended, status = os.waitpid(child, os.WNOHANG)
+            seconds = time.monotonic() - start
+            if ended:
+                break
+            with contextlib.suppress(OSError, IndexError):
+                peak = max(peak, int(Path(f"/proc/{child}/statm").read_text().split()[1]) * PAGE / 2**20)
+            if after is not None and seconds >= after and not stopped:
+                stopped = "signal"
+                os.kill(child, by)
+            if seconds > limit or peak > mib:
+                stopped = "memory" if peak > mib else "time"
+                os.kill(child, signal.SIGKILL)
+            time.sleep(TICK)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+        return Outcome(os.waitstatus_to_exitcode(status), seconds, peak, texts[0], texts[1], stopped)
+
+
+def _child(calls: Sequence[dict[str, Any]], out: int, err: int) -> None:
+    """Make the calls; does not return."""
+    code = 0
+    try:
+        os.dup2(out, 1)
+        os.dup2(err, 2)
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  as long as the process
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for call in calls:
+            module, _, name = call["function"].partition(":")
+            getattr(importlib.import_module(module), name)(*call["arguments"])
+    except SystemExit as e:
+        code = e.code if isinstance(e.code, int) else int(e.code is not None)
+    except BaseException:  # noqa: BLE001  a traceback is what is looked for
+        traceback.print_exc()
+        code = 1
+    with contextlib.suppress(Exception):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()

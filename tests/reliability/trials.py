@@ -1,0 +1,109 @@
+"""What the commands make of a model that may be damaged, and whether that is as promised."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.reliability.forks import Call, Outcome, Server
+
+LIMIT = 10.0
+"""Seconds that a command may take for a model of the size of those here."""
+MIB = 3000
+PROGRESS = re.compile(r"\w+: \d+ edits in [\d.]+ s|executing .*")
+PYTHONS = re.compile(r"Traceback|object has no|Error: |KeyError|NoneType|<class|<_|0x[0-9a-f]{8}|assert")
+
+
+class BrokenPromiseError(AssertionError):
+    """A command did what it should never do."""
+
+
+def content(directory: Path) -> dict[str, str]:
+    """A digest of each file below a directory."""
+    files = sorted(p for p in directory.rglob("*") if p.is_file())
+    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def judged(outcome: Outcome, what: str) -> str:
+    """ "done" or "refused"; raises what is neither.
+
+    Raises:
+        BrokenPromiseError: a hang, too much memory, a crash, a traceback, or an error that is not one line.
+    """
+    told = f"{what}: exit code {outcome.code} after {outcome.seconds:.1f} s, {outcome.peak:.0f} MiB\n{outcome.err}"
+    if outcome.stopped in ("time", "memory"):
+        raise BrokenPromiseError(f"too much {outcome.stopped}: {told}")
+    lines = [line for line in outcome.err.splitlines() if not PROGRESS.fullmatch(line)]
+    if outcome.code == 0:
+        if lines:
+            raise BrokenPromiseError(f"done, with noise: {told}")
+        return "done"
+    if outcome.code != 2:
+        raise BrokenPromiseError(told)
+    if len(lines) != 1 or not lines[0].startswith("bnqat: error: ") or not lines[0].isprintable():
+        raise BrokenPromiseError(f"not one line: {told}")
+    if PYTHONS.search(lines[0].removeprefix("bnqat: error: ")):
+        raise BrokenPromiseError(f"no sentence for a user: {told}")
+    return "refused"
+
+
+def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
+    """What each command makes of a model: inspect, rewrite, and of what was written diff and finalize.
+
+    Args:
+        server: to run them in.
+        model: what may be damaged.
+        folder: an empty one to write to.
+
+    Yields:
+        For each command its name and "done" or "refused".
+
+    Raises:
+        BrokenPromiseError: one did what it should never do.
+    """
+    before = content(model)
+    target, final = folder / "target", folder / "final"
+    yield f"inspect {judged(server.cli('inspect', model, limit=LIMIT, mib=MIB), 'inspect')}"
+    for command, source, written in (("rewrite", model, target), ("finalize", target, final)):
+        outcome = judged(server.cli(command, source, written, limit=LIMIT, mib=MIB), command)
+        yield f"{command} {outcome}"
+        if sorted(folder.iterdir()) != sorted(p for p in (target, final) if p.exists()):
+            raise BrokenPromiseError(f"{command} left {sorted(folder.iterdir())}")
+        if (outcome == "done") != written.exists():
+            raise BrokenPromiseError(f"{command} {outcome}, and {written} is {'there' if written.exists() else 'not'}")
+        if outcome == "refused":
+            break
+        yield loads(server, source, written, command)
+        if command == "rewrite":
+            yield f"diff {judged(server.cli('diff', model, target, limit=LIMIT, mib=MIB), 'diff')}"
+    if content(model) != before:
+        raise BrokenPromiseError("the source was changed")
+
+
+def loads(server: Server, source: Path, written: Path, command: str) -> str:
+    """Whether TensorFlow loads what was written; it may only fail where TensorFlow does not load the source either."""
+    load = "tests.reliability.trials:load"
+    after = server.run(Call(load, [str(written)]))
+    if after.code == 0:
+        return f"{command} loads"
+    before = server.run(Call(load, [str(source)]))
+    if before.code == 0:
+        raise BrokenPromiseError(f"{command}: {written} does not load\n{after.err[-2000:]}")
+    return f"{command} of what does not load"
+
+
+def load(model: str) -> None:
+    """Load a model, in TensorFlow 2's way or, where that is not its format, in TensorFlow 1's."""
+    import tensorflow as tf
+
+    tf.saved_model.load(model)
+
+
+def fresh(folder: Path) -> Path:
+    """An empty folder."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
