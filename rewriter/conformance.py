@@ -71,6 +71,9 @@ class _Nodes:
                 yield from wrong or self._input_problems(node, _runs(definition.input_arg, attrs))
                 if not wrong and sum(count for count, _ in _runs(definition.output_arg, attrs)) > MANY:
                     yield f"{node.name} ({node.op}) has more than {MANY} outputs"
+        shapes = self.graph.attrs.get("_input_shapes")
+        if shapes is not None and len(shapes.list.shape) != len(self.graph.arguments):
+            yield f"its attribute _input_shapes is not one of {len(self.graph.arguments)} shapes"
         for result in self.graph.results:
             made = self._dtype(result.value) if result.value.node in self.graph.nodes else None
             if made is not None and result.dtype and ops.dtype_name(made).removesuffix("_ref") != result.dtype:

@@ -10,7 +10,7 @@ import click
 
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
-from rewriter.app.guard import one_line, progress, refuse_file, write_file
+from rewriter.app.guard import Commands, one_line, progress, refuse_file, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
 from rewriter.app.show import show_rewrite
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rewriter.app.settings import Settings
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="bnqat")
 def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.

@@ -14,7 +14,7 @@ import click
 
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.app.guard import one_line, refuse_file, write_file
-from rewriter.app.options import TAGS, width
+from rewriter.app.options import RUN_TRUSTED, TAGS, width
 from rewriter.app.show import show_inspection, show_sensitivity, show_verification
 from rewriter.app.show_diff import show_diff
 from rewriter.app.waiting import waiting
@@ -134,8 +134,9 @@ def _put(text: str, output: Path | None) -> None:
 @click.argument("after", type=click.Path(path_type=Path), metavar="B")
 @click.option("--inputs", "inputs_file", type=click.Path(path_type=Path, dir_okay=False), help="Inputs, an .npz file.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of random inputs.")
+@RUN_TRUSTED
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_json: bool) -> None:
+def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, trust: bool, as_json: bool) -> None:
     """Check that B, which a rewrite made of A, does what it promises. This executes both models."""
 
     def check() -> None:
@@ -152,7 +153,7 @@ def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_js
         click.echo(f"executing {before} and {after}", err=True)
         inputs = None if inputs_file is None else arrays(inputs_file)
         with waiting("running both"):
-            found = claims(before, after, inputs=inputs, seed=seed)
+            found = claims(before, after, inputs=inputs, seed=seed, trust=trust)
         if as_json:
             click.echo(found.to_json())
         else:
@@ -174,8 +175,11 @@ def verify(before: Path, after: Path, inputs_file: Path | None, seed: int, as_js
 @click.option(
     "--plot", "plot_file", type=click.Path(path_type=Path, dir_okay=False), help="Draw them: .svg, .png, .pdf."
 )
+@RUN_TRUSTED
 @click.option("--json", "as_json", is_flag=True, help="Print the table as JSON.")
-def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | None, as_json: bool) -> None:
+def sensitivity(
+    *, model: Path, inputs_file: Path, bits: str, plot_file: Path | None, trust: bool, as_json: bool
+) -> None:
     """Show how much each quantiser of QAT_MODEL alone changes the outputs. This executes the model."""
     try:
         widths = [width(text) for text in bits.split(",")]
@@ -199,7 +203,11 @@ def sensitivity(model: Path, inputs_file: Path, bits: str, plot_file: Path | Non
         arrays = measure.arrays(inputs_file)
         console = Console(stderr=True)
         found = measure.sensitivity(
-            model, arrays, bits=widths, progress=lambda runs: track(runs, "quantisers", console=console, transient=True)
+            model,
+            arrays,
+            bits=widths,
+            trust=trust,
+            progress=lambda runs: track(runs, "quantisers", console=console, transient=True),
         )
         if as_json:
             click.echo(found.to_json())

@@ -6,10 +6,11 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -30,7 +31,6 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
 
     What a user can mend becomes one line and exit code 2.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         for check in checks:
             check()
@@ -44,8 +44,34 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
         raise  # the reader has had enough, which click knows how to end
     except OSError as e:
         fail(reason(e))
-    except KeyboardInterrupt:
-        fail("interrupted; nothing was written")
+
+
+class Commands(click.Group):
+    """Commands that end with one line and exit code 2 where they are interrupted, too."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Run the command line."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _interrupt)
+        try:
+            return super().main(*args, **options)
+        finally:
+            if INTERRUPTED.is_set():
+                sys.exit(EXIT_FAILED)
+
+
+INTERRUPTED = threading.Event()
+"""Whether it was said that the command is interrupted."""
+
+
+def _interrupt(number: int, _frame: object) -> None:
+    # What is to be tidied up takes moments, and is not to be interrupted again. Not by click: it may be at work.
+    signal.signal(number, signal.SIG_IGN)
+    INTERRUPTED.set()
+    os.write(2, b"bnqat: error: interrupted; nothing is left half-written\n")
+    # Where the exception arrives in a library, that may end it, or take it for an error of its own.
+    sys.unraisablehook = lambda _: None
+    sys.exit(EXIT_FAILED)
 
 
 def progress(step: Step) -> None:
@@ -53,9 +79,15 @@ def progress(step: Step) -> None:
     click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
+def printable(text: str) -> str:
+    """A text with what a terminal would obey spelled as Python does."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def fail(message: str) -> None:
     """Say what is wrong in one line, and exit with code 2."""
-    click.echo(f"bnqat: error: {' '.join(message.split())}", err=True)
+    if not INTERRUPTED.is_set():
+        click.echo(f"bnqat: error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(EXIT_FAILED)
 
 

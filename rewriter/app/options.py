@@ -82,3 +82,7 @@ def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str]
 TAGS = click.option(
     "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
 )
+
+RUN_TRUSTED = click.option(
+    "--trust", is_flag=True, help="Run it even if it holds ops for files, the network or Python."
+)

@@ -14,6 +14,8 @@ import numpy as np
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
 from rewriter.app.api import inspect
 from rewriter.ir import Error
+from rewriter.reach import refuse_reaching
+from rewriter.savedmodel.read import load
 
 WIDTHS = (8, 6, 4, 3, 2)
 
@@ -51,20 +53,23 @@ def sensitivity(
     inputs: Mapping[str, np.ndarray],
     *,
     bits: Sequence[int] = WIDTHS,
+    trust: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Sensitivity:
     """Run a rewritten model on inputs, each time with one quantiser of one layer acting at one width.
 
-    The model is executed: give it none that you do not trust. Widths are assigned, so it is loaded once.
+    The model is executed. Widths are assigned, so it is loaded once.
 
     Args:
         model: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not.
         inputs: what its default signature takes, by name; one array may have any name.
         bits: the widths, each from 2 to 16.
+        trust: run a model that holds ops for files, the network or Python.
         progress: wraps the runs, to show how far they are.
 
     Raises:
-        Error: the model has no quantisers, an input is missing or of another shape, or a width is out of range.
+        Error: the model has no quantisers, or is not trusted and holds such ops, an input is missing or of another
+            shape, or a width is out of range.
     """
     import tensorflow as tf
 
@@ -76,6 +81,7 @@ def sensitivity(
         if not MIN_BITS <= width <= MAX_BITS:
             raise Error(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}")
     known = _quantizers(model)
+    refuse_reaching(model, load(model), trust=trust)
     loaded = tf.saved_model.load(str(model))
     run, count = _runner(loaded, inputs)
     widths = _widths(loaded)

@@ -235,7 +235,7 @@ def _read(file: Path) -> dict[str, Any]:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         raise Error(f"the configuration {file} cannot be read: {getattr(e, 'strerror', None) or e}") from e
-    except tomllib.TOMLDecodeError as e:
+    except (ValueError, RecursionError) as e:  # not TOML, or numbers too long or tables too deep for Python
         raise Error(f"the configuration {file} is not TOML: {e}") from e
 
 

@@ -38,7 +38,7 @@ class Checkpoint:
             self._reader: Any = tf.train.load_checkpoint(str(prefix))
             self.shapes: Mapping[str, list[int]] = self._reader.get_variable_to_shape_map()
             self.dtypes: Mapping[str, Any] = self._reader.get_variable_to_dtype_map()
-        except (ValueError, RuntimeError, tf.errors.OpError) as e:
+        except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as e:
             raise Error(f"cannot read the checkpoint {prefix}: {_first_line(e)}") from e
 
     def bytes_of(self, key: str) -> bytes:

@@ -20,7 +20,13 @@ from rewriter.savedmodel.files import Stamps, refuse_names, stamps
 from rewriter.savedmodel.graphs import definitions, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
 from rewriter.savedmodel.objects import owned, read_entries, read_variables
-from rewriter.savedmodel.references import INIT_SIGNATURE, refuse_dangling, refuse_signatures, refuse_unlike
+from rewriter.savedmodel.references import (
+    INIT_SIGNATURE,
+    refuse_dangling,
+    refuse_signatures,
+    refuse_structures,
+    refuse_unlike,
+)
 from rewriter.savedmodel.staging import require_model
 
 SERVE_TAG = "serve"
@@ -80,6 +86,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     checkpoint = checkpoint_in(path)
     trackables = _trackables(path, checkpoint)
     refuse_dangling(path, meta.object_graph_def, trackables)
+    refuse_structures(path, meta.object_graph_def)
     source = Source(path, file.name, proto, index, checkpoint, trackables, {}, protos, stamped)
     values = None if checkpoint is None else checkpoint.tensor
     objects = bool(meta.object_graph_def.nodes)
@@ -92,6 +99,8 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     model = interpreted(model)
     check_entries(model)
     refuse_signatures(path, meta, model)
+    if model.variables and not objects and not meta.saver_def.restore_op_name:
+        raise Error(f"{path} has variables and nothing that restores them")
     if checkpoint is not None:
         refuse_unlike(path, model, checkpoint)
     if checkpoint is None and model.variables:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tensorflow.python.saved_model import nested_structure_coder
+
 from rewriter import ops
 from rewriter.ir import MAIN, Error, Model
 from rewriter.savedmodel.checkpoint import Checkpoint
@@ -32,11 +34,49 @@ def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
             if name not in objects.concrete_functions:
                 raise Error(f"{path}: object {number} is the concrete function {name!r}, which does not exist")
     for number, held in enumerate(trackables.nodes):
+        known = {c.local_name: c.node_id for c in objects.nodes[number].children} if number < len(objects.nodes) else {}
         for child in held.children:
+            if known.get(child.local_name, child.node_id) != child.node_id:
+                raise Error(
+                    f"{path}: {child.local_name!r} of object {number} is object {known[child.local_name]}, and in the "
+                    f"checkpoint object {child.node_id}"
+                )
             if not 0 <= child.node_id < len(trackables.nodes):
                 raise Error(
                     f"{path}: in the checkpoint, object {number} has a child {child.node_id}, which is not there"
                 )
+
+
+def refuse_structures(path: Path, objects: Any) -> None:
+    """Refuse signatures of concrete functions that TensorFlow cannot decode.
+
+    Raises:
+        Error: names the function or object.
+    """
+    for number, held in enumerate(objects.nodes):
+        if held.WhichOneof("kind") in ("function", "bare_concrete_function"):
+            own = getattr(held, held.WhichOneof("kind"))
+            if held.WhichOneof("kind") == "function" or own.HasField("function_spec"):
+                _refuse_undecodable(path, own.function_spec, f"of object {number}")
+    for name, function in objects.concrete_functions.items():
+        for field in ("canonicalized_input_signature", "output_signature"):
+            if function.HasField(field):
+                _decoded(path, getattr(function, field), f"of the concrete function {name!r}")
+
+
+def _refuse_undecodable(path: Path, spec: Any, whose: str) -> None:
+    _decoded(path, spec.input_signature, whose)
+    arguments = _decoded(path, spec.fullargspec, whose)
+    if not isinstance(getattr(arguments, "args", None), list | tuple):
+        raise Error(f"{path}: the argument names {whose} are damaged")
+
+
+def _decoded(path: Path, structure: Any, whose: str) -> Any:
+    try:
+        return nested_structure_coder.decode_proto(structure)
+    except Exception as e:
+        # Whatever TensorFlow raises here, it raises for those who load the model.
+        raise Error(f"{path}: the signature {whose} cannot be decoded") from e
 
 
 def _numbers(objects: Any) -> Iterator[tuple[int, str]]:
@@ -83,11 +123,18 @@ def refuse_unlike(path: Path, model: Model, checkpoint: Checkpoint) -> None:
 
 
 def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
-    """Refuse signatures of tensors that the main graph does not compute.
+    """Refuse signatures of tensors that the main graph does not compute, or of other numbers than their function has.
 
     Raises:
-        Error: names the signature and the tensor.
+        Error: names the signature and what is wrong.
     """
+    for name, known in model.signatures.items():
+        entry = model.entries.get(known.entry)
+        if entry is not None and (len(known.inputs), len(known.outputs)) != (len(entry.inputs), len(entry.outputs)):
+            raise Error(
+                f"{path}: the signature {name!r} has {len(known.inputs)} inputs and {len(known.outputs)} outputs, and "
+                f"its function {known.entry} has {len(entry.inputs)} and {len(entry.outputs)}"
+            )
     main = model.graphs[MAIN]
     for name, signature in meta.signature_def.items():
         for key, info in (*signature.inputs.items(), *signature.outputs.items()):

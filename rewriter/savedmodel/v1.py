@@ -63,6 +63,8 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
     """The checkpoint name of each variable that the saver restores, by the variable's node."""
     if not saver_def.restore_op_name:
         return {}
+    if saver_def.restore_op_name not in main.nodes:
+        raise Error(f"the saver restores by {saver_def.restore_op_name!r}, which the graph does not hold")
     found = {}
     for name in Assumption(model, main, {}).needed([saver_def.restore_op_name]):
         node = main.nodes[name]

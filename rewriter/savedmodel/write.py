@@ -78,38 +78,59 @@ def save(
     source: Source = model.source
     target = Path(target)
     refuse_overlap(source.path, target)
-    with staged(target, overwrite) as directory:
-        changed = bool(model.attributes or model.assigned or synchronized_otherwise(model))
-        changed = changed or len(model.graphs) != len(source.protos)
-        changed = changed or any(model.graphs.get(n) is not g for n, (g, _) in source.protos.items())
-        written, changes = _lower(model) if changed else (model, [])
-        proto, trackables = written.source.proto, written.source.trackables
-        _write_proto(directory / source.file, proto)
-        _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
-        for name in without:
-            (directory / EXTRA / name).unlink(missing_ok=True)
-        if changed:
-            changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
-        if source.checkpoint is not None and not changed:
-            shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
-        if changed and (source.checkpoint is not None or _added(model)):
-            prefix = directory / "variables" / "variables"
-            keys = (
-                checkpoint_keys(trackables, source.checkpoint.shapes) if _shrunk(model) and source.checkpoint else None
-            )
-            checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables), keys)
-        if log is not None:
-            extra = directory / EXTRA
-            extra.mkdir(exist_ok=True)
-            held = replace(written.source, path=directory, checkpoint=checkpoint_in(directory))
-            seen = interpreted(replace(written, source=held))
-            for name, text in log(Written(seen, changes)).items():
-                (extra / name).write_text(text, encoding="utf-8")
-        if stamps(source.path) != source.stamps:
-            raise Error(
-                f"{source.path} changed while it was read; nothing was written, run this again when it is whole"
-            )
+    try:
+        with staged(target, overwrite) as directory:
+            changes = _write(model, directory, log, without)
+            _refuse_changed(source)
+    except Error:
+        _refuse_changed(source)  # which explains whatever else went wrong
+        raise
     return changes
+
+
+def _write(
+    model: Model,
+    directory: Path,
+    log: Callable[[Written], Mapping[str, str]] | None,
+    without: Collection[str],
+) -> list[str]:
+    """Write a model to an empty directory; what had to change besides the graphs."""
+    source: Source = model.source
+    changed = bool(model.attributes or model.assigned or synchronized_otherwise(model))
+    changed = changed or len(model.graphs) != len(source.protos)
+    changed = changed or any(model.graphs.get(n) is not g for n, (g, _) in source.protos.items())
+    written, changes = _lower(model) if changed else (model, [])
+    proto, trackables = written.source.proto, written.source.trackables
+    _write_proto(directory / source.file, proto)
+    _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
+    for name in without:
+        (directory / EXTRA / name).unlink(missing_ok=True)
+    if changed:
+        changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
+    if source.checkpoint is not None and not changed:
+        shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
+    if changed and (source.checkpoint is not None or _added(model)):
+        prefix = directory / "variables" / "variables"
+        keys = checkpoint_keys(trackables, source.checkpoint.shapes) if _shrunk(model) and source.checkpoint else None
+        checkpoint.copy(source.checkpoint, prefix, _changed_tensors(model, trackables), keys)
+    if log is not None:
+        extra = directory / EXTRA
+        extra.mkdir(exist_ok=True)
+        held = replace(written.source, path=directory, checkpoint=checkpoint_in(directory))
+        seen = interpreted(replace(written, source=held))
+        for name, text in log(Written(seen, changes)).items():
+            (extra / name).write_text(text, encoding="utf-8")
+    return changes
+
+
+def _refuse_changed(source: Source) -> None:
+    """Refuse what may have been read in part before, in part after a change.
+
+    Raises:
+        Error: files of the source are no longer what they were.
+    """
+    if stamps(source.path) != source.stamps:
+        raise Error(f"{source.path} changed while it was read; nothing was written, run this again when it is whole")
 
 
 def _write_proto(file: Path, proto: Any) -> None:

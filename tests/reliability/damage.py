@@ -189,3 +189,34 @@ def damage_model(model: Path, random: Random) -> str:
     data, done_ = damage_bytes(file.read_bytes(), random)
     file.write_bytes(data)
     return f"{file.relative_to(model)}: {done_}"
+
+
+VALUES = (
+    b"0",
+    b"-1",
+    b"17",
+    b"1e400",
+    b"nan",
+    b'"affine"',
+    b"[]",
+    b"[1, 2]",
+    b"{}",
+    b"true",
+    b'"\\u0000"',
+    b"9" * 5000,
+)
+
+
+def damage_configuration(data: bytes, random: Random) -> bytes:
+    """A configuration with a value exchanged, a line moved, or bytes changed."""
+    lines = data.splitlines()
+    how = random.choice(["value", "line", "bytes"])
+    keys = [i for i, line in enumerate(lines) if b" = " in line]
+    if how == "value" and keys:
+        index = random.choice(keys)
+        lines[index] = lines[index].partition(b" = ")[0] + b" = " + random.choice(VALUES)
+        return b"\n".join(lines)
+    if how == "line" and lines:
+        lines.insert(random.randrange(len(lines)), random.choice([*lines, b"[rules]", b"[[rules]]", b"x = 1"]))
+        return b"\n".join(lines)
+    return damage_bytes(data, random)[0]

@@ -18,6 +18,7 @@ from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
 from rewriter.app.verification.training import Trained, train
 from rewriter.ir import Error, Model
+from rewriter.reach import refuse_reaching
 from rewriter.report import SCHEMA_VERSION
 from rewriter.savedmodel.read import load
 
@@ -88,24 +89,33 @@ class Verification:
 
 
 def verify(
-    before: str | Path, after: str | Path, *, inputs: Mapping[str, np.ndarray] | None = None, seed: int = 0
+    before: str | Path,
+    after: str | Path,
+    *,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    seed: int = 0,
+    trust: bool = False,
 ) -> Verification:
     """Run a model and what it was rewritten to, and compare.
 
-    Both are executed: give it none that you do not trust. Their directories are not changed.
+    Both are executed. Their directories are not changed, at least not by bnqat.
 
     Args:
         before: a directory with the source.
         after: a directory with the result, trained and saved again or not.
         inputs: what the signatures take, by name; one array may have any name. Random ones, if not given.
         seed: of the random inputs.
+        trust: run models that hold ops for files, the network or Python.
 
     Raises:
-        Error: a model cannot be read, no signature takes the inputs, or the source runs on no random ones.
+        Error: a model cannot be read, is not trusted and holds such ops, no signature takes the inputs, or the source
+            runs on no random ones.
     """
     if inputs is not None and not isinstance(inputs, Mapping):
         raise Error("inputs are arrays by name, a dict")
     pair = Pair(Path(before), Path(after), load(before), load(after))
+    refuse_reaching(before, pair.source, trust=trust)
+    refuse_reaching(after, pair.result, trust=trust)
     serving = serve(pair, inputs, seed)
     trained = train(pair, inputs, seed)
     claims = [

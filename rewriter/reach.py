@@ -1,0 +1,101 @@
+"""Ops that reach beyond the model: files, the network, Python.
+
+Source: op definitions of TensorFlow 2.21 (``tensorflow/core/ops``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN, Error, Model, Node
+
+# fmt: off
+FILES = frozenset(
+    {
+        "CacheDataset", "CacheDatasetV2", "CreateSummaryDbWriter", "CreateSummaryFileWriter", "DatasetToTFRecord",
+        "DistributedSave", "ExperimentalDatasetToTFRecord", "ExperimentalMatchingFilesDataset",
+        "ExperimentalSqlDataset", "FileSystemSetConfiguration", "FixedLengthRecordDataset",
+        "FixedLengthRecordDatasetV2", "FixedLengthRecordReader", "FixedLengthRecordReaderV2",
+        "InitializeTableFromTextFile", "InitializeTableFromTextFileV2", "LMDBDataset", "LMDBReader",
+        "ListSnapshotChunksDataset", "LoadAndRemapMatrix", "LoadDataset", "MatchingFiles", "MatchingFilesDataset",
+        "MergeV2Checkpoints", "ReadFile", "RecordInput", "Restore", "RestoreSlice", "RestoreV2", "Save",
+        "SaveDataset", "SaveDatasetV2", "SaveSlices", "SaveV2", "SnapshotChunkDataset", "SnapshotDataset",
+        "SnapshotDatasetReader", "SnapshotDatasetV2", "SnapshotNestedDatasetReader", "SqlDataset", "TFRecordDataset",
+        "TFRecordDatasetV2", "TFRecordReader", "TFRecordReaderV2", "TextLineDataset", "TextLineReader",
+        "TextLineReaderV2", "WholeFileReader", "WholeFileReaderV2", "WriteFile",
+    }
+)
+NETWORK = frozenset(
+    {
+        "ConfigureAndInitializeGlobalTPU", "ConfigureDistributedTPU", "DataServiceDataset", "DataServiceDatasetV2",
+        "DataServiceDatasetV3", "DataServiceDatasetV4", "DebugIdentity", "DebugIdentityV2", "DebugIdentityV3",
+        "DebugNanCount", "DebugNumericSummary", "DebugNumericSummaryV2", "RegisterDataset", "RegisterDatasetV2",
+        "RpcCall", "RpcClient", "RpcServer",
+    }
+)
+PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
+# fmt: on
+REACHED = {**dict.fromkeys(FILES, "files"), **dict.fromkeys(NETWORK, "the network"), **dict.fromkeys(PYTHON, "Python")}
+"""What each op reaches."""
+
+SAVER = frozenset({"MergeV2Checkpoints", "Restore", "RestoreSlice", "RestoreV2", "Save", "SaveSlices", "SaveV2"})
+"""Ops that a saver in the main graph consists of, by which every model is saved and restored."""
+
+
+class Reach(NamedTuple):
+    """A node that reaches beyond the model, and what it reaches."""
+
+    op: str
+    node: str
+    graph: str
+    what: str
+
+
+def reaching(model: Model) -> tuple[Reach, ...]:
+    """All nodes that reach files, the network or Python when they run, but for those of the model's own saver."""
+    return tuple(_reaching(model))
+
+
+def refuse_reaching(path: str | Path, model: Model, *, trust: bool) -> None:
+    """Refuse to run a model that reaches beyond itself, unless it is trusted.
+
+    Raises:
+        Error: says which ops reach what, and where the first of each is.
+    """
+    found: dict[str, list[Reach]] = {}
+    for reach in () if trust else reaching(model):
+        found.setdefault(reach.op, []).append(reach)
+    if found:
+        each = (
+            f"{n[0].what} by {op} ({len(n)}, first {n[0].node} in {n[0].graph or 'the main graph'})"
+            for op, n in found.items()
+        )
+        raise Error(f"{path} would be run, and reaches {'; '.join(each)}; pass --trust if you trust it")
+
+
+def _reaching(model: Model) -> Iterator[Reach]:
+    savers = _only_saving(model)
+    for graph in model.graphs.values():
+        for node in graph.nodes.values():
+            what = _reached(node)
+            if what and not (node.op in SAVER and (graph.name == MAIN or graph.name in savers)):
+                yield Reach(node.op, node.name, graph.name, what)
+
+
+def _reached(node: Node) -> str:
+    if node.op == "PrintV2" and node.attrs["output_stream"].s.startswith(b"file://"):
+        return "files"
+    return REACHED.get(node.op, "")
+
+
+def _only_saving(model: Model) -> frozenset[str]:
+    """Functions that only the main graph calls, and that no object holds: TensorFlow makes the saver of them."""
+    callers: dict[str, set[str]] = {}
+    for caller, calls in model.analysis(call_graph).calls.items():
+        for call in calls:
+            callers.setdefault(call.callee, set()).add(caller)
+    held = set(model.entries) | {name for names in model.owned.values() for name in names}
+    return frozenset(name for name, by in callers.items() if by == {MAIN} and name not in held)

@@ -1,0 +1,121 @@
+"""Faults while a model is written, and what has to be true after each."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.reliability.forks import Call, Outcome, Server
+from tests.reliability.trials import BrokenPromiseError, content, judged
+
+OURS = re.compile(r"\.target\.bnqat-[0-9a-f]{8}(\.lock|-old)?")
+HERE = "tests.reliability.conditions"
+
+
+class Writing:
+    """A command that writes a model, its source, and what it writes when nothing goes wrong.
+
+    Attributes:
+        folder: what the destination is in.
+        target: the destination.
+        expected: digests of what is written.
+        earlier: digests of what is there to be overwritten; None where nothing is.
+    """
+
+    def __init__(self, server: Server, command: str, source: Path, folder: Path, *, overwrite: bool = False) -> None:
+        self.server = server
+        self.source = source
+        self.folder = folder
+        self.target = folder / "target"
+        self._before = content(source)
+        self._arguments: list[str | Path] = [command, source, self.target, *(["--overwrite"] if overwrite else [])]
+        self._earlier = source if overwrite else None
+        self.earlier: Mapping[str, str] | None = self._before if overwrite else None
+        self.reset()
+        outcome = server.cli(*self._arguments)
+        if judged(outcome, command) != "done":
+            raise BrokenPromiseError(f"{command} of {source}: {outcome.err}")
+        self.seconds = outcome.seconds
+        self.expected = content(self.target)
+
+    def reset(self) -> None:
+        """Make everything as it is before the command runs."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        if self._earlier is not None:
+            shutil.copytree(self._earlier, self.target)
+
+    def run(self, *before: Call, **options: Any) -> Outcome:
+        """Run the command; the destination is reset before."""
+        self.reset()
+        return self.start(self.server, before, **options)
+
+    def start(self, server: Server, before: Sequence[Call] = (), **options: Any) -> Outcome:
+        """Run the command in some server, whatever is at the destination."""
+        return server.cli(*self._arguments, before=before, **options)
+
+    def checked(self, outcome: Outcome, what: str) -> str:
+        """Check what is true after any fault, run the command once more, and check that nothing is left of the fault.
+
+        Returns:
+            What the fault came to: "before" or "after" the destination took its place, each with what was left.
+
+        Raises:
+            BrokenPromiseError: something is lost, half-written or left for ever.
+        """
+        told = f"{what}: {outcome}"
+        if content(self.source) != self._before:
+            raise BrokenPromiseError(f"the source was changed: {told}")
+        held = content(self.target) if self.target.exists() else None
+        if held not in (self.expected, self.earlier):
+            raise BrokenPromiseError(f"{self.target} is neither as before nor whole: {told}")
+        left = sorted(p.name for p in self.folder.iterdir() if p != self.target)
+        if any(not OURS.fullmatch(name) for name in left):
+            raise BrokenPromiseError(f"left {left}: {told}")
+        again = self.server.cli(*self._arguments)
+        if held is None or self.earlier is not None:
+            if judged(again, f"after {what}") != "done" or content(self.target) != self.expected:
+                raise BrokenPromiseError(f"the next run did not write the model: {again}, after {told}")
+        else:  # it is there, so that the next run refuses to write
+            shutil.rmtree(self.target)
+            again = self.server.cli(*self._arguments)
+        if sorted(self.folder.iterdir()) != [self.target] or content(self.target) != self.expected:
+            raise BrokenPromiseError(f"the next run left {sorted(self.folder.iterdir())}: {again}, after {told}")
+        moment = "after" if held == self.expected and held != self.earlier else "before"
+        return f"{moment}, {'something' if left else 'nothing'} left"
+
+    def events(self) -> int:
+        """How many audit events about files in the folder a run causes."""
+        outcome = self.run(Call(f"{HERE}:counting", [str(self.folder)]))
+        (found,) = re.findall(r"events: (\d+)", outcome.out)
+        return int(found)
+
+    def killed(self, share: float) -> str:
+        """Kill it at a moment, given as a share of the time that it takes."""
+        after = share * self.seconds
+        return self.checked(self.run(after=after), f"killed after {after:.3f} s")
+
+    def killed_at(self, moment: int) -> str:
+        """Kill it at an event."""
+        outcome = self.run(Call(f"{HERE}:killed_at", [str(self.folder), moment]))
+        return self.checked(outcome, f"killed at event {moment}")
+
+    def interrupted(self, share: float) -> str:
+        """Interrupt it at such a moment, as Ctrl-C does."""
+        after = share * self.seconds
+        outcome = self.run(after=after, by=2)
+        said = judged(outcome, f"interrupted after {after:.3f} s")
+        if said == "refused" and "interrupted" not in outcome.err:
+            raise BrokenPromiseError(f"it does not say that it was interrupted: {outcome}")
+        return f"{self.checked(outcome, f'interrupted after {after:.3f} s')}, {said}"
+
+
+def writings(server: Server, model: Path, rewritten: Path, folder: Path) -> Iterator[tuple[str, Writing]]:
+    """The commands that write models, each to a new destination and over an old one."""
+    for command, source in (("rewrite", model), ("finalize", rewritten)):
+        for overwrite in (False, True):
+            name = f"{command}{' --overwrite' if overwrite else ''}"
+            yield name, Writing(server, command, source, folder / name.replace(" ", ""), overwrite=overwrite)

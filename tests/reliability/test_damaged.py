@@ -1,0 +1,202 @@
+"""Damaged models and configurations: done, or one sentence; never a traceback, a hang, or what does not load."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.reliability.damage import damage_configuration, damage_model
+from tests.reliability.forks import Server, server
+from tests.reliability.hostile import changed
+from tests.reliability.trials import fresh, judged, trial
+
+MODELS = ("keras_export", "v1_two_fused", "module_train", "if", "nested")
+"""Small ones of each format, some with several functions; `make soak` goes on for an hour."""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Server]:
+    """Where commands run."""
+    with server() as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for one trial after the other."""
+    return tmp_path_factory.mktemp("damaged")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, name: str) -> None:
+    """What trials find where nothing is wrong: every step is done."""
+    found = list(trial(forks, model(name), fresh(space)))
+    assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(found), found
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
+def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
+    source = fresh(space) / "source"
+    shutil.copytree(model(name), source)
+    damage_model(source, random)
+    (space / "out").mkdir()
+    list(trial(forks, source, space / "out"))
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(random=st.randoms(use_true_random=True))
+def test_damaged_rewritten_models(forks: Server, rewritten: Callable[..., Path], space: Path, random: Random) -> None:
+    source = fresh(space) / "source"
+    shutil.copytree(rewritten("keras_export"), source)
+    damage_model(source, random)
+    for arguments in (("inspect", source), ("finalize", source, space / "final")):
+        judged(forks.cli(*arguments, limit=10, mib=3000), str(arguments))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@given(random=st.randoms(use_true_random=True))
+def test_damaged_configurations(forks: Server, space: Path, random: Random) -> None:
+    file = fresh(space) / "bnqat.toml"
+    written = forks.cli("rewrite", "--bits", "gamma=4,beta=8", "--print-config")
+    assert written.code == 0
+    file.write_bytes(damage_configuration(written.out.encode(), random))
+    judged(forks.cli("rewrite", "--config", file, "--print-config", limit=10, mib=3000), "--print-config")
+
+
+def _functions(meta: Any) -> Any:
+    return meta.graph_def.library.function
+
+
+def _largest(meta: Any) -> Any:
+    return max(_functions(meta), key=lambda f: len(f.node_def))
+
+
+def _cyclic_nodes(meta: Any) -> None:
+    node = _largest(meta).node_def[-1]
+    node.input.append(f"^{node.name}")
+
+
+def _cyclic_calls(meta: Any) -> None:
+    for function in _functions(meta):
+        for node in function.node_def:
+            if "f" in node.attr:
+                node.attr["f"].func.name = function.signature.name
+
+
+def _unknown_function(meta: Any) -> None:
+    next(n for n in meta.graph_def.node if "f" in n.attr).attr["f"].func.name = "nowhere"
+
+
+def _unknown_op(meta: Any) -> None:
+    _largest(meta).node_def[0].op = "NoSuchOp"
+
+
+def _dangling_input(meta: Any) -> None:
+    node = next(n for n in _largest(meta).node_def if n.input)
+    node.input[0] = "nowhere:output:0"
+
+
+def _no_such_output(meta: Any) -> None:
+    node = next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3")
+    user = next(n for n in _largest(meta).node_def if f"{node.name}:y:0" in n.input)
+    user.input[list(user.input).index(f"{node.name}:y:0")] = f"{node.name}:y:1"
+
+
+def _duplicate_names(meta: Any) -> None:
+    _largest(meta).node_def[1].name = _largest(meta).node_def[0].name
+
+
+def _duplicate_functions(meta: Any) -> None:
+    _functions(meta).add().CopyFrom(_functions(meta)[0])
+
+
+def _wrong_type(meta: Any) -> None:
+    next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3").attr["T"].type = 9
+
+
+def _wrong_attribute(meta: Any) -> None:
+    next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3").attr["epsilon"].s = b"small"
+
+
+def _huge_constant(meta: Any) -> None:
+    for node in _largest(meta).node_def:
+        if node.op == "Const":
+            for size in (1 << 40, 1 << 20):
+                node.attr["value"].tensor.tensor_shape.dim.add().size = size
+
+
+def _huge_list(meta: Any) -> None:
+    node = _largest(meta).node_def.add(name="many", op="Pack")
+    node.attr["N"].i = 1 << 60
+    node.attr["T"].type = 1
+
+
+def _wrong_shape(meta: Any) -> None:
+    next(n for n in meta.object_graph_def.nodes if n.HasField("variable")).variable.shape.dim[0].size += 1
+
+
+def _wrong_dtype(meta: Any) -> None:
+    next(n for n in meta.object_graph_def.nodes if n.HasField("variable")).variable.dtype = 9
+
+
+def _no_such_object(meta: Any) -> None:
+    next(iter(meta.object_graph_def.concrete_functions.values())).bound_inputs[0] = 10_000
+
+
+def _no_such_tensor(meta: Any) -> None:
+    next(iter(meta.signature_def["serving_default"].outputs.values())).name = "nowhere:0"
+
+
+DAMAGE = {
+    "depends on itself": _cyclic_nodes,
+    "calls itself": _cyclic_calls,
+    "calls nowhere, which does not exist": _unknown_function,
+    "the op NoSuchOp is neither registered": _unknown_op,
+    "the input nowhere:output:0 does not exist": _dangling_input,
+    "has no output y:1": _no_such_output,
+    "there are two nodes called": _duplicate_names,
+    "two functions called": _duplicate_functions,
+    "none of the values it may have": _wrong_type,
+    "is not of the type float": _wrong_attribute,
+    "does not hold what its dtype and shape say": _huge_constant,
+    "has 0 inputs and takes": _huge_list,
+    "and the checkpoint holds float32 of shape": _wrong_shape,
+    "of shape": _wrong_dtype,
+    "is object 10000": _no_such_object,
+    "which the graph does not compute": _no_such_tensor,
+}
+
+
+@pytest.mark.parametrize("why", sorted(DAMAGE))
+def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_path: Path, why: str) -> None:
+    source = changed(model("keras_export"), tmp_path / "source", DAMAGE[why])
+    for arguments in (("inspect", source), ("rewrite", source, tmp_path / "target"), ("diff", source, source)):
+        outcome = forks.cli(*arguments, limit=10, mib=3000)
+        assert judged(outcome, str(arguments)) == "refused"
+        assert why in outcome.err, outcome.err
+
+
+@pytest.mark.parametrize(
+    "file", ["saved_model.pb", "variables/variables.index", "variables/variables.data-00000-of-00001"]
+)
+@pytest.mark.parametrize("how", ["truncated", "empty", "absent", "garbage"])
+def test_damaged_files(forks: Server, model: Callable[[str], Path], tmp_path: Path, file: str, how: str) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model("keras_export"), source)
+    path = source / file
+    data = path.read_bytes()
+    path.unlink()
+    if how != "absent":
+        path.write_bytes({"truncated": data[: len(data) // 2], "empty": b"", "garbage": data[::-1]}[how])
+    outcome = forks.cli("rewrite", source, tmp_path / "target", limit=10, mib=3000)
+    assert judged(outcome, how) == "refused"
+    assert path.name.partition(".data")[0].removesuffix(".index") in outcome.err
+    assert not (tmp_path / "target").exists()

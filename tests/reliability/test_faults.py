@@ -1,0 +1,206 @@
+"""After any fault: the source as it was, the destination absent or whole, nothing left that the next run keeps."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests.reliability.conditions import small_disk
+from tests.reliability.faults import HERE, Writing
+from tests.reliability.forks import Call, Outcome, Server, server
+from tests.reliability.trials import content, judged
+
+MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 25).tolist()
+"""As shares of the time that a command takes; `make soak` takes others for an hour."""
+
+
+@pytest.fixture(scope="module")
+def forks() -> Iterator[Server]:
+    """Where commands run."""
+    with server() as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=["rewrite", "finalize", "rewrite over", "finalize over"])
+def writing(
+    request: pytest.FixtureRequest,
+    forks: Server,
+    model: Callable[[str], Path],
+    rewritten: Callable[..., Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Writing:
+    """A command that writes a model."""
+    command, _, over = request.param.partition(" ")
+    source = model("keras_export") if command == "rewrite" else rewritten("keras_export")
+    return Writing(forks, command, source, tmp_path_factory.mktemp("faults") / "folder", overwrite=bool(over))
+
+
+@pytest.fixture
+def rewriting(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> Writing:
+    """A rewrite to a new destination."""
+    return Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder")
+
+
+def test_what_is_written_without_a_fault_loads(writing: Writing) -> None:
+    assert judged(writing.run(), "run") == "done"
+    tf.saved_model.load(str(writing.target))
+
+
+def test_killed_at_random_moments(writing: Writing) -> None:
+    found = {writing.killed(share) for share in MOMENTS}
+    assert any(f.startswith("before") for f in found)
+
+
+def test_killed_at_every_step_of_writing(writing: Writing) -> None:
+    events = writing.events()
+    found = [writing.killed_at(moment) for moment in range(events)]
+    assert "before, something left" in found, found
+    assert any(f.startswith("after") for f in found), found
+
+
+def test_killed_where_directories_cannot_be_exchanged(
+    forks: Server, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=True)
+    plain = Call(f"{HERE}:without_exchange", [])
+    counted = writing.run(plain, Call(f"{HERE}:counting", [str(writing.folder)]))
+    events = int(counted.out.rpartition("events: ")[2])
+    aside = 0
+    for moment in range(events):
+        outcome = writing.run(plain, Call(f"{HERE}:killed_at", [str(writing.folder), moment]))
+        if not writing.target.exists():
+            aside += 1
+            writing.earlier = None  # between two renames; the next run puts it back, and then overwrites it
+        writing.checked(outcome, f"killed at event {moment}")
+        writing.earlier = content(writing.source)
+    assert aside
+
+
+def test_interrupted(writing: Writing) -> None:
+    found = {writing.interrupted(share) for share in MOMENTS}
+    assert any(f.endswith("refused") for f in found)
+
+
+def test_full_disk(rewriting: Writing) -> None:
+    """From a disk on which not even a directory fits to one that holds all."""
+    needed = sum(p.stat().st_size for p in rewriting.target.rglob("*") if p.is_file()) // 1024
+    sizes = [8, needed // 4, needed // 2, needed, 2 * needed, 4 * needed]
+    outcomes = [_on_disk(rewriting, kib) for kib in sizes]
+    assert [judged(o, "full disk") for o in outcomes[:2]] == ["refused"] * 2
+    assert judged(outcomes[-1], "large disk") == "done"
+    for outcome in outcomes:
+        left = outcome.out.rpartition("left: ")[2].split()
+        assert left == (["target"] if outcome.code == 0 else []), outcome
+        if outcome.code:
+            assert "No space left on device" in outcome.err, outcome
+
+
+def _on_disk(writing: Writing, kib: int) -> Outcome:
+    writing.reset()
+    arguments = ["rewrite", str(writing.source), str(writing.target)]
+    return writing.server.run(
+        Call(f"{HERE}:{small_disk.__name__}", [str(writing.folder), kib]),
+        Call(f"{HERE}:listed", [str(writing.folder), arguments]),
+    )
+
+
+def test_files_may_not_grow(rewriting: Writing) -> None:
+    for kib in (1, 4, 16):
+        outcome = rewriting.run(Call(f"{HERE}:small_files", [kib]))
+        assert judged(outcome, f"{kib} KiB") == "refused"
+        assert "File too large" in outcome.err, outcome
+        rewriting.checked(outcome, f"{kib} KiB")
+
+
+def test_destination_that_cannot_be_written_to(rewriting: Writing) -> None:
+    rewriting.reset()
+    rewriting.folder.chmod(0o555)
+    outcome = rewriting.server.cli(
+        "rewrite", rewriting.source, rewriting.target, before=[Call(f"{HERE}:no_privileges", [])]
+    )
+    rewriting.folder.chmod(0o755)
+    assert judged(outcome, "read-only") == "refused"
+    assert "Permission denied" in outcome.err
+    assert not list(rewriting.folder.iterdir())
+    rewriting.checked(outcome, "read-only")
+
+
+def test_permission_denied_half_way(rewriting: Writing) -> None:
+    """The folder is closed when the new directory is there, so that it can neither move nor go."""
+    closed = Call(f"{HERE}:once_there", [str(rewriting.folder), "os.rename", "closed", str(rewriting.folder)])
+    outcome = rewriting.run(Call(f"{HERE}:no_privileges", []), closed)
+    rewriting.folder.chmod(0o755)
+    assert judged(outcome, "closed") == "refused"
+    assert "Permission denied" in outcome.err
+    rewriting.checked(outcome, "closed")
+
+
+@pytest.mark.parametrize(("deed", "file"), [("changed", "saved_model.pb"), ("changed", "variables/variables.index")])
+def test_source_changes(forks: Server, model: Callable[[str], Path], tmp_path: Path, deed: str, file: str) -> None:
+    outcome, target = _meddled(forks, model("keras_export"), tmp_path, deed, file)
+    assert judged(outcome, "changed") == "refused"
+    assert "changed while it was read" in outcome.err
+    assert not target.exists()
+
+
+def test_source_vanishes(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    outcome, target = _meddled(forks, model("keras_export"), tmp_path, "gone", "")
+    assert judged(outcome, "gone") == "refused"
+    assert not target.exists()
+
+
+def _meddled(forks: Server, model: Path, folder: Path, deed: str, file: str) -> tuple[Outcome, Path]:
+    """Something is done to a source when the destination begins to be written."""
+    source, target = folder / "source", folder / "out" / "target"
+    shutil.copytree(model, source)
+    target.parent.mkdir()
+    meddling = Call(f"{HERE}:once_there", [str(target.parent), "os.mkdir", deed, str(source / file)])
+    outcome = forks.cli("rewrite", source, target, before=[meddling])
+    assert not list(target.parent.iterdir())
+    return outcome, target
+
+
+def test_destination_appears_meanwhile(rewriting: Writing) -> None:
+    taken = Call(f"{HERE}:once_there", [str(rewriting.folder), "os.rename", "taken", str(rewriting.target)])
+    outcome = rewriting.run(taken)
+    assert judged(outcome, "taken") == "refused"
+    assert "written by another process" in outcome.err
+    assert [p.name for p in rewriting.target.iterdir()] == ["other"]
+    assert [p.name for p in rewriting.folder.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool) -> None:
+    writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=overwrite)
+    with server() as second:
+        for _ in range(6):
+            writing.reset()
+            with ThreadPoolExecutor() as threads:
+                outcomes = list(threads.map(writing.start, (forks, second)))
+            assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
+            assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
+            assert content(writing.target) == writing.expected
+
+
+@pytest.mark.parametrize("option", ["--report", "--html"])
+def test_reports_are_whole_or_absent(rewriting: Writing, tmp_path: Path, option: str) -> None:
+    file = tmp_path / "reports" / f"report{'.json' if option == '--report' else '.html'}"
+    file.parent.mkdir()
+    written = rewriting.server.cli("rewrite", rewriting.source, tmp_path / "first", option, file)
+    assert judged(written, option) == "done"
+    whole = file.read_bytes()
+    for moment in range(8):
+        file.unlink(missing_ok=True)
+        rewriting.run()
+        rewriting.reset()
+        rewriting.server.cli(
+            *("rewrite", rewriting.source, rewriting.target, option, file),
+            before=[Call(f"{HERE}:killed_at", [str(file.parent), moment])],
+        )
+        assert not file.exists() or len(file.read_bytes()) > len(whole) // 2

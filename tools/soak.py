@@ -1,0 +1,194 @@
+"""Faults and damaged models for an hour: what the tests of reliability try in bounded form, with other random numbers.
+
+    python -m tools.soak [--minutes 60] [--seed N] [--workers 2]
+    python -m tools.soak --only NUMBER
+
+Every trial has a number, from which all that is random in it follows; `--only` repeats one. Prints counts by kind and
+outcome, and ends with exit code 1 if a promise was broken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import bnqat
+from tests.models.all import ALL
+from tests.reliability.damage import damage_configuration, damage_model
+from tests.reliability.faults import Writing, writings
+from tests.reliability.forks import Server, server
+from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, trial
+
+DAMAGED = (
+    "keras_export",
+    "keras_save",
+    "module_train",
+    "if",
+    "nested",
+    "v1_two_fused",
+    "v1_by_hand",
+    "v1_loop",
+    "as_text",
+)
+FAULTED = "keras_export"
+
+REPORT = 60.0
+"""Seconds between two lines that say how far a worker is."""
+
+
+class Soak:
+    """Trials in one server, one after the other."""
+
+    def __init__(self, forks: Server, models: Path, folder: Path) -> None:
+        self.forks = forks
+        self.models = models
+        self.folder = folder
+        self.writings = dict(writings(forks, models / FAULTED, models / "rewritten", folder / "writings"))
+        self.events = {name: writing.events() for name, writing in self.writings.items()}
+        configuration = forks.cli("rewrite", "--bits", "gamma=4,beta=8", "--print-config").out
+        self.configuration = configuration.encode()
+
+    def run(self, number: int) -> Iterator[str]:
+        """What came of a trial, by kind.
+
+        Raises:
+            BrokenPromiseError: a promise was broken.
+        """
+        random = Random(number)  # noqa: S311  no secret
+        kind: Callable[[Random], Iterator[str]] = random.choices(
+            [
+                self.killed,
+                self.killed_at,
+                self.interrupted,
+                self.damaged,
+                self.damaged_rewritten,
+                self.damaged_settings,
+            ],
+            [3, 2, 2, 6, 2, 1],
+        )[0]
+        for outcome in kind(random):
+            yield f"{kind.__name__.replace('_', ' ')}: {outcome}"
+
+    def _writing(self, random: Random) -> tuple[str, Writing]:
+        return random.choice(sorted(self.writings.items(), key=lambda item: item[0]))
+
+    def killed(self, random: Random) -> Iterator[str]:
+        """Killed at a random moment."""
+        name, writing = self._writing(random)
+        yield f"{name}, {writing.killed(random.uniform(0, 1.1))}"
+
+    def killed_at(self, random: Random) -> Iterator[str]:
+        """Killed when it does something to files."""
+        name, writing = self._writing(random)
+        yield f"{name}, {writing.killed_at(random.randrange(self.events[name]))}"
+
+    def interrupted(self, random: Random) -> Iterator[str]:
+        """Interrupted at a random moment."""
+        name, writing = self._writing(random)
+        yield f"{name}, {writing.interrupted(random.uniform(0, 1.1))}"
+
+    def damaged(self, random: Random) -> Iterator[str]:
+        """A damaged float model."""
+        source = fresh(self.folder / "damaged") / "source"
+        shutil.copytree(self.models / random.choice(DAMAGED), source)
+        damage_model(source, random)
+        yield from trial(self.forks, source, fresh(self.folder / "out"))
+
+    def damaged_rewritten(self, random: Random) -> Iterator[str]:
+        """A damaged model that was rewritten."""
+        source = fresh(self.folder / "damaged") / "source"
+        shutil.copytree(self.models / "rewritten", source)
+        damage_model(source, random)
+        for command, *arguments in (
+            ("inspect", source),
+            ("diff", self.models / FAULTED, source),
+            ("finalize", source, fresh(self.folder / "out") / "final"),
+        ):
+            outcome = judged(self.forks.cli(str(command), *arguments, limit=LIMIT, mib=MIB), str(command))
+            yield f"{command} {outcome}"
+
+    def damaged_settings(self, random: Random) -> Iterator[str]:
+        """A damaged configuration."""
+        file = fresh(self.folder / "settings") / "bnqat.toml"
+        file.write_bytes(damage_configuration(self.configuration, random))
+        outcome = self.forks.cli("rewrite", "--config", file, "--print-config", limit=LIMIT, mib=MIB)
+        yield judged(outcome, "settings")
+
+
+class Tally:
+    """Counts of all workers, and what was broken."""
+
+    def __init__(self) -> None:
+        self.found: Counter[str] = Counter()
+        self.broken: list[tuple[int, str]] = []
+        self._lock = threading.Lock()
+
+    def add(self, soak: Soak, number: int) -> None:
+        """Make a trial and count what came of it."""
+        outcomes: list[str] = []
+        try:
+            outcomes += soak.run(number)
+        except BrokenPromiseError as e:
+            with self._lock:
+                self.broken.append((number, str(e)))
+                print(f"\ntrial {number}: {e}\n", flush=True)
+        with self._lock:
+            self.found["trials"] += 1
+            self.found.update(outcomes)
+
+
+def _models(folder: Path) -> Path:
+    for name in {*DAMAGED, FAULTED}:
+        ALL[name](folder / name)
+    bnqat.rewrite(folder / FAULTED, folder / "rewritten")
+    return folder
+
+
+def main() -> None:
+    """Soak, and print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--seed", type=int, default=0, help="the number of the first trial")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--only", type=int, help="the number of the one trial to make")
+    options = parser.parse_args()
+    tally = Tally()
+    with tempfile.TemporaryDirectory() as folder:
+        models = _models(Path(folder) / "models")
+        end = time.monotonic() + 60 * options.minutes
+        numbers = iter([options.only]) if options.only is not None else count(options.seed)
+
+        def work(worker: int) -> None:
+            with server() as forks:
+                soak = Soak(forks, models, Path(folder) / f"worker{worker}")
+                said = time.monotonic()
+                while time.monotonic() < end:
+                    number = next(numbers, None)
+                    if number is None:
+                        return
+                    tally.add(soak, number)
+                    if time.monotonic() - said > REPORT:
+                        said = time.monotonic()
+                        print(f"{tally.found['trials']} trials, {len(tally.broken)} broken promises", flush=True)
+
+        with ThreadPoolExecutor(options.workers) as threads:
+            list(threads.map(work, range(1 if options.only is not None else options.workers)))
+    print("\n| what | count |\n|---|---|")
+    for name, number in sorted(tally.found.items()):
+        print(f"| {name} | {number} |")
+    print(f"| broken promises | {len(tally.broken)} |")
+    sys.exit(bool(tally.broken))
+
+
+if __name__ == "__main__":
+    main()
