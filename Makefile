@@ -4,13 +4,16 @@ VENV := $(CURDIR)/.venv
 RUN := TMPDIR=$(VENV)/tmp KERAS_HOME=$(VENV)/keras XDG_CACHE_HOME=$(VENV)/cache PIP_CACHE_DIR=$(VENV)/pip \
 	PIP_DISABLE_PIP_VERSION_CHECK=1 TF_CPP_MIN_LOG_LEVEL=3 CUDA_VISIBLE_DEVICES=-1
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint soak clean
 
 demo: $(VENV)/demo
 	$(RUN) $(VENV)/bin/python tools/demo.py
 
 test: $(VENV)/test
 	$(RUN) $(VENV)/bin/python -m pytest $(ARGS)
+
+soak: $(VENV)/test
+	$(RUN) $(VENV)/bin/python -m tools.soak $(ARGS)
 
 lint: $(VENV)/lint
 	$(RUN) $(VENV)/bin/ruff format --check .

@@ -86,8 +86,8 @@ def _reaching(model: Model) -> Iterator[Reach]:
 
 
 def _reached(node: Node) -> str:
-    if node.op == "PrintV2" and node.attrs["output_stream"].s.startswith(b"file://"):
-        return "files"
+    if node.op == "PrintV2" and "output_stream" in node.attrs:
+        return "files" if node.attrs["output_stream"].s.startswith(b"file://") else ""
     return REACHED.get(node.op, "")
 
 

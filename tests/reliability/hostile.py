@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tensorflow.core.framework import node_def_pb2, op_def_pb2, types_pb2
-from tensorflow.core.protobuf import saved_model_pb2
 
-
-def changed(model: Path, target: Path, edit: Callable[[Any], None]) -> Path:
-    """A copy of a model with its meta graph edited."""
-    shutil.copytree(model, target)
-    proto = saved_model_pb2.SavedModel.FromString((target / "saved_model.pb").read_bytes())
-    edit(proto.meta_graphs[0])
-    (target / "saved_model.pb").write_bytes(proto.SerializeToString(deterministic=True))
-    (target / "fingerprint.pb").unlink(missing_ok=True)
-    return target
+from tests.mutate import mutated
 
 
 def writing_files(model: Path, target: Path, marker: Path) -> Path:
@@ -38,7 +27,7 @@ def writing_files(model: Path, target: Path, marker: Path) -> Path:
             node.input.append(f"^{write.name}")
         meta.graph_def.node.extend([write, *constants])
 
-    return changed(model, target, edit)
+    return mutated(model, target, edit)
 
 
 def _writer(marker: Path, suffix: str) -> list[Any]:
@@ -74,7 +63,7 @@ def with_custom_ops(model: Path, target: Path, *, described: bool = True) -> Pat
         if described:
             meta.meta_info_def.stripped_op_list.op.append(_definition())
 
-    return changed(model, target, edit)
+    return mutated(model, target, edit)
 
 
 def _definition() -> Any:

@@ -12,10 +12,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.mutate import function_with, mutated, nodes_of
 from tests.reliability.damage import damage_configuration, damage_model
 from tests.reliability.forks import Server, server
-from tests.reliability.hostile import changed
 from tests.reliability.trials import fresh, judged, trial
+
+KERNEL = "FusedBatchNormV3"
 
 MODELS = ("keras_export", "v1_two_fused", "module_train", "if", "nested")
 """Small ones of each format, some with several functions; `make soak` goes on for an hour."""
@@ -75,12 +77,16 @@ def _functions(meta: Any) -> Any:
     return meta.graph_def.library.function
 
 
-def _largest(meta: Any) -> Any:
-    return max(_functions(meta), key=lambda f: len(f.node_def))
+def _layers(meta: Any) -> Any:
+    return function_with(meta, KERNEL)
+
+
+def _kernel(meta: Any) -> Any:
+    return next(nodes_of(_layers(meta), KERNEL))
 
 
 def _cyclic_nodes(meta: Any) -> None:
-    node = _largest(meta).node_def[-1]
+    node = _layers(meta).node_def[-1]
     node.input.append(f"^{node.name}")
 
 
@@ -96,22 +102,22 @@ def _unknown_function(meta: Any) -> None:
 
 
 def _unknown_op(meta: Any) -> None:
-    _largest(meta).node_def[0].op = "NoSuchOp"
+    _layers(meta).node_def[0].op = "NoSuchOp"
 
 
 def _dangling_input(meta: Any) -> None:
-    node = next(n for n in _largest(meta).node_def if n.input)
+    node = next(n for n in _layers(meta).node_def if n.input)
     node.input[0] = "nowhere:output:0"
 
 
 def _no_such_output(meta: Any) -> None:
-    node = next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3")
-    user = next(n for n in _largest(meta).node_def if f"{node.name}:y:0" in n.input)
+    node = _kernel(meta)
+    user = next(n for n in _layers(meta).node_def if f"{node.name}:y:0" in n.input)
     user.input[list(user.input).index(f"{node.name}:y:0")] = f"{node.name}:y:1"
 
 
 def _duplicate_names(meta: Any) -> None:
-    _largest(meta).node_def[1].name = _largest(meta).node_def[0].name
+    _layers(meta).node_def[1].name = _layers(meta).node_def[0].name
 
 
 def _duplicate_functions(meta: Any) -> None:
@@ -119,22 +125,22 @@ def _duplicate_functions(meta: Any) -> None:
 
 
 def _wrong_type(meta: Any) -> None:
-    next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3").attr["T"].type = 9
+    _kernel(meta).attr["T"].type = 9
 
 
 def _wrong_attribute(meta: Any) -> None:
-    next(n for n in _largest(meta).node_def if n.op == "FusedBatchNormV3").attr["epsilon"].s = b"small"
+    _kernel(meta).attr["epsilon"].s = b"small"
 
 
 def _huge_constant(meta: Any) -> None:
-    for node in _largest(meta).node_def:
+    for node in _layers(meta).node_def:
         if node.op == "Const":
             for size in (1 << 40, 1 << 20):
                 node.attr["value"].tensor.tensor_shape.dim.add().size = size
 
 
 def _huge_list(meta: Any) -> None:
-    node = _largest(meta).node_def.add(name="many", op="Pack")
+    node = _layers(meta).node_def.add(name="many", op="Pack")
     node.attr["N"].i = 1 << 60
     node.attr["T"].type = 1
 
@@ -177,7 +183,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("why", sorted(DAMAGE))
 def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_path: Path, why: str) -> None:
-    source = changed(model("keras_export"), tmp_path / "source", DAMAGE[why])
+    source = mutated(model("keras_export"), tmp_path / "source", DAMAGE[why])
     for arguments in (("inspect", source), ("rewrite", source, tmp_path / "target"), ("diff", source, source)):
         outcome = forks.cli(*arguments, limit=10, mib=3000)
         assert judged(outcome, str(arguments)) == "refused"

@@ -15,8 +15,10 @@ from tensorflow.core.protobuf import saved_model_pb2
 import bnqat
 from rewriter.reach import reaching
 from rewriter.savedmodel.read import load
+from tests.harness import inputs_of
+from tests.mutate import mutated
 from tests.reliability.forks import CLI, Call, Server, server
-from tests.reliability.hostile import CUSTOM, changed, with_custom_ops, writing_files
+from tests.reliability.hostile import CUSTOM, with_custom_ops, writing_files
 from tests.reliability.trials import judged
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -37,9 +39,10 @@ def evil(model: Callable[[str], Path], tmp_path: Path) -> tuple[Path, Path]:
 
 
 def test_what_the_evil_model_does_is_seen(evil: tuple[Path, Path]) -> None:
-    """Loading alone runs its functions: that is what the other tests are about."""
     source, marker = evil
-    tf.saved_model.load(str(source))
+    signature = tf.saved_model.load(str(source)).signatures["serving_default"]
+    assert not marker.exists()
+    signature(**inputs_of(signature))
     assert marker.read_text() == "was here"
 
 
@@ -106,7 +109,7 @@ def test_the_own_saver_is_no_reach(model: Callable[[str], Path], name: str) -> N
 
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", f"a{ESCAPE}b"])
 def test_assets_outside_are_refused(forks: Server, model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    source = changed(model("keras_export"), tmp_path / "source", lambda m: m.asset_file_def.add(filename=name))
+    source = mutated(model("keras_export"), tmp_path / "source", lambda m: m.asset_file_def.add(filename=name))
     _refused(forks, source, tmp_path / "target", "as an asset")
 
 
@@ -118,7 +121,7 @@ def test_assets_of_tensorflow_1_outside_are_refused(
         del meta.asset_file_def[:]
         meta.collection_def["saved_model_assets"].any_list.value.add().Pack(asset)
 
-    _refused(forks, changed(model("v1_two_fused"), tmp_path / "source", edit), tmp_path / "target", "as an asset")
+    _refused(forks, mutated(model("v1_two_fused"), tmp_path / "source", edit), tmp_path / "target", "as an asset")
 
 
 @pytest.mark.parametrize("place", ["assets/vocabulary", "variables/variables.data-00000-of-00001", "saved_model.pb"])
@@ -180,7 +183,7 @@ def _rename(meta: Any, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["node", "function", "signature", "variable", "object"])
 def test_unprintable_names_are_refused(forks: Server, model: Callable[[str], Path], tmp_path: Path, what: str) -> None:
-    source = changed(model("keras_export"), tmp_path / "source", lambda m: _rename(m, what))
+    source = mutated(model("keras_export"), tmp_path / "source", lambda m: _rename(m, what))
     _refused(forks, source, tmp_path / "target", "unprintable")
 
 
@@ -195,7 +198,7 @@ def test_text_in_attributes_cannot_reach_the_terminal(
                 node.attr["_note"].s = f"{ESCAPE}<script>alert(1)</script>".encode()
                 node.device = ESCAPE
 
-    source = changed(model("keras_export"), tmp_path / "source", edit)
+    source = mutated(model("keras_export"), tmp_path / "source", edit)
     outcome = forks.cli("diff", model("keras_export"), source, "--verbose")
     assert judged(outcome, "diff") == "done"
     assert "\x1b" not in outcome.out
@@ -226,8 +229,9 @@ def test_custom_ops_are_kept(forks: Server, model: Callable[[str], Path], tmp_pa
     assert judged(forks.cli("rewrite", source, target), "rewrite") == "done"
     assert _custom(target) >= count
     assert judged(forks.cli("diff", source, target), "diff") == "done"
-    assert judged(forks.cli("finalize", target, final), "finalize") == "done"
-    assert _custom(final) >= 1
+    if name != "v1_two_fused":  # to be saved by TensorFlow 2 before it can be finalised
+        assert judged(forks.cli("finalize", target, final), "finalize") == "done"
+        assert _custom(final) >= 1
 
 
 def test_custom_ops_that_nothing_describes_are_named(
