@@ -80,7 +80,7 @@ def environment(folder: Path, version: str) -> Path:
 
 def tested(python: Path, arguments: Sequence[str]) -> str:
     """The last line of the tests."""
-    command = [python, "-m", "pytest", "-q", *(arguments or TESTS)]
+    command: list[str | Path] = [python, "-m", "pytest", "-q", *(arguments or TESTS)]
     done = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
