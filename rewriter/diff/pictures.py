@@ -306,7 +306,7 @@ def pictures(
     for graph, node in sites:
         wanted.setdefault(graph, []).append(node)
     alone = {c.name for c in compared.changes if c.kind == "function" and c.what in (ADDED, REMOVED)}
-    names = [*dict.fromkeys((*wanted, *changed, *alone))]
+    names = [*dict.fromkeys((*wanted, *changed, *sorted(alone)))]
     if full:
         gone = [n for n in compared.before.graphs if n not in compared.pairs]
         names = [*dict.fromkeys((*names, *compared.after.graphs, *gone))]

@@ -83,6 +83,11 @@ def listed(folder: str, arguments: list[str]) -> None:
         sys.stdout.write("\nleft: " + " ".join(sorted(os.listdir(folder))) + "\n")
 
 
+def print_set() -> None:
+    """Print a set of strings in the order that this process has it in."""
+    sys.stdout.write(" ".join({f"name{i}" for i in range(20)}))
+
+
 def _on_files(folder: str, act: Callable[[int, str, str], None]) -> None:
     """Act on every audit event about files in a folder: it is told the event's number, its name and the path."""
     count = 0

@@ -57,10 +57,11 @@ class Outcome:
 
 
 class Server:
-    """A process to fork others from."""
+    """A process to fork others from; their sets and dicts of strings are ordered by the seed, as Python has it."""
 
-    def __init__(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    def __init__(self, hash_seed: int | None = None) -> None:
+        seed = {} if hash_seed is None else {"PYTHONHASHSEED": str(hash_seed)}
+        environment = {**os.environ, **seed, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.forks"],
             stdin=subprocess.PIPE,
@@ -101,9 +102,9 @@ class Server:
 
 
 @contextlib.contextmanager
-def server() -> Iterator[Server]:
+def server(hash_seed: int | None = None) -> Iterator[Server]:
     """A server as long as the block runs."""
-    started = Server()
+    started = Server(hash_seed)
     try:
         yield started
     finally:

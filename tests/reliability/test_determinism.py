@@ -1,0 +1,81 @@
+"""The same input, the same bytes: in other processes, with other hash seeds, for every command that writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.reliability.forks import Call, Server, server
+from tests.reliability.trials import content, judged
+
+SEEDS = (0, 1, 4242)
+
+
+@pytest.fixture(scope="module")
+def servers() -> Iterator[list[Server]]:
+    """Processes that order sets of strings in different ways."""
+    with server(SEEDS[0]) as first, server(SEEDS[1]) as second, server(SEEDS[2]) as third:
+        yield [first, second, third]
+
+
+def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
+    """What the other tests rest on."""
+    orders = {s.run(Call("tests.reliability.conditions:print_set", [])).out for s in servers}
+    assert len(orders) > 1
+
+
+@pytest.mark.parametrize("name", ["keras_save", "nested", "v1_by_hand"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--bits", "gamma=4,beta=6", "--range", "ema", "--ramp-steps", "100"),
+        ("--dry-run", "--report"),
+    ],
+)
+def test_rewrite(
+    servers: list[Server], model: Callable[[str], Path], tmp_path: Path, name: str, options: tuple[str, ...]
+) -> None:
+    written = []
+    for number, each in enumerate(servers):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        extra = [folder / "report.json"] if "--report" in options else ["--html", folder / "page.html"]
+        outcome = each.cli("rewrite", model(name), folder / "target", *options, *extra)
+        assert judged(outcome, "rewrite") == "done", outcome
+        written.append(content(folder))
+    assert written[0]
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("name", ["keras_save", "nested"])
+@pytest.mark.parametrize("option", ["--params", "--fold", "json"])
+def test_finalize(
+    servers: list[Server], rewritten: Callable[..., Path], tmp_path: Path, name: str, option: str
+) -> None:
+    written = []
+    for number, each in enumerate(servers):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        file = folder / f"parameters.{'json' if option == 'json' else 'npz'}"
+        options = ("--fold",) if option == "--fold" else ("--params", file)
+        outcome = each.cli("finalize", rewritten(name), folder / "target", *options)
+        assert judged(outcome, "finalize") == "done", outcome
+        written.append(content(folder))
+    assert written[0] == written[1] == written[2]
+
+
+@pytest.mark.parametrize("form", ["json", "html", "txt"])
+def test_diff(
+    servers: list[Server], model: Callable[[str], Path], rewritten: Callable[..., Path], tmp_path: Path, form: str
+) -> None:
+    written = []
+    for number, each in enumerate(servers):
+        file = tmp_path / f"{number}.{form}"
+        formats = ("--format", "text") if form == "txt" else ()
+        outcome = each.cli("diff", model("nested"), rewritten("nested"), "--output", file, *formats)
+        assert judged(outcome, "diff") == "done", outcome
+        written.append(file.read_bytes())
+    assert written[0] == written[1] == written[2]
