@@ -16,7 +16,7 @@ from tests.reliability.faults import HERE, Writing
 from tests.reliability.forks import Call, Outcome, Server, server
 from tests.reliability.trials import content, judged
 
-MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 25).tolist()
+MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 16).tolist()
 """As shares of the time that a command takes; `make soak` takes others for an hour."""
 
 
@@ -57,6 +57,7 @@ def test_killed_at_random_moments(writing: Writing) -> None:
     assert any(f.startswith("before") for f in found)
 
 
+@pytest.mark.parametrize("writing", ["rewrite over", "finalize"], indirect=True)
 def test_killed_at_every_step_of_writing(writing: Writing) -> None:
     events = writing.events()
     found = [writing.killed_at(moment) for moment in range(events)]
