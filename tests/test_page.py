@@ -270,7 +270,9 @@ def test_in_a_notebook(
         assert waiting.value.suggested_filename == "site.svg"
 
 
-HOSTILE = "</script><img src=x onerror=\"document.title='run'\">&amp;'`${1}\u2028\u202e"
+HOSTILE_NAME = "</script><img src=x onerror=\"document.title='run'\">&amp;'`${1}"
+HOSTILE = f"{HOSTILE_NAME}\u2028\u202e"
+"""A text that is no name, as it cannot be printed."""
 
 
 def test_hostile_names_are_text(
@@ -280,8 +282,8 @@ def test_hostile_names_are_text(
     tmp_path: Path,
 ) -> None:
     def rename(meta: Any) -> None:
-        meta.graph_def.node.add(name=f"a/{HOSTILE}", op="NoOp", device=HOSTILE)
-        meta.signature_def[HOSTILE].CopyFrom(meta.signature_def["serving_default"])
+        meta.graph_def.node.add(name=f"a/{HOSTILE_NAME}", op="NoOp", device=HOSTILE)
+        meta.signature_def[HOSTILE_NAME].CopyFrom(meta.signature_def["serving_default"])
         for function in meta.graph_def.library.function:
             for node in function.node_def:
                 if node.op == "FusedBatchNormV3":
@@ -299,13 +301,13 @@ def test_hostile_names_are_text(
         assert seen.page.title() == found.title
         assert seen.page.locator("img").count() == 0
         assert seen.page.locator("script").count() == 2
-        assert any(HOSTILE in text for text in texts(seen, "#list [data-key]"))
+        assert any(HOSTILE_NAME in text for text in texts(seen, "#list [data-key]"))
         for _ in range(6):
             seen.page.keyboard.press("j")
         assert seen.page.locator("img").count() == 0
         assert seen.page.title() == found.title
-    assert HOSTILE in json.loads(found.to_json())["changes"][0]["name"]
-    svg = found.to_svg("", f"a/{HOSTILE}")
+    assert HOSTILE_NAME in json.loads(found.to_json())["changes"][0]["name"]
+    svg = found.to_svg("", f"a/{HOSTILE_NAME}")
     assert "<img" not in svg
     ET.fromstring(svg)  # noqa: S314  our own text
 
