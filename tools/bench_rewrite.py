@@ -191,13 +191,27 @@ def start() -> None:
             print(f"| {name} | {statistics.median(seconds):.2f} |")
 
 
+def layers(text: str) -> int:
+    """A number of layers, or a ValueError."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
+
+
+def gib(text: str) -> float:
+    """A checkpoint's size in GiB, or a ValueError."""
+    if not 0 <= float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
+
+
 def main() -> None:
     """Print what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["nodes", "checkpoint", "start"])
     parser.add_argument("--shape", nargs="+", choices=["flat", "functions", "deep"], default=["flat"])
-    parser.add_argument("--layers", type=int, nargs="+", default=[10, 30, 100, 300, 1000, 3000])
-    parser.add_argument("--gib", type=float, nargs="+", default=[0.1, 1, 4])
+    parser.add_argument("--layers", type=layers, nargs="+", default=[10, 30, 100, 300, 1000, 3000])
+    parser.add_argument("--gib", type=gib, nargs="+", default=[0.1, 1, 4])
     options = parser.parse_args()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -205,7 +219,7 @@ def main() -> None:
         peak = worked("nothing", *[Path(folder)] * 3).peak
     print(f"TensorFlow's import: {peak:.0f} MiB\n", flush=True)
     if options.what == "nodes":
-        nodes(options.shape, options.layers)
+        nodes(options.shape, sorted(set(options.layers)))
     elif options.what == "checkpoint":
         checkpoint(options.gib)
     else:

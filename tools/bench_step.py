@@ -22,11 +22,13 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import os
 import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -196,15 +198,31 @@ def _cell(row: Mapping[str, float]) -> str:
     return f"**{median:.3f}** ({low:.3f} to {high:.3f}; {first:.2f}, {third:.2f})"
 
 
+PEERS = {"QKeras": "qkeras", "TFMOT": "tensorflow_model_optimization"}
+"""Packages that rows need, from the extra `bench`."""
+
+
+def seconds(text: str) -> float:
+    """A duration, or a ValueError."""
+    if not 0 < float(text) < math.inf:
+        raise ValueError(text)
+    return float(text)
+
+
 def main() -> None:
     """Print a table for each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--net", choices=["MobileNetV2", "ResNet50"], default="MobileNetV2")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--seconds", type=float, default=120, help="for all rows of one batch size and kind of step")
+    parser.add_argument("--seconds", type=seconds, default=120, help="for all rows of one batch size and kind of step")
     parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="ROW")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
     options = parser.parse_args()
+    for row, peer in PEERS.items():
+        if row in options.only and find_spec(peer) is None:
+            parser.error(f"the row {row} needs {peer}: pip install '.[bench]', or leave it out of --only")
+    if options.json is not None and not options.json.absolute().parent.is_dir():
+        parser.error(f"there is no directory {options.json.parent} to write figures to")
     if min(options.batch) < 1:
         parser.error("there is at least 1 image in a batch")
     console, results = Console(stderr=True), {}

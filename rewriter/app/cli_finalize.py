@@ -61,7 +61,7 @@ def finalize(
     with one_line(check):
         from rewriter.app import finalize as api
 
-        with waiting(f"finalizing {source}"):
+        with waiting(f"finalising {source}"):
             report = api.finalize(
                 source,
                 target,
