@@ -94,8 +94,8 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     concrete = dict(meta.object_graph_def.concrete_functions)
     gradients = {g.registered_op_type: Gradient(g.gradient_func, concrete.get(g.gradient_func)) for g in registered}
     model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
-    check(model)
     conform(model)
+    check(model)
     model = interpreted(model)
     check_entries(model)
     refuse_signatures(path, meta, model)
