@@ -11,12 +11,12 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from passes.batch_norm import batch_norms
 from passes.pipelines import Function
 from passes.quantize_batch_norm import QuantizeBatchNorm
-from rewriter.app.collection import no_collection
 from rewriter.app.lineup import lineup
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
+from rewriter.app.work import at_work
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
 from rewriter.pipeline import Observer, Pass, Pipeline
@@ -34,7 +34,7 @@ class NothingToRewriteError(Error):
     """The model holds nothing that the passes could change."""
 
 
-@no_collection()
+@at_work()
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
     """The signatures and batch norms of a SavedModel, and what is in their variables.
 
@@ -58,7 +58,7 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
     return Inspection(signatures, described, Path(model).resolve().name)
 
 
-@no_collection()
+@at_work()
 def rewrite(
     source: str | Path,
     target: str | Path,

@@ -13,8 +13,8 @@ from passes.schemes import SCHEMES
 from passes.sites import Site, quantized, sites
 from passes.tags import TAG, tag_of
 from passes.updates import consumers
-from rewriter.app.collection import no_collection
 from rewriter.app.reports import became_of
+from rewriter.app.work import at_work
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.log import LOG, RECORD, explained, read_record
@@ -84,7 +84,7 @@ class Diff:
         return frame(self.to_html())
 
 
-@no_collection()
+@at_work()
 def diff(
     before: str | Path,
     after: str | Path,

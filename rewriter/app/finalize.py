@@ -15,10 +15,10 @@ from passes.quantized_values import Quantized, tagged
 from passes.settle_choices import SettleChoices
 from passes.sites import sites
 from rewriter.app.api import NothingToRewriteError
-from rewriter.app.collection import no_collection
 from rewriter.app.guard import check_parameters
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
+from rewriter.app.work import at_work
 from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
@@ -32,7 +32,7 @@ GROWTH = 4
 """How many times larger a graph may become by inlining, before that is given up."""
 
 
-@no_collection()
+@at_work()
 def finalize(
     source: str | Path,
     target: str | Path,
