@@ -34,16 +34,26 @@ def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
             if name not in objects.concrete_functions:
                 raise Error(f"{path}: object {number} is the concrete function {name!r}, which does not exist")
     for number, held in enumerate(trackables.nodes):
-        known = {c.local_name: c.node_id for c in objects.nodes[number].children} if number < len(objects.nodes) else {}
         for child in held.children:
+            if not 0 <= child.node_id < len(trackables.nodes):
+                raise Error(
+                    f"{path}: in the checkpoint, object {number} has a child {child.node_id}, which is not there"
+                )
+
+
+def refuse_disagreeing(path: Path, objects: Any, trackables: Any) -> None:
+    """Refuse a checkpoint whose objects have other children than the model's: what is restored depends on what is held.
+
+    Raises:
+        Error: names the object and the child.
+    """
+    for number, (held, saved) in enumerate(zip(objects.nodes, trackables.nodes, strict=False)):
+        known = {c.local_name: c.node_id for c in held.children}
+        for child in saved.children:
             if known.get(child.local_name, child.node_id) != child.node_id:
                 raise Error(
                     f"{path}: {child.local_name!r} of object {number} is object {known[child.local_name]}, and in the "
                     f"checkpoint object {child.node_id}"
-                )
-            if not 0 <= child.node_id < len(trackables.nodes):
-                raise Error(
-                    f"{path}: in the checkpoint, object {number} has a child {child.node_id}, which is not there"
                 )
 
 

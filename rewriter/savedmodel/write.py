@@ -21,6 +21,7 @@ from rewriter.savedmodel.files import stamps
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
+from rewriter.savedmodel.references import refuse_disagreeing
 from rewriter.savedmodel.shrink import (
     checkpoint_keys,
     hold_captured,
@@ -183,6 +184,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         for signature in (*model.signatures.values(), *model.main_signatures.values()):
             v1.write_signature(meta, signature)
         return replace(extended, source=replace(source, proto=proto)), []
+    refuse_disagreeing(source.path, meta.object_graph_def, source.trackables)
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     trackables.CopyFrom(source.trackables)
     shrunk = _shrunk(model)
