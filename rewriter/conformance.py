@@ -104,7 +104,7 @@ class _Nodes:
         port = value.port
         for count, kinds in self._made[value.node]:
             if 0 <= port < count:
-                return kinds[port if len(kinds) > 1 else 0]
+                return kinds[port if len(kinds) > 1 else 0] or None
             port -= count
         return None
 
@@ -113,7 +113,7 @@ class _Nodes:
             return [(1, (node.attrs["T"].type,))] if "T" in node.attrs else []
         if node.op in self.model.graphs:
             results = self.model.graphs[node.op].results
-            return [(1, (ops.dtype_number(r.dtype),)) if r.dtype else (1, ()) for r in results]
+            return [(len(results), tuple(ops.dtype_number(r.dtype) if r.dtype else 0 for r in results))]
         definition = ops.op_def(self.model, node.op)
         attrs, wrong = self._attributes_of(definition, node)
         return [] if wrong else _runs(definition.output_arg, attrs)

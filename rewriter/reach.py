@@ -5,7 +5,7 @@ Source: op definitions of TensorFlow 2.21 (``tensorflow/core/ops``).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,17 +15,19 @@ from rewriter.ir import MAIN, Error, Model, Node
 # fmt: off
 FILES = frozenset(
     {
-        "CacheDataset", "CacheDatasetV2", "CreateSummaryDbWriter", "CreateSummaryFileWriter", "DatasetToTFRecord",
-        "DistributedSave", "ExperimentalDatasetToTFRecord", "ExperimentalMatchingFilesDataset",
-        "ExperimentalSqlDataset", "FileSystemSetConfiguration", "FixedLengthRecordDataset",
-        "FixedLengthRecordDatasetV2", "FixedLengthRecordReader", "FixedLengthRecordReaderV2",
+        "CSVDataset", "CSVDatasetV2", "CacheDataset", "CacheDatasetV2", "CreateSummaryDbWriter",
+        "CreateSummaryFileWriter", "DatasetFromGraph", "DatasetToTFRecord", "DecodeProtoV2", "DistributedSave",
+        "EncodeProto", "ExperimentalCSVDataset", "ExperimentalDatasetToTFRecord", "ExperimentalLMDBDataset",
+        "ExperimentalMatchingFilesDataset", "ExperimentalSqlDataset", "FileSystemSetConfiguration",
+        "FixedLengthRecordDataset", "FixedLengthRecordDatasetV2", "FixedLengthRecordReader",
+        "FixedLengthRecordReaderV2", "FixedUnigramCandidateSampler", "GenerateVocabRemapping",
         "InitializeTableFromTextFile", "InitializeTableFromTextFileV2", "LMDBDataset", "LMDBReader",
         "ListSnapshotChunksDataset", "LoadAndRemapMatrix", "LoadDataset", "MatchingFiles", "MatchingFilesDataset",
         "MergeV2Checkpoints", "ReadFile", "RecordInput", "Restore", "RestoreSlice", "RestoreV2", "Save",
         "SaveDataset", "SaveDatasetV2", "SaveSlices", "SaveV2", "SnapshotChunkDataset", "SnapshotDataset",
         "SnapshotDatasetReader", "SnapshotDatasetV2", "SnapshotNestedDatasetReader", "SqlDataset", "TFRecordDataset",
-        "TFRecordDatasetV2", "TFRecordReader", "TFRecordReaderV2", "TextLineDataset", "TextLineReader",
-        "TextLineReaderV2", "WholeFileReader", "WholeFileReaderV2", "WriteFile",
+        "TFRecordDatasetV2", "TFRecordReader", "TFRecordReaderV2", "TensorSliceDataset", "TextLineDataset",
+        "TextLineReader", "TextLineReaderV2", "WholeFileReader", "WholeFileReaderV2", "WriteFile",
     }
 )
 NETWORK = frozenset(
@@ -33,7 +35,7 @@ NETWORK = frozenset(
         "ConfigureAndInitializeGlobalTPU", "ConfigureDistributedTPU", "DataServiceDataset", "DataServiceDatasetV2",
         "DataServiceDatasetV3", "DataServiceDatasetV4", "DebugIdentity", "DebugIdentityV2", "DebugIdentityV3",
         "DebugNanCount", "DebugNumericSummary", "DebugNumericSummaryV2", "RegisterDataset", "RegisterDatasetV2",
-        "RpcCall", "RpcClient", "RpcServer",
+        "RemoteCall", "RpcCall", "RpcClient", "RpcServer",
     }
 )
 PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
@@ -77,11 +79,13 @@ def refuse_reaching(path: str | Path, model: Model, *, trust: bool) -> None:
 
 
 def _reaching(model: Model) -> Iterator[Reach]:
-    savers = _only_saving(model)
+    served = _served(model)
+    savers = _only_saving(model, served)
     for graph in model.graphs.values():
         for node in graph.nodes.values():
             what = _reached(node)
-            if what and not (node.op in SAVER and (graph.name == MAIN or graph.name in savers)):
+            own = graph.name in savers or (graph.name == MAIN and node.name not in served)
+            if what and not (own and node.op in SAVER):
                 yield Reach(node.op, node.name, graph.name, what)
 
 
@@ -91,11 +95,24 @@ def _reached(node: Node) -> str:
     return REACHED.get(node.op, "")
 
 
-def _only_saving(model: Model) -> frozenset[str]:
-    """Functions that only the main graph calls, and that no object holds: TensorFlow makes the saver of them."""
+def _served(model: Model) -> set[str]:
+    """The nodes of the main graph that run when a signature does."""
+    nodes = model.graphs[MAIN].nodes
+    waiting = [v.node for s in (*model.signatures.values(), *model.main_signatures.values()) for v in s.fetches]
+    found: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        if name not in found and name in nodes:
+            found.add(name)
+            waiting += [*(v.node for v in nodes[name].inputs), *nodes[name].after]
+    return found
+
+
+def _only_saving(model: Model, served: Collection[str]) -> frozenset[str]:
+    """Functions that only the main graph's saver calls, and that no object holds."""
     callers: dict[str, set[str]] = {}
     for caller, calls in model.analysis(call_graph).calls.items():
         for call in calls:
-            callers.setdefault(call.callee, set()).add(caller)
+            callers.setdefault(call.callee, set()).add("served" if call.node in served else caller)
     held = set(model.entries) | {name for names in model.owned.values() for name in names}
     return frozenset(name for name, by in callers.items() if by == {MAIN} and name not in held)

@@ -25,7 +25,7 @@ from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
 from rewriter.page.shell import frame
 from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
 from rewriter.savedmodel.read import load
-from rewriter.savedmodel.references import INIT_SIGNATURE
+from rewriter.savedmodel.references import OPS_ALONE
 from rewriter.savedmodel.write import EXTRA
 
 
@@ -146,7 +146,7 @@ def _report(compared: Comparison, told: Mapping[tuple[str, str], str], *, record
         for k, s in keys.items()
         if not s.quantized and k not in rewritten
     )
-    signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - {INIT_SIGNATURE}
+    signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - OPS_ALONE
     broken = {c.name for c in compared.changes if c.kind == SIGNATURE and c.what != "added" and _touches(c)}
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),

@@ -9,6 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,24 +52,30 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, _interrupt)
+        terminal = os.dup(2)  # while TensorFlow is imported, what is written to stderr's own is thrown away
+        for number in SIGNALS:
+            signal.signal(number, partial(_interrupt, terminal))
         try:
             return super().main(*args, **options)
         finally:
+            for number in SIGNALS:  # all is done; while Python ends, a signal would only spoil the exit code
+                signal.signal(number, signal.SIG_IGN)
             if INTERRUPTED.is_set():
                 sys.exit(EXIT_FAILED)
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 INTERRUPTED = threading.Event()
 """Whether it was said that the command is interrupted."""
 
 
-def _interrupt(number: int, _frame: object) -> None:
+def _interrupt(terminal: int, number: int, _frame: object) -> None:
     # What is to be tidied up takes moments, and is not to be interrupted again. Not by click: it may be at work.
     signal.signal(number, signal.SIG_IGN)
     INTERRUPTED.set()
-    os.write(2, b"bnqat: error: interrupted; nothing is left half-written\n")
+    os.write(terminal, b"bnqat: error: interrupted; nothing is left half-written\n")
     # Where the exception arrives in a library, that may end it, or take it for an error of its own.
     sys.unraisablehook = lambda _: None
     sys.exit(EXIT_FAILED)

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeAlias
 
+from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import meta_graph_pb2
 
 from rewriter.ir import Error
 
 V1_ASSETS = "saved_model_assets"
 """The collection in which TensorFlow 1 keeps what an ``AssetFileDef`` of the meta graph says now."""
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""What a terminal obeys, or what turns text around."""
 
 Stamps: TypeAlias = Mapping[str, tuple[int, int, int]]
 """Each file's path in the model, with its number, size in bytes and time of change in nanoseconds."""
@@ -47,7 +52,7 @@ def _own(root: Path, path: Path) -> os.stat_result:
         Error: it is not of the model alone.
         OSError: it cannot be looked at.
     """
-    if not path.name.isprintable():
+    if CONTROL.search(path.name):
         raise Error(f"{root} holds a file with unprintable characters in its name, {path.name!r}; rename it")
     if path.is_symlink() and not (path.is_file() and path.resolve().is_relative_to(root)):
         raise Error(
@@ -67,13 +72,11 @@ def refuse_names(model: Path, meta: Any) -> None:
         Error: there is one.
     """
     for name in _names(meta):
-        if not name.isprintable():
-            raise Error(
-                f"{model} holds a name with unprintable characters, {name!r}; nothing that TensorFlow names has"
-            )
+        if CONTROL.search(name):
+            raise Error(f"{model} holds a name with unprintable characters, {name!r}, which a terminal would obey")
     for name in _assets(meta):
         path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or not name.isprintable():
+        if path.is_absolute() or ".." in path.parts or CONTROL.search(name):
             raise Error(f"{model} has a file outside of itself as an asset, {name!r}; it is not safe to load")
 
 
@@ -98,5 +101,8 @@ def _assets(meta: Any) -> Iterator[str]:
     yield from (asset.filename for asset in meta.asset_file_def)
     for held in meta.collection_def[V1_ASSETS].any_list.value if V1_ASSETS in meta.collection_def else ():
         asset = meta_graph_pb2.AssetFileDef()
-        held.Unpack(asset)
+        try:
+            held.Unpack(asset)
+        except DecodeError as e:
+            raise Error(f"the collection {V1_ASSETS!r} holds something other than assets") from e
         yield asset.filename

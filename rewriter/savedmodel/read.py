@@ -17,11 +17,11 @@ from rewriter.ir import MAIN, Error, Gradient, Graph, Model, Signature
 from rewriter.savedmodel import v1
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.files import Stamps, refuse_names, stamps
-from rewriter.savedmodel.graphs import definitions, read_function, read_main
+from rewriter.savedmodel.graphs import definitions, main_value, read_function, read_main
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
 from rewriter.savedmodel.objects import owned, read_entries, read_variables
 from rewriter.savedmodel.references import (
-    INIT_SIGNATURE,
+    OPS_ALONE,
     refuse_dangling,
     refuse_signatures,
     refuse_structures,
@@ -74,7 +74,8 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     proto = _read_proto(file)
     index = _meta_graph(path, proto, tags)
     meta = proto.meta_graphs[index]
-    refuse_names(path, meta)
+    for each in proto.meta_graphs:  # the others are kept as they are
+        refuse_names(path, each)
     brought = {o.name: o for o in meta.meta_info_def.stripped_op_list.op}
     find = definitions(meta.graph_def.library, brought)
     protos: dict[str, tuple[Graph, Any]] = {MAIN: (read_main(meta.graph_def), meta.graph_def)}
@@ -101,7 +102,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     refuse_signatures(path, meta, model)
     if model.variables and not objects and not meta.saver_def.restore_op_name:
         raise Error(f"{path} has variables and nothing that restores them")
-    if checkpoint is not None:
+    if checkpoint is not None and objects:  # the saver of TensorFlow 1 may restore parts of a tensor
         refuse_unlike(path, model, checkpoint)
     if checkpoint is None and model.variables:
         raise Error(f"{path} has variables but no directory 'variables' with their values")
@@ -195,7 +196,7 @@ def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
     concrete = set(meta.object_graph_def.concrete_functions)
     found = {}
     for name, signature in sorted(meta.signature_def.items()):
-        if name == INIT_SIGNATURE or not signature.outputs:
+        if name in OPS_ALONE or not signature.outputs:
             continue
         producers = {t.name.partition(":")[0] for t in signature.outputs.values()}
         producer = main.nodes.get(producers.pop()) if len(producers) == 1 else None
@@ -203,6 +204,6 @@ def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
             continue
         order = {v.node: i for i, v in enumerate(producer.inputs)}
         inputs = sorted(signature.inputs, key=lambda k: order.get(signature.inputs[k].name.partition(":")[0], -1))
-        outputs = sorted(signature.outputs, key=lambda k: int(signature.outputs[k].name.partition(":")[2] or 0))
+        outputs = sorted(signature.outputs, key=lambda k: main_value(signature.outputs[k].name).port)
         found[name] = Signature(name, producer.attrs["f"].func.name, tuple(inputs), tuple(outputs))
     return found

@@ -16,8 +16,8 @@ from rewriter.ir import MAIN, Error, Model
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import main_value
 
-INIT_SIGNATURE = "__saved_model_init_op"
-"""The signature that is no tensors' but names the op that initialises tables."""
+OPS_ALONE = frozenset({"__saved_model_init_op", "__saved_model_train_op"})
+"""Signatures that are no tensors' but name an op: the one that initialises tables, and one that trains."""
 
 
 def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
@@ -152,7 +152,7 @@ def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
                 continue
             value = main_value(info.name)
             held = main.nodes.get(value.node)
-            if name != INIT_SIGNATURE and (held is None or value.port >= ops.output_count(model, held)):
+            if name not in OPS_ALONE and (held is None or value.port >= ops.output_count(model, held)):
                 raise Error(
                     f"{path}: {key!r} of the signature {name!r} is {info.name!r}, which the graph does not compute"
                 )

@@ -47,12 +47,15 @@ def write_whole(file: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    file = file.resolve()
-    if file.exists() and not file.is_file():
-        file.write_bytes(content)
+    if (file.exists() and not file.is_file()) or file.absolute().is_relative_to("/dev"):
+        with file.open("ab") as opened:
+            opened.write(content)
         return
+    file = file.resolve()
     with beside(file) as temporary:
         temporary.write_bytes(content)
+        if file.exists():
+            shutil.copymode(file, temporary)
         _sync_file(temporary)
         temporary.replace(file)
 

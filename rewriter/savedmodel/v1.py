@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from google.protobuf.message import DecodeError
 from tensorflow.core.framework import variable_pb2
 
 from rewriter import ops
@@ -19,6 +20,8 @@ from rewriter.expr import Apply, Expr, Use, array, op, ordered
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Signature, Spec, Value, Variable
 from rewriter.liveness import Assumption
 from rewriter.savedmodel import contexts
+from rewriter.savedmodel.graphs import main_value
+from rewriter.savedmodel.references import OPS_ALONE
 
 VARIABLE_COLLECTIONS = (
     "variables",
@@ -56,7 +59,10 @@ def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
 
 def _definitions(meta: Any, collection: str) -> Iterator[Any]:
     for data in meta.collection_def[collection].bytes_list.value if collection in meta.collection_def else ():
-        yield variable_pb2.VariableDef.FromString(data)
+        try:
+            yield variable_pb2.VariableDef.FromString(data)
+        except DecodeError as e:
+            raise Error(f"the collection {collection!r} holds something other than variables") from e
 
 
 def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
@@ -83,9 +89,11 @@ def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
     """The signatures, computed in the main graph. A sparse tensor is its three parts."""
     found = {}
     for name, proto in sorted(meta.signature_def.items()):
+        if name in OPS_ALONE:
+            continue
         inputs = list(_tensors(proto.inputs))
         outputs = list(_tensors(proto.outputs))
-        values = [_value(t) for _, t, _ in (*inputs, *outputs)]
+        values = [main_value(t) for _, t, _ in (*inputs, *outputs)]
         if outputs and all(v.node in main.nodes for v in values):
             found[name] = Signature(
                 name,
@@ -111,11 +119,6 @@ def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
             shape = info.tensor_shape
             size = None if shape.unknown_rank else tuple(d.size for d in shape.dim)
             yield key, info.name, Spec(key, ops.dtype_name(info.dtype), size)
-
-
-def _value(text: str) -> Value:
-    name, _, port = text.partition(":")
-    return Value(name, int(port or 0))
 
 
 def write_signature(meta: Any, signature: Signature) -> None:
