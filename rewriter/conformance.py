@@ -72,7 +72,7 @@ class _Nodes:
                 if not wrong and sum(count for count, _ in _runs(definition.output_arg, attrs)) > MANY:
                     yield f"{node.name} ({node.op}) has more than {MANY} outputs"
         shapes = self.graph.attrs.get("_input_shapes")
-        if shapes is not None and len(shapes.list.shape) != len(self.graph.arguments):
+        if shapes is not None and (len(shapes.list.shape) != len(self.graph.arguments) or shapes.list.type):
             yield f"its attribute _input_shapes is not one of {len(self.graph.arguments)} shapes"
         for result in self.graph.results:
             made = self._dtype(result.value) if result.value.node in self.graph.nodes else None

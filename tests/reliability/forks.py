@@ -154,7 +154,7 @@ def _child(calls: Sequence[dict[str, Any]], out: int, err: int) -> None:
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  as long as the process
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the command line has its own handler
         for call in calls:
             module, _, name = call["function"].partition(":")
             getattr(importlib.import_module(module), name)(*call["arguments"])
