@@ -118,12 +118,22 @@ def read_record(file: Path) -> Record | None:
     try:
         known: Record = json.loads(file.read_text(encoding="utf-8"))
         version = known["schema_version"]
-        _entries(known)
-        known["authors"][:0], known["source"]
+        authors, entries = known["authors"], _entries(known)
+        sound = isinstance(known["source"], str) and all(
+            isinstance(by, list) and all(isinstance(name, str) for name in by) for by in authors
+        )
+        sound = sound and all(
+            isinstance(number, int)
+            and 0 <= number < len(authors)
+            and all(isinstance(text, str) for text in told.values())
+            for number, told in entries.values()
+        )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise Error(f"{file} is no record of a rewrite; delete it to compare without") from e
+    if not sound:
+        raise Error(f"{file} is no record of a rewrite; delete it to compare without")
     if version != SCHEMA_VERSION:
         raise Error(f"{file} was written by a later version of bnqat; delete it to compare without")
     return known

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -247,3 +248,36 @@ def test_comparing_executes_nothing_and_changes_nothing(
 def test_the_page_is_the_same_on_every_run(model: Paths, rewritten: Paths) -> None:
     made = [bnqat.diff(model("keras_save"), rewritten("keras_save")).to_html() for _ in range(2)]
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda r: r.update(authors=[]),
+        lambda r: r.update(authors=[[1]]),
+        lambda r: r.update(authors=[None]),
+        lambda r: r.update(source=3),
+        lambda r: _first(r).__setitem__(0, 10**30),
+        lambda r: _first(r).__setitem__(0, "a"),
+        lambda r: _first(r).__setitem__(0, 1.5),
+        lambda r: _first(r).__setitem__(1, 7),
+        lambda r: _first(r).__setitem__(1, {"attr": 7}),
+    ],
+)
+def test_a_damaged_record_is_none(
+    model: Paths, rewritten: Paths, tmp_path: Path, damage: Callable[[Any], None]
+) -> None:
+    after = tmp_path / "after"
+    shutil.copytree(rewritten("module"), after)
+    file = after / "assets.extra" / "bnqat_changes.json"
+    record = json.loads(file.read_text())
+    damage(record)
+    file.write_text(json.dumps(record))
+    with pytest.raises(bnqat.Error, match="is no record of a rewrite"):
+        bnqat.diff(model("module"), after)
+
+
+def _first(record: Any) -> Any:
+    """Who made the first change of a record, and its hash."""
+    found: Any = next(iter(next(iter(next(iter(record["changes"].values())).values())).values()))
+    return found
