@@ -11,9 +11,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from passes.batch_norm import batch_norms
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
-from rewriter.app.api import inspect
-from rewriter.ir import Error
+from rewriter.ir import Error, Model
 from rewriter.reach import refuse_reaching
 from rewriter.savedmodel.read import load
 
@@ -80,8 +80,9 @@ def sensitivity(
     for width in bits:
         if not MIN_BITS <= width <= MAX_BITS:
             raise Error(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}")
-    known = _quantizers(model)
-    refuse_reaching(model, load(model), trust=trust)
+    read = load(model)
+    known = _quantizers(model, read)
+    refuse_reaching(model, read, trust=trust)
     loaded = tf.saved_model.load(str(model))
     run, count = _runner(loaded, inputs)
     widths = _widths(loaded)
@@ -138,11 +139,11 @@ def plot(found: Sensitivity, file: Path) -> None:
         raise Error(f"the plot {file} cannot be written: {e}") from e
 
 
-def _quantizers(model: str | Path) -> dict[tuple[int, str], str]:
+def _quantizers(model: str | Path, read: Model) -> dict[tuple[int, str], str]:
     """(layer, role) -> the batch norm's name, of what serving quantises, in order."""
     found: dict[tuple[int, str], str] = {}
-    for bn in inspect(model).batch_norms:
-        tags = [tag for site in bn.sites if site.mode != "training" for tag in site.quantizers]
+    for bn in read.analysis(batch_norms):
+        tags = [tag for site in bn.sites if site.mode != "training" for tag in site.quantized]
         found |= {(tag["layer"], tag["role"]): tag["batch_norm"] for tag in tags if "layer" in tag}
     if not found:
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")

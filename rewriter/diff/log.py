@@ -128,12 +128,12 @@ def read_record(file: Path) -> Record | None:
             and all(isinstance(text, str) for text in told.values())
             for number, told in entries.values()
         )
+        if not sound:
+            raise ValueError("authors or changes of other types")
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
         raise Error(f"{file} is no record of a rewrite; delete it to compare without") from e
-    if not sound:
-        raise Error(f"{file} is no record of a rewrite; delete it to compare without")
     if version != SCHEMA_VERSION:
         raise Error(f"{file} was written by a later version of bnqat; delete it to compare without")
     return known

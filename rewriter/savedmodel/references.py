@@ -15,6 +15,7 @@ from rewriter import ops
 from rewriter.ir import MAIN, Error, Model
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import main_value
+from rewriter.savedmodel.objects import functions_of
 
 OPS_ALONE = frozenset({"__saved_model_init_op", "__saved_model_train_op"})
 """Signatures that are no tensors' but name an op: the one that initialises tables, and one that trains."""
@@ -30,7 +31,7 @@ def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
         if not 0 <= number < len(objects.nodes):
             raise Error(f"{path}: {what} is object {number}, and there are {len(objects.nodes)} objects")
     for number, held in enumerate(objects.nodes):
-        for name in _functions(held):
+        for name in functions_of(held):
             if name not in objects.concrete_functions:
                 raise Error(f"{path}: object {number} is the concrete function {name!r}, which does not exist")
     for number, held in enumerate(trackables.nodes):
@@ -103,14 +104,6 @@ def _numbers(objects: Any) -> Iterator[tuple[int, str]]:
     for name, function in objects.concrete_functions.items():
         for number in function.bound_inputs:
             yield number, f"what the concrete function {name!r} captures"
-
-
-def _functions(held: Any) -> Iterator[str]:
-    kind = held.WhichOneof("kind")
-    if kind == "function":
-        yield from held.function.concrete_functions
-    elif kind == "bare_concrete_function":
-        yield held.bare_concrete_function.concrete_function_name
 
 
 def refuse_unlike(path: Path, model: Model, checkpoint: Checkpoint) -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.harness import digest
 from tests.reliability.forks import Call, Outcome, Server
-from tests.reliability.trials import BrokenPromiseError, content, judged
+from tests.reliability.trials import BrokenPromiseError, judged
 
 OURS = re.compile(r"\.target\.bnqat-[0-9a-f]{8}(\.lock|-old)?")
 HERE = "tests.reliability.conditions"
@@ -30,7 +31,7 @@ class Writing:
         self.source = source
         self.folder = folder
         self.target = folder / "target"
-        self._before = content(source)
+        self._before = digest(source)
         self._arguments: list[str | Path] = [command, source, self.target, *(["--overwrite"] if overwrite else [])]
         self._earlier = source if overwrite else None
         self.earlier: Mapping[str, str] | None = self._before if overwrite else None
@@ -39,7 +40,7 @@ class Writing:
         if judged(outcome, command) != "done":
             raise BrokenPromiseError(f"{command} of {source}: {outcome.err}")
         self.seconds = outcome.seconds
-        self.expected = content(self.target)
+        self.expected = digest(self.target)
 
     def reset(self) -> None:
         """Make everything as it is before the command runs."""
@@ -67,9 +68,9 @@ class Writing:
             BrokenPromiseError: something is lost, half-written or left for ever.
         """
         told = f"{what}: {outcome}"
-        if content(self.source) != self._before:
+        if digest(self.source) != self._before:
             raise BrokenPromiseError(f"the source was changed: {told}")
-        held = content(self.target) if self.target.exists() else None
+        held = digest(self.target) if self.target.exists() else None
         if held not in (self.expected, self.earlier):
             raise BrokenPromiseError(f"{self.target} is neither as before nor whole: {told}")
         left = sorted(p.name for p in self.folder.iterdir() if p != self.target)
@@ -77,12 +78,12 @@ class Writing:
             raise BrokenPromiseError(f"left {left}: {told}")
         again = self.server.cli(*self._arguments)
         if held is None or self.earlier is not None:
-            if judged(again, f"after {what}") != "done" or content(self.target) != self.expected:
+            if judged(again, f"after {what}") != "done" or digest(self.target) != self.expected:
                 raise BrokenPromiseError(f"the next run did not write the model: {again}, after {told}")
         else:  # it is there, so that the next run refuses to write
             shutil.rmtree(self.target)
             again = self.server.cli(*self._arguments)
-        if sorted(self.folder.iterdir()) != [self.target] or content(self.target) != self.expected:
+        if sorted(self.folder.iterdir()) != [self.target] or digest(self.target) != self.expected:
             raise BrokenPromiseError(f"the next run left {sorted(self.folder.iterdir())}: {again}, after {told}")
         moment = "after" if held == self.expected and held != self.earlier else "before"
         return f"{moment}, {'something' if left else 'nothing'} left"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,20 +14,13 @@ from hypothesis import strategies as st
 
 from tests.mutate import function_with, mutated, nodes_of
 from tests.reliability.damage import damage_configuration, damage_model
-from tests.reliability.forks import Server, server
+from tests.reliability.forks import Server
 from tests.reliability.trials import fresh, judged, trial
 
 KERNEL = "FusedBatchNormV3"
 
 MODELS = ("keras_export", "v1_two_fused", "module_train", "if", "nested")
 """Small ones of each format, some with several functions; `make soak` goes on for an hour."""
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Server]:
-    """Where commands run."""
-    with server() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

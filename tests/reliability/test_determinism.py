@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.harness import digest
 from tests.reliability.forks import Call, Server, server
-from tests.reliability.trials import content, judged
+from tests.reliability.trials import judged
 
 SEEDS = (0, 1, 4242)
 
@@ -45,7 +46,7 @@ def test_rewrite(
         extra = [folder / "report.json"] if "--report" in options else ["--html", folder / "page.html"]
         outcome = each.cli("rewrite", model(name), folder / "target", *options, *extra)
         assert judged(outcome, "rewrite") == "done", outcome
-        written.append(content(folder))
+        written.append(digest(folder))
     assert written[0]
     assert written[0] == written[1] == written[2]
 
@@ -63,7 +64,7 @@ def test_finalize(
         options = ("--fold",) if option == "--fold" else ("--params", file)
         outcome = each.cli("finalize", rewritten(name), folder / "target", *options)
         assert judged(outcome, "finalize") == "done", outcome
-        written.append(content(folder))
+        written.append(digest(folder))
     assert written[0] == written[1] == written[2]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,20 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests.harness import digest
 from tests.reliability.conditions import small_disk
 from tests.reliability.faults import HERE, Writing
 from tests.reliability.forks import Call, Outcome, Server, server
-from tests.reliability.trials import content, judged
+from tests.reliability.trials import judged
 
 MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 16).tolist()
 """As shares of the time that a command takes; `make soak` takes others for an hour."""
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Server]:
-    """Where commands run."""
-    with server() as started:
-        yield started
 
 
 @pytest.fixture(scope="module", params=["rewrite", "finalize", "rewrite over", "finalize over"])
@@ -79,7 +73,7 @@ def test_killed_where_directories_cannot_be_exchanged(
             aside += 1
             writing.earlier = None  # between two renames; the next run puts it back, and then overwrites it
         writing.checked(outcome, f"killed at event {moment}")
-        writing.earlier = content(writing.source)
+        writing.earlier = digest(writing.source)
     assert aside
 
 
@@ -186,7 +180,7 @@ def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path
                 outcomes = list(threads.map(writing.start, (forks, second)))
             assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
             assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
-            assert content(writing.target) == writing.expected
+            assert digest(writing.target) == writing.expected
 
 
 @pytest.mark.parametrize("option", ["--report", "--html"])
@@ -198,7 +192,6 @@ def test_reports_are_whole_or_absent(rewriting: Writing, tmp_path: Path, option:
     whole = file.read_bytes()
     for moment in range(8):
         file.unlink(missing_ok=True)
-        rewriting.run()
         rewriting.reset()
         rewriting.server.cli(
             *("rewrite", rewriting.source, rewriting.target, option, file),

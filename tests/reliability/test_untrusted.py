@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,11 @@ from rewriter.reach import reaching
 from rewriter.savedmodel.read import load
 from tests.harness import inputs_of
 from tests.mutate import mutated
-from tests.reliability.forks import CLI, Call, Server, server
+from tests.reliability.forks import CLI, Call, Server
 from tests.reliability.hostile import CUSTOM, with_custom_ops, writing_files
 from tests.reliability.trials import judged
 
 ESCAPE = "\x1b]0;owned\x07"
-
-
-@pytest.fixture(scope="module")
-def forks() -> Iterator[Server]:
-    """Where commands run."""
-    with server() as started:
-        yield started
 
 
 @pytest.fixture

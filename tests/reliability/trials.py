@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tests.harness import digest
 from tests.reliability.forks import Call, Outcome, Server
 
 LIMIT = 10.0
@@ -19,12 +19,6 @@ PYTHONS = re.compile(r"Traceback|object has no|Error: |KeyError|NoneType|<class|
 
 class BrokenPromiseError(AssertionError):
     """A command did what it should never do."""
-
-
-def content(directory: Path) -> dict[str, str]:
-    """A digest of each file below a directory."""
-    files = sorted(p for p in directory.rglob("*") if p.is_file())
-    return {str(p.relative_to(directory)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
 def judged(outcome: Outcome, what: str) -> str:
@@ -64,7 +58,7 @@ def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
     Raises:
         BrokenPromiseError: one did what it should never do.
     """
-    before = content(model)
+    before = digest(model)
     target, final = folder / "target", folder / "final"
     yield f"inspect {judged(server.cli('inspect', model, limit=LIMIT, mib=MIB), 'inspect')}"
     for command, source, written in (("rewrite", model, target), ("finalize", target, final)):
@@ -79,7 +73,7 @@ def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
         yield loads(server, source, written, command)
         if command == "rewrite":
             yield f"diff {judged(server.cli('diff', model, target, limit=LIMIT, mib=MIB), 'diff')}"
-    if content(model) != before:
+    if digest(model) != before:
         raise BrokenPromiseError("the source was changed")
 
 
