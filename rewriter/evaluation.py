@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from rewriter import ops
-from rewriter.ir import MAIN, Error, Graph, Model, Node, Value
+from rewriter.ir import MAIN, Attrs, Error, Graph, Model, Node, Value
 from rewriter.ops import dtype_attr, shape_attr
 from rewriter.savedmodel.graphs import write_main
 from rewriter.savedmodel.write import library
@@ -45,7 +45,8 @@ def evaluated(
 ) -> list[np.ndarray]:
     """What some terms are, with the values that the variables of the model are to be saved with.
 
-    Without trust, no value may be larger than `LARGEST`, nor of a size that is not known before it is computed.
+    Without trust, no value may be larger than `LARGEST` and all variables that are read, nor of a size that is not
+    known before it is computed.
 
     Args:
         model: what the terms are of.
@@ -58,7 +59,7 @@ def evaluated(
     """
     placing = _Placing(model, known, trust)
     fetched = [placing.place(term) for term in terms]
-    largest = None if trust else LARGEST
+    largest = None if trust else max([LARGEST, *(value.size for value in placing.feeds.values())])
     functions = library(model, placing.called) if placing.called else None
     return run(Graph(MAIN, placing.nodes), placing.feeds, fetched, functions, largest)
 
@@ -89,13 +90,35 @@ class _Placing:
             else:
                 last = waiting.pop()
                 if last not in self._placed:
-                    self._placed[last] = self._new(last)
+                    self._placed[last] = self._folded(last) if self._constant(last) else self._new(last)
         return self._placed[term]
 
     @staticmethod
     def _needed(term: Term) -> tuple[Term, ...]:
         """The terms to be placed before this one; a variable is placed where it is read."""
         return tuple(i for i in term.inputs if i.op != VARIABLE)
+
+    def _constant(self, term: Term) -> bool:
+        """Whether a term is computed of constants alone, of which TensorFlow computes any to know shapes."""
+        inputs = [self._placed.get(i) for i in _computing(term).inputs]
+        return (
+            bool(inputs) and not self.trust and all(v is not None and self.nodes[v.node].op == "Const" for v in inputs)
+        )
+
+    def _folded(self, term: Term) -> Value:
+        """A term computed at once; as all that it is computed of has been, nothing grows without being looked at."""
+        op = _computing(term)
+        self._refuse(op)
+        inputs = tuple(self._placed[i] for i in op.inputs)
+        node = Node("folded", op.op, inputs, attrs=_public(op))
+        nodes = {v.node: self.nodes[v.node] for v in inputs} | {node.name: node}
+        (value,) = run(Graph(MAIN, nodes), {}, [Value(node.name, term.port)], largest=LARGEST)
+        found = np.asarray(value)
+        if found.dtype.kind not in "biufc" and found.dtype.name != "bfloat16":
+            raise Error(f"a quantiser computes by {op.op} what is no number")
+        name = f"term_{len(self.nodes)}"
+        self.nodes[name] = Node(name, "Const", attrs={"value": ops.attr(found), "dtype": dtype_attr(found.dtype.name)})
+        return Value(name)
 
     def _new(self, term: Term) -> Value:
         if term.op == PORT:
@@ -104,6 +127,20 @@ class _Placing:
             raise Error(f"a quantiser depends on {term.of}, which is only known while the model runs")
         if term.op == "ReadVariableOp" and term.inputs[0].op == VARIABLE:
             return self._fed(np.asarray(self.model.value_of(term.inputs[0].of)))
+        self._refuse(term)
+        for value in term.attrs.values():
+            self.called.update(ops.functions_in(value))
+        inputs = tuple(self._placed[i] if i in self._placed else self._new(i) for i in term.inputs)
+        name = f"term_{len(self.nodes)}"
+        self.nodes[name] = Node(name, term.op, inputs, attrs=_public(term))
+        return Value(name)
+
+    def _refuse(self, term: Term) -> None:
+        """Refuse, without trust, large constants and ops that are not known to be harmless.
+
+        Raises:
+            Error: it is one.
+        """
         if term.op == "Const" and not self.trust:
             sizes = [dim.size for dim in term.attrs["value"].tensor.tensor_shape.dim]
             if math.prod(sizes) > LARGEST:
@@ -116,13 +153,6 @@ class _Placing:
                 f"a quantiser computes with {term.op} ({node} in {graph}), which is not among the ops known to be "
                 "harmless; pass --trust if you trust the model"
             )
-        for value in term.attrs.values():
-            self.called.update(ops.functions_in(value))
-        inputs = tuple(self._placed[i] if i in self._placed else self._new(i) for i in term.inputs)
-        name = f"term_{len(self.nodes)}"
-        attrs = {k: v for k, v in term.attrs.items() if k[0] != "_"}
-        self.nodes[name] = Node(name, term.op, inputs, attrs=attrs)
-        return Value(name)
 
     def _fed(self, value: np.ndarray) -> Value:
         name = f"given_{len(self.feeds)}"
@@ -130,6 +160,15 @@ class _Placing:
         self.nodes[name] = Node(name, "Placeholder", attrs=attrs)
         self.feeds[name] = value
         return Value(name)
+
+
+def _computing(term: Term) -> Term:
+    """The op of which a term is an output."""
+    return term.inputs[0] if term.op == PORT else term
+
+
+def _public(term: Term) -> Attrs:
+    return {k: v for k, v in term.attrs.items() if k[0] != "_"}
 
 
 def _run_once() -> Any:
@@ -157,7 +196,8 @@ def run(
         feeds: values of its placeholders, by name.
         fetched: what to compute.
         functions: the library of functions that it calls, a ``FunctionDefLibrary``.
-        largest: the most elements that any value in it may have; None: any number, known beforehand or not.
+        largest: the most elements that any value in it may have, and an eighth of what all of them may have; None: any
+            number, known beforehand or not.
 
     Raises:
         Error: TensorFlow refuses it, or a value is too large.
@@ -171,16 +211,33 @@ def run(
     try:
         with tf.Graph().as_default() as made, tf.compat.v1.Session(config=_run_once()) as session:
             tf.import_graph_def(proto, name="")
-            for op in made.get_operations() if largest is not None else ():
-                for tensor in op.outputs:
-                    size = tensor.shape.num_elements()
-                    if size is None or size > largest:
-                        raise Error(
-                            f"a quantiser computes a value of shape {tensor.shape} by {op.type}, which may have more "
-                            f"than {largest} elements; --trust computes it all the same"
-                        )
+            if largest is not None:
+                _refuse_large(made.get_operations(), largest)
             given = {f"{name}:0": value for name, value in feeds.items()}
             found: list[Any] = session.run([f"{v.node}:{v.port}" for v in fetched], given)
     except (tf.errors.OpError, ValueError, TypeError) as e:
         raise Error(f"what quantisers compute cannot be computed: {' '.join(str(e).split())[:200]}") from e
     return found
+
+
+def _refuse_large(operations: Sequence[Any], largest: int) -> None:
+    """Refuse ops whose outputs have more elements than are allowed, or perhaps have.
+
+    Raises:
+        Error: one does, or all do together.
+    """
+    total = 0
+    for op in operations:
+        for tensor in op.outputs:
+            size = tensor.shape.num_elements()
+            if size is None or size > largest:
+                raise Error(
+                    f"a quantiser computes a value of shape {tensor.shape} by {op.type}, which may have more than "
+                    f"{largest} elements; --trust computes it all the same"
+                )
+            total += size
+    if total > 8 * largest:
+        raise Error(
+            f"quantisers compute values of {total} elements together, more than {8 * largest}; --trust computes them "
+            "all the same"
+        )

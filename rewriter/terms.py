@@ -30,6 +30,9 @@ PORT = "port"
 DEEP = 100
 """Calls that are nested deeper than this are not followed."""
 
+WAYS = 2**16
+"""The most ways to call a function: those of functions that call each other twice double with each."""
+
 
 @dataclass(frozen=True, eq=False)
 class Term:
@@ -135,6 +138,8 @@ class Terms:
                     for p, v in inputs.items()
                 }
                 found[self._way(terms)] = None
+                if len(found) > WAYS:
+                    raise Error(f"{name} is called with other variables in more than {WAYS} ways, too many to follow")
         self._ways[name, wanted] = tuple(found)
         return self._ways[name, wanted]
 

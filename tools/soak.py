@@ -148,7 +148,7 @@ class Tally:
 
 
 def _models(folder: Path) -> Path:
-    for name in {*DAMAGED, FAULTED}:
+    for name in sorted({*DAMAGED, FAULTED}):  # functions are numbered as they are traced
         ALL[name](folder / name)
     bnqat.rewrite(folder / FAULTED, folder / "rewritten")
     return folder

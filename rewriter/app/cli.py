@@ -10,7 +10,7 @@ import click
 
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
-from rewriter.app.guard import Commands, one_line, progress, refuse_file, write_file
+from rewriter.app.guard import Commands, one_line, progress, refuse_files, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
 from rewriter.app.show import show_rewrite
@@ -120,9 +120,7 @@ def rewrite(
         if not options["dry_run"]:
             refuse_overlap(source, target)
             refuse_existing(target, options["overwrite"])
-        for file, what in ((report_file, "report"), (page, "page")):
-            if file is not None:
-                refuse_file(file, what, source, target)
+        refuse_files({"report": report_file, "page": page}, source, target)
         if page is not None and options["dry_run"]:
             raise Error("--html shows what was written, and --dry-run writes nothing; leave out one of them")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rewriter.app.guard import check_parameters, one_line, progress, refuse_file, write_file
+from rewriter.app.guard import check_parameters, one_line, progress, refuse_files, write_file
 from rewriter.app.options import TAGS
 from rewriter.app.show import show_finalized
 from rewriter.app.waiting import waiting
@@ -52,9 +52,8 @@ def finalize(
             refuse_overlap(source, target)
             refuse_existing(target, overwrite)
         if params is not None:
-            check_parameters(params, fold, source, target)
-        if report_file is not None:
-            refuse_file(report_file, "report", source, target)
+            check_parameters(params, fold)
+        refuse_files({"parameters": params, "report": report_file}, source, target)
         if params is not None and dry_run:
             raise Error("--params is written with the model, and --dry-run writes nothing; leave out one of them")
 

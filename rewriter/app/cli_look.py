@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from passes.roles import MAX_BITS, MIN_BITS
-from rewriter.app.guard import one_line, refuse_file, write_file
+from rewriter.app.guard import one_line, refuse_files, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
 from rewriter.app.show import show_inspection, show_sensitivity, show_verification
 from rewriter.app.show_diff import show_diff
@@ -35,8 +35,7 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
 
     def check() -> None:
         require_model(model)
-        if page is not None:
-            refuse_file(page, "page", model)
+        refuse_files({"page": page}, model)
 
     with one_line(check):
         from rewriter.app import api
@@ -91,8 +90,7 @@ def diff(
     def check() -> None:
         for model in (before, after):
             require_model(model)
-        if output is not None:
-            refuse_file(output, "comparison", before, after)
+        refuse_files({"comparison": output}, before, after)
 
     with one_line(check):
         from rewriter.app.diff import diff as compare
@@ -146,7 +144,7 @@ def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, tr
             raise Error(f"there is no file {inputs_file}")
 
     with one_line(check):
-        from rewriter.app.sensitivity import arrays
+        from rewriter.app.arrays import arrays
         from rewriter.app.verification.claims import verify as claims
 
         logging.getLogger("tensorflow").setLevel(logging.ERROR)  # loading for V1 sessions is deprecated, and says so
@@ -190,21 +188,21 @@ def sensitivity(
         require_model(model)
         if not inputs_file.is_file():
             raise Error(f"there is no file {inputs_file}")
-        if plot_file is not None:
-            refuse_file(plot_file, "plot", model)
+        refuse_files({"plot": plot_file}, model)
 
     with one_line(check):
         from rich.console import Console
         from rich.progress import track
 
         from rewriter.app import sensitivity as measure
+        from rewriter.app.arrays import arrays
 
         click.echo(f"executing {model}", err=True)
-        arrays = measure.arrays(inputs_file)
+        inputs = arrays(inputs_file)
         console = Console(stderr=True)
         found = measure.sensitivity(
             model,
-            arrays,
+            inputs,
             bits=widths,
             trust=trust,
             progress=lambda runs: track(runs, "quantisers", console=console, transient=True),

@@ -15,7 +15,7 @@ from passes.quantized_values import Quantized, tagged
 from passes.settle_choices import SettleChoices
 from passes.sites import sites
 from rewriter.app.api import NothingToRewriteError
-from rewriter.app.guard import check_parameters
+from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
 from rewriter.app.work import at_work
@@ -69,7 +69,8 @@ def finalize(
     """
     target = Path(target)
     if params is not None:
-        check_parameters(Path(params), fold, Path(source), target)
+        check_parameters(Path(params), fold)
+        refuse_files({"parameters": Path(params)}, Path(source), target)
     if not dry_run:
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)

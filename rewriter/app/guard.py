@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import click
 from rewriter.app.names import PARAMETER_FILES
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
-from rewriter.savedmodel.staging import reason, write_whole
+from rewriter.savedmodel.staging import real, reason, write_whole
 
 if TYPE_CHECKING:
     from rewriter.pipeline import Step
@@ -52,6 +53,7 @@ class Commands(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line."""
+        _open_standard()
         terminal = os.dup(2)  # while TensorFlow is imported, what is written to stderr's own is thrown away
         for number in SIGNALS:
             signal.signal(number, partial(_interrupt, terminal))
@@ -62,6 +64,20 @@ class Commands(click.Group):
                 signal.signal(number, signal.SIG_IGN)
             if INTERRUPTED.is_set():
                 sys.exit(EXIT_FAILED)
+
+
+def _open_standard() -> None:
+    """Let nothing that is opened later take the place of a closed stdout or stderr; escape what cannot be encoded."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+    sys.stdout = sys.stdout or io.StringIO()
+    sys.stderr = sys.stderr or io.StringIO()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -94,7 +110,8 @@ def printable(text: str) -> str:
 def fail(message: str) -> None:
     """Say what is wrong in one line, and exit with code 2."""
     if not INTERRUPTED.is_set():
-        click.echo(f"bnqat: error: {printable(' '.join(message.split()))}", err=True)
+        with suppress(OSError):  # nothing can be said where stderr cannot be written to
+            click.echo(f"bnqat: error: {printable(' '.join(message.split()))}", err=True)
     sys.exit(EXIT_FAILED)
 
 
@@ -117,25 +134,38 @@ def _quiet() -> Iterator[None]:
         os.close(nothing)
 
 
-def refuse_file(file: Path, what: str, *models: Path) -> None:
-    """Refuse a file to write to that would lie in a model, or in no directory.
+def refuse_files(files: Mapping[str, Path | None], *models: Path) -> None:
+    """Refuse files to write to, by what is to be in them, that would lie in a model, in no directory, or be one file.
 
     Raises:
-        Error: it would.
+        Error: one would, or two would, or one cannot be looked at, as links that lead round in a circle.
     """
-    if not file.absolute().parent.is_dir():
-        raise Error(f"there is no directory {file.parent} to write the {what} to")
-    for model in models:
-        if file.resolve().is_relative_to(model.resolve()):
-            raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
+    taken: dict[Path, str] = {}
+    for what, file in files.items():
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir():
+            raise Error(f"there is no directory {file.parent} to write the {what} to")
+        try:
+            file.stat()
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise Error(f"the {what} cannot be written to {reason(e)}") from e
+        place = real(file)
+        for model in models:
+            if place.is_relative_to(real(model)):
+                raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
+        if place in taken and not place.is_relative_to("/dev"):
+            raise Error(f"the {taken[place]} and the {what} would both be written to {file}; choose two files")
+        taken[place] = what
 
 
-def check_parameters(file: Path, fold: bool, *models: Path) -> None:
+def check_parameters(file: Path, fold: bool) -> None:
     """Refuse a file for parameters.
 
     Raises:
-        Error: its name does not say its format, it would lie in a model or in no directory, or there is nothing to
-            describe.
+        Error: its name does not say its format, or there is nothing to describe.
     """
     if file.suffix not in PARAMETER_FILES:
         raise Error(f"{file}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")
@@ -143,7 +173,6 @@ def check_parameters(file: Path, fold: bool, *models: Path) -> None:
         raise Error(
             "with --fold no variable holds what --params would describe; finalize once with each, to two destinations"
         )
-    refuse_file(file, "parameters", *models)
 
 
 def write_file(file: Path, text: str, what: str, done: str = "") -> None:

@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from passes.batch_norm import batch_norms
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from rewriter.app.arrays import fitted
+from rewriter.app.verification.running import attempt, loaded
 from rewriter.ir import Error, Model
 from rewriter.reach import refuse_reaching
 from rewriter.savedmodel.read import load
@@ -83,9 +84,11 @@ def sensitivity(
     read = load(model)
     known = _quantizers(model, read)
     refuse_reaching(model, read, trust=trust)
-    loaded = tf.saved_model.load(str(model))
-    run, count = _runner(loaded, inputs)
-    widths = _widths(loaded)
+    root, why = attempt(lambda: loaded(Path(model)))
+    if root is None:
+        raise Error(f"TensorFlow does not load {model}: {why}")
+    run, count = _runner(root, inputs)
+    widths = _widths(root)
     errors: dict[tuple[int, str], dict[int, float]] = {key: {} for key in known}
     for variable in widths.values():
         variable.assign(tf.zeros_like(variable))
@@ -98,19 +101,6 @@ def sensitivity(
             errors[layer, role][width] = _difference(run(), expected)
         widths[role].assign(tf.zeros_like(widths[role]))
     return Sensitivity([Row(layer, name, role, errors[layer, role]) for (layer, role), name in known.items()], count)
-
-
-def arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays in an .npz file, by name.
-
-    Raises:
-        Error: it is no such file.
-    """
-    try:
-        with np.load(file) as held:
-            return {name: held[name] for name in held.files}
-    except (OSError, ValueError, TypeError, AttributeError, BadZipFile) as e:
-        raise Error(f"{file} is no .npz file of arrays: {e}") from e
 
 
 def plot(found: Sensitivity, file: Path) -> None:
@@ -150,10 +140,10 @@ def _quantizers(model: str | Path, read: Model) -> dict[tuple[int, str], str]:
     return dict(sorted(found.items(), key=lambda item: (item[0][0], ROLES.index(item[0][1]))))
 
 
-def _widths(loaded: Any) -> dict[str, Any]:
+def _widths(root: Any) -> dict[str, Any]:
     """The widths of layers by role; quantisers act from now on."""
-    quantization = getattr(loaded, "quantization", None)
-    held = getattr(loaded, "variables", ()) if quantization is None else quantization.variables
+    quantization = getattr(root, "quantization", None)
+    held = getattr(root, "variables", ()) if quantization is None else quantization.variables
     variables = {v.name: v for v in held}
     missing = [n for n in ("start_step", "ramp_steps") if f"quantization/{n}:0" not in variables]
     if missing:
@@ -163,7 +153,7 @@ def _widths(loaded: Any) -> dict[str, Any]:
     return {role: variables[f"quantization/layer_bits/{role}:0"] for role in ROLES}
 
 
-def _runner(loaded: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], list[np.ndarray]], int]:
+def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], list[np.ndarray]], int]:
     """What computes the default signature's outputs, and the number of inputs.
 
     Raises:
@@ -171,21 +161,21 @@ def _runner(loaded: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[],
     """
     import tensorflow as tf
 
-    names = sorted(set(loaded.signatures) - {"train"}, key=lambda name: (name != "serving_default", name))
+    names = sorted(set(root.signatures) - {"train"}, key=lambda name: (name != "serving_default", name))
     if not names:
         raise Error("the model has no signature to run")
-    signature = loaded.signatures[names[0]]
+    signature = root.signatures[names[0]]
     specs = signature.structured_input_signature[1]
-    given = dict(zip(specs, inputs.values(), strict=True)) if len(specs) == len(inputs) == 1 else dict(inputs)
-    if set(given) != set(specs):
-        raise Error(f"the signature {names[0]} takes {', '.join(specs)}, not {', '.join(given) or 'nothing'}")
-    for name, spec in specs.items():
-        if not spec.shape.is_compatible_with(given[name].shape):
-            raise Error(f"the input {name} is to have the shape {spec.shape}, not {given[name].shape}")
-    fed = {name: tf.cast(given[name], spec.dtype) for name, spec in specs.items()}
+    given = fitted(inputs, specs)
+    if given is None:
+        raise Error(f"the signature {names[0]} takes {', '.join(specs)}, not {', '.join(inputs) or 'nothing'}")
+    fed = {name: tf.constant(given[name], spec.dtype) for name, spec in specs.items()}
 
     def run() -> list[np.ndarray]:
-        outputs = [value for _, value in sorted(signature(**fed).items())]
+        found, why = attempt(lambda: signature(**fed))
+        if found is None:
+            raise Error(f"the signature {names[0]} does not run on these inputs: {why}")
+        outputs = [value for _, value in sorted(found.items())]
         return [value.numpy().astype(np.float64) for value in outputs if value.dtype.is_floating]
 
     if not run():

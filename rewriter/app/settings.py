@@ -108,7 +108,9 @@ class Rule(Defaults):
         try:
             re.compile(value)
         except re.error as e:
-            raise ValueError(f"{value!r} is no regular expression: {e}") from e
+            raise ValueError(f"it is no regular expression: {e}") from e
+        except RecursionError:
+            raise ValueError("it is no regular expression that Python takes, as it is nested too deep") from None
         return value
 
 
@@ -244,7 +246,7 @@ def _sentence(error: Any) -> str:
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     name = place[-1] if place else ""
-    given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r}"
+    given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r:.100}"
     if name in REMEDIES and error["type"] != "value_error" and (place[1:] or name == "per_channel"):
         return f"{key}{given}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":

@@ -95,12 +95,12 @@ def held_functions(objects: Any) -> Iterator[tuple[str, str]]:
 
 
 def belongings(objects: Any, number: int) -> set[int]:
-    """A captured object, and all that belongs to it, by their numbers."""
+    """A captured object, and all that belongs to it, by their numbers; the root, which it may refer to, does not."""
     found: set[int] = set()
     waiting = [number]
     while waiting:
         each = waiting.pop()
-        if each not in found:
+        if each and each not in found:
             found.add(each)
             node = objects.nodes[each]
             waiting += [c.node_id for c in node.children]

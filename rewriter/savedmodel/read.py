@@ -23,6 +23,7 @@ from rewriter.savedmodel.objects import owned, read_entries, read_variables
 from rewriter.savedmodel.references import (
     OPS_ALONE,
     refuse_dangling,
+    refuse_misread,
     refuse_signatures,
     refuse_structures,
     refuse_unlike,
@@ -100,6 +101,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     model = interpreted(model)
     check_entries(model)
     refuse_signatures(path, meta, model)
+    refuse_misread(path, model)
     if model.variables and not objects and not meta.saver_def.restore_op_name:
         raise Error(f"{path} has variables and nothing that restores them")
     if checkpoint is not None and objects:  # the saver of TensorFlow 1 may restore parts of a tensor

@@ -5,14 +5,15 @@ Source: ``tensorflow/core/protobuf/{saved_object_graph,trackable_object_graph,me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tensorflow.python.saved_model import nested_structure_coder
 
 from rewriter import ops
-from rewriter.ir import MAIN, Error, Model
+from rewriter.dataflow import VariableKey, origins
+from rewriter.ir import MAIN, Error, Model, Value
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.graphs import main_value
 from rewriter.savedmodel.objects import functions_of
@@ -116,13 +117,37 @@ def refuse_unlike(path: Path, model: Model, checkpoint: Checkpoint) -> None:
         if key not in checkpoint.shapes or variable.shape is None:
             continue
         shape, dtype = tuple(checkpoint.shapes[key]), str(checkpoint.dtypes[key].name)
-        same = len(shape) == len(variable.shape)
-        same = same and all(a in (-1, b) for a, b in zip(variable.shape, shape, strict=True))
-        if not same or dtype.removesuffix("_ref") != variable.dtype.removesuffix("_ref"):
+        if not _alike(variable.shape, shape) or dtype.removesuffix("_ref") != variable.dtype.removesuffix("_ref"):
             raise Error(
                 f"{path}: the variable {variable.name} is {variable.dtype} of shape {list(variable.shape)}, and the "
                 f"checkpoint holds {dtype} of shape {list(shape)}"
             )
+
+
+def refuse_misread(path: Path, model: Model) -> None:
+    """Refuse reads of variables that are said to have another shape than the variable.
+
+    Raises:
+        Error: names the node, the variable and both shapes.
+    """
+    for graph in model.graphs.values():
+        for node in graph.nodes.values():
+            said = node.attrs["_output_shapes"].list.shape if "_output_shapes" in node.attrs else ()
+            if node.op != "ReadVariableOp" or not said or said[0].unknown_rank:
+                continue
+            shape = tuple(d.size for d in said[0].dim)
+            for origin in origins(model, graph.name, Value(node.name)):
+                variable = model.variables.get(origin.key) if isinstance(origin, VariableKey) else None
+                if variable is not None and variable.shape is not None and not _alike(shape, variable.shape):
+                    raise Error(
+                        f"{path}: the node {node.name} in {graph.name} reads {variable.name}, of shape "
+                        f"{list(variable.shape)}, and is said to have the shape {list(shape)}"
+                    )
+
+
+def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
+    """Whether two shapes may be the same; -1 is an unknown size."""
+    return len(a) == len(b) and all(m == n or -1 in (m, n) for m, n in zip(a, b, strict=True))
 
 
 def refuse_signatures(path: Path, meta: Any, model: Model) -> None:

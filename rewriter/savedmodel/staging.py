@@ -51,13 +51,18 @@ def write_whole(file: Path, content: bytes) -> None:
         with file.open("ab") as opened:
             opened.write(content)
         return
-    file = file.resolve()
+    file = real(file)
     with beside(file) as temporary:
         temporary.write_bytes(content)
         if file.exists():
             shutil.copymode(file, temporary)
         _sync_file(temporary)
         temporary.replace(file)
+
+
+def real(path: Path) -> Path:
+    """A path without links; of links in a circle, where `Path.resolve` raises what is no OSError, the first."""
+    return Path(os.path.realpath(path))
 
 
 def reason(error: OSError) -> str:
@@ -72,8 +77,9 @@ def require_model(path: Path) -> Path:
     """The file with a SavedModel's graph.
 
     Raises:
-        Error: the directory holds none.
+        Error: the directory holds none, or TensorFlow does not take its name.
     """
+    _refuse_encoding(path)
     if not path.is_dir():
         raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
     for name in MODEL_FILES:
@@ -82,13 +88,20 @@ def require_model(path: Path) -> Path:
     raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
 
 
+def _refuse_encoding(path: Path) -> None:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise Error(f"{path} is not UTF-8, and TensorFlow takes no other paths") from None
+
+
 def refuse_overlap(source: Path, target: Path) -> None:
     """Refuse a destination that is the source, holds it, or lies in it: the source is never changed.
 
     Raises:
         Error: the two overlap.
     """
-    a, b = source.resolve(), target.resolve()
+    a, b = real(source), real(target)
     if b.is_relative_to(a) or a.is_relative_to(b):
         raise Error(f"{target} and the model {source} overlap; the input is never changed, choose another destination")
 
@@ -97,8 +110,9 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     """Refuse a destination that is there already.
 
     Raises:
-        Error: it exists, and is not to be overwritten, or is no directory.
+        Error: it exists, and is not to be overwritten, or is no directory, or TensorFlow does not take its name.
     """
+    _refuse_encoding(target)
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -86,15 +86,16 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
 
 
 def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
-    """The signatures, computed in the main graph. A sparse tensor is its three parts."""
+    """The signatures, computed in the main graph. A sparse tensor is its three parts; what has no port is an op."""
     found = {}
     for name, proto in sorted(meta.signature_def.items()):
         if name in OPS_ALONE:
             continue
         inputs = list(_tensors(proto.inputs))
         outputs = list(_tensors(proto.outputs))
-        values = [main_value(t) for _, t, _ in (*inputs, *outputs)]
-        if outputs and all(v.node in main.nodes for v in values):
+        tensors = [t for _, t, _ in (*inputs, *outputs)]
+        values = [main_value(t) for t in tensors]
+        if outputs and all(":" in t for t in tensors) and all(v.node in main.nodes for v in values):
             found[name] = Signature(
                 name,
                 "",

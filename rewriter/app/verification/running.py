@@ -14,6 +14,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import rewriter_config_pb2, saved_model_pb2
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
+from rewriter.app.arrays import Arrays
 from rewriter.app.verification.kernels import Kernels, kernels_in
 from rewriter.dataflow import VARIABLES
 from rewriter.ir import Error
@@ -21,7 +22,6 @@ from rewriter.savedmodel.staging import MODEL_FILES
 
 v1 = tf.compat.v1
 T = TypeVar("T")
-Arrays = Mapping[str, np.ndarray]
 
 SIZES = (2, 4, 32, 224, 15600)
 """What is tried for an unknown size other than the batch's, until the model runs: the last suits audio."""
@@ -67,25 +67,6 @@ def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
         return [batch, size, size, 3]
     first = [s or batch for s in shape[:1]]
     return [*first, *(s or size for s in shape[1:])]
-
-
-def fitted(inputs: Arrays, specs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Given arrays as what tensors by name are fed with; None where the names are others.
-
-    Raises:
-        Error: an array has another shape, or cannot have the dtype.
-    """
-    given = dict(zip(specs, inputs.values(), strict=True)) if len(specs) == len(inputs) == 1 else dict(inputs)
-    if set(given) != set(specs):
-        return None
-    for name, spec in specs.items():
-        value, dtype = np.asarray(given[name]), tf.as_dtype(spec.dtype)
-        if not spec.shape.is_compatible_with(value.shape):
-            raise Error(f"the input {name} is to have the shape {spec.shape}, not {value.shape}")
-        if (value.dtype.kind in "OSU") != (dtype == tf.string):
-            raise Error(f"the input {name} is to have the dtype {dtype.name}, not {value.dtype}")
-        given[name] = value.astype(dtype.as_numpy_dtype)
-    return given
 
 
 def on_random(

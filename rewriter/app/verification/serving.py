@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from passes.batch_norm import batch_norms
 from passes.sites import sites
-from rewriter.app.verification.running import OFF, Arrays, Ran, Session, attempt, fitted, on_random, session_of
+from rewriter.app.arrays import Arrays, fitted
+from rewriter.app.verification.running import OFF, Ran, Session, attempt, on_random, session_of
 from rewriter.dataflow import Captured, Constant
 from rewriter.ir import Error, Model
 

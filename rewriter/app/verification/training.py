@@ -17,8 +17,9 @@ from passes.batch_norm import BatchNorm, batch_norms
 from passes.derive_training import TRAIN
 from passes.entries import Alignment, align, serving_entry, serving_signature, training_trace
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
-from rewriter.app.verification.running import OFF, Arrays, attempt, fitted, loaded, loaded_source, on_random
+from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random
 from rewriter.app.verification.serving import Pair
 from rewriter.dataflow import call_graph
 from rewriter.ir import Entry, Error, Model, unused
@@ -327,8 +328,15 @@ def _identity(bn: BatchNorm) -> tuple[str, ...]:
 
 
 def _held(root: Any, key: str) -> Any:
-    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique."""
+    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique.
+
+    Raises:
+        Error: it holds none.
+    """
     found = root
     for part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
-        found = ObjectGraphView(root).children(found)[part.replace(".S", "/").replace("..", ".")]
+        held, name = ObjectGraphView(root).children(found), part.replace(".S", "/").replace("..", ".")
+        if name not in held:
+            raise Error(f"TensorFlow loads the model without {key}, as it does where a model holds several meta graphs")
+        found = held[name]
     return found
