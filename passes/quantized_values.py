@@ -14,9 +14,10 @@ from passes.entries import running_from
 from passes.parts import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.tags import TAG, tag_of
 from rewriter import ops
-from rewriter.evaluation import LARGEST, evaluated
+from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
+from rewriter.ops import LARGEST
 from rewriter.terms import PORT, Bound, Term, Terms, cone
 
 WHOLE = (types_pb2.DT_INT32, types_pb2.DT_INT64)

@@ -34,7 +34,7 @@ def tag_of(node: Node) -> Mapping[str, Any]:
     """
     try:
         found = json.loads(node.attrs[TAG].s)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     fields = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in FIELDS.items())
     if not fields or not node.inputs or found["role"] not in ROLES:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rewriter import ops
 from rewriter.ir import MAIN, Attrs, Error, Graph, Model, Node, Value
-from rewriter.ops import dtype_attr, shape_attr
+from rewriter.ops import LARGEST, dtype_attr, shape_attr
 from rewriter.savedmodel.graphs import write_main
 from rewriter.savedmodel.write import library
 from rewriter.terms import PORT, UNKNOWN, VARIABLE, Term
@@ -34,10 +34,6 @@ HARMLESS = frozenset(
 )
 # fmt: on
 """Ops that compute with numbers, keep no state, and reach neither files, network nor Python."""
-
-
-LARGEST = 2**24
-"""The most elements that a value has which a quantiser computes; batch norms have thousands of channels at most."""
 
 
 def evaluated(

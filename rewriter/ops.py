@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -389,9 +390,20 @@ MASKS = ("begin_mask", "end_mask", "ellipsis_mask", "new_axis_mask", "shrink_axi
 
 
 def constant_of(graph: Graph, value: Value) -> np.ndarray | None:
-    """What a constant holds; None where the value is no constant."""
+    """What a constant holds; None where the value is no constant, or one of more than `LARGEST` elements.
+
+    A constant may say its size and hold one element only, so that a small file makes a large array.
+    """
     node = graph.nodes[value.node]
     if node.op != "Const":
         return None
-    found: np.ndarray = tensor_util.MakeNdarray(node.attrs["value"].tensor)
-    return found
+    tensor = node.attrs["value"].tensor
+    if math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
+        return None
+    found: np.ndarray = tensor_util.MakeNdarray(tensor)
+    # Strings that are left out are empty ones, of another type than those that are there.
+    return np.array([s or b"" for s in found.ravel()], object).reshape(found.shape) if found.dtype == object else found
+
+
+LARGEST = 2**24
+"""The most elements of constants that are looked into, and of the values that a quantiser computes."""

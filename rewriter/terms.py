@@ -30,8 +30,8 @@ PORT = "port"
 DEEP = 100
 """Calls that are nested deeper than this are not followed."""
 
-WAYS = 2**16
-"""The most ways to call a function: those of functions that call each other twice double with each."""
+WAYS = 16
+"""The most ways to call functions, for each node of a model: where each function calls the next twice they double."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +100,7 @@ class Terms:
         self._known: dict[tuple[str, Bound], dict[Value, Term]] = {}
         self._dependencies: dict[str, dict[str, frozenset[int]]] = {}
         self._assumptions: dict[str, Assumption] = {}
+        self._most = 1000 + WAYS * sum(len(g.nodes) for g in model.graphs.values())
         self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
 
     def ways(self, graph: str, values: Collection[Value]) -> tuple[Bound, ...]:
@@ -138,13 +139,13 @@ class Terms:
                     for p, v in inputs.items()
                 }
                 found[self._way(terms)] = None
-                if len(found) > WAYS:
-                    raise Error(f"{name} is called with other variables in more than {WAYS} ways, too many to follow")
         self._ways[name, wanted] = tuple(found)
         return self._ways[name, wanted]
 
     def _way(self, terms: dict[int, Term]) -> Bound:
         """Terms by position, in order."""
+        if len(self._bound) > self._most:
+            raise Error("functions call each other with too many different values to follow")
         return self._bound.setdefault(tuple(terms.items()), Bound(terms))
 
     def _changed(self, node: Node) -> set[int]:

@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, sync_playwright
 import bnqat
 from tests.browsing import chromium
 from tests.models.all import ALL
+from tests.reliability.forks import Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
@@ -83,6 +84,13 @@ def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]
         )
 
     return path
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Server]:
+    """Where commands run in processes of their own."""
+    with server() as started:
+        yield started
 
 
 @pytest.fixture(scope="session")

@@ -27,7 +27,7 @@ from tests.models.all import ALL
 from tests.reliability.damage import damage_configuration, damage_model
 from tests.reliability.faults import Writing, writings
 from tests.reliability.forks import Server, server
-from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, trial
+from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, loads, trial
 
 DAMAGED = (
     "keras_export",
@@ -109,13 +109,16 @@ class Soak:
         source = fresh(self.folder / "damaged") / "source"
         shutil.copytree(self.models / "rewritten", source)
         damage_model(source, random)
+        final = fresh(self.folder / "out") / "final"
         for command, *arguments in (
             ("inspect", source),
             ("diff", self.models / FAULTED, source),
-            ("finalize", source, fresh(self.folder / "out") / "final"),
+            ("finalize", source, final),
         ):
             outcome = judged(self.forks.cli(str(command), *arguments, limit=LIMIT, mib=MIB), str(command))
             yield f"{command} {outcome}"
+        if outcome == "done":
+            yield loads(self.forks, source, final, "finalize")
 
     def damaged_settings(self, random: Random) -> Iterator[str]:
         """A damaged configuration."""

@@ -126,7 +126,7 @@ def _told(file: Path) -> Mapping[tuple[str, str], str]:
     """(graph, node) -> why a rewrite skipped a site, as it says itself."""
     try:
         return {(s["graph"], s["node"]): s["reason"] for s in json.loads(file.read_text(encoding="utf-8"))["skipped"]}
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 
 

@@ -63,9 +63,9 @@ def read_function(proto: Any, find: Definitions) -> Graph:
                 raise Error(f"in {signature.name}: the input {text} does not exist")
             ports[name] = _first_ports(find(node.op), node.attr)
         first, count = ports[name].get(output, (0, 0))
-        if not _number(index) < count:
+        if not _number(index, text) < count:
             raise Error(f"in {signature.name}: {name} has no output {rest}")
-        return Value(name, first + _number(index))
+        return Value(name, first + _number(index, text))
 
     for node in proto.node_def:
         inputs, after = _split_inputs(node, nodes, signature.name)
@@ -110,21 +110,21 @@ def _refuse_twice(name: str, known: Mapping[str, Node], where: str) -> None:
 _PORT = re.compile(r"\d{0,9}", re.ASCII)
 
 
-def _number(text: str) -> int:
-    """A port as it is spelled, where 0 may be left out.
+def _number(text: str, value: str) -> int:
+    """A value's port as it is spelled, where 0 may be left out.
 
     Raises:
         Error: it is none.
     """
     if not _PORT.fullmatch(text):
-        raise Error(f"{text} is not the number of an output")
+        raise Error(f"{value}: {text!r} is not the number of an output")
     return int(text or 0)
 
 
 def main_value(text: str) -> Value:
     """A value as a GraphDef spells it."""
     name, _, port = text.partition(":")
-    return Value(name, _number(port))
+    return Value(name, _number(port, text))
 
 
 def _read_node(proto: Any, inputs: tuple[Value, ...], after: tuple[str, ...]) -> Node:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from tensorflow.python.framework import tensor_util
 
 from rewriter import ops
 from rewriter.dataflow import Argument, call_graph, follow
@@ -59,8 +58,14 @@ def _only(graph: Graph, op_name: str) -> Node:
 
 
 def strings(graph: Graph, value: Value) -> list[bytes]:
-    """What a constant list of strings holds."""
-    array: np.ndarray = tensor_util.MakeNdarray(graph.nodes[value.node].attrs["value"].tensor)
+    """What a constant list of strings holds.
+
+    Raises:
+        Error: it is no constant.
+    """
+    array = ops.constant_of(graph, value)
+    if array is None:
+        raise Error(f"in {graph.name}: {value.node} is no constant, but names what is saved")
     return list(array.ravel())
 
 

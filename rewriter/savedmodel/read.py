@@ -101,11 +101,11 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     model = interpreted(model)
     check_entries(model)
     refuse_signatures(path, meta, model)
-    refuse_misread(path, model)
     if model.variables and not objects and not meta.saver_def.restore_op_name:
         raise Error(f"{path} has variables and nothing that restores them")
     if checkpoint is not None and objects:  # the saver of TensorFlow 1 may restore parts of a tensor
         refuse_unlike(path, model, checkpoint)
+    refuse_misread(path, model)
     if checkpoint is None and model.variables:
         raise Error(f"{path} has variables but no directory 'variables' with their values")
     return model
@@ -152,7 +152,7 @@ def _read_proto(file: Path) -> Any:
             text_format.Parse(file.read_text(encoding="utf-8"), proto)
         else:
             proto.ParseFromString(file.read_bytes())
-    except (DecodeError, text_format.ParseError, UnicodeDecodeError, OSError) as e:
+    except (DecodeError, text_format.ParseError, UnicodeDecodeError, OSError, RecursionError) as e:
         raise Error(f"{file} cannot be read: it is truncated, damaged or no SavedModel ({e})") from e
     if not proto.meta_graphs or not any(m.HasField("graph_def") for m in proto.meta_graphs):
         raise Error(f"{file} holds no graph: it is truncated, damaged or no SavedModel")

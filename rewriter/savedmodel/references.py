@@ -60,12 +60,16 @@ def refuse_disagreeing(path: Path, objects: Any, trackables: Any) -> None:
 
 
 def refuse_structures(path: Path, objects: Any) -> None:
-    """Refuse signatures of concrete functions that TensorFlow cannot decode.
+    """Refuse signatures of concrete functions, and kinds of variables, that TensorFlow cannot decode.
 
     Raises:
         Error: names the function or object.
     """
     for number, held in enumerate(objects.nodes):
+        for name in ("synchronization", "aggregation") if held.HasField("variable") else ():
+            known = held.variable.DESCRIPTOR.fields_by_name[name].enum_type.values_by_number
+            if getattr(held.variable, name) not in known:
+                raise Error(f"{path}: the {name} of object {number}, a variable, is none of those that there are")
         if held.WhichOneof("kind") in ("function", "bare_concrete_function"):
             own = getattr(held, held.WhichOneof("kind"))
             if held.WhichOneof("kind") == "function" or own.HasField("function_spec"):
@@ -140,8 +144,8 @@ def refuse_misread(path: Path, model: Model) -> None:
                 variable = model.variables.get(origin.key) if isinstance(origin, VariableKey) else None
                 if variable is not None and variable.shape is not None and not _alike(shape, variable.shape):
                     raise Error(
-                        f"{path}: the node {node.name} in {graph.name} reads {variable.name}, of shape "
-                        f"{list(variable.shape)}, and is said to have the shape {list(shape)}"
+                        f"{path}: the node {node.name} in {graph.name or 'the main graph'} reads {variable.name}, of "
+                        f"shape {list(variable.shape)}, and is said to have the shape {list(shape)}"
                     )
 
 

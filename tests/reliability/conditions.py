@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
 import shutil
 import signal
@@ -71,6 +72,17 @@ def no_privileges() -> None:
 def without_exchange() -> None:
     """Be on a system that cannot exchange two directories."""
     staging._exchange = lambda _a, _b: False  # type: ignore[assignment]
+
+
+def full(descriptor: int) -> None:
+    """Let stdout or stderr be a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)
+
+
+def ascii_only() -> None:
+    """Let stdout take nothing but ASCII, as with PYTHONIOENCODING=ascii."""
+    assert isinstance(sys.stdout, io.TextIOWrapper)
+    sys.stdout.reconfigure(encoding="ascii", errors="strict")
 
 
 def listed(folder: str, arguments: list[str]) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tensorflow.core.protobuf import saved_model_pb2
 
 from tests.mutate import function_with, mutated, nodes_of
 from tests.reliability.damage import damage_configuration, damage_model
 from tests.reliability.forks import Server
-from tests.reliability.trials import fresh, judged, trial
+from tests.reliability.trials import fresh, judged, loads, trial
 
 KERNEL = "FusedBatchNormV3"
 
@@ -154,6 +155,20 @@ def _no_such_tensor(meta: Any) -> None:
     next(iter(meta.signature_def["serving_default"].outputs.values())).name = "nowhere:0"
 
 
+def _misread(meta: Any) -> None:
+    shapes = next(nodes_of(_layers(meta), "ReadVariableOp")).attr["_output_shapes"].list
+    del shapes.shape[0].dim[:]
+
+
+def _no_such_aggregation(meta: Any) -> None:
+    next(n for n in meta.object_graph_def.nodes if n.HasField("variable")).variable.aggregation = 9999
+
+
+def _no_such_port(meta: Any) -> None:
+    node = next(n for n in meta.graph_def.node if n.input)
+    node.input[0] = f"{node.input[0]}:abc"
+
+
 DAMAGE = {
     "depends on itself": _cyclic_nodes,
     "calls itself": _cyclic_calls,
@@ -170,6 +185,9 @@ DAMAGE = {
     "and the checkpoint holds float32 of shape": _wrong_shape,
     "of shape": _wrong_dtype,
     "is object 10000": _no_such_object,
+    "and is said to have the shape []": _misread,
+    "the aggregation of object": _no_such_aggregation,
+    "'abc' is not the number of an output": _no_such_port,
     "which the graph does not compute": _no_such_tensor,
 }
 
@@ -181,6 +199,54 @@ def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_
         outcome = forks.cli(*arguments, limit=10, mib=3000)
         assert judged(outcome, str(arguments)) == "refused"
         assert why in outcome.err, outcome.err
+
+
+def test_corrupt_collections(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    """TensorFlow 1's variables and assets are bytes in collections."""
+
+    def edit(meta: Any) -> None:
+        for name in ("variables", "trainable_variables"):
+            held = meta.collection_def[name].bytes_list.value
+            held[:] = [b"\xff" * len(data) for data in held]
+
+    source = mutated(model("v1_two_fused"), tmp_path / "source", edit)
+    for arguments in (("inspect", source), ("rewrite", source, tmp_path / "target")):
+        outcome = forks.cli(*arguments)
+        assert judged(outcome, str(arguments)) == "refused"
+        assert "the collection 'trainable_variables' holds something other than variables" in outcome.err
+
+
+def test_an_output_without_a_port(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    """TensorFlow takes it for an op; a signature of such is left as it is."""
+
+    def edit(meta: Any) -> None:
+        meta.signature_def["other"].CopyFrom(meta.signature_def["serving_default"])
+        for info in meta.signature_def["other"].outputs.values():
+            info.name = info.name.partition(":")[0]
+
+    source, target = mutated(model("v1_two_fused"), tmp_path / "source", edit), tmp_path / "target"
+    assert judged(forks.cli("rewrite", source, target), "rewrite") == "done"
+    assert loads(forks, source, target, "rewrite") == "rewrite loads"
+    before, after = (
+        saved_model_pb2.SavedModel.FromString((path / "saved_model.pb").read_bytes()).meta_graphs[0].signature_def
+        for path in (source, target)
+    )
+    assert before["other"] == after["other"]
+    assert before["serving_default"] == after["serving_default"]
+
+
+def test_a_variable_that_holds_the_root(forks: Server, rewritten: Callable[..., Path], tmp_path: Path) -> None:
+    """What belongs to a captured object is kept; the root, which holds all, does not belong to it."""
+
+    def edit(meta: Any) -> None:
+        held = next(n for n in meta.object_graph_def.nodes if n.HasField("variable"))
+        held.children.add(node_id=0, local_name="owner")
+
+    source, target = mutated(rewritten("keras_export"), tmp_path / "source", edit), tmp_path / "target"
+    assert judged(forks.cli("finalize", source, target), "finalize") == "done"
+    assert loads(forks, source, target, "finalize") == "finalize loads"
+    (proto,) = saved_model_pb2.SavedModel.FromString((target / "saved_model.pb").read_bytes()).meta_graphs
+    assert not any(c.local_name == "quantization" for c in proto.object_graph_def.nodes[0].children)
 
 
 @pytest.mark.parametrize(

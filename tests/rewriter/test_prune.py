@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import numpy as np
 import pytest
 
 from rewriter.apply import apply
 from rewriter.edit import Keep
-from rewriter.evaluation import LARGEST, evaluated
+from rewriter.evaluation import evaluated
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
+from rewriter.ops import LARGEST
 from rewriter.prune import needed_without
 from rewriter.terms import DEEP, Bound, Terms, cone
 from rewriter.text import from_text, to_text
+from tests.reliability.forks import Call, Server
 
 FLOAT = "float32"
 
@@ -174,7 +177,64 @@ stateful function top(x: float32, a: resource, b: resource) -> (y = n2999: float
         Terms(deep).on("f0", Value("c"), Bound({}))
 
 
-SIZES = f'proto "tensor {{ dtype: DT_INT32 tensor_shape {{ dim {{ size: 1 }} }} int_val: {LARGEST + 1} }}"'
+@pytest.mark.parametrize("depth", [12, 40])
+def test_calls_that_double_are_not_followed(depth: int) -> None:
+    nested = [
+        f"function f{i}(u: float32) -> (y = y: float32) {{\n  n = Neg(u) {{T: float32}}\n  e = Exp(u) {{T: float32}}\n"
+        f"  p = PartitionedCall(n) {{Tin: $f, Tout: $f, f: @f{i + 1}}}\n"
+        f"  q = PartitionedCall(e) {{Tin: $f, Tout: $f, f: @f{i + 1}}}\n  y = AddV2(p, q) {{T: float32}}\n}}"
+        for i in range(depth)
+    ]
+    last = f"function f{depth}(u: float32) -> (y = y: float32) {{\n  y = Exp(u) {{T: float32}}\n}}"
+    top = "stateful function top(x: float32, a: resource, b: resource) -> (y = y: float32) {\n"
+    top += "  r = ReadVariableOp(a) {dtype: float32}\n  y = PartitionedCall(r) {Tin: $f, Tout: $f, f: @f0}\n}"
+    doubling = model(top, *nested, last)
+    with pytest.raises(Error, match="too many different values"):
+        Terms(doubling).ways(f"f{depth}", [Value("y")])
+    terms = Terms(doubling)
+    (way,) = terms.ways("top", [Value("y")])
+    with pytest.raises(Error, match="too many different values"):
+        terms.on("top", Value("y"), way)
+
+
+def _sizes(number: int) -> str:
+    return f'proto "tensor {{ dtype: DT_INT32 tensor_shape {{ dim {{ size: 1 }} }} int_val: {number} }}"'
+
+
+SIZES = _sizes(LARGEST + 1)
+
+
+def hidden(number: int) -> str:
+    """The least of so many values, as the size of another: TensorFlow computes it to know a shape."""
+    return f"""\
+  n = Const() {{dtype: int32, value: {_sizes(number)}}}
+  zero = Const() {{dtype: int32, value: {_sizes(0)}}}
+  three = Const() {{dtype: int32, value: proto "tensor {{ dtype: DT_INT32 tensor_shape {{ }} int_val: 3 }}"}}
+  big = Fill(n, three) {{T: int32, index_type: int32}}
+  least = Min(big, zero) {{T: int32, Tidx: int32, keep_dims: true}}
+  y = Fill(least, r) {{T: float32, index_type: int32}}"""
+
+
+def test_sizes_are_looked_at_before_they_are_computed(forks: Server) -> None:
+    """Sizes are computed of constants one op at a time."""
+    for number, code in ((1000, 0), (2**29, 2)):
+        outcome = forks.run(Call("tests.rewriter.test_prune:computed", [hidden(number)]), mib=1500)
+        assert (outcome.code, outcome.stopped) == (code, ""), outcome
+    assert "(536870912,) by Fill, which may have more than" in outcome.err
+
+
+def computed(lines: str) -> None:
+    """Print what the text of a function computes, of a scalar variable `r`."""
+    text = f"stateful function top(x: float32, a: resource, b: resource) -> (y = y: float32) {{\n{lines}\n"
+    bad = model(text + "  r = ReadVariableOp(a) {dtype: float32}\n}")
+    terms = Terms(bad)
+    (way,) = terms.ways("top", [Value("y")])
+    try:
+        (found,) = evaluated(bad, [terms.on("top", Value("y"), way)], {}, trust=False)
+    except Error as e:
+        sys.stderr.write(str(e))
+        sys.exit(2)
+    assert found.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(
