@@ -53,7 +53,7 @@ from rewriter.ir import (
     unused,
 )
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, shapes_attr, with_functions
+from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, shapes_attr, text, with_functions
 from rewriter.prune import keep
 from rewriter.shapes import shape_of
 from rewriter.sweep import sweep
@@ -244,7 +244,7 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
             node = graph.nodes[name]
             if node.op in ENTERS:
                 # Two loops of one frame's name would run as one.
-                frame = node.attrs["frame_name"].s.decode()
+                frame = text(node.attrs["frame_name"].s)
                 node = node.with_attrs(frame_name=attr(f"{edit.prefix}/{frame}"))
             after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
             added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)

@@ -368,6 +368,11 @@ def output_dtype(model: Model, graph: Graph, value: Value) -> str:
     raise IndexError(f"{value} is not an output of {node.op}")
 
 
+def text(data: bytes) -> str:
+    """Bytes of an attribute or a constant as text; what is no UTF-8 is spelled out."""
+    return data.decode(errors="backslashreplace")
+
+
 def viewed(graph: Graph, node: Node) -> Value | None:
     """What a node gives in another shape; None where it does anything else."""
     return node.inputs[0] if node.op in VIEWS or _adds_axes(graph, node) else None

@@ -85,7 +85,7 @@ def _reached(model: Model) -> Model:
     """The model without functions that neither the main graph nor a concrete function calls."""
     reached = _closure(model, {MAIN, *model.entries})
     kinds = {
-        node.attrs["_gradient_op_type"].s.decode()
+        ops.text(node.attrs["_gradient_op_type"].s)
         for name in reached
         for node in model.graphs[name].nodes.values()
         if "_gradient_op_type" in node.attrs
@@ -230,7 +230,7 @@ class _Usage:
                 yield name
         beside = node.attrs.get("_class")
         if beside is not None:
-            names = (s.decode().removeprefix("loc:@") for s in beside.list.s)
+            names = (ops.text(s).removeprefix("loc:@") for s in beside.list.s)
             yield from (name for name in names if name in graph.nodes)
 
     def _agree(self, graph: Graph, live: Collection[str]) -> None:

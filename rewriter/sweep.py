@@ -45,7 +45,7 @@ def needed_by(node: Node) -> Iterator[str]:
     yield from (v.node for v in node.inputs)
     yield from node.after
     if "_class" in node.attrs:
-        yield from (s.decode().removeprefix("loc:@") for s in node.attrs["_class"].list.s)
+        yield from (ops.text(s).removeprefix("loc:@") for s in node.attrs["_class"].list.s)
 
 
 def held(model: Model) -> frozenset[str]:

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -42,10 +43,24 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
         yield
     except Error as e:
         fail(str(e))
-    except BrokenPipeError:
-        raise  # the reader has had enough, which click knows how to end
+    except (BrokenPipeError, click.ClickException, click.exceptions.Exit):
+        raise  # the reader has had enough, or it is click's own, which click knows how to end
     except OSError as e:
         fail(reason(e))
+    except MemoryError:
+        fail("there is not enough memory")
+    except Exception as e:
+        if TRACEBACK in os.environ:
+            raise
+        last = traceback.extract_tb(e.__traceback__)[-1]
+        fail(
+            f"a fault of bnqat's, {type(e).__name__} at line {last.lineno} of {last.filename}; report it with what "
+            f"{TRACEBACK}=1 shows"
+        )
+
+
+TRACEBACK = "BNQAT_TRACEBACK"
+"""Environment variable that lets exceptions nobody foresaw through, with their traceback."""
 
 
 class Commands(click.Group):

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
+from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import control_flow_pb2
 
+from rewriter import ops
 from rewriter.frames import ENTERS
-from rewriter.ir import Graph, Node
+from rewriter.ir import Error, Graph, Node
 
 KINDS = {"while_context": control_flow_pb2.WhileContextDef, "cond_context": control_flow_pb2.CondContextDef}
 
@@ -43,7 +45,21 @@ def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
 def _contexts(meta: Any, collection: str) -> list[Any]:
     if collection not in meta.collection_def:
         return []
-    return [KINDS[collection].FromString(data) for data in meta.collection_def[collection].bytes_list.value]
+    try:
+        found = [KINDS[collection].FromString(data) for data in meta.collection_def[collection].bytes_list.value]
+    except DecodeError:
+        found = [None]
+    if not all(map(_whole, found)):
+        raise Error(f"the collection {collection!r} holds something other than loops and conditionals")
+    return found
+
+
+def _whole(context: Any) -> bool:
+    """Whether it is a context, and all that are nested in it are, too."""
+    return context is not None and all(
+        nested.WhichOneof("ctxt") and _whole(getattr(nested, nested.WhichOneof("ctxt")))
+        for nested in context.nested_contexts
+    )
 
 
 def _nested(inner: Any) -> tuple[str, Any]:
@@ -69,7 +85,7 @@ def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
     if not held:
         return
     for node in _in_order(graph, held):
-        place = loops.get(node.attrs["frame_name"].s.decode()) if node.op in ENTERS else _innermost(node, held)
+        place = loops.get(ops.text(node.attrs["frame_name"].s)) if node.op in ENTERS else _innermost(node, held)
         if place is not None:
             _add(place[1], node, outputs(node))
             held[node.name] = place

@@ -100,7 +100,7 @@ def restored(model: Model, restore: Graph) -> dict[str, int]:
             resource = follow(model, restore, assign.inputs[0])
             port = _restored_port(restore, assign.inputs[1], node.name)
             if isinstance(resource, Argument) and port is not None:
-                found[keys[port].decode()] = resource.position
+                found[ops.text(keys[port])] = resource.position
     return found
 
 
@@ -112,7 +112,7 @@ def saved(model: Model, save: Graph) -> dict[str, int]:
             for key, value in zip(strings(save, node.inputs[1]), node.inputs[3:], strict=True):
                 origin = follow(model, save, value)
                 if isinstance(origin, Argument):
-                    found[key.decode()] = origin.position
+                    found[ops.text(key)] = origin.position
     return found
 
 

@@ -81,7 +81,7 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
             source = main.nodes[value.node]
             names = ops.constant_of(main, source.inputs[1]) if source.op == "RestoreV2" else None
             if names is not None:
-                found[node.inputs[0].node] = names.ravel()[value.port].decode()
+                found[node.inputs[0].node] = ops.text(names.ravel()[value.port])
     return found
 
 
@@ -169,9 +169,10 @@ def _write_nodes(meta: Any, main: Draft, model: Model) -> None:
     for collection in meta.collection_def.values():
         values: Any = collection.node_list.value
         for index, text in enumerate(list(values)):
-            name, _, port = text.partition(":")
-            if port and name in main.nodes and int(port) >= ops.output_count(model, main.nodes[name]):
-                values[index] = name
+            value = main_value(text)
+            node = main.nodes.get(value.node) if ":" in text else None
+            if node is not None and value.port >= ops.output_count(model, node):
+                values[index] = node.name
 
 
 def _trainable(collection: str, added: list[Variable]) -> list[Variable]:

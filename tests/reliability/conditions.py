@@ -74,6 +74,18 @@ def without_exchange() -> None:
     staging._exchange = lambda _a, _b: False  # type: ignore[assignment]
 
 
+def at_fault() -> None:
+    """Let reading a model end with an exception that nobody foresaw."""
+    from rewriter.app import api
+
+    del os.environ["BNQAT_TRACEBACK"]
+
+    def load(*_: object) -> None:
+        raise KeyError("unforeseen")
+
+    vars(api)["load"] = load
+
+
 def full(descriptor: int) -> None:
     """Let stdout or stderr be a full disk."""
     os.dup2(os.open("/dev/full", os.O_WRONLY), descriptor)

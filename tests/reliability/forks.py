@@ -61,7 +61,13 @@ class Server:
 
     def __init__(self, hash_seed: int | None = None) -> None:
         seed = {} if hash_seed is None else {"PYTHONHASHSEED": str(hash_seed)}
-        environment = {**os.environ, **seed, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        environment = {
+            **os.environ,
+            **seed,
+            "PYTHONPATH": str(REPOSITORY),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+            "BNQAT_TRACEBACK": "1",
+        }
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.reliability.forks"],
             stdin=subprocess.PIPE,

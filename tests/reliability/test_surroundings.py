@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import stat
 import subprocess
@@ -48,6 +49,15 @@ def test_streams_of_other_encodings(forks: Server, model: Paths) -> None:
     outcome = forks.cli("inspect", model("keras_export"), before=[Call(f"{HERE}:ascii_only", [])])
     assert judged(outcome, "ascii") == "done"
     assert "\\u2588" in outcome.out
+
+
+def test_a_fault_of_our_own_is_one_line(forks: Server, model: Paths) -> None:
+    outcome = forks.cli("inspect", model("keras_export"), before=[Call(f"{HERE}:at_fault", [])])
+    assert outcome.code == 2
+    assert re.fullmatch(
+        r"bnqat: error: a fault of bnqat's, KeyError at line \d+ of .*conditions.py; .*BNQAT_TRACEBACK=1 .*\n",
+        outcome.err,
+    )
 
 
 @pytest.mark.parametrize("moment", [0.4, 1.5, 3.0])

@@ -14,7 +14,9 @@ LIMIT = 10.0
 """Seconds that a command may take for a model of the size of those here."""
 MIB = 3000
 PROGRESS = re.compile(r"\w+: \d+ edits in [\d.]+ s|executing .*")
-PYTHONS = re.compile(r"Traceback|object has no|Error: |KeyError|NoneType|<class|<_|0x[0-9a-f]{8}|assert")
+PYTHONS = re.compile(
+    r"a fault of bnqat|Traceback|object has no|Error: |KeyError|NoneType|<class|<_|0x[0-9a-f]{8}|assert"
+)
 
 
 class BrokenPromiseError(AssertionError):
