@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Error, Model, Node
@@ -96,9 +96,10 @@ def _reached(node: Node) -> str:
 
 
 def _served(model: Model) -> set[str]:
-    """The nodes of the main graph that run when a signature does."""
+    """The nodes of the main graph that run when a signature does, whether or not it computes a single function."""
     nodes = model.graphs[MAIN].nodes
-    waiting = [v.node for s in (*model.signatures.values(), *model.main_signatures.values()) for v in s.fetches]
+    meta = model.source.proto.meta_graphs[model.source.index]
+    waiting = [name for s in meta.signature_def.values() for info in s.outputs.values() for name in _nodes_of(info)]
     found: set[str] = set()
     while waiting:
         name = waiting.pop()
@@ -106,6 +107,17 @@ def _served(model: Model) -> set[str]:
             found.add(name)
             waiting += [*(v.node for v in nodes[name].inputs), *nodes[name].after]
     return found
+
+
+def _nodes_of(info: Any) -> list[str]:
+    """The nodes that compute an output of a signature, a ``TensorInfo``."""
+    names = [info.name]
+    if info.WhichOneof("encoding") == "coo_sparse":
+        sparse = info.coo_sparse
+        names = [sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name]
+    if info.WhichOneof("encoding") == "composite_tensor":
+        names = [name for part in info.composite_tensor.components for name in _nodes_of(part)]
+    return [name.partition(":")[0] for name in names]
 
 
 def _only_saving(model: Model, served: Collection[str]) -> frozenset[str]:

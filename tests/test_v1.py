@@ -10,11 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow as tf
+from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.saved_model.signature_def_utils_impl import op_signature_def
 
 import bnqat
 from passes.roles import ROLES
+from rewriter.app.verification.claims import verify
 from tests import reference
-from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, settings, v1, write
+from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, draw, settings, v1, write
+from tests.mutate import mutated
 
 Paths = Callable[[str], Path]
 OFF = 2**40
@@ -356,3 +360,62 @@ def test_ranges_widths_and_noise_in_the_first_format(name: str, average: str, re
         once, again = (session.run(outputs, fed)[0] for _ in range(2))
         assert not np.array_equal(once, again)  # the noise is that of the step
         assert step_of(session) == 2
+
+
+def _saved(path: Path, **options: Any) -> None:
+    """The default graph with x and logits, and what else the builder can save."""
+    graph = tf.compat.v1.get_default_graph()
+    x, logits = (graph.get_tensor_by_name(f"{name}:0") for name in ("x", "logits"))
+    signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, {"logits": logits})}
+    with v1.Session() as session:
+        session.run(v1.global_variables_initializer())
+        draw(session)
+        builder = v1.saved_model.Builder(str(path))
+        builder.add_meta_graph_and_variables(session, ["serve"], signatures, **options)
+        builder.save()
+
+
+def test_partitioned_variables(tmp_path: Path) -> None:
+    """The checkpoint holds them whole, and the saver restores slices of a tensor."""
+    with settings(Options()):
+        x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
+        kernel = v1.get_variable("kernel", [1, 1, 3, 6], partitioner=v1.fixed_size_partitioner(2, axis=3))
+        logits = by_hand(
+            tf.nn.conv2d(x, tf.convert_to_tensor(kernel), 1, "SAME"), v1.placeholder_with_default(False, [])
+        )
+        tf.identity(logits, name="logits")
+        _saved(tmp_path / "source")
+    report = bnqat.rewrite(tmp_path / "source", tmp_path / "target")
+    assert report.sites_rewritten == report.sites_found == 1
+    assert verify(tmp_path / "source", tmp_path / "target").ok
+    with session_of(tmp_path / "source") as (session, _):
+        wanted = values(session)
+    with session_of(tmp_path / "target") as (session, _):
+        found = values(session)
+    assert {"kernel/part_0", "kernel/part_1"} <= found.keys()
+    assert all(np.array_equal(found[name], value) for name, value in wanted.items())
+
+
+def test_init_and_train_ops_are_signatures_of_ops_alone(tmp_path: Path) -> None:
+    with settings(Options()):
+        x = v1.placeholder(tf.float32, [None, 4, 4, 6], name="x")
+        logits = tf.identity(by_hand(x, v1.placeholder_with_default(False, [])), name="logits")
+        train = v1.train.GradientDescentOptimizer(0.1).minimize(tf.reduce_sum(logits**2))
+        proto = op_signature_def(train, "__saved_model_train_op")  # as estimators' builder added it
+        _saved(tmp_path / "saved", main_op=tf.group(v1.tables_initializer(), name="main"))
+
+    def edit(meta: Any) -> None:
+        meta.signature_def["__saved_model_train_op"].CopyFrom(proto)
+
+    mutated(tmp_path / "saved", tmp_path / "source", edit)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target")
+    (before,), (after,) = (
+        saved_model_pb2.SavedModel.FromString((tmp_path / name / "saved_model.pb").read_bytes()).meta_graphs
+        for name in ("source", "target")
+    )
+    for name in ("__saved_model_init_op", "__saved_model_train_op"):
+        assert after.signature_def[name] == before.signature_def[name]
+    with session_of(tmp_path / "target") as (session, _):
+        start = values(session)
+        session.run("GradientDescent", {"x:0": np.ones((2, 4, 4, 6), "float32")})
+        assert any(not np.array_equal(start[name], value) for name, value in values(session).items())

@@ -169,6 +169,15 @@ def _no_such_port(meta: Any) -> None:
     node.input[0] = f"{node.input[0]}:abc"
 
 
+def _more_shapes(meta: Any) -> None:
+    _kernel(meta).attr["_output_shapes"].list.shape.add()
+
+
+def _mixed_list(meta: Any) -> None:
+    node = next(n for f in _functions(meta) for n in f.node_def if "Tin" in n.attr)
+    node.attr["Tin"].list.shape.add()
+
+
 DAMAGE = {
     "depends on itself": _cyclic_nodes,
     "calls itself": _cyclic_calls,
@@ -186,6 +195,8 @@ DAMAGE = {
     "of shape": _wrong_dtype,
     "is object 10000": _no_such_object,
     "and is said to have the shape []": _misread,
+    "is not one of 6 shapes": _more_shapes,
+    "is not of the type list(type)": _mixed_list,
     "the aggregation of object": _no_such_aggregation,
     "'abc' is not the number of an output": _no_such_port,
     "which the graph does not compute": _no_such_tensor,
@@ -209,11 +220,18 @@ def test_corrupt_collections(forks: Server, model: Callable[[str], Path], tmp_pa
             held = meta.collection_def[name].bytes_list.value
             held[:] = [b"\xff" * len(data) for data in held]
 
+    def edit_contexts(meta: Any) -> None:
+        meta.collection_def["cond_context"].bytes_list.value[0] = b"\xff"
+
     source = mutated(model("v1_two_fused"), tmp_path / "source", edit)
     for arguments in (("inspect", source), ("rewrite", source, tmp_path / "target")):
         outcome = forks.cli(*arguments)
         assert judged(outcome, str(arguments)) == "refused"
         assert "the collection 'trainable_variables' holds something other than variables" in outcome.err
+    source = mutated(model("v1_two_fused"), tmp_path / "contexts", edit_contexts)
+    outcome = forks.cli("rewrite", source, tmp_path / "target")
+    assert judged(outcome, "contexts") == "refused"
+    assert "the collection 'cond_context' holds something other than loops and conditionals" in outcome.err
 
 
 def test_an_output_without_a_port(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import tensorflow as tf
+from tensorflow.core.framework import types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.python.framework import op_def_registry
 
 import bnqat
-from rewriter.reach import reaching
+from rewriter.reach import REACHED, reaching
 from rewriter.savedmodel.read import load
 from tests.harness import inputs_of
 from tests.mutate import mutated
@@ -100,9 +102,65 @@ def test_the_own_saver_is_no_reach(model: Callable[[str], Path], name: str) -> N
     assert not reaching(load(model(name)))
 
 
+@pytest.mark.parametrize("name", ["keras_export", "v1_two_fused"])
+def test_a_saver_that_a_signature_runs_is_reach(model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    """Whoever serves that signature writes a file, or reads one, whose name is the caller's."""
+
+    def edit(meta: Any) -> None:
+        saver = meta.saver_def
+        signature = meta.signature_def["save"]
+        signature.inputs["path"].name = saver.filename_tensor_name
+        signature.inputs["path"].dtype = types_pb2.DT_STRING
+        signature.outputs["path"].name = saver.save_tensor_name
+        signature.outputs["path"].dtype = types_pb2.DT_STRING
+        signature.method_name = "tensorflow/serving/predict"
+
+    found = reaching(load(mutated(model(name), tmp_path / "source", edit)))
+    assert "SaveV2" in {r.op for r in found}
+
+
+def test_data_sets_reach_files(tmp_path: Path) -> None:
+    class Reading(tf.Module):
+        @tf.function(input_signature=[tf.TensorSpec([], tf.string)])
+        def serve(self, name: tf.Tensor) -> tf.Tensor:
+            lines = tf.data.experimental.CsvDataset(name, [tf.float32])
+            numbers = tf.data.Dataset.range(2)
+            graph = tf.raw_ops.DatasetToGraphV2(input_dataset=numbers._variant_tensor)
+            again = tf.raw_ops.DatasetFromGraph(graph_def=graph)
+            size: tf.Tensor = tf.raw_ops.DatasetCardinality(input_dataset=again)
+            return tf.cast(size, tf.float32) + lines.reduce(0.0, lambda total, row: total + row)
+
+    module = Reading()
+    module.variable = tf.Variable(1.0)
+    tf.saved_model.save(module, str(tmp_path / "model"))
+    found = {(r.op, r.what) for r in reaching(load(tmp_path / "model"))}
+    assert found == {("CSVDatasetV2", "files"), ("DatasetFromGraph", "files")}
+
+
+def test_ops_that_reach_are_ops() -> None:
+    """A name that is misspelled would stand for nothing; TensorFlow knows all of them."""
+    assert {name for name in REACHED if op_def_registry.get(name) is None} <= ELSEWHERE
+
+
+ELSEWHERE = {"RpcCall", "RpcClient", "RpcServer", "EncodeProto", "DecodeProtoV2"}
+"""Ops of packages beside TensorFlow, or that only some of its builds hold."""
+
+
 @pytest.mark.parametrize("name", ["../outside.txt", "/etc/hostname", f"a{ESCAPE}b"])
 def test_assets_outside_are_refused(forks: Server, model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     source = mutated(model("keras_export"), tmp_path / "source", lambda m: m.asset_file_def.add(filename=name))
+    _refused(forks, source, tmp_path / "target", "as an asset")
+
+
+def test_assets_of_other_meta_graphs_are_refused(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    """They are copied, too."""
+    source = tmp_path / "source"
+    shutil.copytree(model("keras_export"), source)
+    proto = saved_model_pb2.SavedModel.FromString((source / "saved_model.pb").read_bytes())
+    other = proto.meta_graphs.add()
+    other.meta_info_def.tags.append("other")
+    other.asset_file_def.add(filename="../outside.txt")
+    (source / "saved_model.pb").write_bytes(proto.SerializeToString())
     _refused(forks, source, tmp_path / "target", "as an asset")
 
 
