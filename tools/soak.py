@@ -10,7 +10,6 @@ outcome, and ends with exit code 1 if a promise was broken.
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 import tempfile
 import threading
@@ -24,7 +23,7 @@ from random import Random
 
 import bnqat
 from tests.models.all import ALL
-from tests.reliability.damage import damage_configuration, damage_model
+from tests.reliability.damage import damage_configuration, damaged
 from tests.reliability.faults import Writing, writings
 from tests.reliability.forks import Server, server
 from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, loads, trial
@@ -47,12 +46,17 @@ REPORT = 60.0
 
 
 class Soak:
-    """Trials in one server, one after the other."""
+    """Trials in one server, one after the other.
+
+    Attributes:
+        damage: what the last trial damaged.
+    """
 
     def __init__(self, forks: Server, models: Path, folder: Path) -> None:
         self.forks = forks
         self.models = models
         self.folder = folder
+        self.damage = ""
         self.writings = dict(writings(forks, models / FAULTED, models / "rewritten", folder / "writings"))
         self.events = {name: writing.events() for name, writing in self.writings.items()}
         configuration = forks.cli("rewrite", "--bits", "gamma=4,beta=8", "--print-config").out
@@ -64,6 +68,7 @@ class Soak:
         Raises:
             BrokenPromiseError: a promise was broken.
         """
+        self.damage = ""
         random = Random(number)  # noqa: S311  no secret
         kind: Callable[[Random], Iterator[str]] = random.choices(
             [
@@ -100,15 +105,13 @@ class Soak:
     def damaged(self, random: Random) -> Iterator[str]:
         """A damaged float model."""
         source = fresh(self.folder / "damaged") / "source"
-        shutil.copytree(self.models / random.choice(DAMAGED), source)
-        damage_model(source, random)
+        self.damage = damaged(self.models / random.choice(DAMAGED), source, random)
         yield from trial(self.forks, source, fresh(self.folder / "out"))
 
     def damaged_rewritten(self, random: Random) -> Iterator[str]:
         """A damaged model that was rewritten."""
         source = fresh(self.folder / "damaged") / "source"
-        shutil.copytree(self.models / "rewritten", source)
-        damage_model(source, random)
+        self.damage = damaged(self.models / "rewritten", source, random)
         final = fresh(self.folder / "out") / "final"
         for command, *arguments in (
             ("inspect", source),
@@ -144,7 +147,7 @@ class Tally:
         except BrokenPromiseError as e:
             with self._lock:
                 self.broken.append((number, str(e)))
-                print(f"\ntrial {number}: {e}\n", flush=True)
+                print(f"\ntrial {number}: {soak.damage}\n{e}\n", flush=True)
         with self._lock:
             self.found["trials"] += 1
             self.found.update(outcomes)

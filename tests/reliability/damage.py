@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import defaultdict
 from collections.abc import Iterator, MutableSequence
 from pathlib import Path
@@ -177,7 +178,13 @@ def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
     return b"", "emptied"
 
 
-def damage_model(model: Path, random: Random) -> str:
+def damaged(model: Path, target: Path, random: Random) -> str:
+    """Make a copy of a model, damage it, and say how."""
+    shutil.copytree(model, target)
+    return _damage(target, random)
+
+
+def _damage(model: Path, random: Random) -> str:
     """Damage a model in place, and say how."""
     graph = model / "saved_model.pb"
     if graph.exists() and random.random() < 0.75:

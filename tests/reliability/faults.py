@@ -88,9 +88,9 @@ class Writing:
         moment = "after" if held == self.expected and held != self.earlier else "before"
         return f"{moment}, {'something' if left else 'nothing'} left"
 
-    def events(self) -> int:
-        """How many audit events about files in the folder a run causes."""
-        outcome = self.run(Call(f"{HERE}:counting", [str(self.folder)]))
+    def events(self, *before: Call) -> int:
+        """How many audit events about files in the folder a run causes, after some calls."""
+        outcome = self.run(*before, Call(f"{HERE}:counting", [str(self.folder)]))
         (found,) = re.findall(r"events: (\d+)", outcome.out)
         return int(found)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tensorflow.core.protobuf import saved_model_pb2
 
 from tests.mutate import function_with, mutated, nodes_of
-from tests.reliability.damage import damage_configuration, damage_model
+from tests.reliability.damage import damage_configuration, damaged
 from tests.reliability.forks import Server
 from tests.reliability.trials import fresh, judged, loads, trial
 
@@ -41,8 +41,7 @@ def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, nam
 @given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
 def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
     source = fresh(space) / "source"
-    shutil.copytree(model(name), source)
-    damage_model(source, random)
+    damaged(model(name), source, random)
     (space / "out").mkdir()
     list(trial(forks, source, space / "out"))
 
@@ -51,8 +50,7 @@ def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path
 @given(random=st.randoms(use_true_random=True))
 def test_damaged_rewritten_models(forks: Server, rewritten: Callable[..., Path], space: Path, random: Random) -> None:
     source = fresh(space) / "source"
-    shutil.copytree(rewritten("keras_export"), source)
-    damage_model(source, random)
+    damaged(rewritten("keras_export"), source, random)
     for arguments in (("inspect", source), ("finalize", source, space / "final")):
         judged(forks.cli(*arguments, limit=10, mib=3000), str(arguments))
 
