@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import regex
 
 from passes.batch_norm import BatchNorm
 from passes.layers import Layer
@@ -16,6 +17,10 @@ from rewriter.ir import Error, Model
 
 Options = Mapping[str, Any]
 """Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `Pipeline`."""
+
+
+PATIENCE = 2.0
+"""Seconds that a regular expression may take for a name: some take exponential time."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +40,26 @@ class Rule:
 
     def __post_init__(self) -> None:
         try:
-            re.compile(self.match)
-        except re.error as e:
+            regex.compile(self.match)
+        except regex.error as e:
             raise Error(f"{self.match!r} is no regular expression: {e}") from e
         unknown = set(self.options) - set(ROLES)
         if unknown:
             raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
 
     def matches(self, model: Model, bn: BatchNorm) -> bool:
-        """Whether it is about a batch norm."""
+        """Whether it is about a batch norm.
+
+        Raises:
+            Error: to search a name takes too long.
+        """
         names = (bn.name, *(model.variables[key].name for key in bn.variables.values()))
-        return any(re.search(self.match, name) for name in names)
+        try:
+            return any(regex.search(self.match, name, timeout=PATIENCE) for name in names)
+        except TimeoutError:
+            raise Error(
+                f"to search {self.match!r} in {bn.name} takes longer than {PATIENCE} s; write it simpler"
+            ) from None
 
     def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
         """The quantiser that it makes of another."""

@@ -36,6 +36,10 @@ HARMLESS = frozenset(
 """Ops that compute with numbers, keep no state, and reach neither files, network nor Python."""
 
 
+FOLDED = 2**20
+"""The most elements that quantisers may compute of constants alone, which is done one op at a time."""
+
+
 def evaluated(
     model: Model, terms: Sequence[Term], known: Mapping[Term, np.ndarray], *, trust: bool
 ) -> list[np.ndarray]:
@@ -74,6 +78,7 @@ class _Placing:
         self.nodes: dict[str, Node] = {}
         self.feeds: dict[str, np.ndarray] = {}
         self.called: set[str] = set()
+        self._folded_sizes = 0
         self._placed = {term: self._fed(value) for term, value in known.items()}
 
     def place(self, term: Term) -> Value:
@@ -108,8 +113,13 @@ class _Placing:
         inputs = tuple(self._placed[i] for i in op.inputs)
         node = Node("folded", op.op, inputs, attrs=_public(op))
         nodes = {v.node: self.nodes[v.node] for v in inputs} | {node.name: node}
-        (value,) = run(Graph(MAIN, nodes), {}, [Value(node.name, term.port)], largest=LARGEST)
+        (value,) = run(Graph(MAIN, nodes), {}, [Value(node.name, term.port)], largest=FOLDED)
         found = np.asarray(value)
+        self._folded_sizes += found.size
+        if self._folded_sizes > FOLDED:
+            raise Error(
+                f"quantisers compute more than {FOLDED} elements of constants alone; --trust computes them all the same"
+            )
         if found.dtype.kind not in "biufc" and found.dtype.name != "bfloat16":
             raise Error(f"a quantiser computes by {op.op} what is no number")
         name = f"term_{len(self.nodes)}"

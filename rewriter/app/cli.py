@@ -10,7 +10,7 @@ import click
 
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
-from rewriter.app.guard import Commands, one_line, progress, refuse_files, write_file
+from rewriter.app.guard import Commands, after, one_line, progress, refuse_files, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
 from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
 from rewriter.app.show import show_rewrite
@@ -130,8 +130,9 @@ def rewrite(
         with waiting(f"rewriting {source}"):
             report = api.rewrite(source, target, passes=names, observers=[progress], **options)
         written = None if options["dry_run"] else target
-        show_rewrite(report, written)
         done = "nothing" if written is None else str(written)
+        with after(done):
+            show_rewrite(report, written)
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", done)
         if page is not None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rewriter.app.guard import check_parameters, one_line, progress, refuse_files, write_file
+from rewriter.app.guard import after, check_parameters, one_line, progress, refuse_files, write_file
 from rewriter.app.options import TAGS
 from rewriter.app.show import show_finalized
 from rewriter.app.waiting import waiting
@@ -72,6 +72,8 @@ def finalize(
                 dry_run=dry_run,
                 observers=[progress],
             )
-        show_finalized(report, None if dry_run else target, params)
+        done = "nothing" if dry_run else str(target)
+        with after(done):
+            show_finalized(report, None if dry_run else target, params)
         if report_file is not None:
-            write_file(report_file, report.to_json() + "\n", "report", "nothing" if dry_run else str(target))
+            write_file(report_file, report.to_json() + "\n", "report", done)

@@ -125,7 +125,8 @@ def diff(
 def _told(file: Path) -> Mapping[tuple[str, str], str]:
     """(graph, node) -> why a rewrite skipped a site, as it says itself."""
     try:
-        return {(s["graph"], s["node"]): s["reason"] for s in json.loads(file.read_text(encoding="utf-8"))["skipped"]}
+        skipped = json.loads(file.read_text(encoding="utf-8"))["skipped"]
+        return {(s["graph"], s["node"]): str(s["reason"]) for s in skipped}
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}
 

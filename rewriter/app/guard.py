@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rewriter.app.names import PARAMETER_FILES
+from rewriter.app.terminal import say
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import real, reason, write_whole
@@ -46,7 +47,7 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
     except (BrokenPipeError, click.ClickException, click.exceptions.Exit):
         raise  # the reader has had enough, or it is click's own, which click knows how to end
     except OSError as e:
-        fail(reason(e))
+        fail(_of_stream(e))
     except MemoryError:
         fail("there is not enough memory")
     except Exception as e:
@@ -57,6 +58,22 @@ def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator
             f"a fault of bnqat's, {type(e).__name__} at line {last.lineno} of {last.filename}; report it with what "
             f"{TRACEBACK}=1 shows"
         )
+
+
+def _of_stream(e: OSError) -> str:
+    """Why the system refused; what is about no file, is about a stream."""
+    return reason(e) if e.filename else f"stdout cannot be written to: {reason(e)}"
+
+
+@contextmanager
+def after(done: str) -> Iterator[None]:
+    """Print what was done; where that fails, say at least that it was."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise Error(f"{done} was written, but {_of_stream(e)}") from e
 
 
 TRACEBACK = "BNQAT_TRACEBACK"
@@ -74,6 +91,8 @@ class Commands(click.Group):
             signal.signal(number, partial(_interrupt, terminal))
         try:
             return super().main(*args, **options)
+        except OSError as e:
+            fail(_of_stream(e))
         finally:
             for number in SIGNALS:  # all is done; while Python ends, a signal would only spoil the exit code
                 signal.signal(number, signal.SIG_IGN)
@@ -114,19 +133,14 @@ def _interrupt(terminal: int, number: int, _frame: object) -> None:
 
 def progress(step: Step) -> None:
     """Say on stderr what a pass did."""
-    click.echo(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
-
-
-def printable(text: str) -> str:
-    """A text with what a terminal would obey spelled as Python does."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    say(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
 def fail(message: str) -> None:
     """Say what is wrong in one line, and exit with code 2."""
     if not INTERRUPTED.is_set():
         with suppress(OSError):  # nothing can be said where stderr cannot be written to
-            click.echo(f"bnqat: error: {printable(' '.join(message.split()))}", err=True)
+            say(f"bnqat: error: {' '.join(message.split())}", err=True)
     sys.exit(EXIT_FAILED)
 
 

@@ -6,12 +6,12 @@ Checked without importing TensorFlow, so that a mistake is answered at once.
 from __future__ import annotations
 
 import difflib
-import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from passes.ranges import Ema, Fixed
@@ -70,7 +70,7 @@ class Quantizer(_Options):
     @field_validator("quantizer")
     @classmethod
     def _quantizer(cls, value: Any) -> Any:
-        if value is None or callable(value) or (isinstance(value, str) and re.fullmatch(r"[\w.]+:[\w.]+", value)):
+        if value is None or callable(value) or (isinstance(value, str) and regex.fullmatch(r"[\w.]+:[\w.]+", value)):
             return value
         raise ValueError("it is a function, or the name of one as module:function")
 
@@ -106,8 +106,8 @@ class Rule(Defaults):
     @classmethod
     def _match(cls, value: str) -> str:
         try:
-            re.compile(value)
-        except re.error as e:
+            regex.compile(value)
+        except regex.error as e:
             raise ValueError(f"it is no regular expression: {e}") from e
         except RecursionError:
             raise ValueError("it is no regular expression that Python takes, as it is nested too deep") from None

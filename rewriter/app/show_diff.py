@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import click
-
 from rewriter.app.show import counted
+from rewriter.app.terminal import printable, say
 
 if TYPE_CHECKING:
     from rewriter.report import Change, DiffReport
@@ -19,27 +18,27 @@ SHORT = 120
 def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
     """Print the verdict, other changes, counts per op and layer, and then what changed, by function."""
     verdict = report.verdict
-    click.secho(title, bold=True)
+    say(title, bold=True)
     if not report.changes:
-        click.echo("the two models are the same")
+        say("the two models are the same")
         return
     if verdict.other_changes is None:
-        click.echo("no record: the second model holds no record of a rewrite of the first")
+        say("no record: the second model holds no record of a rewrite of the first")
     else:
         colour = "red" if verdict.other_changes else "green"
         told = f"{verdict.other_changes or 'no'} other change{'' if verdict.other_changes == 1 else 's'}"
-        click.secho(told, fg=colour, bold=True, nl=False)
-        click.echo(f" ({len(report.changes) - verdict.other_changes} explained by the record of the rewrite)")
+        say(told, fg=colour, bold=True, nl=False)
+        say(f" ({len(report.changes) - verdict.other_changes} explained by the record of the rewrite)")
     for change in report.other:
         _show_change(change)
     found = f"{counted(verdict.batch_norms, 'batch norm')} at {counted(verdict.sites_found, 'site')}"
     added = f"{verdict.sites_added} more in new places"
-    click.echo(f"{found}: {verdict.sites_rewritten} rewritten, {added}, {verdict.sites_skipped} skipped")
+    say(f"{found}: {verdict.sites_rewritten} rewritten, {added}, {verdict.sites_skipped} skipped")
     for reason, count in report.skipped.items():
-        click.echo(f"  skipped {count}: {reason}")
-    click.echo(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
+        say(f"  skipped {count}: {reason}")
+    say(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
     for old, new in report.renamed.items():
-        click.echo(f"the function {old} is called {new} now")
+        say(f"the function {old} is called {new} now")
     _show_ops(report)
     _show_layers(report)
     _show_changes(report, verbose=verbose)
@@ -48,19 +47,21 @@ def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
 def _show_ops(report: DiffReport) -> None:
     changed = {op: counts for op, counts in report.ops.items() if counts[0] != counts[1]}
     totals = [sum(counts[i] for counts in report.ops.values()) for i in (0, 1)]
-    click.secho(f"\nops: {totals[0]} -> {totals[1]}", bold=True)
+    say("")
+    say(f"ops: {totals[0]} -> {totals[1]}", bold=True)
     for op, (old, new) in sorted(changed.items(), key=lambda item: -abs(item[1][1] - item[1][0])):
-        click.secho(f"  {op:32} {old:6} -> {new:<6} ", nl=False)
-        click.secho(f"{new - old:+}", fg="green" if new > old else "red")
+        say(f"  {op:32} {old:6} -> {new:<6} ", nl=False)
+        say(f"{new - old:+}", fg="green" if new > old else "red")
 
 
 def _show_layers(report: DiffReport) -> None:
     if report.layers:
-        click.secho("\nlayers", bold=True)
+        say("")
+        say("layers", bold=True)
     for layer in report.layers:
         states = [f"{site.what}, {site.status}" for site in layer.sites]
         told = "; ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        click.echo(f"  {layer.name}: {counted(len(layer.sites), 'site')}: {told}")
+        say(f"  {layer.name}: {counted(len(layer.sites), 'site')}: {told}")
         seen = dict.fromkeys(
             (
                 i.role if i.use == "input" else f"{i.role} of a batch",
@@ -72,7 +73,7 @@ def _show_layers(report: DiffReport) -> None:
             if i.formula
         )
         for role, formula, port in seen:
-            click.echo(f"    {role} ─ {formula} ─▶ {port}")
+            say(f"    {role} ─ {formula} ─▶ {port}")
 
 
 def _show_changes(report: DiffReport, *, verbose: bool) -> None:
@@ -84,37 +85,33 @@ def _show_changes(report: DiffReport, *, verbose: bool) -> None:
         counts = [f"{sign}{sum(c.what == what for c in changes)}" for what, (sign, _) in SIGNS.items()]
         told = " ".join(c for c in counts if not c.endswith(("+0", "-0", "~0", "?0")))
         head = f"{name[1:]}s" if name.startswith("\0") else f"in {name or 'the main graph'}"
-        click.secho(f"\n{head}: {told}", bold=True)
+        say("")
+        say(f"{head}: {told}", bold=True)
         shown = [c for c in changes if verbose or c.kind != "node" or c.what != "added"]
         for change in shown:
             _show_change(change)
         if len(shown) < len(changes):
-            click.echo(f"  {counted(len(changes) - len(shown), 'added node')} (--verbose lists them)")
+            say(f"  {counted(len(changes) - len(shown), 'added node')} (--verbose lists them)")
 
 
 def _show_change(change: Change) -> None:
     sign, colour = SIGNS[change.what]
     where = f" in {change.graph or 'the main graph'}" if change.kind == "node" and not change.by else ""
     what = f" {change.op}" if change.op else "" if change.kind == "node" else f" ({change.kind})"
-    click.secho(f"  {sign} {_printable(change.name)}", fg=colour, nl=False)
-    click.echo(f"{what}{where}{f', by {chr(44).join(change.by)}' if change.by else ''}")
+    say(f"  {sign} {change.name}", fg=colour, nl=False)
+    say(f"{what}{where}{f', by {chr(44).join(change.by)}' if change.by else ''}")
     for detail in change.details:
         port = f" ({detail.port})" if detail.port else ""
         if detail.old is None and detail.new is None:
-            click.echo(f"      {detail.aspect}{port}: as before, though the record has a change")
+            say(f"      {detail.aspect}{port}: as before, though the record has a change")
         elif change.what == "changed":
-            click.echo(f"      {detail.aspect}{port}: {' -> '.join(_pair(detail.old, detail.new))}")
+            say(f"      {detail.aspect}{port}: {' -> '.join(_pair(detail.old, detail.new))}")
 
 
 def _pair(old: str | None, new: str | None) -> tuple[str, str]:
     """Both texts; of long ones, what is around the first difference."""
-    texts = ["none" if text is None else _printable(text) for text in (old, new)]
+    texts = ["none" if text is None else printable(text) for text in (old, new)]
     alike = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
     start = max(0, alike - SHORT // 3) if max(map(len, texts)) > SHORT else 0
     was, now = (f"{'…' * (start > 0)}{t[start : start + SHORT]}{'…' * (len(t) > start + SHORT)}" for t in texts)
     return was, now
-
-
-def _printable(text: str) -> str:
-    """Text that cannot steer a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

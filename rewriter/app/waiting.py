@@ -8,6 +8,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from rewriter.app.terminal import printable
+
 DELAY = 2.0
 """Seconds until the bar appears."""
 
@@ -28,9 +30,9 @@ def waiting(what: str, delay: float = DELAY) -> Iterator[None]:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-            columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+            columns = (TextColumn("{task.description}", markup=False), BarColumn(), TimeElapsedColumn())
             with Progress(*columns, console=Console(file=terminal), transient=True, redirect_stdout=False) as bar:
-                bar.add_task(what, total=None)
+                bar.add_task(printable(what), total=None)
                 done.wait()
 
         thread = threading.Thread(target=show, daemon=True)

@@ -25,6 +25,7 @@ def beside(target: Path) -> Iterator[Path]:
     Raises:
         OSError: nothing can be written there.
     """
+    target = target.absolute()  # "." has no name
     _tidy(target)
     lock, descriptor = _locked(target)
     try:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from rewriter.ir import Error
+from rewriter.savedmodel.index import refuse_index
 
 SHARD_BYTES = 32 << 20
 """Tensors are copied in groups of at most this size; a larger tensor is a group of its own."""
@@ -33,9 +34,10 @@ class Checkpoint:
         import tensorflow as tf
 
         self.prefix = prefix
-        _require_shards(prefix)
+        refuse_index(prefix.with_name(f"{prefix.name}.index"), _require_shards(prefix))
         try:
-            self._reader: Any = tf.train.load_checkpoint(str(prefix))
+            # Not tf.train.load_checkpoint, which follows the names in a file beside it.
+            self._reader: Any = tf.compat.v1.train.NewCheckpointReader(str(prefix))
             self.shapes: Mapping[str, list[int]] = self._reader.get_variable_to_shape_map()
             self.dtypes: Mapping[str, Any] = self._reader.get_variable_to_dtype_map()
         except (ValueError, IndexError, RuntimeError, tf.errors.OpError) as e:
@@ -84,16 +86,26 @@ def _first_line(e: Exception) -> str:
     return str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
 
 
-def _require_shards(prefix: Path) -> None:
+def _require_shards(prefix: Path) -> int:
+    """The bytes of all data files.
+
+    Raises:
+        Error: one is missing, or TensorFlow would take something else for the checkpoint.
+    """
+    if prefix.is_dir():
+        raise Error(f"{prefix} is a directory, where TensorFlow looks for another checkpoint; remove it")
     if not prefix.with_name(prefix.name + ".index").is_file():
         raise Error(f"there is no checkpoint {prefix} (its .index file is missing)")
     found: dict[int, set[int]] = {}
+    size = 0
     for path in prefix.parent.glob(f"{prefix.name}.data-*"):
         match = _SHARD.search(path.name)
         if match:
             found.setdefault(int(match[2]), set()).add(int(match[1]))
+            size += path.stat().st_size
     if not any(have == set(range(count)) for count, have in found.items()):
         raise Error(f"the checkpoint {prefix} lacks at least one of its .data files")
+    return size
 
 
 def copy(

@@ -42,6 +42,8 @@ def stamps(model: Path) -> Stamps:
                     found[str(path.relative_to(root))] = (held.st_ino, held.st_size, held.st_mtime_ns)
     except OSError as e:
         raise Error(f"{model} cannot be read: {e.filename}: {e.strerror}") from e
+    except RecursionError:
+        raise Error(f"{model} holds directories that are nested too deep") from None
     return found
 
 

@@ -57,15 +57,16 @@ def _only(graph: Graph, op_name: str) -> Node:
     return found[0]
 
 
-def strings(graph: Graph, value: Value) -> list[bytes]:
-    """What a constant list of strings holds.
+def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
+    """The strings that an op which saves or restores is given for each tensor: names at input 1, slices at input 2.
 
     Raises:
-        Error: it is no constant.
+        Error: they are no constant, or not one for each tensor.
     """
+    value = node.inputs[position]
     array = ops.constant_of(graph, value)
-    if array is None:
-        raise Error(f"in {graph.name}: {value.node} is no constant, but names what is saved")
+    if array is None or array.size != len(node.attrs["dtypes"].list.type):
+        raise Error(f"in {graph.name}: {value.node} is no constant with a string for each tensor of {node.name}")
     return list(array.ravel())
 
 
@@ -93,7 +94,7 @@ def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]
 def restored(model: Model, restore: Graph) -> dict[str, int]:
     """The argument that each tensor of the checkpoint is assigned to, by position, where it is a plain variable's."""
     node = _only(restore, "RestoreV2")
-    keys = strings(restore, node.inputs[1])
+    keys = strings(restore, node)
     found = {}
     for assign in restore.nodes.values():
         if assign.op == "AssignVariableOp":
@@ -109,7 +110,7 @@ def saved(model: Model, save: Graph) -> dict[str, int]:
     found = {}
     for node in save.nodes.values():
         if node.op == "SaveV2":
-            for key, value in zip(strings(save, node.inputs[1]), node.inputs[3:], strict=True):
+            for key, value in zip(strings(save, node), node.inputs[3:], strict=True):
                 origin = follow(model, save, value)
                 if isinstance(origin, Argument):
                     found[ops.text(key)] = origin.position
@@ -154,7 +155,7 @@ def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
 def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes) -> None:
     """A V1 session that saves again writes the object graph that the main graph holds as a constant."""
     node = _only(save, "SaveV2")
-    keys = strings(save, node.inputs[1])
+    keys = strings(save, node)
     if OBJECT_GRAPH_KEY.encode() not in keys:
         return
     source = save.nodes[node.inputs[3 + keys.index(OBJECT_GRAPH_KEY.encode())].node]
@@ -163,9 +164,9 @@ def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes
         main.set_attr(value.node, "value", ops.attr(np.array(trackables, dtype=object)))
 
 
-def _more_strings(draft: Draft, value: Value, added: list[str]) -> None:
+def _more_strings(draft: Draft, node: Node, position: int, added: list[str]) -> None:
     """Extend a constant list of strings; its shape attribute would be stale."""
-    old = strings(draft.graph, value)
+    old, value = strings(draft.graph, node, position), node.inputs[position]
     array = np.array([*old, *(s.encode() for s in added)], dtype=object)
     draft.set_attr(value.node, "value", ops.attr(array))
     draft.set_attr(value.node, "_output_shapes", None)
@@ -174,8 +175,8 @@ def _more_strings(draft: Draft, value: Value, added: list[str]) -> None:
 def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
     node = _only(graph, "SaveV2")
-    _more_strings(draft, node.inputs[1], [v.key for v in added])
-    _more_strings(draft, node.inputs[2], ["" for _ in added])
+    _more_strings(draft, node, 1, [v.key for v in added])
+    _more_strings(draft, node, 2, ["" for _ in added])
     reads = [draft.place(read(v), v.name) for v in added]
     node = draft.nodes[node.name]
     attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added])}
@@ -187,8 +188,8 @@ def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
     node = _only(graph, "RestoreV2")
     first = len(node.attrs["dtypes"].list.type)
-    _more_strings(draft, node.inputs[1], [v.key for v in added])
-    _more_strings(draft, node.inputs[2], ["" for _ in added])
+    _more_strings(draft, node, 1, [v.key for v in added])
+    _more_strings(draft, node, 2, ["" for _ in added])
     attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added]), "_output_shapes": None}
     draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
     for index, v in enumerate(added):

@@ -152,7 +152,7 @@ def _read_proto(file: Path) -> Any:
             text_format.Parse(file.read_text(encoding="utf-8"), proto)
         else:
             proto.ParseFromString(file.read_bytes())
-    except (DecodeError, text_format.ParseError, UnicodeDecodeError, OSError, RecursionError) as e:
+    except (DecodeError, text_format.ParseError, ValueError, OSError, RecursionError) as e:
         raise Error(f"{file} cannot be read: it is truncated, damaged or no SavedModel ({e})") from e
     if not proto.meta_graphs or not any(m.HasField("graph_def") for m in proto.meta_graphs):
         raise Error(f"{file} holds no graph: it is truncated, damaged or no SavedModel")

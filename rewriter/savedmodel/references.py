@@ -160,8 +160,14 @@ def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
     Raises:
         Error: names the signature and what is wrong.
     """
+    objects = {p: entry.function for entry in model.entries.values() for p in entry.paths}
     for name, known in model.signatures.items():
         entry = model.entries.get(known.entry)
+        if objects.get(f"signatures.{name}", known.entry) != known.entry:
+            raise Error(
+                f"{path}: the signature {name!r} is {known.entry} in the graph, and {objects[f'signatures.{name}']} "
+                "among the objects"
+            )
         if entry is not None and (len(known.inputs), len(known.outputs)) != (len(entry.inputs), len(entry.outputs)):
             raise Error(
                 f"{path}: the signature {name!r} has {len(known.inputs)} inputs and {len(known.outputs)} outputs, and "

@@ -138,12 +138,12 @@ def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
     for node in graph.nodes.values():
         if node.op not in ("SaveV2", "RestoreV2"):
             continue
-        names = strings(graph, node.inputs[1])
+        names = strings(graph, node)
         stays = [i for i, name in enumerate(names) if name in wanted]
         goes = [i for i, name in enumerate(names) if name not in wanted]
         for position in (1, 2):
             old = nodes[node.inputs[position].node]
-            texts = strings(graph, node.inputs[position])
+            texts = strings(graph, node, position)
             text = np.array([texts[i] for i in stays], dtype=object)
             nodes[old.name] = old.with_attrs(value=ops.attr(text), _output_shapes=None)
         types = type(node.attrs["dtypes"])()

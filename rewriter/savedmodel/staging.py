@@ -79,7 +79,7 @@ def require_model(path: Path) -> Path:
     Raises:
         Error: the directory holds none, or TensorFlow does not take its name.
     """
-    _refuse_encoding(path)
+    _refuse_name(path)
     if not path.is_dir():
         raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
     for name in MODEL_FILES:
@@ -88,11 +88,13 @@ def require_model(path: Path) -> Path:
     raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
 
 
-def _refuse_encoding(path: Path) -> None:
+def _refuse_name(path: Path) -> None:
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise Error(f"{path} is not UTF-8, and TensorFlow takes no other paths") from None
+    if "[" in str(path):
+        raise Error(f"{path} holds [, which TensorFlow takes for the beginning of a pattern")
 
 
 def refuse_overlap(source: Path, target: Path) -> None:
@@ -112,7 +114,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
     Raises:
         Error: it exists, and is not to be overwritten, or is no directory, or TensorFlow does not take its name.
     """
-    _refuse_encoding(target)
+    _refuse_name(target)
     if not os.path.lexists(target):
         return
     if not overwrite:
