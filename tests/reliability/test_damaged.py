@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow.core.protobuf import saved_model_pb2
@@ -263,6 +264,49 @@ def test_a_variable_that_holds_the_root(forks: Server, rewritten: Callable[..., 
     assert loads(forks, source, target, "finalize") == "finalize loads"
     (proto,) = saved_model_pb2.SavedModel.FromString((target / "saved_model.pb").read_bytes()).meta_graphs
     assert not any(c.local_name == "quantization" for c in proto.object_graph_def.nodes[0].children)
+
+
+def test_text_with_numbers_that_are_none(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model("as_text"), source)
+    file = source / "saved_model.pbtxt"
+    file.write_text(file.read_text().replace("DT_FLOAT", "9" * 11, 1))
+    outcome = forks.cli("inspect", source)
+    assert judged(outcome, "enum") == "refused"
+    assert "saved_model.pbtxt cannot be read" in outcome.err
+
+
+def test_names_that_are_saved(
+    forks: Server, model: Callable[[str], Path], rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
+    """One name more than there are tensors."""
+
+    def edit(meta: Any) -> None:
+        node = next(n for f in _functions(meta) for n in f.node_def if n.name == "SaveV2/tensor_names")
+        names = [*tf.make_ndarray(node.attr["value"].tensor).ravel(), b"more"]
+        node.attr["value"].tensor.CopyFrom(tf.make_tensor_proto(names))
+
+    for command, known in (("rewrite", model("keras_export")), ("finalize", rewritten("keras_export"))):
+        source = mutated(known, tmp_path / command, edit)
+        outcome = forks.cli(command, source, tmp_path / "target")
+        assert judged(outcome, command) == "refused"
+        assert "is no constant with a string for each tensor of SaveV2" in outcome.err
+
+
+def test_signatures_that_the_graph_and_the_objects_have_otherwise(
+    forks: Server, model: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def edit(meta: Any) -> None:
+        (outer,) = (f for f in _functions(meta) if f.signature.name.startswith("__inference_signature_wrapper_serve"))
+        inner = next(n for n in outer.node_def if n.op.endswith("PartitionedCall")).attr["f"].func.name
+        for node in meta.graph_def.node:
+            if node.attr["f"].func.name == outer.signature.name:
+                node.attr["f"].func.name = inner
+
+    source = mutated(model("module_train"), tmp_path / "source", edit)
+    outcome = forks.cli("rewrite", source, tmp_path / "target")
+    assert judged(outcome, "rewrite") == "refused"
+    assert "among the objects" in outcome.err
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -40,6 +41,13 @@ def test_full_streams(forks: Server, model: Paths, tmp_path: Path) -> None:
     outcome = forks.cli("inspect", model("keras_export"), before=[Call(f"{HERE}:full", [1])])
     assert judged(outcome, "stdout") == "refused"
     assert "No space left" in outcome.err
+    outcome = forks.cli("--help", before=[Call(f"{HERE}:full", [1])])
+    assert judged(outcome, "--help") == "refused"
+    written = tmp_path / "written"
+    outcome = forks.cli("rewrite", model("keras_export"), written, before=[Call(f"{HERE}:full", [1])])
+    assert judged(outcome, "written") == "refused"
+    assert f"{written} was written, but stdout cannot be written to" in outcome.err
+    shutil.rmtree(written)
     outcome = forks.cli("rewrite", model("keras_export"), tmp_path / "target", before=[Call(f"{HERE}:full", [2])])
     assert (outcome.code, outcome.out) == (2, "")
     assert not list(tmp_path.iterdir())
@@ -96,6 +104,35 @@ def test_names_that_are_no_text(forks: Server, model: Paths, tmp_path: Path) -> 
     assert "is not UTF-8" in outcome.err
     outcome = forks.cli("inspect", tmp_path / name)
     assert judged(outcome, "SRC") == "refused"
+    outcome = forks.cli("rewrite", model("keras_export"), tmp_path / "out[1]")
+    assert judged(outcome, "DST") == "refused"
+    assert "out[1] holds [" in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_current_directory(forks: Server, model: Paths, tmp_path: Path) -> None:
+    here = Call("os:chdir", [str(tmp_path)])
+    outcome = forks.cli("rewrite", model("keras_export"), ".", "--overwrite", before=[here])
+    assert judged(outcome, "DST") == "refused"
+    assert "cannot write ." in outcome.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_directories_nested_deep(forks: Server, model: Paths, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(model("keras_export"), source)
+    here = os.open(source, os.O_RDONLY)
+    for _ in range(1500):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    outcome = forks.cli("rewrite", source, tmp_path / "target")
+    subprocess.run(["/bin/rm", "-r", str(source)], check=True)  # Python cannot either
+    assert judged(outcome, "nested") == "refused"
+    assert "source" in outcome.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_file_for_two_things(forks: Server, model: Paths, tmp_path: Path) -> None:
@@ -132,6 +169,14 @@ def test_rules_nested_too_deep(forks: Server, tmp_path: Path) -> None:
     assert judged(outcome, "--config") == "refused"
     assert "rules.0.match" in outcome.err
     assert len(outcome.err) < 400
+
+
+def test_rules_that_take_for_ever(forks: Server, model: Paths, tmp_path: Path) -> None:
+    file = tmp_path / "bnqat.toml"
+    file.write_text("[[rules]]\nmatch = '^(?:[a-z_]|[a-z]|[b-z_]|.)*(?=9|8)'\nbits = 4\n")
+    outcome = forks.cli("rewrite", "--config", file, model("keras_export"), tmp_path / "target", limit=20)
+    assert judged(outcome, "--config") == "refused"
+    assert "takes longer than" in outcome.err
 
 
 def _saved(**arrays: np.ndarray) -> bytes:
