@@ -21,6 +21,9 @@ from rewriter.ir import Error
 FOOTER = 48
 """Bytes at the end: where the blocks of meta data and of the index are, and the magic number."""
 
+REFERENCES = 100
+"""What the numbers of dtypes of references are above."""
+
 MAGIC = 0xDB4775248B80FB57
 
 
@@ -35,10 +38,10 @@ def refuse_index(file: Path, available: int) -> None:
         Error: names the tensor and what is wrong with it.
     """
     try:
-        entries = [(key, tensor_bundle_pb2.BundleEntryProto.FromString(value)) for key, value in _entries(file) if key]
+        known = [(key, tensor_bundle_pb2.BundleEntryProto.FromString(value)) for key, value in entries(file) if key]
     except (IndexError, ValueError, struct.error, DecodeError) as e:
         raise Error(f"the index {file} is damaged") from e
-    for key, entry in entries:
+    for key, entry in known:
         why = _wrong(entry, available)
         if why:
             raise Error(f"the index {file} is damaged: the tensor {key.decode(errors='replace')!r} has {why}")
@@ -49,6 +52,8 @@ def _wrong(entry: Any, available: int) -> str:
         dtype = dtypes.as_dtype(entry.dtype)
     except TypeError:
         return f"the dtype {entry.dtype}, which does not exist"
+    if entry.dtype > REFERENCES or dtype == dtypes.resource:
+        return f"the dtype {dtype.name}, of which no value is stored"
     sizes = [dim.size for dim in entry.shape.dim]
     if entry.shape.unknown_rank or any(size < 0 for size in sizes):
         return "a shape that is none"
@@ -58,7 +63,12 @@ def _wrong(entry: Any, available: int) -> str:
     return ""
 
 
-def _entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
+def entries(file: Path) -> Iterator[tuple[bytes, bytes]]:
+    """The keys and values of a table, in order.
+
+    Raises:
+        IndexError, ValueError, struct.error: it is damaged.
+    """
     data = file.read_bytes()
     if len(data) < FOOTER or struct.unpack("<Q", data[-8:]) != (MAGIC,):
         raise ValueError("no table")

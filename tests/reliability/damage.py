@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 from google.protobuf.descriptor import FieldDescriptor
 from tensorflow.core.protobuf import saved_model_pb2
 
+from rewriter.savedmodel.index import entries
+from tests.reliability.indexes import edit_index
+
 INTERESTING = (0, 1, -1, 2, 7, 127, 128, 1 << 20, (1 << 31) - 1, -(1 << 31), (1 << 62), -(1 << 62))
 FLOATS = (0.0, -1.0, 1e-30, 1e30, float("inf"), float("nan"))
 STRINGS = ("", " ", "x", ":", "^", "a:b:c:d", ":0", "a" * 3000, "\x1b[2J", "../../x", "\u202e", "__main__", "%s{0}")
@@ -192,10 +195,26 @@ def _damage(model: Path, random: Random) -> str:
         done = [damage_structure(proto, random) for _ in range(random.choice([1, 1, 1, 2, 4]))]
         graph.write_bytes(proto.SerializeToString())
         return "; ".join(done)
+    index = model / "variables" / "variables.index"
+    if index.exists() and random.random() < 0.3:
+        return f"index: {_damage_index(index, random)}"
     file = random.choice(sorted(p for p in model.rglob("*") if p.is_file() and p.name != "fingerprint.pb"))
     data, done_ = damage_bytes(file.read_bytes(), random)
     file.write_bytes(data)
     return f"{file.relative_to(model)}: {done_}"
+
+
+def _damage_index(file: Path, random: Random) -> str:
+    """Damage an entry of an index, whose checksums are right again then, or its header."""
+    chosen = random.choice(sorted(key for key, _ in entries(file)))
+    done = []
+
+    def edit(key: bytes, entry: Any) -> None:
+        if key == chosen:
+            done.append(f"{key!r} {damage_structure(entry, random)}")
+
+    edit_index(file, edit)
+    return done[0]
 
 
 VALUES = (

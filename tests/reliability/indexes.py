@@ -1,0 +1,72 @@
+"""Indexes of checkpoints with other content and right checksums."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tensorflow.core.protobuf import tensor_bundle_pb2
+
+from rewriter.savedmodel import index
+
+
+def _crc(data: bytes) -> int:
+    """The masked CRC-32C of RFC 3720, as a table of sorted strings has it."""
+    value = 0xFFFFFFFF
+    for byte in data:
+        value ^= byte
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+    value ^= 0xFFFFFFFF
+    return ((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def _varint(number: int) -> bytes:
+    found = b""
+    while number > 0x7F:
+        found += bytes([number & 0x7F | 0x80])
+        number >>= 7
+    return found + bytes([number])
+
+
+def _written(entries: list[tuple[bytes, bytes]], kind: int = 0) -> bytes:
+    """A table with one block of entries; its checksums are right."""
+    data = b""
+
+    def placed(held: list[tuple[bytes, bytes]]) -> bytes:
+        nonlocal data
+        offsets, block = [], b""
+        for key, value in held:
+            offsets.append(len(block))
+            block += _varint(0) + _varint(len(key)) + _varint(len(value)) + key + value
+        offsets = offsets or [0]
+        block += struct.pack(f"<{len(offsets)}I", *offsets) + struct.pack("<I", len(offsets))
+        handle = _varint(len(data)) + _varint(len(block))
+        block += bytes([kind])
+        data += block + struct.pack("<I", _crc(block))
+        return handle
+
+    place = placed(entries)
+    footer = placed([]) + placed([(entries[-1][0] + b"\xff", place)])
+    return data + footer.ljust(40, b"\0") + struct.pack("<Q", index.MAGIC)
+
+
+def edited(source: Path, target: Path, edit: Callable[[bytes, Any], None], kind: int = 0) -> Path:
+    """A copy of a model with entries of its checkpoint's index changed."""
+    shutil.copytree(source, target)
+    edit_index(target / "variables" / "variables.index", edit, kind)
+    return target
+
+
+def edit_index(file: Path, edit: Callable[[bytes, Any], None], kind: int = 0) -> None:
+    """Change entries of an index, and its header, whose key is empty."""
+    entries = []
+    for key, value in index.entries(file):
+        kinds = tensor_bundle_pb2.BundleEntryProto if key else tensor_bundle_pb2.BundleHeaderProto
+        entry = kinds.FromString(value)
+        edit(key, entry)
+        entries.append((key, entry.SerializeToString()))
+    file.write_bytes(_written(entries, kind))
