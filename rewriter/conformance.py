@@ -69,11 +69,8 @@ class _Nodes:
                 definition = ops.op_def(self.model, node.op)
                 attrs, wrong = self._attributes_of(definition, node)
                 yield from wrong or self._input_problems(node, _runs(definition.input_arg, attrs))
-                count = 0 if wrong else sum(count for count, _ in _runs(definition.output_arg, attrs))
-                if count > MANY:
+                if not wrong and sum(count for count, _ in _runs(definition.output_arg, attrs)) > MANY:
                     yield f"{node.name} ({node.op}) has more than {MANY} outputs"
-                if not wrong:
-                    yield from self._shape_problems(node, count)
         shapes = self.graph.attrs.get("_input_shapes")
         if shapes is not None and (len(shapes.list.shape) != len(self.graph.arguments) or shapes.list.type):
             yield f"its attribute _input_shapes is not one of {len(self.graph.arguments)} shapes"
@@ -99,13 +96,6 @@ class _Nodes:
                         f"{node.name} ({node.op}) takes {_name(taken)} as input {position - 1}, and {value.node} gives "
                         f"{_name(made)}"
                     )
-
-    def _shape_problems(self, node: Node, count: int) -> Iterator[str]:
-        names = ["_output_shapes", *(["output_shapes"] if ops.call_form(self.model, node) else [])]
-        for name in names:
-            listed = node.attrs[name].list if name in node.attrs else None
-            if listed is not None and (len(listed.shape) not in (0, count) or listed.type):
-                yield f"the attribute {name} of {node.name} ({node.op}) is not one of {count} shapes"
 
     def _dtype(self, value: Value) -> int | None:
         """The dtype of a value, as a number; None where there is no such output."""

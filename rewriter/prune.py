@@ -7,7 +7,7 @@ every call up to the variables that a concrete function binds.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -351,14 +351,15 @@ def _moved(node: Node, ports: Mapping[str, Mapping[int, int]]) -> Node:
     return replace(node, inputs=tuple(_port(v, ports) for v in node.inputs))
 
 
-def _filtered(attribute: Any, keeps: Iterable[bool]) -> Any:
-    """A list attribute without some elements."""
+def _filtered(attribute: Any, keeps: Sequence[bool]) -> Any:
+    """A list attribute without some elements; None where it is not about as many, as shapes of calls may be stale."""
     short = type(attribute)()
     short.list.SetInParent()
     for name in ("type", "shape"):
         found = getattr(attribute.list, name)
-        if found:
-            getattr(short.list, name).extend(v for v, kept in zip(found, keeps, strict=True) if kept)
+        if found and len(found) != len(keeps):
+            return None
+        getattr(short.list, name).extend(v for v, kept in zip(found, keeps, strict=False) if kept)
     return short
 
 

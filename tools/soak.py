@@ -40,6 +40,7 @@ DAMAGED = (
     "as_text",
 )
 FAULTED = "keras_export"
+REWRITTEN = ("rewritten", "saved_again")
 
 REPORT = 60.0
 """Seconds between two lines that say how far a worker is."""
@@ -109,9 +110,9 @@ class Soak:
         yield from trial(self.forks, source, fresh(self.folder / "out"))
 
     def damaged_rewritten(self, random: Random) -> Iterator[str]:
-        """A damaged model that was rewritten."""
+        """A damaged model that was rewritten, and perhaps saved again by TensorFlow."""
         source = fresh(self.folder / "damaged") / "source"
-        self.damage = damaged(self.models / "rewritten", source, random)
+        self.damage = damaged(self.models / random.choice(REWRITTEN), source, random)
         final = fresh(self.folder / "out") / "final"
         for command, *arguments in (
             ("inspect", source),
@@ -157,6 +158,10 @@ def _models(folder: Path) -> Path:
     for name in sorted({*DAMAGED, FAULTED}):  # functions are numbered as they are traced
         ALL[name](folder / name)
     bnqat.rewrite(folder / FAULTED, folder / "rewritten")
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(folder / "rewritten"))
+    tf.saved_model.save(loaded, str(folder / "saved_again"), signatures=loaded.signatures)
     return folder
 
 

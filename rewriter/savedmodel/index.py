@@ -40,11 +40,12 @@ def refuse_index(file: Path, available: int) -> None:
     try:
         known = [(key, tensor_bundle_pb2.BundleEntryProto.FromString(value)) for key, value in entries(file) if key]
     except (IndexError, ValueError, struct.error, DecodeError) as e:
-        raise Error(f"the index {file} is damaged") from e
+        raise Error(f"the checkpoint's index {file} is damaged") from e
     for key, entry in known:
         why = _wrong(entry, available)
         if why:
-            raise Error(f"the index {file} is damaged: the tensor {key.decode(errors='replace')!r} has {why}")
+            tensor = key.decode(errors="replace")
+            raise Error(f"the checkpoint's index {file} is damaged, or its data: the tensor {tensor!r} has {why}")
 
 
 def _wrong(entry: Any, available: int) -> str:
