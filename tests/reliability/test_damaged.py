@@ -38,7 +38,7 @@ def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, nam
     assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(found), found
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
 def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
     source = fresh(space) / "source"

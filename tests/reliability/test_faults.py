@@ -18,7 +18,7 @@ from tests.reliability.faults import HERE, Writing
 from tests.reliability.forks import Call, Outcome, Server, server
 from tests.reliability.trials import judged
 
-MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 16).tolist()
+MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 8).tolist()
 """As shares of the time that a command takes; `make soak` takes others for an hour."""
 
 
@@ -52,7 +52,7 @@ def test_killed_at_random_moments(writing: Writing) -> None:
     assert any(f.startswith("before") for f in found)
 
 
-@pytest.mark.parametrize("writing", ["rewrite over", "finalize"], indirect=True)
+@pytest.mark.parametrize("writing", ["finalize over"], indirect=True)
 def test_killed_at_every_step_of_writing(writing: Writing) -> None:
     found = [writing.killed_at(moment) for moment in range(writing.events())]
     assert "before, something left" in found, found
@@ -172,7 +172,7 @@ def test_destination_appears_meanwhile(rewriting: Writing) -> None:
 def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool) -> None:
     writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=overwrite)
     with server() as second:
-        for _ in range(6):
+        for _ in range(3):
             writing.reset()
             with ThreadPoolExecutor() as threads:
                 outcomes = list(threads.map(writing.start, (forks, second)))
