@@ -155,10 +155,10 @@ def _alike(a: Sequence[int], b: Sequence[int]) -> bool:
 
 
 def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
-    """Refuse signatures of tensors that the main graph does not compute, or of other numbers than their function has.
+    """Refuse constants and signatures' tensors that the main graph lacks, and signatures unlike their function.
 
     Raises:
-        Error: names the signature and what is wrong.
+        Error: names the object or signature and what is wrong.
     """
     objects = {p: entry.function for entry in model.entries.values() for p in entry.paths}
     for name, known in model.signatures.items():
@@ -174,6 +174,9 @@ def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
                 f"its function {known.entry} has {len(entry.inputs)} and {len(entry.outputs)}"
             )
     main = model.graphs[MAIN]
+    for number, constant in model.constants.items():
+        if constant not in main.nodes or main.nodes[constant].op != "Const":
+            raise Error(f"{path}: object {number} is the constant {constant!r}, which the graph does not hold")
     for name, signature in meta.signature_def.items():
         for key, info in (*signature.inputs.items(), *signature.outputs.items()):
             if info.WhichOneof("encoding") != "name":

@@ -173,6 +173,10 @@ def _mixed_list(meta: Any) -> None:
     node.attr["Tin"].list.shape.add()
 
 
+def _no_such_constant(meta: Any) -> None:
+    meta.object_graph_def.nodes[-1].constant.operation = "nowhere"
+
+
 DAMAGE = {
     "depends on itself": _cyclic_nodes,
     "calls itself": _cyclic_calls,
@@ -191,6 +195,7 @@ DAMAGE = {
     "is object 10000": _no_such_object,
     "and is said to have the shape []": _misread,
     "is not of the type list(type)": _mixed_list,
+    "is the constant 'nowhere', which the graph does not hold": _no_such_constant,
     "the aggregation of object": _no_such_aggregation,
     "'abc' is not the number of an output": _no_such_port,
     "which the graph does not compute": _no_such_tensor,
