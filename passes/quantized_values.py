@@ -255,4 +255,4 @@ def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 def _part(term: Term) -> str:
     found = term.attrs.get(ops.PART)
-    return "" if found is None else found.s.decode(errors="replace")
+    return "" if found is None else ops.text(found.s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,16 @@ def mutated(model: Path, target: Path, edit: Edit) -> Path:
     proto = saved_model_pb2.SavedModel.FromString((model / "saved_model.pb").read_bytes())
     edit(proto.meta_graphs[0])
     (target / "saved_model.pb").write_bytes(proto.SerializeToString(deterministic=True))
+    return target
+
+
+def with_record(model: Path, target: Path, edit: Edit) -> Path:
+    """A copy of a rewritten model with the record of what was changed edited."""
+    shutil.copytree(model, target)
+    file = target / "assets.extra" / "bnqat_changes.json"
+    record = json.loads(file.read_text())
+    edit(record)
+    file.write_text(json.dumps(record))
     return target
 
 

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from tests.models import save_module
 from tests.models.forms import FORM_MODELS
 from tests.models.structures import STRUCTURES
 from tests.models.v1 import V1_MODELS
-from tests.mutate import function_with, mutated, nodes_of, rename_functions, with_value
+from tests.mutate import function_with, mutated, nodes_of, rename_functions, with_record, with_value
 
 Paths = Callable[..., Path]
 
@@ -262,12 +261,7 @@ def test_comparing_executes_nothing_and_changes_nothing(
 def test_a_damaged_record_is_none(
     model: Paths, rewritten: Paths, tmp_path: Path, damage: Callable[[Any], None]
 ) -> None:
-    after = tmp_path / "after"
-    shutil.copytree(rewritten("module"), after)
-    file = after / "assets.extra" / "bnqat_changes.json"
-    record = json.loads(file.read_text())
-    damage(record)
-    file.write_text(json.dumps(record))
+    after = with_record(rewritten("module"), tmp_path / "after", damage)
     with pytest.raises(bnqat.Error, match="is no record of a rewrite"):
         bnqat.diff(model("module"), after)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.mutate import mutated
+from tests.mutate import mutated, with_record
 from tests.reliability.forks import Server
 from tests.reliability.trials import judged
 
@@ -61,12 +60,7 @@ def _kinds(record: Any) -> None:
 
 @pytest.mark.parametrize("edit", [_authors, _graphs, _kinds])
 def test_records(forks: Server, model: Paths, rewritten: Paths, tmp_path: Path, edit: Callable[[Any], None]) -> None:
-    after = tmp_path / "after"
-    shutil.copytree(rewritten("keras_export"), after)
-    file = after / "assets.extra" / "bnqat_changes.json"
-    record = json.loads(file.read_text())
-    edit(record)
-    file.write_text(json.dumps(record))
+    after = with_record(rewritten("keras_export"), tmp_path / "after", edit)
     outcome = forks.cli("diff", "--verbose", model("keras_export"), after)
     assert judged(outcome, "diff") == "done"
     assert "\x1b" not in outcome.out
