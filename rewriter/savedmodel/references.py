@@ -75,9 +75,15 @@ def refuse_structures(path: Path, objects: Any) -> None:
             if held.WhichOneof("kind") == "function" or own.HasField("function_spec"):
                 _refuse_undecodable(path, own.function_spec, f"of object {number}")
     for name, function in objects.concrete_functions.items():
-        for field in ("canonicalized_input_signature", "output_signature"):
-            if function.HasField(field):
-                _decoded(path, getattr(function, field), f"of the concrete function {name!r}")
+        whose = f"of the concrete function {name!r}"
+        if function.HasField("output_signature"):
+            _decoded(path, function.output_signature, whose)
+        if function.HasField("canonicalized_input_signature"):
+            match _decoded(path, function.canonicalized_input_signature, whose):
+                case [list() | tuple(), dict()]:
+                    pass
+                case _:
+                    raise Error(f"{path}: the signature {whose} is no pair of arguments and keywords")
 
 
 def _refuse_undecodable(path: Path, spec: Any, whose: str) -> None:

@@ -177,6 +177,11 @@ def _no_such_constant(meta: Any) -> None:
     meta.object_graph_def.nodes[-1].constant.operation = "nowhere"
 
 
+def _no_keywords(meta: Any) -> None:
+    function = next(iter(meta.object_graph_def.concrete_functions.values()))
+    del function.canonicalized_input_signature.tuple_value.values[1]
+
+
 DAMAGE = {
     "depends on itself": _cyclic_nodes,
     "calls itself": _cyclic_calls,
@@ -196,6 +201,7 @@ DAMAGE = {
     "and is said to have the shape []": _misread,
     "is not of the type list(type)": _mixed_list,
     "is the constant 'nowhere', which the graph does not hold": _no_such_constant,
+    "is no pair of arguments and keywords": _no_keywords,
     "the aggregation of object": _no_such_aggregation,
     "'abc' is not the number of an output": _no_such_port,
     "which the graph does not compute": _no_such_tensor,
