@@ -46,9 +46,15 @@ def refuse_dangling(path: Path, objects: Any, trackables: Any) -> None:
 def refuse_disagreeing(path: Path, objects: Any, trackables: Any) -> None:
     """Refuse a checkpoint whose objects have other children than the model's: what is restored depends on what is held.
 
+    A checkpoint may have fewer objects, as functions are not saved in it; both number theirs alike.
+
     Raises:
         Error: names the object and the child.
     """
+    if len(trackables.nodes) > len(objects.nodes):
+        raise Error(
+            f"{path}: the model has {len(objects.nodes)} objects, and its checkpoint has {len(trackables.nodes)}"
+        )
     for number, (held, saved) in enumerate(zip(objects.nodes, trackables.nodes, strict=False)):
         known = {c.local_name: c.node_id for c in held.children}
         for child in saved.children:

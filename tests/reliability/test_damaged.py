@@ -13,8 +13,10 @@ import tensorflow as tf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorflow.core.protobuf import saved_model_pb2
+from tensorflow.core.protobuf.trackable_object_graph_pb2 import TrackableObjectGraph
 
-from tests.mutate import function_with, mutated, nodes_of
+from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
+from tests.mutate import function_with, mutated, nodes_of, with_value
 from tests.reliability.damage import damage_configuration, damaged
 from tests.reliability.forks import Server
 from tests.reliability.trials import fresh, judged, loads, trial
@@ -215,6 +217,15 @@ def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_
         outcome = forks.cli(*arguments, limit=10, mib=3000)
         assert judged(outcome, str(arguments)) == "refused"
         assert why in outcome.err, outcome.err
+
+
+def test_more_objects_in_the_checkpoint(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    """What is added is numbered alike in the model and in its checkpoint."""
+    more = TrackableObjectGraph(nodes=[TrackableObjectGraph.TrackableObject()] * 100).SerializeToString()
+    source = with_value(model("keras_export"), tmp_path / "source", OBJECT_GRAPH_KEY, lambda held: held + more)
+    outcome = forks.cli("rewrite", source, tmp_path / "target")
+    assert judged(outcome, "rewrite") == "refused"
+    assert "objects, and its checkpoint has" in outcome.err
 
 
 def test_corrupt_collections(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
