@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rewriter.dataflow import Argument, Call, call_graph, follow
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Value
+from rewriter.savedmodel.graphs import tensors_of
 
 # fmt: off
 FILES = frozenset(
@@ -160,10 +161,6 @@ class _Saver:
 
 def _nodes_of(info: Any) -> list[str]:
     """The nodes that compute an output of a signature, a ``TensorInfo``."""
-    names = [info.name]
-    if info.WhichOneof("encoding") == "coo_sparse":
-        sparse = info.coo_sparse
-        names = [sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name]
     if info.WhichOneof("encoding") == "composite_tensor":
-        names = [name for part in info.composite_tensor.components for name in _nodes_of(part)]
-    return [name.partition(":")[0] for name in names]
+        return [name for part in info.composite_tensor.components for name in _nodes_of(part)]
+    return [tensor.partition(":")[0] for tensor in tensors_of("", info).values()]

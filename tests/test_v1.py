@@ -17,7 +17,7 @@ import bnqat
 from passes.roles import ROLES
 from rewriter.app.verification.claims import verify
 from tests import reference
-from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, draw, settings, v1, write
+from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, draw, net, settings, two_fused, v1, write
 from tests.mutate import mutated
 
 Paths = Callable[[str], Path]
@@ -419,3 +419,42 @@ def test_init_and_train_ops_are_signatures_of_ops_alone(tmp_path: Path) -> None:
         start = values(session)
         session.run("GradientDescent", {"x:0": np.ones((2, 4, 4, 6), "float32")})
         assert any(not np.array_equal(start[name], value) for name, value in values(session).items())
+
+
+def test_sparse_outputs(tmp_path: Path) -> None:
+    """Three tensors each, in signatures as they are, in those that are added, and where both are compared."""
+    with settings(Options()):
+        training = v1.placeholder_with_default(False, [], name="is_training")
+        x, logits = net(two_fused, training, Options())
+        write(tmp_path / "source", {"x": x}, {"scores": tf.sparse.from_dense(tf.nn.relu(logits)), "logits": logits})
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
+    found = verify(tmp_path / "source", tmp_path / "target")
+    assert found.ok, found
+    x_, _ = batch(0)
+    with session_of(tmp_path / "target") as (session, meta):
+        for name, signature in meta.signature_def.items():
+            sparse, dense = signature.outputs["scores"], signature.outputs["logits"]
+            assert sparse.WhichOneof("encoding") == "coo_sparse", name
+            scores = v1.SparseTensor(
+                *(
+                    session.graph.get_tensor_by_name(getattr(sparse.coo_sparse, f"{part}_tensor_name"))
+                    for part in ("indices", "values", "dense_shape")
+                )
+            )
+            fetched = [tf.sparse.to_dense(scores), session.graph.get_tensor_by_name(dense.name)]
+            scattered, plain = session.run(fetched, {session.graph.get_tensor_by_name("x:0"): x_})
+            np.testing.assert_array_equal(scattered, np.maximum(plain, 0))
+        assert {"serving_default", "train"} <= set(meta.signature_def)
+
+
+def test_sparse_outputs_that_the_graph_lacks(tmp_path: Path) -> None:
+    with settings(Options()):
+        x, logits = net(two_fused, False, Options())
+        write(tmp_path / "source", {"x": x}, {"scores": tf.sparse.from_dense(logits)})
+
+    def edit(meta: Any) -> None:
+        meta.signature_def["serving_default"].outputs["scores"].coo_sparse.indices_tensor_name = "nowhere:0"
+
+    damaged = mutated(tmp_path / "source", tmp_path / "damaged", edit)
+    with pytest.raises(bnqat.Error, match=r"'scores' of the signature 'serving_default' is 'nowhere:0', which"):
+        bnqat.rewrite(damaged, tmp_path / "target")

@@ -20,10 +20,10 @@ from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.log import LOG, RECORD, explained, read_record
 from rewriter.diff.page import diff_page
 from rewriter.diff.pictures import around, pictures, unite
+from rewriter.diff.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
 from rewriter.diff.svg import picture_svg
 from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
 from rewriter.page.shell import frame
-from rewriter.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.references import OPS_ALONE
 from rewriter.savedmodel.write import EXTRA

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from rewriter.diff.compare import FUNCTION, NODE, compare
 from rewriter.diff.facts import VARIABLE
 from rewriter.diff.log import Record, record
+from rewriter.diff.report import Change
 from rewriter.ir import Model
 from rewriter.pipeline import Step
-from rewriter.report import Change
 from rewriter.savedmodel.write import Written
 
 WRITER = "writing"

@@ -8,7 +8,7 @@ from rewriter.app.show import counted
 from rewriter.app.terminal import printable, say
 
 if TYPE_CHECKING:
-    from rewriter.report import Change, DiffReport
+    from rewriter.diff.report import Change, DiffReport
 
 SIGNS = {"added": ("+", "green"), "removed": ("-", "red"), "changed": ("~", "yellow"), "missing": ("?", "magenta")}
 SHORT = 120

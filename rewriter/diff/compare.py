@@ -11,9 +11,9 @@ from typing import NamedTuple
 from rewriter import ops
 from rewriter.diff.facts import TENSOR, VARIABLE, Aspects, facts
 from rewriter.diff.match import match
+from rewriter.diff.report import Change, Detail, What
 from rewriter.ir import ARG, Attrs, Error, Graph, Model, Node, Value
 from rewriter.ops import with_functions
-from rewriter.report import Change, Detail, What
 from rewriter.text import attr_text
 
 NODE, FUNCTION = "node", "function"

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rewriter.diff.report import Change, Detail
 from rewriter.ir import Error
-from rewriter.report import Change, Detail
 
 SCHEMA_VERSION = 1
 WHOLE, VALUE = "all of it", "value"

@@ -7,8 +7,8 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from rewriter.diff.pictures import Line, Picture, Union
+from rewriter.diff.report import DiffReport, InputDiff, SiteDiff
 from rewriter.page.shell import page
-from rewriter.report import DiffReport, InputDiff, SiteDiff
 
 STATES = ("same", "added", "removed", "changed", "missing")
 

@@ -121,6 +121,20 @@ def _number(text: str, value: str) -> int:
     return int(text or 0)
 
 
+SPARSE = ("values", "indices", "dense_shape")
+"""The parts of a sparse tensor (``TensorInfo.CooSparse``)."""
+
+
+def tensors_of(key: str, info: Any) -> dict[str, str]:
+    """The tensors of an input or output of a signature, a ``TensorInfo``: key -> tensor; a sparse one has three.
+
+    A composite tensor's components are not looked into; it is one tensor without a name.
+    """
+    if info.WhichOneof("encoding") == "coo_sparse":
+        return {f"{key}.{part}": getattr(info.coo_sparse, f"{part}_tensor_name") for part in SPARSE}
+    return {key: info.name}
+
+
 def main_value(text: str) -> Value:
     """A value as a GraphDef spells it."""
     name, _, port = text.partition(":")

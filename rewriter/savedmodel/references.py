@@ -15,7 +15,7 @@ from rewriter import ops
 from rewriter.dataflow import VariableKey, origins
 from rewriter.ir import MAIN, Error, Model, Value
 from rewriter.savedmodel.checkpoint import Checkpoint
-from rewriter.savedmodel.graphs import main_value
+from rewriter.savedmodel.graphs import main_value, tensors_of
 from rewriter.savedmodel.objects import functions_of
 
 OPS_ALONE = frozenset({"__saved_model_init_op", "__saved_model_train_op"})
@@ -191,11 +191,12 @@ def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
             raise Error(f"{path}: object {number} is the constant {constant!r}, which the graph does not hold")
     for name, signature in meta.signature_def.items():
         for key, info in (*signature.inputs.items(), *signature.outputs.items()):
-            if info.WhichOneof("encoding") != "name":
+            if name in OPS_ALONE or info.WhichOneof("encoding") not in ("name", "coo_sparse"):
                 continue
-            value = main_value(info.name)
-            held = main.nodes.get(value.node)
-            if name not in OPS_ALONE and (held is None or value.port >= ops.output_count(model, held)):
-                raise Error(
-                    f"{path}: {key!r} of the signature {name!r} is {info.name!r}, which the graph does not compute"
-                )
+            for tensor in tensors_of(key, info).values():
+                value = main_value(tensor)
+                held = main.nodes.get(value.node)
+                if held is None or value.port >= ops.output_count(model, held):
+                    raise Error(
+                        f"{path}: {key!r} of the signature {name!r} is {tensor!r}, which the graph does not compute"
+                    )

@@ -20,7 +20,7 @@ from rewriter.expr import Apply, Expr, Use, array, op, ordered
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Signature, Spec, Value, Variable
 from rewriter.liveness import Assumption
 from rewriter.savedmodel import contexts
-from rewriter.savedmodel.graphs import main_value
+from rewriter.savedmodel.graphs import SPARSE, main_value, tensors_of
 from rewriter.savedmodel.references import OPS_ALONE
 
 VARIABLE_COLLECTIONS = (
@@ -111,15 +111,11 @@ def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
 def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
     for key in sorted(infos):
         info = infos[key]
-        if info.WhichOneof("encoding") == "coo_sparse":
-            sparse = info.coo_sparse
-            parts = (sparse.values_tensor_name, sparse.indices_tensor_name, sparse.dense_shape_tensor_name)
-            for part, text in zip(("values", "indices", "dense_shape"), parts, strict=True):
-                yield f"{key}.{part}", text, Spec(key, ops.dtype_name(info.dtype), None)
-        else:
-            shape = info.tensor_shape
-            size = None if shape.unknown_rank else tuple(d.size for d in shape.dim)
-            yield key, info.name, Spec(key, ops.dtype_name(info.dtype), size)
+        tensors = tensors_of(key, info)
+        unknown = info.tensor_shape.unknown_rank or len(tensors) > 1  # the shape is that of none of the parts
+        spec = Spec(key, ops.dtype_name(info.dtype), None if unknown else tuple(d.size for d in info.tensor_shape.dim))
+        for name, text in tensors.items():
+            yield name, text, spec
 
 
 def write_signature(meta: Any, signature: Signature) -> None:
@@ -130,9 +126,8 @@ def write_signature(meta: Any, signature: Signature) -> None:
     names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
     for key, info in proto.outputs.items():
         if info.WhichOneof("encoding") == "coo_sparse":
-            info.coo_sparse.values_tensor_name = names[f"{key}.values"]
-            info.coo_sparse.indices_tensor_name = names[f"{key}.indices"]
-            info.coo_sparse.dense_shape_tensor_name = names[f"{key}.dense_shape"]
+            for part in SPARSE:
+                setattr(info.coo_sparse, f"{part}_tensor_name", names[f"{key}.{part}"])
         else:
             info.name = names[key]
 

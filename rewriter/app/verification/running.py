@@ -18,6 +18,7 @@ from rewriter.app.arrays import Arrays
 from rewriter.app.verification.kernels import Kernels, kernels_in
 from rewriter.dataflow import VARIABLES
 from rewriter.ir import Error
+from rewriter.savedmodel.graphs import tensors_of
 from rewriter.savedmodel.staging import MODEL_FILES
 
 v1 = tf.compat.v1
@@ -164,11 +165,7 @@ class Session:
     def _tensors(self, infos: Any) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for key, info in sorted(infos.items()):
-            names = {key: info.name}
-            if info.WhichOneof("encoding") == "coo_sparse":
-                parts = ("values", "indices", "dense_shape")
-                names = {f"{key}.{part}": getattr(info.coo_sparse, f"{part}_tensor_name") for part in parts}
-            found |= {k: self._graph.get_tensor_by_name(name) for k, name in names.items()}
+            found |= {k: self._graph.get_tensor_by_name(name) for k, name in tensors_of(key, info).items()}
         return found
 
 
