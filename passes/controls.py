@@ -15,9 +15,9 @@ from passes.ranges import Ema, Fixed, Learned
 from passes.roles import MAX_BITS, ROLES
 from passes.schemes import FLOAT, Scheme
 from passes.together import how
-from rewriter.expr import Apply, Expr, PerCall, array, constant, handle, op, per_call, read, select
+from rewriter.expr import Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
-from rewriter.ops import Dtype, attr, dtype_attr
+from rewriter.ops import Dtype
 
 AUTO, ON_WRITE, ON_READ = 0, 2, 3
 NONE, MEAN, ONLY_FIRST_REPLICA = 0, 2, 3
@@ -140,15 +140,13 @@ class Controls:
             )
             self.variables |= {f"bits/{role}": of_role, f"layer_bits/{role}": of_layers}
             rows.append(select(read(of_layers) >= 0, read(of_layers), read(of_role)))
-        return op("Minimum", op("Maximum", _concatenated(rows), 0), MAX_BITS)
+        return op("Minimum", op("Maximum", concat(rows), 0), MAX_BITS)
 
     def _limits(self) -> PerCall | None:
         """Given limits, moving averages and learned ones, row by row."""
         if all(q is None or q.range.name == "dynamic" for role in ROLES for q in self.quantizers[role]):
             return None
-        return per_call(
-            "quantization_limits", _concatenated([self._limits_of(role) for role in ROLES]), (4 * self.layers, 2)
-        )
+        return per_call("quantization_limits", concat([self._limits_of(role) for role in ROLES]), (4 * self.layers, 2))
 
     def _limits_of(self, role: str) -> Expr:
         quantizers, initial = self.quantizers[role], self.initial.limits[role]
@@ -201,8 +199,3 @@ def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
 
 def _where(held: Sequence[bool], then: Expr, otherwise: Expr) -> Expr:
     return then if all(held) else select(array(np.array(held)[:, None]), then, otherwise)
-
-
-def _concatenated(rows: Sequence[Expr]) -> Expr:
-    attrs = {"N": attr(len(rows)), "T": dtype_attr(rows[0].dtype), "Tidx": dtype_attr("int32")}
-    return Apply(rows[0].dtype, "ConcatV2", (*rows, constant(0, "int32")), attrs)

@@ -20,7 +20,20 @@ import numpy as np
 from passes.parts import CODE, WIDTH, part
 from passes.ranges import Dynamic, Ema, Fixed, Learned
 from passes.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
-from rewriter.expr import Apply, Expr, Function, Port, Shape, array, constant, op, parameter, select, stop_gradient
+from rewriter.expr import (
+    Apply,
+    Expr,
+    Function,
+    Port,
+    Shape,
+    array,
+    concat,
+    constant,
+    op,
+    parameter,
+    select,
+    stop_gradient,
+)
 from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
 
 
@@ -271,8 +284,7 @@ def observing(kind: Kind, rows: int = 0) -> Function:
     shape = kind.shape(rows)
     values = Values(kind, value, shape)
     low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), kind.epsilon))
-    attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "Tidx": dtype_attr("int32")}
-    seen = Apply(FLOAT, "ConcatV2", (low, high, constant(-1, "int32")), attrs)
+    seen = concat((low, high), -1)
     counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
     momentum = np.float32(scheme.range.momentum)
     new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)

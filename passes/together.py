@@ -21,7 +21,20 @@ from passes.quantizers import Kind, OnGrid, Values, cast, wide
 from passes.ranges import Dynamic
 from passes.schemes import FLOAT, Limits
 from rewriter import ops
-from rewriter.expr import Apply, Expr, Function, Port, array, constant, filled, op, parameter, select, stop_gradient
+from rewriter.expr import (
+    Apply,
+    Expr,
+    Function,
+    Port,
+    array,
+    concat,
+    constant,
+    filled,
+    op,
+    parameter,
+    select,
+    stop_gradient,
+)
 from rewriter.ops import attr, dtype_attr
 
 WIDTH = 32
@@ -78,8 +91,7 @@ class Row(NamedTuple):
         for vector, size, length in zip(vectors, self.sizes, self.lengths, strict=True):
             rest = int(length) * WIDTH - size
             pieces += [vector, *([filled(math.nan, vector.dtype, (rest,))] if rest else [])]
-        attrs = {"N": attr(len(pieces)), "T": dtype_attr(pieces[0].dtype), "Tidx": dtype_attr("int32")}
-        flat = Apply(pieces[0].dtype, "ConcatV2", (*pieces, constant(0, "int32")), attrs) if pieces[1:] else pieces[0]
+        flat = concat(pieces) if pieces[1:] else pieces[0]
         return op("Reshape", flat, _shape(self.shape))
 
     def split(self, values: Expr) -> Iterator[Expr]:

@@ -16,13 +16,12 @@ from passes.sites import STATISTICS, Site
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
-from rewriter.expr import Apply, Expr, Use, array, constant, op, ordered, stop_gradient
+from rewriter.expr import Apply, Expr, Use, array, concat, constant, op, ordered, stop_gradient
 from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.shapes import shape_of
 
 DEFAULT_MOMENTUM = 0.99
-CONCAT = {"N": ops.attr(2), "T": ops.dtype_attr("int32"), "Tidx": ops.dtype_attr("int32")}
 
 
 class Average(NamedTuple):
@@ -163,7 +162,7 @@ class Training:
             return op("Range", constant(0, "int32"), op("Rank", x) - 1, constant(1, "int32"))
         missing = op("Reshape", op("Rank", x) - op("Rank", shaped), array(np.array([1], dtype=np.int32)))
         ones = op("Fill", missing, constant(1, "int32"))
-        sizes = Apply("int32", "ConcatV2", (ones, op("Shape", shaped), constant(0, "int32")), CONCAT)
+        sizes = concat((ones, op("Shape", shaped)))
         broadcast = op("Where", op("Equal", sizes, constant(1, "int32")))
         return op("Cast", op("Reshape", broadcast, array(np.array([-1], dtype=np.int32))), DstT=ops.Dtype("int32"))
 

@@ -290,6 +290,13 @@ def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     return op("SelectV2", condition, then, otherwise)
 
 
+def concat(values: Sequence[Expr], axis: int = 0) -> Apply:
+    """Tensors of one dtype, joined along an axis."""
+    dtype = values[0].dtype
+    attrs = {"N": ops.attr(len(values)), "T": ops.dtype_attr(dtype), "Tidx": ops.dtype_attr("int32")}
+    return Apply(dtype, "ConcatV2", (*values, constant(axis, "int32")), attrs)
+
+
 def switch(value: Expr, predicate: Expr) -> tuple[Expr, Expr]:
     """The value where the predicate is False, and where it is True; ops that use the other of the two do not run."""
     made = op("Switch", value, predicate)

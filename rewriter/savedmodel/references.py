@@ -86,7 +86,7 @@ def refuse_structures(path: Path, objects: Any) -> None:
             _decoded(path, function.output_signature, whose)
         if function.HasField("canonicalized_input_signature"):
             match _decoded(path, function.canonicalized_input_signature, whose):
-                case [list() | tuple(), dict()]:
+                case None | [list() | tuple(), dict()]:  # none where a graph was wrapped
                     pass
                 case _:
                     raise Error(f"{path}: the signature {whose} is no pair of arguments and keywords")
