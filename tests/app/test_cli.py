@@ -7,26 +7,30 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tensorflow as tf
 
 from tests import harness
+from tests.reliability.forks import Outcome, Server
 
 Paths = Callable[..., Path]
 
 
-def bnqat(*args: Any) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "rewriter.app.cli", *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+Command = Callable[..., Outcome]
 
 
-def assert_one_line(done: subprocess.CompletedProcess[str], text: str) -> None:
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    errors = [line for line in done.stderr.splitlines() if " edits in " not in line]
-    assert len(errors) == 1, done.stderr
+@pytest.fixture
+def bnqat(forks: Server) -> Command:
+    """The command line, in a process of its own."""
+    return forks.cli
+
+
+def assert_one_line(done: Outcome, text: str) -> None:
+    assert done.code == 2, done.err
+    assert done.out == ""
+    errors = [line for line in done.err.splitlines() if " edits in " not in line]
+    assert len(errors) == 1, done.err
     assert errors[0].startswith("bnqat: error: ")
     assert text in errors[0]
 
@@ -39,10 +43,10 @@ def test_help_needs_no_tensorflow() -> None:
     assert "rewrite" in done.stdout
 
 
-def test_inspect(model: Paths) -> None:
+def test_inspect(bnqat: Command, model: Paths) -> None:
     done = bnqat("inspect", model("keras_save"), "--json")
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
     assert report["schema_version"] == 1
     assert report["signatures"]["serving_default"]["inputs"][0]["shape"] == [None, 8, 8, 3]
     first, second = report["batch_norms"]
@@ -56,20 +60,20 @@ def test_inspect(model: Paths) -> None:
     assert {s["mode"] for s in first["sites"]} == {"training", "inference"}
     assert all(s.keys() >= {"graph", "node", "kind", "mode", "status", "reason"} for s in first["sites"])
     assert {(s["kind"], s["status"], s["reason"]) for s in first["sites"]} == {("fused", "float", "")}
-    table = bnqat("inspect", model("keras_save")).stdout
+    table = bnqat("inspect", model("keras_save")).out
     assert "batch_normalization_1" in table
     assert "the fused kernel" in table
     assert "2 batch norms at 10 sites" in table
 
 
-def test_rewrite_and_inspect_the_result(model: Paths, tmp_path: Path) -> None:
+def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     done = bnqat(
         "rewrite", model("module"), tmp_path / "out", "--bits", "gamma=4,moving_variance=6", "--report", report_file
     )
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 batch-norm sites rewritten" in done.stdout
-    assert "momentum 0.99 is assumed" in done.stdout
+    assert done.code == 0, done.err
+    assert "2 of 2 batch-norm sites rewritten" in done.out
+    assert "momentum 0.99 is assumed" in done.out
     report = json.loads(report_file.read_text())
     assert report["sites_found"] == report["sites_rewritten"] == 2
     assert report["skipped"] == []
@@ -79,7 +83,7 @@ def test_rewrite_and_inspect_the_result(model: Paths, tmp_path: Path) -> None:
     log = json.loads((tmp_path / "out/assets.extra/bnqat.json").read_text())
     assert log["batch_norms"][0]["sites"]
     assert str(tmp_path) not in json.dumps(log)
-    inspected = json.loads(bnqat("inspect", tmp_path / "out", "--json").stdout)
+    inspected = json.loads(bnqat("inspect", tmp_path / "out", "--json").out)
     sites = [s for bn in inspected["batch_norms"] for s in bn["sites"]]
     assert {s["status"] for s in sites} == {"quantised"}
     bits = {q["role"]: (q["scheme"], q["bits"]) for s in sites for q in s["quantizers"]}
@@ -91,20 +95,20 @@ def test_rewrite_and_inspect_the_result(model: Paths, tmp_path: Path) -> None:
     }
 
 
-def test_dry_run_writes_nothing(model: Paths, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     done = bnqat("rewrite", model("module"), tmp_path / "out", "--dry-run")
-    assert done.returncode == 0
-    assert "2 of 2" in done.stdout
+    assert done.code == 0
+    assert "2 of 2" in done.out
     assert list(tmp_path.iterdir()) == []
 
 
-def test_existing_destinations(model: Paths, tmp_path: Path) -> None:
+def test_existing_destinations(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     target = tmp_path / "out"
     shutil.copytree(model("module"), target)
     before = harness.digest(target)
     assert_one_line(bnqat("rewrite", model("module"), target), "--overwrite")
     assert harness.digest(target) == before
-    assert bnqat("rewrite", model("module"), target, "--overwrite").returncode == 0
+    assert bnqat("rewrite", model("module"), target, "--overwrite").code == 0
     assert harness.digest(target) != before
     source = shutil.copytree(model("module"), tmp_path / "source")
     assert_one_line(bnqat("rewrite", source, source, "--overwrite"), "input is never changed")
@@ -117,7 +121,7 @@ def test_existing_destinations(model: Paths, tmp_path: Path) -> None:
     assert harness.digest(outer) == before
 
 
-def test_reports_stay_out_of_models(model: Paths, tmp_path: Path) -> None:
+def test_reports_stay_out_of_models(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     source = shutil.copytree(model("module"), tmp_path / "source")
     for file in (source / "saved_model.pb", source / "report.json", tmp_path / "out", tmp_path / "out" / "r.json"):
         done = bnqat("rewrite", source, tmp_path / "out", "--report", file)
@@ -125,12 +129,12 @@ def test_reports_stay_out_of_models(model: Paths, tmp_path: Path) -> None:
     assert harness.digest(source) == harness.digest(model("module"))
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
     done = bnqat("rewrite", source, tmp_path / "out", "--report", "/dev/full")
-    assert done.returncode == 2
-    assert "out was written, but the report /dev/full was not" in done.stderr
+    assert done.code == 2
+    assert "out was written, but the report /dev/full was not" in done.err
     assert (tmp_path / "out" / "saved_model.pb").exists()
 
 
-def test_nothing_to_rewrite(tmp_path: Path, rewritten: Paths) -> None:
+def test_nothing_to_rewrite(bnqat: Command, tmp_path: Path, rewritten: Paths) -> None:
     module = tf.Module()
     module.serve = tf.function(lambda x: x + 1, input_signature=[tf.TensorSpec([None])])
     tf.saved_model.save(module, str(tmp_path / "plain"), signatures={"serving_default": module.serve})
@@ -138,8 +142,8 @@ def test_nothing_to_rewrite(tmp_path: Path, rewritten: Paths) -> None:
     assert_one_line(bnqat("rewrite", rewritten("module"), tmp_path / "out"), "quantised already")
     assert not (tmp_path / "out").exists()
     done = bnqat("inspect", tmp_path / "plain")
-    assert done.returncode == 0
-    assert "no batch norm found" in done.stdout
+    assert done.code == 0
+    assert "no batch norm found" in done.out
 
 
 def damaged(model: Path, target: Path, damage: str) -> Path:
@@ -177,43 +181,43 @@ def damaged(model: Path, target: Path, damage: str) -> Path:
         ("no variables", "variables"),
     ],
 )
-def test_damaged_models_give_one_line(damage: str, text: str, model: Paths, tmp_path: Path) -> None:
+def test_damaged_models_give_one_line(bnqat: Command, damage: str, text: str, model: Paths, tmp_path: Path) -> None:
     source = damaged(model("module"), tmp_path / "model", damage)
     assert_one_line(bnqat("rewrite", source, tmp_path / "out"), text)
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
-def test_wrong_usage(model: Paths, tmp_path: Path) -> None:
+def test_wrong_usage(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     assert_one_line(bnqat("rewrite", tmp_path / "none", tmp_path / "out"), "not a directory")
     assert_one_line(
         bnqat("rewrite", model("module"), tmp_path / "out", "--report", tmp_path / "no/r.json"), "no directory"
     )
     for bits in ("1", "17", "gamma=3,delta=4", "gamma=x", "many", "gamma=4,gamma=5", "=4"):
         done = bnqat("rewrite", model("module"), tmp_path / "out", "--bits", bits)
-        assert done.returncode == 2
-        assert "--bits" in done.stderr
-    assert bnqat("rewrite", model("module"), tmp_path / "out", "--start-step", "-1").returncode == 2
+        assert done.code == 2
+        assert "--bits" in done.err
+    assert bnqat("rewrite", model("module"), tmp_path / "out", "--start-step", "-1").code == 2
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--momentum", "1.5"), "momentum")
     assert_one_line(bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "nothing"), "no pass 'nothing'")
-    assert bnqat("rewrite", model("module"), tmp_path / "out", "--passes", ",").returncode == 2
+    assert bnqat("rewrite", model("module"), tmp_path / "out", "--passes", ",").code == 2
     for option in (("--bits", "4"), ("--momentum", "0.9"), ("--keep-ref",), ("--no-fuse",)):
         done = bnqat("rewrite", model("module"), tmp_path / "out", "--passes", "fuse-batch-norm", *option)
-        assert done.returncode == 2
-        assert option[0] in done.stderr
+        assert done.code == 2
+        assert option[0] in done.err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fusing_alone_and_not_at_all(model: Paths, tmp_path: Path) -> None:
+def test_fusing_alone_and_not_at_all(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     alone = bnqat("rewrite", model("keras3"), tmp_path / "f", "--passes", "fuse-batch-norm")
-    assert alone.returncode == 0, alone.stderr
-    assert alone.stdout.splitlines()[:2] == [
+    assert alone.code == 0, alone.err
+    assert alone.out.splitlines()[:2] == [
         "2 of 2 batch-norm sites rewritten",
         "2 sites in single ops became the fused kernel",
     ]
     left = bnqat("rewrite", model("form_float64"), tmp_path / "d")
-    assert "FuseBatchNorm left batchnorm/add_1 in " in left.stdout
-    assert "it computes in float64, which the fused kernel does not have" in left.stdout
+    assert "FuseBatchNorm left batchnorm/add_1 in " in left.out
+    assert "it computes in float64, which the fused kernel does not have" in left.out
     off = bnqat("rewrite", model("keras3"), tmp_path / "q", "--no-fuse")
-    assert "fused kernel" not in off.stdout
-    found = json.loads(bnqat("inspect", tmp_path / "q", "--json").stdout)["batch_norms"]
+    assert "fused kernel" not in off.out
+    found = json.loads(bnqat("inspect", tmp_path / "q", "--json").out)["batch_norms"]
     assert {site["kind"] for each in found for site in each["sites"]} == {"decomposed"}

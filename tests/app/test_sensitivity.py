@@ -12,6 +12,7 @@ import tensorflow as tf
 
 import bnqat
 from tests import harness
+from tests.reliability.forks import Server
 
 Paths = Callable[..., Path]
 X = harness.images((None, 8, 8, 3), batch=8)
@@ -84,7 +85,7 @@ def test_the_first_format_too(rewritten: Paths) -> None:
     assert all(row.error[3] > 0 for row in rows)
 
 
-def test_mistakes_are_one_line(model: Paths, rewritten: Paths, inputs: Path, tmp_path: Path) -> None:
+def test_mistakes_are_one_line(forks: Server, model: Paths, rewritten: Paths, inputs: Path, tmp_path: Path) -> None:
     path = rewritten("module")
     np.savez(tmp_path / "small.npz", x=X.numpy()[:, :4])
     (tmp_path / "text.npz").write_text("no arrays")
@@ -99,7 +100,7 @@ def test_mistakes_are_one_line(model: Paths, rewritten: Paths, inputs: Path, tmp
         ((path, "--inputs", inputs, "--plot", tmp_path / "plot.xyz"), "cannot be written"),
         ((tmp_path / "nowhere", "--inputs", inputs), "is not a directory"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 2, (arguments, done.stderr)
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
+        done = forks.cli("sensitivity", *arguments)
+        assert done.code == 2, (arguments, done.err)
+        assert message in done.err
+        assert "Traceback" not in done.err
