@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,10 +65,23 @@ def _remove(lock: Path, target: Path) -> None:
         aside.rename(target)
     for left in (path, aside):
         if left.is_dir() and not left.is_symlink():
-            shutil.rmtree(left, ignore_errors=True)
+            _remove_directory(left)
         else:
             left.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
+    if not os.path.lexists(path) and not os.path.lexists(aside):  # else the next run tries again
+        lock.unlink(missing_ok=True)
+
+
+def _remove_directory(path: Path) -> None:
+    """Remove what can be removed, directories that are not to be written to included."""
+    with suppress(OSError):
+        path.chmod(stat.S_IRWXU)
+    for folder, names, _ in os.walk(path):  # a directory is looked into after its mode was changed
+        for each in (Path(folder) / name for name in names):
+            if not each.is_symlink():
+                with suppress(OSError):
+                    each.chmod(stat.S_IRWXU)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _locked(target: Path) -> tuple[Path, int]:

@@ -7,7 +7,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rewriter.ir import Error
@@ -152,7 +152,8 @@ def _move(temporary: Path, target: Path, overwrite: bool) -> None:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise Error(f"{target} was written by another process meanwhile, and is left as it is") from e
         raise
-    _sync_file(target.parent)
+    with suppress(PermissionError):  # a directory may be one to write to, but not to look into
+        _sync_file(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +111,7 @@ def _write(
     if changed:
         changes += [f"{n} removed" for n in (KERAS_METADATA, FINGERPRINT) if (source.path / n).exists()]
     if source.checkpoint is not None and not changed:
-        shutil.copytree(source.checkpoint.prefix.parent, directory / "variables")
+        _copy_directory(source.checkpoint.prefix.parent, directory / "variables")
     if changed and (source.checkpoint is not None or _added(model)):
         prefix = directory / "variables" / "variables"
         keys = checkpoint_keys(trackables, source.checkpoint.shapes) if _shrunk(model) and source.checkpoint else None
@@ -147,9 +149,16 @@ def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
         if path.name in {*MODEL_FILES, "variables"} | drop:
             continue
         if path.is_dir():
-            shutil.copytree(path, target / path.name)
+            _copy_directory(path, target / path.name)
         else:
             shutil.copyfile(path, target / path.name)
+
+
+def _copy_directory(source: Path, target: Path) -> None:
+    """A directory whose copy can be written to, which the source may not be."""
+    shutil.copytree(source, target, copy_function=shutil.copyfile)
+    for folder, _, _ in os.walk(target):
+        Path(folder).chmod(Path(folder).stat().st_mode | stat.S_IRWXU)
 
 
 def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:

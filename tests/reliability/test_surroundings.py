@@ -243,3 +243,33 @@ def test_inputs_that_are_none(forks: Server, model: Paths, rewritten: Paths, tmp
         outcome = forks.cli(*arguments, rewritten("keras_export"), "--inputs", file, limit=10, mib=1500)
         assert judged(outcome, arguments[0]) == "refused"
         assert why in outcome.err, outcome.err
+
+
+def test_read_only_below(forks: Server, model: Paths, tmp_path: Path) -> None:
+    """A source that cannot be written to, and a model to be overwritten of which that is true."""
+    source, target = tmp_path / "source", tmp_path / "folder" / "target"
+    shutil.copytree(model("as_text"), source)
+    (source / "assets.extra" / "deep").mkdir(parents=True)
+    (source / "assets.extra" / "deep" / "file").write_text("text")
+    for path in sorted(source.rglob("*"), reverse=True):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    target.parent.mkdir()
+    before = [Call(f"{HERE}:no_privileges", [])]
+    for options in ((), ("--overwrite",)):
+        outcome = forks.cli("rewrite", source, target, *options, before=before)
+        assert outcome.code == 0, outcome.err
+        assert os.listdir(target.parent) == ["target"]
+        assert all(path.stat().st_mode & stat.S_IWUSR for path in target.rglob("*"))
+        for path in target.rglob("*"):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+
+
+def test_a_directory_to_write_to_alone(forks: Server, model: Paths, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    folder.chmod(0o333)
+    before = [Call(f"{HERE}:no_privileges", [])]
+    outcome = forks.cli("rewrite", model("module"), folder / "target", before=before)
+    folder.chmod(0o755)
+    assert outcome.code == 0, outcome.err
+    assert os.listdir(folder) == ["target"]
