@@ -139,6 +139,13 @@ def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
     return found, referred
 
 
+def captures(model: Model, graph: Graph) -> bool:
+    """Whether a graph holds an op with a gradient of its own that captures tensors, which are those of this graph."""
+    kinds = {ops.text(n.attrs[ops.GRADIENT].s) for n in graph.nodes.values() if ops.GRADIENT in n.attrs}
+    entries = (model.entries.get(model.gradients[kind].function) for kind in kinds & model.gradients.keys())
+    return any(isinstance(c, int) for entry in entries if entry is not None for c in entry.captures)
+
+
 def referred(model: Model, graph: Graph) -> frozenset[str]:
     """The functions of a model that a graph calls or refers to otherwise."""
     found, others = model.analysis_of(graph, _calls_in)

@@ -70,6 +70,9 @@ CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2"
 """Ops whose first output is one of several inputs: the index of the first of them."""
 
 
+GRADIENT = "_gradient_op_type"
+"""Attribute of an op that has a gradient of its own: of which kind (``tf.custom_gradient``)."""
+
 PROXY = "_bnqat"
 """Attribute of a node that stands for its last input, in another precision: TensorFlow keeps it when a user
 loads and saves a model again, on nodes but not on functions."""

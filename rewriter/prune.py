@@ -85,10 +85,10 @@ def _reached(model: Model) -> Model:
     """The model without functions that neither the main graph nor a concrete function calls."""
     reached = _closure(model, {MAIN, *model.entries})
     kinds = {
-        ops.text(node.attrs["_gradient_op_type"].s)
+        ops.text(node.attrs[ops.GRADIENT].s)
         for name in reached
         for node in model.graphs[name].nodes.values()
-        if "_gradient_op_type" in node.attrs
+        if ops.GRADIENT in node.attrs
     }
     gradients = {kind: g for kind, g in model.gradients.items() if kind in kinds}
     reached |= _closure(model, {g.function for g in gradients.values()})

@@ -139,6 +139,12 @@ def test_rules_choose_it_for_some_layers(model: Paths, tmp_path: Path) -> None:
 VARIABLE = tf.Variable(2.0)
 
 
+@tf.custom_gradient
+def _clipped(v: Any) -> Any:
+    """Straight through where the value is small, which the gradient function looks at."""
+    return tf.round(v), lambda upstream: tf.where(tf.abs(v) < 1, upstream, 0.0)
+
+
 def _fails(vector: Any, context: Any) -> Any:  # noqa: ARG001
     raise RuntimeError(f"not for {context.role}")
 
@@ -147,6 +153,7 @@ def _fails(vector: Any, context: Any) -> Any:  # noqa: ARG001
     ("function", "match"),
     [
         (_fails, "pipeline _fails fails for gamma of .*: RuntimeError: not for gamma"),
+        (lambda vector, context: _clipped(vector), "uses tensors other than its own arguments"),  # noqa: ARG005
         (lambda vector, context: vector[:2], "gives float32 .2,. .* and not float32"),  # noqa: ARG005
         (lambda vector, context: tf.cast(vector, tf.float64), "gives float64"),  # noqa: ARG005
         (lambda vector, context: (vector, vector), "gives no tensor"),  # noqa: ARG005

@@ -15,9 +15,6 @@ from rewriter.dataflow import call_graph
 from rewriter.ir import Error, Gradient, Graph, Model, Node
 from rewriter.savedmodel.read import load
 
-GRADIENT = "_gradient_op_type"
-"""Attribute of a node that says under which name its gradient function is registered."""
-
 
 def named(name: str) -> Function:
     """A function by ``module:function``.
@@ -69,6 +66,7 @@ def trace(wanted: Sequence[Wanted]) -> Traced:
         (entry,) = model.root_entries(f"pipeline_{number}")
         own, registered = _moved(model, entry.function, f"bnqat_pipeline_{number}")
         _refuse_effects(each, own.values())
+        _refuse_captures(each, registered.values())
         top, *others = own.values()
         twin = None if others else next((g for g in graphs.values() if _alike(g, top)), None)
         names[each] = (twin or top).name
@@ -130,15 +128,15 @@ def _needed(model: Model, function: str) -> list[str]:
             found.append(name)
             nodes = model.graphs[name].nodes.values()
             waiting += sorted(model.analysis(call_graph).reached(name) - {name})
-            kinds = [n.attrs[GRADIENT].s.decode() for n in nodes if GRADIENT in n.attrs]
+            kinds = [n.attrs[ops.GRADIENT].s.decode() for n in nodes if ops.GRADIENT in n.attrs]
             waiting += [model.gradients[kind].function for kind in kinds if kind in model.gradients]
     return found
 
 
 def _renamed(node: Node, names: Mapping[str, str], kinds: Mapping[str, str]) -> Node:
     attrs = {k: ops.with_functions(v, names) for k, v in node.attrs.items()}
-    if GRADIENT in attrs and attrs[GRADIENT].s.decode() in kinds:
-        attrs[GRADIENT] = ops.attr(kinds[attrs[GRADIENT].s.decode()])
+    if ops.GRADIENT in attrs and attrs[ops.GRADIENT].s.decode() in kinds:
+        attrs[ops.GRADIENT] = ops.attr(kinds[attrs[ops.GRADIENT].s.decode()])
     return replace(node, op=names.get(node.op, node.op), attrs=attrs)
 
 
@@ -150,6 +148,16 @@ def _refuse_effects(wanted: Wanted, graphs: Iterable[Graph]) -> None:
                 f"the pipeline {title(wanted.function)} uses {node.op}, which has effects or differs from call to call "
                 "and cannot be part of a quantiser"
             )
+
+
+def _refuse_captures(wanted: Wanted, gradients: Iterable[Gradient]) -> None:
+    # Quantisers run in branches, of which TensorFlow gives a gradient function no tensors.
+    if any(gradient.signature is not None and gradient.signature.bound_inputs for gradient in gradients):
+        raise Error(
+            f"the gradient function in the pipeline {title(wanted.function)} uses tensors other than its own arguments "
+            "and cannot be part of a quantiser; write v + tf.stop_gradient(f(v) - v), with tf.clip_by_value before it "
+            "where the gradient is to be 0"
+        )
 
 
 def _alike(one: Graph, other: Graph) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from rewriter import ops
 from rewriter.dataflow import Argument, follow
-from rewriter.ir import MAIN, Graph, Model, Value, unused
+from rewriter.ir import MAIN, Gradient, Graph, Model, Value, unused
 from rewriter.prune import following, prune, without_orphans
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY, bound_values, find_saver, restored, saved, strings
 from rewriter.savedmodel.objects import belongings, functions_of
@@ -33,6 +33,8 @@ def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
         del objects.concrete_functions[name]
     held = {c for entry in model.entries.values() for c in entry.captures}
     captured = {c for c in held if isinstance(c, int)} | {n for key, n in numbers.items() if key in held}
+    gradients = [g.signature for g in model.gradients.values() if g.signature is not None]
+    captured |= {n for signature in gradients for n in signature.bound_inputs}
     kept = {0}.union(*(belongings(objects, number) for number in captured))
     left = {n for n, node in enumerate(objects.nodes) if not model.entries.keys().isdisjoint(functions_of(node))}
     for child in objects.nodes[0].children:
@@ -53,10 +55,19 @@ def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
     }
     return replace(
         model,
+        gradients={kind: _renumbered(gradient, moved) for kind, gradient in model.gradients.items()},
         entries=entries,
         constants={moved[n]: node for n, node in model.constants.items() if n in moved},
         source=replace(model.source, numbers={key: moved[n] for key, n in numbers.items() if n in moved}),
     )
+
+
+def _renumbered(gradient: Gradient, moved: Mapping[int, int]) -> Gradient:
+    if gradient.signature is None:
+        return gradient
+    signature = type(gradient.signature).FromString(gradient.signature.SerializeToString())
+    signature.bound_inputs[:] = [moved[n] for n in gradient.signature.bound_inputs]
+    return gradient._replace(signature=signature)
 
 
 def _keep_nodes(graph: Any, moved: Mapping[int, int]) -> None:

@@ -19,6 +19,7 @@ from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Spec, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
+from rewriter.savedmodel.captured import recapture
 from rewriter.savedmodel.files import stamps
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.objects import Additions, synchronized_otherwise
@@ -201,6 +202,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         model = shrink_objects(model, meta.object_graph_def, trackables)
         stored = () if source.checkpoint is None else source.checkpoint.shapes
         model = shrink_saver(model, meta.saver_def, checkpoint_keys(trackables, stored))
+    model = recapture(model, meta.object_graph_def, trackables)
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
         if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()

@@ -1,0 +1,124 @@
+"""Ops with gradients of their own, whose gradient functions take tensors of the function that they differentiate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from rewriter.app.verification.claims import verify
+from tests.models import SHAPE, Net
+
+OFF = 2**40
+X = np.random.default_rng(5).normal(size=(6, 8, 8, 3)).astype("float32")
+
+
+@tf.custom_gradient
+def clipped(x: tf.Tensor) -> Any:
+    """A gradient that the ops do not have, of what comes in and of what goes out."""
+    y = tf.nn.relu(x)
+    return y, lambda dy: tf.clip_by_value(dy, -0.01, 0.01) * (y + 0.5 * x)
+
+
+ACTIVATIONS = {"silu": tf.nn.silu, "clipped": clipped, "recomputed": tf.recompute_grad(tf.math.tanh)}
+
+
+class Activated(Net):
+    """The net with another activation."""
+
+    def __init__(self, activation: Callable[[tf.Tensor], tf.Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+        for kernel, norm in zip(self.kernels, self.norms, strict=True):
+            x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
+        return tf.reduce_mean(x, [1, 2])
+
+
+class Chosen(Activated):
+    """The mode is an argument, and the choice precedes the activation."""
+
+    @tf.function(input_signature=[tf.TensorSpec(SHAPE, name="x"), tf.TensorSpec([], tf.bool, name="training")])
+    def either(self, x: tf.Tensor, training: tf.Tensor) -> tf.Tensor:
+        for kernel, norm in zip(self.kernels, self.norms, strict=True):
+            y = tf.nn.conv2d(x, kernel, 1, "SAME")
+            x = self.activation(tf.cond(training, lambda y=y, n=norm: n(y, True), lambda y=y, n=norm: n(y, False)))
+        return tf.reduce_mean(x, [1, 2])
+
+
+def gradients(function: Callable[[tf.Tensor], tf.Tensor], variables: list[Any]) -> list[np.ndarray]:
+    x = tf.constant(X)
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        loss = tf.reduce_sum(function(x) ** 2)
+    return [tf.convert_to_tensor(g).numpy() for g in tape.gradient(loss, [x, *variables])]
+
+
+def trained(path: Path) -> list[np.ndarray]:
+    """The gradients of the training function: of its input, and of its variables in an order of its own."""
+    loaded = tf.saved_model.load(str(path))
+    (function,) = loaded.train.concrete_functions
+    return gradients(loaded.train, [v for v in function.variables if v.trainable])
+
+
+def sizes(found: list[np.ndarray]) -> list[float]:
+    return sorted(float(np.sum(g.astype(float) ** 2)) for g in found)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_training_has_the_gradients_of_the_source(name: str, tmp_path: Path) -> None:
+    """Rewritten, saved again by TensorFlow, and served in the end."""
+    net = Activated(ACTIVATIONS[name])
+    tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
+    wanted = gradients(lambda x: net.call(x, True), list(net.trainable_variables))
+    found = trained(tmp_path / "target")
+    assert len(found) == len(wanted) == 7
+    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-3, atol=1e-6 * np.abs(wanted[0]).max())
+    np.testing.assert_allclose(sizes(found), sizes(wanted), rtol=1e-3)
+
+    assert verify(tmp_path / "source", tmp_path / "target").ok
+    assert bnqat.diff(tmp_path / "source", tmp_path / "target").report.verdict.other_changes == 0
+
+
+@pytest.mark.parametrize("name", ["silu", "clipped"])  # TensorFlow cannot save the gradient of the other one's gradient
+def test_saved_again_and_finalised(name: str, tmp_path: Path) -> None:
+    net = Activated(ACTIVATIONS[name])
+    tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target")
+    loaded = tf.saved_model.load(str(tmp_path / "target"))
+    tf.saved_model.save(loaded, str(tmp_path / "again"), signatures=dict(loaded.signatures))
+    assert len(trained(tmp_path / "again")) == 7
+    bnqat.finalize(tmp_path / "again", tmp_path / "final")
+    bnqat.finalize(tmp_path / "again", tmp_path / "folded", fold=True)
+    again, final, folded = (tf.saved_model.load(str(tmp_path / n)) for n in ("again", "final", "folded"))
+
+    def served(model: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+        def serve(x: tf.Tensor) -> tf.Tensor:
+            return model.signatures["serving_default"](x=x)["output_0"]
+
+        return serve(tf.constant(X)).numpy(), gradients(serve, [])
+
+    outputs, wanted = served(again)
+    np.testing.assert_array_equal(served(final)[0], outputs)
+    np.testing.assert_array_equal(served(final)[1], wanted)
+    np.testing.assert_allclose(served(folded)[1], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("name", ["silu", "clipped"])
+def test_after_a_choice_of_the_mode(name: str, tmp_path: Path) -> None:
+    """What follows the choice is differentiated where it is, as no gradient takes tensors out of a branch."""
+    net = Chosen(ACTIVATIONS[name])
+    tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
+    before, after = (tf.saved_model.load(str(tmp_path / n)) for n in ("source", "target"))
+    for mode in (False, True):
+        found, wanted = (gradients(partial(m.either, training=tf.constant(mode)), []) for m in (after, before))
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * np.abs(wanted).max())
