@@ -13,7 +13,7 @@ import tensorflow as tf
 
 import bnqat
 from rewriter.app.verification.claims import verify
-from tests.models import SHAPE, Net
+from tests.models import SHAPE, Activated
 
 OFF = 2**40
 X = np.random.default_rng(5).normal(size=(6, 8, 8, 3)).astype("float32")
@@ -27,19 +27,6 @@ def clipped(x: tf.Tensor) -> Any:
 
 
 ACTIVATIONS = {"silu": tf.nn.silu, "clipped": clipped, "recomputed": tf.recompute_grad(tf.math.tanh)}
-
-
-class Activated(Net):
-    """The net with another activation."""
-
-    def __init__(self, activation: Callable[[tf.Tensor], tf.Tensor]) -> None:
-        super().__init__()
-        self.activation = activation
-
-    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
-        for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
-        return tf.reduce_mean(x, [1, 2])
 
 
 class Chosen(Activated):

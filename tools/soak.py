@@ -32,6 +32,7 @@ DAMAGED = (
     "keras_export",
     "keras_save",
     "module_train",
+    "module_silu",
     "if",
     "nested",
     "v1_two_fused",
@@ -40,7 +41,7 @@ DAMAGED = (
     "as_text",
 )
 FAULTED = "keras_export"
-REWRITTEN = ("rewritten", "saved_again")
+REWRITTEN = ("rewritten", "saved_again", "silu_rewritten")
 
 REPORT = 60.0
 """Seconds between two lines that say how far a worker is."""
@@ -158,6 +159,7 @@ def _models(folder: Path) -> Path:
     for name in sorted({*DAMAGED, FAULTED}):  # functions are numbered as they are traced
         ALL[name](folder / name)
     bnqat.rewrite(folder / FAULTED, folder / "rewritten")
+    bnqat.rewrite(folder / "module_silu", folder / "silu_rewritten")
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(folder / "rewritten"))

@@ -95,6 +95,9 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     registered = meta.graph_def.library.registered_gradients
     concrete = dict(meta.object_graph_def.concrete_functions)
     gradients = {g.registered_op_type: Gradient(g.gradient_func, concrete.get(g.gradient_func)) for g in registered}
+    for kind, gradient in gradients.items():
+        if gradient.function not in graphs:
+            raise Error(f"{path}: the gradient {kind} is the function {gradient.function}, which does not exist")
     model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
     conform(model)
     check(model)

@@ -93,6 +93,19 @@ class Trainable(Net):
         return self.call(x, training=True)
 
 
+class Activated(Net):
+    """The same with another activation, which may have a gradient of its own."""
+
+    def __init__(self, activation: Callable[[tf.Tensor], tf.Tensor]) -> None:
+        super().__init__()
+        self.activation = activation
+
+    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+        for kernel, norm in zip(self.kernels, self.norms, strict=True):
+            x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
+        return tf.reduce_mean(x, [1, 2])
+
+
 class Shared(Net):
     """One function computes both batch norms; it is called with different variables."""
 
@@ -181,6 +194,7 @@ def export_keras(model: Any, path: Path) -> Path:
 MODELS: dict[str, Callable[[Path], Path]] = {
     "module": lambda p: save_module(Net(), p),
     "module_train": lambda p: save_module(Trainable(), p),
+    "module_silu": lambda p: save_module(Activated(tf.nn.silu), p),
     "module_shared": lambda p: save_module(Shared(), p),
     "keras_save": lambda p: save_keras(small_keras(), p),
     "keras_dropout": lambda p: save_keras(small_keras(0.5), p),

@@ -23,7 +23,7 @@ from tests.reliability.trials import fresh, judged, loads, trial
 
 KERNEL = "FusedBatchNormV3"
 
-MODELS = ("keras_export", "v1_two_fused", "module_train", "if", "nested")
+MODELS = ("keras_export", "v1_two_fused", "module_train", "module_silu", "if", "nested")
 """Small ones of each format, some with several functions; `make soak` goes on for an hour."""
 
 
@@ -217,6 +217,16 @@ def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_
         outcome = forks.cli(*arguments, limit=10, mib=3000)
         assert judged(outcome, str(arguments)) == "refused"
         assert why in outcome.err, outcome.err
+
+
+def test_no_such_gradient(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
+    def edit(meta: Any) -> None:
+        meta.graph_def.library.registered_gradients[0].gradient_func = "nowhere"
+
+    source = mutated(model("module_silu"), tmp_path / "source", edit)
+    outcome = forks.cli("rewrite", source, tmp_path / "target")
+    assert judged(outcome, "rewrite") == "refused"
+    assert "is the function nowhere, which does not exist" in outcome.err
 
 
 def test_more_objects_in_the_checkpoint(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
