@@ -139,10 +139,14 @@ def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
     return found, referred
 
 
+def gradient_kinds(graph: Graph) -> list[str]:
+    """The kinds of the nodes that have gradients of their own, in the order of the nodes."""
+    return [ops.text(node.attrs[ops.GRADIENT].s) for node in graph.nodes.values() if ops.GRADIENT in node.attrs]
+
+
 def captures(model: Model, graph: Graph) -> bool:
     """Whether a graph holds an op with a gradient of its own that captures tensors, which are those of this graph."""
-    kinds = {ops.text(n.attrs[ops.GRADIENT].s) for n in graph.nodes.values() if ops.GRADIENT in n.attrs}
-    entries = (model.entries.get(model.gradients[kind].function) for kind in kinds & model.gradients.keys())
+    entries = (model.entries.get(model.gradients[k].function) for k in gradient_kinds(graph) if k in model.gradients)
     return any(isinstance(c, int) for entry in entries if entry is not None for c in entry.captures)
 
 

@@ -15,7 +15,7 @@ import networkx as nx
 from tensorflow.core.framework import function_pb2
 
 from rewriter import ops
-from rewriter.dataflow import call_graph, referred
+from rewriter.dataflow import call_graph, gradient_kinds, referred
 from rewriter.ir import ARG, MAIN, Edge, Entry, Graph, Model, Node, Value
 from rewriter.sweep import held, needed_by
 
@@ -84,12 +84,7 @@ def needed_without(model: Model, edges: Iterable[Edge]) -> frozenset[str]:
 def _reached(model: Model) -> Model:
     """The model without functions that neither the main graph nor a concrete function calls."""
     reached = _closure(model, {MAIN, *model.entries})
-    kinds = {
-        ops.text(node.attrs[ops.GRADIENT].s)
-        for name in reached
-        for node in model.graphs[name].nodes.values()
-        if ops.GRADIENT in node.attrs
-    }
+    kinds = {kind for name in reached for kind in gradient_kinds(model.graphs[name])}
     gradients = {kind: g for kind, g in model.gradients.items() if kind in kinds}
     reached |= _closure(model, {g.function for g in gradients.values()})
     return replace(model, graphs={n: g for n, g in model.graphs.items() if n in reached}, gradients=gradients)

@@ -61,7 +61,7 @@ def sizes(found: list[np.ndarray]) -> list[float]:
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_training_has_the_gradients_of_the_source(name: str, tmp_path: Path) -> None:
-    """Rewritten, saved again by TensorFlow, and served in the end."""
+    """Where training is derived, as the source only serves."""
     net = Activated(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)

@@ -11,7 +11,7 @@ from typing import Any
 
 from passes.pipelines import Function, Traced, Wanted
 from rewriter import ops
-from rewriter.dataflow import call_graph
+from rewriter.dataflow import call_graph, gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node
 from rewriter.savedmodel.read import load
 
@@ -126,9 +126,8 @@ def _needed(model: Model, function: str) -> list[str]:
         name = waiting.pop(0)
         if name not in found:
             found.append(name)
-            nodes = model.graphs[name].nodes.values()
             waiting += sorted(model.analysis(call_graph).reached(name) - {name})
-            kinds = [n.attrs[ops.GRADIENT].s.decode() for n in nodes if ops.GRADIENT in n.attrs]
+            kinds = gradient_kinds(model.graphs[name])
             waiting += [model.gradients[kind].function for kind in kinds if kind in model.gradients]
     return found
 

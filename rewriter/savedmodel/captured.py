@@ -11,21 +11,32 @@ Source: ``tensorflow/core/protobuf/saved_object_graph.proto``, and ``_trace_grad
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rewriter import ops
+from rewriter.dataflow import gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node, Value, unused
 from rewriter.savedmodel.graphs import main_value
+from rewriter.savedmodel.objects import make_user_object
 
 
-def recapture(model: Model, objects: Any, trackables: Any) -> Model:
+def renumbered(gradient: Gradient, moved: Mapping[int, int]) -> Gradient:
+    """A gradient that captures objects of other numbers; what is not moved keeps its own."""
+    if gradient.signature is None:
+        return gradient
+    signature = type(gradient.signature).FromString(gradient.signature.SerializeToString())
+    signature.bound_inputs[:] = [moved.get(n, n) for n in gradient.signature.bound_inputs]
+    return gradient._replace(signature=signature)
+
+
+def recapture(model: Model, objects: Any) -> Model:
     """Let every gradient function take tensors of the function that holds its op.
 
     Args:
         model: as it is to be written.
         objects: its object graph, to which captured tensors are added.
-        trackables: the checkpoint's object graph, which gets as many objects.
 
     Returns:
         The model with the gradient functions that copies of ops need.
@@ -41,8 +52,6 @@ def recapture(model: Model, objects: Any, trackables: Any) -> Model:
     while waiting:
         waiting += work.visit(waiting.pop(0))
     work.forget()
-    while len(trackables.nodes) < len(objects.nodes):
-        trackables.nodes.add()
     return replace(model, graphs=work.graphs, gradients=work.gradients, entries=work.entries)
 
 
@@ -116,13 +125,10 @@ class _Work:
     def _copy(self, kind: str, gradient: Gradient, graph: str, held: dict[int, Value]) -> str:
         """A copy of a gradient for ops of a graph; its kind."""
         function = unused(f"{gradient.function}_of_{graph}", self.graphs)
-        signature = type(gradient.signature).FromString(gradient.signature.SerializeToString())
-        del signature.bound_inputs[:]
-        for number in gradient.signature.bound_inputs:
-            signature.bound_inputs.append(self._tensor(graph, held[number]) if number in held else number)
+        numbers = {number: self._tensor(graph, value) for number, value in held.items()}
         self.graphs[function] = replace(self.graphs[gradient.function], name=function)
         copy = unused(f"{kind}_of_{graph}", self.gradients)
-        self.gradients[copy] = Gradient(function, signature)
+        self.gradients[copy] = renumbered(gradient, numbers)._replace(function=function)
         return copy
 
     def _tensor(self, graph: str, value: Value) -> int:
@@ -132,12 +138,7 @@ class _Work:
 
     def forget(self) -> None:
         """Take out gradients that capture tensors, and are those of no op any more."""
-        kinds = {
-            ops.text(n.attrs[ops.GRADIENT].s)
-            for g in self.graphs.values()
-            for n in g.nodes.values()
-            if ops.GRADIENT in n.attrs
-        }
+        kinds = {kind for graph in self.graphs.values() for kind in gradient_kinds(graph)}
         used: set[int] = set()
         for kind, gradient in list(self.gradients.items()):
             taken = set() if gradient.signature is None else set(gradient.signature.bound_inputs)
@@ -149,9 +150,7 @@ class _Work:
                 self.entries.pop(gradient.function, None)
                 self.objects.concrete_functions.pop(gradient.function, None)
         for number in self.tensors.keys() - used:
-            user = self.objects.nodes[number].user_object  # it keeps its number, which others count on
-            user.identifier = "_generic_user_object"
-            user.version.producer = user.version.min_consumer = 1
+            make_user_object(self.objects.nodes[number])  # it keeps its number, which others count on
 
 
 def _said(tensor: Any) -> tuple[str, Value]:

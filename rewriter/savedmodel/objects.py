@@ -16,6 +16,7 @@ from rewriter import ops
 from rewriter.ir import Endpoint, Entry, Error, Graph, Model, Spec, Variable, VariablesOf
 
 VALUE = "VARIABLE_VALUE"
+GENERIC = "_generic_user_object"
 
 
 def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
@@ -120,6 +121,12 @@ def owned(objects: Any) -> dict[int, tuple[str, ...]]:
     return found
 
 
+def make_user_object(node: Any, identifier: str = GENERIC) -> None:
+    """Let a ``SavedObject`` be a plain object, or a list."""
+    node.user_object.identifier = identifier
+    node.user_object.version.producer = node.user_object.version.min_consumer = 1
+
+
 def functions_of(node: Any) -> list[str]:
     """The concrete functions that an object is, or holds."""
     kind = node.WhichOneof("kind")
@@ -218,9 +225,7 @@ class Additions:
 
     def _user_object(self, identifier: str) -> int:
         number = self._new()
-        user = self.objects.nodes[number].user_object
-        user.identifier = identifier
-        user.version.producer = user.version.min_consumer = 1
+        make_user_object(self.objects.nodes[number], identifier)
         return number
 
     def _child(self, parent: int, name: str) -> int | None:
@@ -239,7 +244,7 @@ class Additions:
         for parent in parents:
             found = self._child(at, parent)
             if found is None:
-                found = self._user_object("signature_map" if path.startswith("signatures.") else "_generic_user_object")
+                found = self._user_object("signature_map" if path.startswith("signatures.") else GENERIC)
                 self._link(at, parent, found)
             at = found
         if self._child(at, name) is not None:

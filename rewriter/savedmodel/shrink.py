@@ -14,10 +14,11 @@ import numpy as np
 
 from rewriter import ops
 from rewriter.dataflow import Argument, follow
-from rewriter.ir import MAIN, Gradient, Graph, Model, Value, unused
+from rewriter.ir import MAIN, Graph, Model, Value, unused
 from rewriter.prune import following, prune, without_orphans
+from rewriter.savedmodel.captured import renumbered
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY, bound_values, find_saver, restored, saved, strings
-from rewriter.savedmodel.objects import belongings, functions_of
+from rewriter.savedmodel.objects import belongings, functions_of, make_user_object
 
 
 def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
@@ -55,19 +56,11 @@ def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
     }
     return replace(
         model,
-        gradients={kind: _renumbered(gradient, moved) for kind, gradient in model.gradients.items()},
+        gradients={kind: renumbered(gradient, moved) for kind, gradient in model.gradients.items()},
         entries=entries,
         constants={moved[n]: node for n, node in model.constants.items() if n in moved},
         source=replace(model.source, numbers={key: moved[n] for key, n in numbers.items() if n in moved}),
     )
-
-
-def _renumbered(gradient: Gradient, moved: Mapping[int, int]) -> Gradient:
-    if gradient.signature is None:
-        return gradient
-    signature = type(gradient.signature).FromString(gradient.signature.SerializeToString())
-    signature.bound_inputs[:] = [moved[n] for n in gradient.signature.bound_inputs]
-    return gradient._replace(signature=signature)
 
 
 def _keep_nodes(graph: Any, moved: Mapping[int, int]) -> None:
@@ -95,10 +88,8 @@ def hold_captured(objects: Any, trackables: Any) -> None:
     for hint, kinds in (("variables", True), ("resources", False)):
         wanted = [n for n in captured if (objects.nodes[n].WhichOneof("kind") == "variable") is kinds]
         if wanted:
-            user = objects.nodes.add().user_object
+            make_user_object(objects.nodes.add(), "trackable_list_wrapper")
             trackables.nodes.add()
-            user.identifier = "trackable_list_wrapper"
-            user.version.producer = user.version.min_consumer = 1
             name = unused(hint, names)
             for graph in (objects, trackables):
                 number = len(graph.nodes) - 1

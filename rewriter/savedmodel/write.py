@@ -22,7 +22,7 @@ from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.captured import recapture
 from rewriter.savedmodel.files import stamps
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
-from rewriter.savedmodel.objects import Additions, synchronized_otherwise
+from rewriter.savedmodel.objects import GENERIC, Additions, make_user_object, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
 from rewriter.savedmodel.references import refuse_disagreeing
 from rewriter.savedmodel.shrink import (
@@ -35,7 +35,6 @@ from rewriter.savedmodel.shrink import (
 )
 from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
 
-GENERIC = "_generic_user_object"
 KERAS_PREFIX = "_tf_keras_"
 KERAS_METADATA = "keras_metadata.pb"
 FINGERPRINT = "fingerprint.pb"
@@ -202,7 +201,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         model = shrink_objects(model, meta.object_graph_def, trackables)
         stored = () if source.checkpoint is None else source.checkpoint.shapes
         model = shrink_saver(model, meta.saver_def, checkpoint_keys(trackables, stored))
-    model = recapture(model, meta.object_graph_def, trackables)
+    model = recapture(model, meta.object_graph_def)
     for endpoint in (*model.attributes.values(), *model.new_signatures.values()):
         if isinstance(endpoint, Endpoint):
             meta.object_graph_def.concrete_functions[endpoint.function].SetInParent()
@@ -255,9 +254,7 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
             if number in slots:
                 node.Clear()  # keeps its number, which others count on
     for number in sorted(slots):
-        user = objects.nodes[number].user_object
-        user.identifier = GENERIC
-        user.version.producer = user.version.min_consumer = 1
+        make_user_object(objects.nodes[number])
     if slots:
         changes.append(f"{len(slots)} optimizer slot variables dropped: the state of the float training is not loaded")
     relabelled = 0

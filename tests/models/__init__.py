@@ -65,6 +65,8 @@ class FusedBatchNorm(tf.Module):
 class Net(tf.Module):
     """Two convolutions with batch norm; `serve` and, with `Trainable`, the source's own `train`."""
 
+    activation: Callable[[tf.Tensor], tf.Tensor] = staticmethod(tf.nn.relu)
+
     def __init__(self, scale: bool = True, center: bool = True, factor: float = 0.1) -> None:
         super().__init__(name="net")
         rng = np.random.default_rng(1)
@@ -77,7 +79,7 @@ class Net(tf.Module):
 
     def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
         for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = tf.nn.relu(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
+            x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
         return tf.reduce_mean(x, [1, 2])
 
     @tf.function(input_signature=[tf.TensorSpec(SHAPE, name="x")])
@@ -99,11 +101,6 @@ class Activated(Net):
     def __init__(self, activation: Callable[[tf.Tensor], tf.Tensor]) -> None:
         super().__init__()
         self.activation = activation
-
-    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
-        for kernel, norm in zip(self.kernels, self.norms, strict=True):
-            x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
-        return tf.reduce_mean(x, [1, 2])
 
 
 class Shared(Net):
