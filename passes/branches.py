@@ -11,7 +11,9 @@ from passes.updates import consumers
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.edit import AddResult, Edit, SetAttr
+from rewriter.effects import effects_before
 from rewriter.expr import Expr, Passed, Use
+from rewriter.frames import loop_frames
 from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
 from rewriter.liveness import BRANCHES
 from rewriter.shapes import Shape, shape_of
@@ -60,6 +62,16 @@ class Branches:
         if not same or other.uses(not on, edge):
             return False
         return node == self.node or not leads_to(self.model, self.graph, [node.name], {self.node.name})
+
+    def serves(self, edge: Edge) -> bool:
+        """Whether what uses a value at an edge can wait for the ``If``: nothing else would run that did not before."""
+        frame_of = self.model.analysis_of(self.graph, loop_frames)
+        if frame_of.get(edge.node) != frame_of.get(self.node.name):
+            return False
+        if leads_to(self.model, self.graph, [edge.node], {self.node.name}):
+            return False
+        own, needed = (effects_before(self.model, self.graph, name) for name in (edge.node, self.node.name))
+        return needed <= own
 
     def bring(self, branch: Graph, dtype: str, value: Value) -> Expr:
         """A value of the graph in a branch: an argument, or one more."""

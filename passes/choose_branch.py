@@ -10,15 +10,16 @@ import numpy as np
 from passes.branches import FIRST, Branches, only_one
 from passes.cones import Cone, cone
 from passes.declined import DeclinedError
+from passes.either_mode import EitherMode, channels_of, kernel_statistics
 from passes.predicates import SWITCHES, assumption, decided_by, leads_to
 from passes.sites import STATISTICS, Site, sites
-from passes.updates import consumers
+from passes.updates import consumers, only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
-from rewriter.expr import Apply, Expr, Port, Use, array, merge, switch
+from rewriter.expr import Apply, Expr, Port, Use, array, merge, parameter, switch
 from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
-from rewriter.shapes import shape_of
+from rewriter.shapes import Shape, shape_of
 
 SMALL = 1 << 16
 """Elements of a constant that may stand for a value which a branch no longer uses."""
@@ -105,12 +106,12 @@ class _Switched:
         for position, value in enumerate(inputs):
             if self.graph.nodes[value.node].op != "Const":
                 yield Rewire(Edge(self.graph.name, self.node.name, position), self._switched(value, on), self.node.name)
-        spare = Apply("float32", self.node.op, tuple(self._switched(v, not on) for v in inputs), self.node.attrs)
-        for port in STATISTICS.values():
+        spares = kernel_statistics(self.model, self.graph, self.site, lambda value: self._switched(value, not on))
+        for role, port in STATISTICS.items():
             for edge in self.uses.get(Value(self.node.name, port), ()):
                 if not edge.node or not self._only(edge.node, on):
                     own = Use("float32", Value(self.node.name, port))
-                    yield Rewire(edge, merge(own, Port("float32", spare, port)), self.node.name)
+                    yield Rewire(edge, merge(own, spares[role]), self.node.name)
 
     def _only(self, name: str, on: bool) -> bool:
         """Whether a node runs only where the predicate has this value."""
@@ -146,17 +147,24 @@ class _Moved:
         if any(Value(self.site.node, port) in self.model.analysis_of(self.graph, consumers) for port in GRADIENTS):
             raise DeclinedError(HELD)
         self.inside = self.branches.taken(self.on)
-        statistics = [self._statistics(port) for port in STATISTICS.values()]
+        self.either = self._either_mode()
+        returned: dict[Value, int] = {}
+        statistics = []
+        for role, port in STATISTICS.items():
+            found = cone(self.model, self.graph, Value(self.site.node, port))
+            if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
+                yield from self._always(role, port, returned)
+            else:
+                statistics.append(found)
+        yield from self.either.definitions()
         self.nodes = tuple(dict.fromkeys(n for c in (self.cone, *statistics) for n in c.nodes))
         ends = dict.fromkeys(end for c in (self.cone, *statistics) for end in c.ends)
-        returned: dict[Value, int] = {}
         for edge, value in ends:
             if edge.node == self.branches.node.name:
                 yield from self._inside(edge, value)
             else:
-                port = len(self.inside.results) + returned.setdefault(value, len(returned))
                 dtype = ops.output_dtype(self.model, self.graph, value)
-                yield Rewire(edge, Use(dtype, Value(self.branches.node.name, port)), self.site.node)
+                yield Rewire(edge, Use(dtype, self._returned(value, returned)), self.site.node)
         if returned:
             yield from self._results(list(returned))
         before = dict.fromkeys(name for n in self.nodes for name in self.graph.nodes[n].after if name not in self.nodes)
@@ -172,12 +180,40 @@ class _Moved:
         shapes = [shape_of(self.model, self.graph, value) or () for value in values]
         yield from self.branches.results(added, shapes, self.site.node)
 
-    def _statistics(self, port: int) -> Cone:
-        """What follows a batch statistic, which has to be used in the same mode only."""
-        found = cone(self.model, self.graph, Value(self.site.node, port))
-        if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
+    def _always(self, role: str, port: int, returned: dict[Value, int]) -> Iterator[Edit]:
+        """Let averages that are updated in either mode take the statistic that the branch returns, or its like.
+
+        Raises:
+            DeclinedError: it is used for something else, or before the choice.
+        """
+        value = Value(self.site.node, port)
+        edges = self.model.analysis_of(self.graph, consumers).get(value, ())
+        if not all(only_assigned(self.model, self.graph, edge) for edge in edges):
             raise DeclinedError("its batch's statistics are used whatever the mode is")
-        return found
+        if not all(self.branches.serves(edge) for edge in edges):
+            raise DeclinedError(f"its averages are updated before {self.branches.node.name} chooses, or without it")
+        own = Use("float32", self._returned(value, returned))
+        for edge in edges:
+            alike = self.branches.chooses_alike(edge, self.on)
+            yield Rewire(edge, own if alike else self.either.statistic(role, own), self.site.node)
+
+    def _either_mode(self) -> EitherMode:
+        """The batch's statistics for updates that run in inference too."""
+        operands: dict[Use, tuple[Expr, Shape | None]] = {}
+
+        def bring(value: Value) -> Expr:
+            stands_for = parameter(f"input_{len(operands)}", self._dtype(value))
+            operands[stands_for] = Use(stands_for.dtype, value), shape_of(self.model, self.graph, value)
+            return stands_for
+
+        spares = kernel_statistics(self.model, self.graph, self.site, bring)
+        predicate = decided_by(self.graph, self.branches.predicate)
+        channels = channels_of(self.model, self.graph, self.site)
+        return EitherMode(self.site, predicate, self.on, channels, operands, spares)
+
+    def _returned(self, value: Value, returned: dict[Value, int]) -> Value:
+        """The output of the ``If`` that gives a value of the branch."""
+        return Value(self.branches.node.name, len(self.inside.results) + returned.setdefault(value, len(returned)))
 
     def _moved(self, name: str) -> Apply:
         """A node in the branch."""

@@ -10,14 +10,15 @@ import numpy as np
 from passes.batch_statistics import averages_of, final_uses, rewired
 from passes.branches import FIRST, Branches
 from passes.declined import DeclinedError
+from passes.either_mode import EitherMode
 from passes.fusable import Fusable, replaced
 from passes.kernel import Normalised, normalised
-from passes.predicates import assumption, choice, switches
+from passes.predicates import assumption, choice, decided_by, switches
 from passes.roles import MEAN, VARIANCE
 from passes.updates import only_assigned
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, Sweep
-from rewriter.expr import Expr, Use, array, merge, op, switch
+from rewriter.expr import Expr, Use, array, merge, op, parameter, switch
 from rewriter.frames import loop_frames
 from rewriter.ir import ARG, Edge, Graph, Node, Value
 from rewriter.liveness import BRANCHES
@@ -97,8 +98,8 @@ class _Merged:
         y = merge(inferred.y, found.waiting(trained.y, self.graph, self.entering, moments.nodes))
         yield replaced(found, self.found.waiting(op("Identity", y), self.graph, _met(found), site.interior))
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
-        other = side(not self.training, parameters, training=True)
-        statistics = {MEAN: (trained.mean, other.mean), VARIANCE: (trained.variance, other.variance)}
+        spares = layout.moments(self._switched(x, not self.training))
+        statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))
         for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
             own, spare = statistics[role]
             yield from self._averages(batch, own, merge(spare, own), moments.nodes)
@@ -135,8 +136,9 @@ class _Branched:
         self.branches = Branches(self.model, self.graph, node)
         if not self.branches.own:
             raise DeclinedError(f"the branches of {node.name}, which chooses its statistics, are called elsewhere too")
-        self.ports = [v.port for v in values]
-        when = {k: [self._within(self.branches.taken(k), port) for port in self.ports] for k in (True, False)}
+        self.ports = dict(zip(STATISTICS, (v.port for v in values), strict=True))
+        ports = self.ports.values()
+        when = {k: [self._within(self.branches.taken(k), port) for port in ports] for k in (True, False)}
         self.training = _trains(when)
         self.batch = when[self.training]
         if self.batch[0][0] is not self.batch[1][0]:
@@ -145,11 +147,12 @@ class _Branched:
             )
         self.inside = self.branches.taken(self.training)
         inferring = self.branches.taken(not self.training)
-        self.moving = {r: inferring.results[p].value for r, p in zip(STATISTICS, self.ports, strict=True)}
+        self.moving = {role: inferring.results[port].value for role, port in self.ports.items()}
         if found.before_kernel([node.name]):
             raise DeclinedError(
                 f"what it normalises, or its gamma or beta, waits for {node.name}, which it would be in"
             )
+        self.either = self._either_mode()
 
     def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
         """What a branch returns: a value that it computes, or one of the graph that it was given."""
@@ -177,16 +180,17 @@ class _Branched:
             )
             for branch, known in ((self.inside, {}), (inferring, moving))
         )
-        returned = [self.inside.results[port].value for port in self.ports]
+        returned = [self.inside.results[port].value for port in self.ports.values()]
         y = found.waiting(trained.y, self.inside, returned, moments.nodes - nodes)
         pair = (y, inferred.y) if self.training else (inferred.y, y)
         shape = shape_of(self.model, self.graph, found.x) or ()
         yield from self.branches.results({"y": pair}, [shape], site.node)
         chosen_y = op("Identity", Use(y.dtype, Value(node.name, len(self.inside.results))))
         yield replaced(found, found.waiting(chosen_y, self.graph, _met(found), (*site.interior, *nodes)))
-        statistics = (trained.mean, trained.variance)
-        for (_, value), port, statistic in zip(self.batch, self.ports, statistics, strict=True):
-            yield from self._averages(holder, value, port, statistic, moments.nodes)
+        statistics = {MEAN: trained.mean, VARIANCE: trained.variance}
+        for (_, value), role in zip(self.batch, STATISTICS, strict=True):
+            yield from self._averages(holder, value, role, statistics[role], moments.nodes)
+        yield from self.either.definitions()
         yield Sweep(site.graph, (*site.interior, *sorted(nodes)))
         yield Sweep(self.inside.name, tuple(sorted(moments.nodes - nodes)))
 
@@ -197,9 +201,9 @@ class _Branched:
             )
         return value if holder is self.graph else self.branches.outer(holder, value)
 
-    def _averages(self, holder: Graph, value: Value, port: int, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
+    def _averages(self, holder: Graph, value: Value, role: str, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
         """Let the branch return the kernel's statistic, and averages use it."""
-        self._require_averages(port)
+        self._require_averages(self.ports[role])
         node = self.branches.node
         if holder is not self.graph:
             yield from self._within_branch(holder, value, statistic, own)
@@ -209,19 +213,32 @@ class _Branched:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)
-            elif (
-                edge.node not in own
-                and self.branches.chooses_alike(edge, self.training)
-                and only_assigned(self.model, self.graph, edge)
-            ):
-                yield from rewired(self.model, self.graph, edge, used, self._result(port))
+            elif edge.node not in own and only_assigned(self.model, self.graph, edge):
+                chosen_one = self._result(self.ports[role])
+                if self.branches.chooses_alike(edge, self.training):
+                    yield from rewired(self.model, self.graph, edge, used, chosen_one)
+                elif self.branches.serves(edge):
+                    yield from rewired(self.model, self.graph, edge, used, self.either.statistic(role, chosen_one))
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
         """Let the branch return the kernel's statistic as the chosen one, and its averages use it."""
         for edge, used in final_uses(self.model, branch, value, self.found.precise):
-            chosen_one = not edge.node and edge.position in self.ports
+            chosen_one = not edge.node and edge.position in self.ports.values()
             if chosen_one or (edge.node not in own and only_assigned(self.model, branch, edge)):
                 yield from rewired(self.model, branch, edge, used, statistic)
+
+    def _either_mode(self) -> EitherMode:
+        """The batch's statistics for updates that run in inference too."""
+        found = self.found
+        x = parameter("x", found.dtype(self.graph, found.x))
+        return EitherMode(
+            found.site,
+            decided_by(self.graph, self.branches.predicate),
+            self.training,
+            found.layout.channels,
+            {x: (found.given(), shape_of(self.model, self.graph, found.x))},
+            dict(zip(STATISTICS, found.layout.moments(x), strict=True)),
+        )
 
     def _result(self, port: int) -> Expr:
         """A chosen statistic as a vector."""

@@ -47,6 +47,15 @@ class Layout:
         """The kernel's output in the shape of x."""
         return y if self.view == "same" else op("Reshape", y, op("Shape", x))
 
+    def moments(self, x: Expr) -> tuple[Expr, Expr]:
+        """Mean and population variance of each channel of x in single ops: float32 vectors."""
+        seen = self.seen(x)
+        wide = seen if seen.dtype == "float32" else op("Cast", seen, DstT=ops.Dtype("float32"))
+        axes = array(np.array([i for i, axis in enumerate(self.data_format) if axis != "C"], dtype=np.int32))
+        mean = op("Mean", wide, axes, keep_dims=True)
+        variance = op("Mean", op("SquaredDifference", wide, mean), axes)
+        return op("Reshape", mean, array(np.array([self.channels], dtype=np.int32))), variance
+
 
 def layout_of(shape: Shape, channel: int) -> Layout | None:
     """The layout for x of this shape with its channels on this axis; None where the kernel has none.
@@ -98,6 +107,13 @@ def normalised(x: Expr, vectors: Mapping[str, Expr], layout: Layout, epsilon: fl
     )
     variance = population(Port("float32", fused, 2), x, size)
     return Normalised(layout.back(fused, x), Port("float32", fused, 1), variance)
+
+
+def sample(variance: Expr, x: Expr, channels: int) -> Expr:
+    """The batch's variance with the correction that the kernel makes: the inverse of `population`."""
+    elements = op("Cast", op("Size", x, out_type=ops.Dtype("int64")), DstT=ops.Dtype("float32"))
+    count = elements / constant(float(channels), "float32")
+    return variance * (count / op("Maximum", count - 1.0, 1.0))
 
 
 def population(corrected: Expr, x: Expr, channels: int) -> Expr:

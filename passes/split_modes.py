@@ -13,12 +13,11 @@ from rewriter.dataflow import call_graph, captures, running
 from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
 from rewriter.expr import Use, constant
 from rewriter.ir import MAIN, Graph, Model, Value
-from rewriter.liveness import BRANCHES, Assumption
+from rewriter.liveness import BRANCHES, SELECTS, Assumption
 from rewriter.ops import dtype_name
 from rewriter.pattern import origin
 from rewriter.shapes import shape_of
 
-SELECTS = ("Select", "SelectV2")
 BODIES = tuple(name for name in ops.CALLS if not name.endswith("PartitionedCall"))
 """Ops of control flow that run functions."""
 

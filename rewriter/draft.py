@@ -6,13 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rewriter.effects import stateful
 from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Names, Node, Result, Value, Variable
-from rewriter.ops import Dtype, attr, dtype_attr, more_shapes, registered, shape_attr, shapes_attr
-
-HANDLES = ("VarHandleOp", "ReadVariableOp")
-"""Stateful ops that change nothing."""
+from rewriter.ops import Dtype, attr, dtype_attr, more_shapes, shape_attr, shapes_attr
 
 Need = Handle | PerCall | Passed
 """What a function may need from its callers."""
@@ -238,8 +236,7 @@ class Draft:
         yield from (e.node for e in callee.effects)
         yield from (r.value.node for r in callee.results)
         for node in callee.nodes.values():
-            definition = registered(node.op)
-            if definition is not None and definition.is_stateful and node.op not in HANDLES:
+            if stateful(node):
                 yield node.name
 
     def set_attr(self, node: str, name: str, value: Any) -> None:

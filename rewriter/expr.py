@@ -267,6 +267,22 @@ def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name
     return Apply(first.results[0].dtype, "StatelessCase", (index, *inputs), attrs, name)
 
 
+def cond(predicate: Expr, then: Function, otherwise: Function, inputs: Sequence[Expr]) -> Apply:
+    """A call of one of two functions, which take and return the same; the other does not run.
+
+    Source: op ``StatelessIf``, with the attributes that ``tf.cond`` gives it.
+    """
+    attrs = {
+        **_passed_attrs(then),
+        "Tcond": ops.dtype_attr("bool"),
+        "then_branch": ops.attr(ops.Func(then.name)),
+        "else_branch": ops.attr(ops.Func(otherwise.name)),
+        "output_shapes": ops.shapes_attr(list(then.result_shapes)),
+        "_lower_using_switch_merge": ops.attr(value=True),  # else the branches are not optimised
+    }
+    return Apply(then.results[0].dtype, "StatelessIf", (predicate, *inputs), attrs)
+
+
 def _inline(expr: Expr, made: dict[Expr, Expr]) -> Expr:
     """An expression with others in place of parameters; each part is made once."""
     if expr not in made:

@@ -15,6 +15,7 @@ from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
 BRANCHES = ("If", "StatelessIf")
+SELECTS = ("Select", "SelectV2")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Assumption:
         """The input that Switch, Select or Merge passes on; None where that is not known."""
         if node.op in ("Switch", "RefSwitch") and self.known(node.inputs[1]) is not None:
             return node.inputs[0]
-        if node.op in ("Select", "SelectV2"):
+        if node.op in SELECTS:
             condition = self.known(node.inputs[0])
             return None if condition is None else node.inputs[1 if condition else 2]
         if node.op in ("Merge", "RefMerge"):

@@ -24,7 +24,7 @@ from tests.models.chosen import NORMS, Chosen
 from tests.models.forms import FORMS, IMAGE, Form, Variables, save
 
 Paths = Callable[[str], Path]
-FUSING = ["split-modes", "merge-choices", "fuse-batch-norm", "choose-branch"]
+FUSING = ["split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch"]
 TOLERANCE = 1e-5
 STEPS = 50
 

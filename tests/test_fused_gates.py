@@ -137,7 +137,7 @@ def a_counter_before(x: Any, p: Any) -> dict[str, Any]:
 
 SWITCHED = "its statistics are there only if p is True, and x always"
 USED = " uses it whatever the mode is"
-ALWAYS = "its batch's statistics are used whatever the mode is"
+WITHOUT = "its averages are updated before cond chooses, or without it"
 OUTSIDE = "its mean or its variance comes from outside of the function that normalises with it"
 GRAPHS: dict[Graph, tuple[tuple[int, str], tuple[int, str]]] = {
     norms_in_branches: ((2, ""), (1, OUTSIDE)),
@@ -148,7 +148,7 @@ GRAPHS: dict[Graph, tuple[tuple[int, str], tuple[int, str]]] = {
     another_output: ((0, USED), (0, USED)),
     a_summary: ((0, USED), (0, USED)),
     a_counter_after: ((0, USED), (0, USED)),
-    a_counter_before: ((0, ""), (0, ALWAYS)),
+    a_counter_before: ((0, ""), (0, WITHOUT)),
 }
 """How many sites are fused, and how the reason ends with which one is left: with Switch and Merge, and with If and
 While, in whose body a batch norm is not found whose statistics are computed outside."""

@@ -9,13 +9,26 @@ import numpy as np
 import pytest
 
 import bnqat
-from tests.models.v1 import Norm, by_hand, layers, save_v1, two_fused, updated_first, v1
+from tests.models.v1 import (
+    Norm,
+    by_hand,
+    layers,
+    save_v1,
+    selected,
+    two_fused,
+    two_fused_selected,
+    two_fused_waiting,
+    updated_first,
+    v1,
+)
 from tests.test_fused import FUSING, TOLERANCE, difference
 from tests.test_v1 import session_of
 
 NORMS: dict[str, Norm] = {
     "by_hand": by_hand,
     "two_fused": two_fused,
+    "selected": selected,
+    "two_fused_selected": two_fused_selected,
     "updated_first": updated_first,
     "layers_plain": layers(fused=False),
 }
@@ -49,7 +62,7 @@ def seen(path: Path, training: bool, update: bool) -> list[np.ndarray]:
 def test_each_mode_computes_and_updates_what_it_did(name: str, references: bool, tmp_path: Path) -> None:
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", references=references)
     report = bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
-    assert (report.declined, report.sites_fused) == ([], 0 if name == "two_fused" else 2)
+    assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
     for training in (True, False):
         for update in (True, False):
             wanted, found = (seen(path, training, update) for path in (source, tmp_path / "f"))
@@ -71,15 +84,57 @@ def ran(path: Path, training: bool) -> list[np.ndarray]:
         return [logits, *session.run(v1.global_variables())]
 
 
-@pytest.mark.parametrize("name", sorted(set(NORMS) - {"two_fused"}))
+@pytest.mark.parametrize("name", NORMS)
 def test_each_mode_computes_and_updates_what_it_did_where_conditionals_are_functions(name: str, tmp_path: Path) -> None:
     """Without gradients, as a V1 session has none of an If that it loaded."""
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
     report = bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
-    assert (report.declined, report.sites_fused) == ([], 2)
+    assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
     for training in (True, False):
         assert difference(ran(tmp_path / "f", training), ran(source, training)) < TOLERANCE
         assert kernels(tmp_path / "f", training) == [training, training]
+
+
+@pytest.mark.parametrize("control_flow_v2", [False, True])
+def test_updates_that_the_output_waits_for_need_no_kernel_in_inference(control_flow_v2: bool, tmp_path: Path) -> None:
+    """They move the averages in inference too, by the batch's statistics; what is served then depends on a race."""
+    source = save_v1(tmp_path / "m", two_fused_waiting, training="placeholder", control_flow_v2=control_flow_v2)
+    bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
+    assert kernels(source, training=False) == [False, False, True, True]
+    assert [kernels(tmp_path / "f", training=mode) for mode in (True, False)] == [[True, True], [False, False]]
+    x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
+    for training in (True, False):
+        after = []
+        for path in (source, tmp_path / "f"):
+            with session_of(path) as (session, _):
+                session.run("logits:0", {"x:0": x, "is_training:0": training})
+                after.append(moving(session)[: None if training else 2])  # of the first layer, before which none races
+        assert difference(after[1], after[0]) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", sorted(set(NORMS) - {"layers_plain", "updated_first"}))
+def test_the_training_signature_makes_the_updates_of_a_collection(name: str, tmp_path: Path) -> None:
+    """Where conditionals are functions; averages come out as the source's own updates leave them."""
+    source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
+    bnqat.rewrite(source, tmp_path / "q", start_step=100)
+    x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
+    with session_of(source) as (session, _):
+        before = moving(session)
+        fed = {"x:0": x, "is_training:0": True}
+        session.run(["logits:0", *v1.get_collection(v1.GraphKeys.UPDATE_OPS)], fed)
+        wanted = moving(session)
+    with session_of(tmp_path / "q") as (session, meta):
+        session.run(meta.signature_def["train"].outputs["logits"].name, fed)
+        found = moving(session)
+    assert difference(found, wanted) < TOLERANCE
+    assert all(np.any(old != new) for old, new in zip(before, found, strict=True))
+
+
+def moving(session: Any) -> list[np.ndarray]:
+    """The moving averages of a session's graph, in the order of their names."""
+    held = {v.op.name: v for v in v1.global_variables() if "moving" in v.op.name and "quantization" not in v.op.name}
+    found: list[np.ndarray] = session.run([held[name] for name in sorted(held)])
+    return found
 
 
 def kernels(path: Path, training: bool) -> Any:

@@ -19,6 +19,7 @@ from passes.quantize_batch_norm import QuantizeBatchNorm
 from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.roles import ROLES
 from passes.schemes import Affine
+from passes.select_to_branch import SelectToBranch
 from passes.split_modes import SplitModes
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
@@ -29,7 +30,7 @@ from rewriter.app.trace import named, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
 
-FUSING = ("split-modes", "merge-choices", "fuse-batch-norm", "choose-branch")
+FUSING = ("split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch")
 """Passes that `fuse` is for."""
 
 
@@ -62,6 +63,7 @@ def passes_of(options: Settings) -> dict[str, Pass]:
         "upgrade-references": UpgradeReferences(keep=options.keep_ref),
         "unfreeze-constants": UnfreezeConstants(),
         "split-modes": SplitModes(),
+        "select-to-branch": SelectToBranch(),
         "merge-choices": MergeChoices(),
         "fuse-batch-norm": FuseBatchNorm(),
         "choose-branch": ChooseBranch(),

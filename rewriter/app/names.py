@@ -8,6 +8,7 @@ PASSES = (
     "upgrade-references",
     "unfreeze-constants",
     "split-modes",
+    "select-to-branch",
     "merge-choices",
     "fuse-batch-norm",
     "choose-branch",

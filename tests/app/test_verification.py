@@ -158,7 +158,7 @@ def test_what_does_not_apply(model: Paths, rewritten: Paths) -> None:
     references = verify(model("v1_by_hand_serving"), rewritten("v1_by_hand_serving", keep_ref=True))
     assert claim(references, "statistics").status == NOT_APPLICABLE
     assert "a reference, which is trained in V1 sessions only" in claim(references, "statistics").detail
-    passes = ["split-modes", "merge-choices", "fuse-batch-norm", "choose-branch"]
+    passes = ["split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch"]
     fused = statuses(verify(model("keras3"), rewritten("keras3", passes=passes)))
     checked = ("signatures", "off", "kernels in inference")
     assert fused == {name: HOLDS if name in checked else NOT_APPLICABLE for name in CLAIMS}

@@ -62,20 +62,53 @@ def by_hand(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 def two_fused(x: tf.Tensor, training: Any) -> tf.Tensor:
     """One fused op for each mode, and a choice between the outputs."""
-    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
-
-    def inference() -> Any:
-        return v1.nn.fused_batch_norm(x, gamma, beta, moving_mean, moving_variance, epsilon=EPSILON, is_training=False)[
-            0
-        ]
-
     if training is False:
-        return inference()
+        gamma, beta, *moving = variables(x.shape[-1])
+        found: tf.Tensor = v1.nn.fused_batch_norm(x, gamma, beta, *moving, epsilon=EPSILON, is_training=False)[0]
+        return found
+    trained, inferred = _two_fused(x)
+    return _choose(training, lambda: tf.identity(trained), lambda: tf.identity(inferred))
+
+
+def selected(x: tf.Tensor, training: Any) -> tf.Tensor:
+    """Mean and variance are chosen by `tf.where`."""
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
+    batch = tf.nn.moments(x, list(range(x.shape.rank - 1)))
+    moving = (moving_mean, moving_variance)
+    for variable, statistic in zip(moving, batch, strict=True):
+        _update(variable, statistic)
+    mean, variance = (tf.where(training, b, m) for b, m in zip(batch, moving, strict=True))
+    inv = tf.math.rsqrt(variance + EPSILON) * gamma
+    return (x * inv) - (mean * inv) + beta
+
+
+def two_fused_selected(x: tf.Tensor, training: Any) -> tf.Tensor:
+    """One fused op for each mode, and `tf.where` between the outputs."""
+    trained, inferred = _two_fused(x)
+    return tf.where(training, trained, inferred)
+
+
+def _two_fused(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """The outputs of a fused op for training, whose statistics are averaged, and of one for inference."""
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     trained, mean, variance = v1.nn.fused_batch_norm(x, gamma, beta, epsilon=EPSILON, is_training=True)
     _update(moving_mean, mean)
     _update(moving_variance, variance)
-    inferred = inference()
-    return _choose(training, lambda: tf.identity(trained), lambda: tf.identity(inferred))
+    moving = {"mean": moving_mean, "variance": moving_variance}
+    inferred, *_ = v1.nn.fused_batch_norm(x, gamma, beta, **moving, epsilon=EPSILON, is_training=False)
+    return trained, inferred
+
+
+def two_fused_waiting(x: tf.Tensor, training: Any) -> tf.Tensor:
+    """One fused op for each mode, a choice between the outputs, and updates that the chosen one waits for."""
+    gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
+    trained, *batch = v1.nn.fused_batch_norm(x, gamma, beta, epsilon=EPSILON, is_training=True)
+    moving = (moving_mean, moving_variance)
+    inferred, *_ = v1.nn.fused_batch_norm(x, gamma, beta, *moving, epsilon=EPSILON, is_training=False)
+    y = _choose(training, lambda: tf.identity(trained), lambda: tf.identity(inferred))
+    updates = [v1.assign(m, DECAY * m + (1 - DECAY) * b) for m, b in zip(moving, batch, strict=True)]
+    with tf.control_dependencies(updates):
+        return tf.identity(y)
 
 
 def updated_first(x: tf.Tensor, training: Any) -> tf.Tensor:
