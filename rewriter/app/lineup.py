@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from passes.aggregate_statistics import AggregateStatistics
+from passes.check_averages import CheckAverages
 from passes.choice import Rule
 from passes.choose_branch import ChooseBranch
 from passes.cut_gradients import CutGradients
@@ -81,6 +82,7 @@ def passes_of(options: Settings) -> dict[str, Pass]:
             start_step=options.start_step,
             ramp_steps=options.ramp_steps,
         ),
+        "check-averages": CheckAverages(),
     }
 
 

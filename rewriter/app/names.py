@@ -18,6 +18,7 @@ PASSES = (
     "cut-gradients",
     "freeze-statistics",
     "quantize-batch-norm",
+    "check-averages",
 )
 """By name; `rewriter.app.lineup` makes them, which takes TensorFlow."""
 
