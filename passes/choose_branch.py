@@ -11,7 +11,7 @@ from passes.branches import FIRST, Branches, only_one
 from passes.cones import Cone, cone
 from passes.declined import DeclinedError
 from passes.either_mode import EitherMode, channels_of, kernel_statistics
-from passes.predicates import SWITCHES, assumption, decided_by, leads_to
+from passes.predicates import assumption, decided_by, leads_to
 from passes.sites import STATISTICS, Site, sites
 from passes.updates import consumers, only_assigned
 from rewriter import ops
@@ -19,6 +19,7 @@ from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use, array, merge, parameter, switch
 from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.liveness import SWITCHES
 from rewriter.shapes import Shape, shape_of
 
 SMALL = 1 << 16

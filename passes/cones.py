@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from passes.branches import FIRST
-from passes.predicates import SWITCHES
 from passes.updates import consumers, following
 from rewriter import ops
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
-from rewriter.liveness import BRANCHES
+from rewriter.liveness import BRANCHES, SWITCHES
 from rewriter.sweep import held
 
 LONGEST = 16

@@ -46,7 +46,7 @@ class Fusable:
     """A site that can be fused.
 
     Attributes:
-        x: what enters, as it meets the parameters.
+        x: what enters, before ops that only let it wait.
         layout: how the kernel is to see it.
         channel: the axis of its channels.
         fed: what will take the statistics of kernels of the same graph, by the nodes that those kernels need.
@@ -181,7 +181,9 @@ class Fusable:
 
         In TensorFlow 1's graphs an update may run only because what is normalised waits for it.
         """
-        passing = (v.node for value in values for v in (*way(graph, value, stop=NO_GRADIENT),)[:-1])
+        passing = {v.node for value in values for v in (*way(graph, value, stop=NO_GRADIENT),)[:-1]}
+        if graph is self.graph:
+            passing.update(_waits(graph, self.used(INPUT)))
         replaced = {*nodes, *passing}
         # A constant has no input that could wait, so it is what waits, as epsilon does.
         replaced |= {v.node for n in replaced for v in graph.nodes[n].inputs if graph.nodes[v.node].op == "Const"}
@@ -220,6 +222,23 @@ class Fusable:
             return False
         needed = frozenset().union(*(gates(self.graph, v) for v in self.taken))
         return all(gated(self.model, self.graph, gate, [statistic]) for gate in needed)
+
+    def require_averaged(self, roles: Collection[str]) -> None:
+        """Refuse a kernel of which averages cannot take the statistics; those that take them are of these roles.
+
+        Beside a kernel, the statistics that they take would not be known as the batch norm's: not quantised, and not
+        updated where training is a part of the graph.
+
+        Raises:
+            DeclinedError: naming what updates an average.
+        """
+        for role, assigns in self.site.assigns.items():
+            if assigns and role not in roles:
+                _, node = assigns[-1]
+                raise DeclinedError(
+                    f"{node} updates its {role.replace('_', ' ')} before the kernel runs, where it does not, or with "
+                    "something else that needs the statistic"
+                )
 
     def require_own(self, more: frozenset[str] = frozenset()) -> None:
         """Refuse single ops of which something else uses what they compute on the way.
@@ -291,6 +310,8 @@ def fusable(model: Model, site: Site, fed: dict[str, list[str]]) -> Fusable:
     graph = model.graphs[site.graph]
     (edge, *_) = site.inputs[INPUT]
     x = used(graph, edge)
+    for name in _waits(graph, x):
+        x = graph.nodes[name].inputs[0]
     dtype = ops.output_dtype(model, graph, x)
     if dtype not in DTYPES:
         raise DeclinedError(f"it computes in {dtype}, which the fused kernel does not have")
@@ -306,6 +327,14 @@ def fusable(model: Model, site: Site, fed: dict[str, list[str]]) -> Fusable:
     if layout is None:
         raise DeclinedError(f"its channels are axis {channel} of {len(shape)}, for which the kernel has no layout")
     return Fusable(model, site, x, layout, channel, fed)
+
+
+def _waits(graph: Graph, value: Value) -> Iterator[str]:
+    """The nodes that give a value as it is after others have run. A kernel takes it before, and its y waits."""
+    node = graph.nodes[value.node]
+    while node.op == "Identity" and node.after:
+        yield node.name
+        node = graph.nodes[node.inputs[0].node]
 
 
 def _met(model: Model, site: Site, edge: Edge) -> Iterator[Shape]:

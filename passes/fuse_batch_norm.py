@@ -70,11 +70,13 @@ def _training(found: Fusable) -> Iterator[Edit]:
     met = [found.used(role) for role in (MEAN, VARIANCE)]
     yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, site.node, *moments.nodes)))
     own = {*site.interior, site.node, *moments.nodes}
-    uses = [list(averages_of(found, value, own)) for value in (mean, variance)]
-    nodes = [edge.node for each in uses for edge, _ in each]
-    if found.runs_with(mean) and not found.before_kernel(nodes):
+    uses = {role: list(averages_of(found, v, own)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
+    nodes = [edge.node for each in uses.values() for edge, _ in each]
+    takes = found.runs_with(mean) and not found.before_kernel(nodes)
+    found.require_averaged([role for role, each in uses.items() if each] if takes else [])
+    if takes:
         found.feeds(nodes)
-        for each, statistic in zip(uses, (kernel.mean, kernel.variance), strict=True):
-            for edge, used in each:
+        for role, statistic in ((MEAN, kernel.mean), (VARIANCE, kernel.variance)):
+            for edge, used in uses[role]:
                 yield from rewired(found.model, graph, edge, used, statistic)
     yield Sweep(site.graph, site.interior)

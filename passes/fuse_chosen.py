@@ -100,11 +100,17 @@ class _Merged:
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
         spares = layout.moments(self._switched(x, not self.training))
         statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))
+        taken = {}
         for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
             own, spare = statistics[role]
-            yield from self._averages(batch, own, merge(spare, own), moments.nodes)
             held = self._switched(moving[role], not self.training)
-            yield from self._averages(Value(node.name), own, merge(held, own), moments.nodes)
+            taken[role] = [
+                *self._averages(batch, own, merge(spare, own), moments.nodes),
+                *self._averages(Value(node.name), own, merge(held, own), moments.nodes),
+            ]
+        found.require_averaged([role for role, edits in taken.items() if edits])
+        for edits in taken.values():
+            yield from edits
         yield Sweep(site.graph, site.interior)
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
@@ -188,8 +194,13 @@ class _Branched:
         chosen_y = op("Identity", Use(y.dtype, Value(node.name, len(self.inside.results))))
         yield replaced(found, found.waiting(chosen_y, self.graph, _met(found), (*site.interior, *nodes)))
         statistics = {MEAN: trained.mean, VARIANCE: trained.variance}
-        for (_, value), role in zip(self.batch, STATISTICS, strict=True):
-            yield from self._averages(holder, value, role, statistics[role], moments.nodes)
+        taken = {
+            role: list(self._averages(holder, value, role, statistics[role], moments.nodes))
+            for (_, value), role in zip(self.batch, STATISTICS, strict=True)
+        }
+        found.require_averaged([role for role, edits in taken.items() if edits])
+        for edits in taken.values():
+            yield from edits
         yield from self.either.definitions()
         yield Sweep(site.graph, (*site.interior, *sorted(nodes)))
         yield Sweep(self.inside.name, tuple(sorted(moments.nodes - nodes)))

@@ -9,10 +9,8 @@ from typing import NamedTuple
 from passes.updates import consumers, following
 from rewriter import ops
 from rewriter.ir import Graph, Model, Node, Value
-from rewriter.liveness import Assumption
+from rewriter.liveness import SWITCHES, Assumption
 from rewriter.pattern import way
-
-SWITCHES = ("Switch", "RefSwitch")
 
 
 class Choice(NamedTuple):

@@ -10,9 +10,7 @@ from rewriter import ops
 from rewriter.edit import Edit, Inline, Keep, Note, Rewire
 from rewriter.expr import Use
 from rewriter.ir import MAIN, Model, Value
-from rewriter.liveness import BRANCHES, Assumption
-
-SWITCHES = ("RefSwitch", "Switch")
+from rewriter.liveness import BRANCHES, SWITCHES, Assumption
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class SettleChoices:
                     settled = True
                     yield Inline(name, node.name, assumed.taken(node)[0])
                 for port in range(2 if node.op in SWITCHES else 1):
-                    value = _settled(assumed, Value(node.name, port))
+                    value = assumed.settled(Value(node.name, port))
                     if value.node != node.name:
                         chosen = Use(ops.output_dtype(model, graph, value), value)
                         for edge in model.analysis_of(graph, consumers).get(Value(node.name, port), ()):
@@ -47,18 +45,3 @@ class SettleChoices:
                 "merged may be, so that outputs may differ in the last bit"
             )
             yield Keep(tuple(model.entries))
-
-
-def _settled(assumed: Assumption, value: Value) -> Value:
-    """What a value is, where constants decide; of a branch that is not taken, the value itself."""
-    while True:
-        node = assumed.graph.nodes[value.node]
-        if node.op in SWITCHES:
-            taken = assumed.known(node.inputs[1])
-            if taken is None or value.port != int(taken):
-                return value
-            value = node.inputs[0]
-        elif node.op in ops.CHOICES and not value.port and assumed.chosen(node) is not None:
-            value = assumed.resolved(value)
-        else:
-            return value

@@ -13,7 +13,7 @@ from rewriter.dataflow import call_graph, captures, running
 from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
 from rewriter.expr import Use, constant
 from rewriter.ir import MAIN, Graph, Model, Value
-from rewriter.liveness import BRANCHES, SELECTS, Assumption
+from rewriter.liveness import BRANCHES, MERGES, SELECTS, Assumption
 from rewriter.ops import dtype_name
 from rewriter.pattern import origin
 from rewriter.shapes import shape_of
@@ -34,6 +34,11 @@ class SplitModes:
     def edits(self, model: Model) -> Iterable[Edit]:
         """Two copies of every function in which an argument decides how batch norms are computed; no other choices."""
         calls = model.analysis(call_graph)
+        main = model.graphs[MAIN]
+        if not model.object_based and any(
+            _chooses(model, main, each) for each in _decided(main, Assumption(model, main, {}))
+        ):
+            yield from _settled(model, main, MAIN, Assumption(model, main, {}))
         for name in sorted(model.analysis(running) - calls.opaque - {MAIN}):
             graph = model.graphs[name]
             if captures(model, graph):
@@ -67,7 +72,8 @@ def _decided(graph: Graph, known: Assumption) -> list[str]:
     return [
         node.name
         for node in graph.nodes.values()
-        if node.op in (*BRANCHES, *SELECTS) and known.known(node.inputs[0]) is not None
+        if (node.op in BRANCHES and known.known(node.inputs[0]) is not None)
+        or (node.op in (*SELECTS, *MERGES) and known.chosen(node) is not None)
     ]
 
 
@@ -125,8 +131,8 @@ def _settled(model: Model, graph: Graph, name: str, known: Assumption) -> Iterat
     uses, decided = model.analysis_of(graph, consumers), _decided(graph, known)
     for each in decided:
         node = graph.nodes[each]
-        if node.op in SELECTS:
-            taken = known.resolved(Value(each))
+        if node.op not in BRANCHES:
+            taken = known.settled(Value(each))
             dtype = ops.output_dtype(model, graph, taken)
             shapes = {shape_of(model, graph, v) for v in (taken, Value(each))}
             same = len(shapes) == 1 and None not in shapes  # else it is broadcast
@@ -137,4 +143,5 @@ def _settled(model: Model, graph: Graph, name: str, known: Assumption) -> Iterat
         if node.op in BRANCHES:
             then, otherwise = ops.callees(model, node)
             yield Inline(name, each, then if known.known(node.inputs[0]) else otherwise)
-    yield Sweep(name, tuple(graph.nodes))
+    # What else a main graph holds, its user may ask for by name.
+    yield Sweep(name, tuple(decided if name == MAIN else graph.nodes))

@@ -73,9 +73,9 @@ class MainGraphTraining:
     @staticmethod
     def _undecided(running: list[Site], mode: Assumption) -> bool:
         """Whether some batch norm may train or not, as far as the assumption says."""
-        training = {key for s in running if trains(s, mode) for key in s.variables}
+        training = set().union(*(_keys(s) for s in running if trains(s, mode)))
         others = [s for s in running if not trains(s, mode)]
-        return any(s.mode == "both" or training & s.variables for s in others)
+        return any(s.mode == "both" or training & _keys(s) for s in others)
 
     def _trainable(self, site: Site) -> bool:
         """Whether its averages can be updated; a reference cannot be read in every round of a loop."""
@@ -171,6 +171,11 @@ class MainGraphTraining:
         if self.graph.nodes[holder.node].op in REFERENCES:
             return op("Assign", Use(value.dtype, held), value)
         return op("AssignVariableOp", Use("resource", held), value)
+
+
+def _keys(site: Site) -> set[str]:
+    """The variables of a site."""
+    return {key for keys in site.variables for key in keys if key is not None}
 
 
 def trains(site: Site, mode: Assumption) -> bool:

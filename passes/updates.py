@@ -120,7 +120,8 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
         return True
     uses = model.analysis_of(graph, consumers)
     outputs = [Value(user.name, port) for port in range(ops.output_count(model, user))]
-    if user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
+    chosen = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
+    if chosen or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
         after = [e for value in outputs for e in uses.get(value, ())]
         return bool(after) and all(only_assigned(model, graph, e, unused) for e in after)
     form = ops.call_form(model, user)
@@ -131,7 +132,12 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
         callee = model.graphs[name]
         argument = Value(callee.arguments[edge.position - form.first])
         inner += [(callee, e) for e in model.analysis_of(callee, consumers).get(argument, ())]
-    ignored = [value.port for value in outputs if _nothing_uses(model, graph, value)]
+    ignored = [
+        value.port
+        for value in outputs
+        if _nothing_uses(model, graph, value)
+        or (value in uses and all(only_assigned(model, graph, e, unused) for e in uses[value]))
+    ]
     return bool(inner) and all(only_assigned(model, callee, e, ignored) for callee, e in inner)
 
 

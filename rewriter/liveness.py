@@ -16,6 +16,8 @@ from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
 BRANCHES = ("If", "StatelessIf")
 SELECTS = ("Select", "SelectV2")
+SWITCHES = ("Switch", "RefSwitch")
+MERGES = ("Merge", "RefMerge")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,12 @@ class Assumption:
 
     def chosen(self, node: Node) -> Value | None:
         """The input that Switch, Select or Merge passes on; None where that is not known."""
-        if node.op in ("Switch", "RefSwitch") and self.known(node.inputs[1]) is not None:
+        if node.op in SWITCHES and self.known(node.inputs[1]) is not None:
             return node.inputs[0]
         if node.op in SELECTS:
             condition = self.known(node.inputs[0])
             return None if condition is None else node.inputs[1 if condition else 2]
-        if node.op in ("Merge", "RefMerge"):
+        if node.op in MERGES:
             living = [v for v in node.inputs if v not in self.dead]
             return living[0] if len(living) == 1 and len(node.inputs) > 1 else None
         return None
@@ -63,6 +65,20 @@ class Assumption:
         chosen = self.chosen(self.graph.nodes[value.node])
         return value if chosen is None or value.port else self.resolved(chosen)
 
+    def settled(self, value: Value) -> Value:
+        """What a value is, before all that is known to choose it; of a branch that is not taken, the value itself."""
+        while True:
+            node = self.graph.nodes[value.node]
+            if node.op in SWITCHES:
+                taken = self.known(node.inputs[1])
+                if taken is None or value.port != int(taken):
+                    return value
+                value = node.inputs[0]
+            elif node.op in ops.CHOICES and not value.port and self.chosen(node) is not None:
+                value = self.resolved(value)
+            else:
+                return value
+
     @cached_property
     def dead(self) -> frozenset[Value]:
         """The values that are not computed."""
@@ -70,7 +86,7 @@ class Assumption:
         waiting: list[Value] = []
         uses = self.graph.consumers()
         for node in self.graph.nodes.values():
-            if node.op in ("Switch", "RefSwitch"):
+            if node.op in SWITCHES:
                 predicate = self.known(node.inputs[1])
                 if predicate is not None:
                     waiting.append(Value(node.name, 0 if predicate else 1))
@@ -85,11 +101,11 @@ class Assumption:
             found.add(value)
             node = self.graph.nodes[value.node]
             users = [e.node for e in uses.get(value, ()) if e.node]
-            if node.op not in ("Switch", "RefSwitch"):
+            if node.op not in SWITCHES:
                 users += followers.get(node.name, [])
             for name in users:
                 user = self.graph.nodes[name]
-                if user.op not in ("Merge", "RefMerge") or all(v in found for v in user.inputs):
+                if user.op not in MERGES or all(v in found for v in user.inputs):
                     waiting += [Value(name, port) for port in range(max(1, ops.output_count(self.model, user)))]
         return frozenset(found)
 
@@ -98,7 +114,7 @@ class Assumption:
         return Value(name) not in self.dead or (Value(name, 1) not in self.dead and self._switches(name))
 
     def _switches(self, name: str) -> bool:
-        return self.graph.nodes[name].op in ("Switch", "RefSwitch")
+        return self.graph.nodes[name].op in SWITCHES
 
     def passes(self, edge: Edge) -> bool:
         """Whether what is used at an edge, perhaps in a branch that the graph calls, can have an effect."""

@@ -6,7 +6,7 @@ is held in the collections ``while_context`` and ``cond_context``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -73,26 +73,35 @@ def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
 
     A new node belongs where the innermost of its inputs does; an Enter belongs to the loop that it enters.
     """
-    found = {collection: _contexts(meta, collection) for collection in KINDS}
-    for contexts in found.values():
-        for context in contexts:
-            _forget(context, graph)
+    found: dict[str, list[Any]] = {collection: [] for collection in KINDS}
+    before = [(collection, context) for collection in KINDS for context in _contexts(meta, collection)]
+    for collection, context in (standing for each in before for standing in _standing(*each, graph)):
+        _forget(context, graph)
+        found[collection].append(context)
     held: dict[str, tuple[int, Any]] = {}
     loops: dict[str, tuple[int, Any]] = {}
     for collection, contexts in found.items():
         for context in contexts:
             _index(collection, context, 1, held, loops)
-    if not held:
-        return
-    for node in _in_order(graph, held):
+    for node in _in_order(graph, held) if held else ():
         place = loops.get(ops.text(node.attrs["frame_name"].s)) if node.op in ENTERS else _innermost(node, held)
         if place is not None:
             _add(place[1], node, outputs(node))
             held[node.name] = place
     for collection, contexts in found.items():
-        if contexts:
+        if collection in meta.collection_def:
             values = meta.collection_def[collection].bytes_list.value
             values[:] = [context.SerializeToString(deterministic=True) for context in contexts]
+
+
+def _standing(collection: str, context: Any, graph: Graph) -> Iterator[tuple[str, Any]]:
+    """A context; in place of a conditional that was removed, those that are nested in it."""
+    named = (context.pivot_name, context.pred_name) if collection == "cond_context" else ()
+    if all(name.partition(":")[0] in graph.nodes for name in named):
+        yield collection, context
+    else:
+        for inner in context.nested_contexts:
+            yield from _standing(*_nested(inner), graph)
 
 
 def _forget(context: Any, graph: Graph) -> None:

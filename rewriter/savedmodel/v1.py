@@ -133,8 +133,16 @@ def write_signature(meta: Any, signature: Signature) -> None:
 
 
 def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
-    """The collections of nodes."""
+    """The collections of nodes, and the nodes that the definitions of variables name."""
     found = {}
+    for name in VARIABLE_COLLECTIONS:
+        texts = [
+            text
+            for d in _definitions(meta, name)
+            for text in (d.variable_name, d.initial_value_name, d.initializer_name, d.snapshot_name)
+        ]
+        if texts:
+            found[name] = tuple(dict.fromkeys(text.partition(":")[0] for text in texts if text))
     for name, collection in meta.collection_def.items():
         if collection.WhichOneof("kind") == "node_list":
             found[name] = tuple(n.partition(":")[0] for n in collection.node_list.value)
