@@ -40,7 +40,7 @@ class CutGradients:
         calls = model.analysis(call_graph)
         trained = _trained(model, calls)
         tainted = _trainable(model, calls, set(trained))
-        before, after = set(), set()
+        before, after = set[str](), set[str]()
         for name, nodes in sorted(trained.items()):
             graph = model.graphs[name]
             passing = _passing(model, graph, nodes)

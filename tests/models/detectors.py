@@ -54,7 +54,7 @@ class Detector(Net):
             x = self.activation(norm(tf.nn.conv2d(x, kernel, 1, "SAME"), training))
         return x
 
-    def call(self, x: tf.Tensor, training: bool) -> dict[str, tf.Tensor]:  # type: ignore[override]
+    def call(self, x: tf.Tensor, training: bool) -> dict[str, tf.Tensor]:
         features = self.features(x, training)
         boxes, scores = self.heads(features)
         if self.twice:
