@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from passes.controls import control, step
 from passes.derive_training import TRAIN, TRAIN_SIGNATURE
-from passes.roles import ROLES
-from passes.sites import STATISTICS, Site, sites
-from rewriter import ops
+from passes.moving_statistics import normalise_with_moving
+from passes.sites import Site, sites
 from rewriter.dataflow import VariableKey, call_graph, origins
-from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Replace, Rewire, SetAttr
-from rewriter.expr import Apply, Expr, Use, op, per_call, read
-from rewriter.ir import Error, Model, Node
+from rewriter.edit import AddVariable, Clone, Dispatch, Edit
+from rewriter.expr import per_call, read
+from rewriter.ir import Error, Model
 
 FROZEN = "_frozen"
 """What the names of the second phase's functions end with."""
@@ -73,10 +72,7 @@ class FreezeStatistics:
         found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
         _refuse(model, found, reached)
         for site in found:
-            averages = {role: value for role in STATISTICS if (value := _average(model, site, role)) is not None}
-            if len(averages) < len(STATISTICS):
-                raise Error(f"statistics of {site.node} cannot be frozen: which variables hold them is not known")
-            yield from _frozen(model, site, averages, names)
+            yield from normalise_with_moving(model, site, names)
 
 
 def frozen(model: Model) -> frozenset[str]:
@@ -112,37 +108,3 @@ def _refuse(model: Model, found: Iterable[Site], reached: Iterable[str]) -> None
                     f"statistics cannot be frozen in a training function that holds its own gradients ({node.name} in "
                     f"{name}): they are those of batch statistics; leave --freeze-step away"
                 )
-
-
-def _average(model: Model, site: Site, role: str) -> Expr | None:
-    """A moving statistic of a site, read in its graph; None where it is not known."""
-    for graph, node in reversed(site.assigns[role]):
-        if graph == site.graph:
-            assign = model.graphs[graph].nodes[node]
-            return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=ops.Dtype(_dtype(assign)))
-    keys = {keys[ROLES.index(role)] for keys in site.variables}
-    key = keys.pop()
-    return None if keys or key is None else read(model.variables[key])
-
-
-def _dtype(assign: Node) -> str:
-    return ops.dtype_name(assign.attrs["dtype"].type)
-
-
-def _frozen(model: Model, site: Site, averages: Mapping[str, Expr], names: Mapping[str, str]) -> Iterator[Edit]:
-    """Let the copy of a site normalise with its moving statistics, and keep its updates from running."""
-    for role, average in averages.items():
-        for edge in site.inputs[role]:
-            graph = model.graphs[edge.graph]
-            used = graph.nodes[edge.node].inputs[edge.position]
-            batch = Use(ops.output_dtype(model, graph, used), used)
-            value = average if average.dtype == batch.dtype else op("Cast", average, DstT=ops.Dtype(batch.dtype))
-            if site.kind == "decomposed":
-                value = op("Reshape", value, op("Shape", batch))
-            yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
-        for name, node in site.assigns[role]:
-            if name in names:
-                yield Replace(names[name], node, Apply("", "NoOp", ()))
-    if site.kind == "fused":
-        yield SetAttr(names[site.graph], site.node, "is_training", ops.attr(value=False))
-        yield SetAttr(names[site.graph], site.node, "exponential_avg_factor", None)
