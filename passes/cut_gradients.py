@@ -125,7 +125,7 @@ def _trainable(model: Model, calls: CallGraph, graphs: set[str]) -> dict[str, se
             looped = any(model.graphs[c.graph].nodes[c.node].op in LOOPS for c in calls.callers.get(name, []))
             tainted[name] |= set(graph.arguments) if looped else set()
         _spread(graph, tainted[name])
-        for call in calls.calls.get(name, []):
+        for call in (c for c in calls.calls.get(name, []) if c.callee in tainted):
             passed = graph.nodes[call.node].inputs[call.first :]
             arguments = model.graphs[call.callee].arguments
             tainted[call.callee] |= {a for a, v in zip(arguments, passed, strict=True) if v.node in tainted[name]}
