@@ -27,6 +27,7 @@ from rewriter.edit import (
     MainSignature,
     Note,
     Refetch,
+    Reorder,
     Replace,
     Rewire,
     Run,
@@ -107,6 +108,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
                 fetched[name, position] = drafts[MAIN].place(value, scope)
             case _:
                 pass
+    _reorder(drafts, [e for e in batch if isinstance(e, Reorder)])
     make_stateful(model, drafts)
     inlined = drafts[MAIN].inlined if MAIN in drafts else {}
     old = {n: _refetched(s, fetched, inlined) for n, s in model.signatures.items()}
@@ -126,8 +128,10 @@ def _refetched(
 
 def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:
     like = model.signatures[value.like]
-    fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, like.outputs, strict=True))
-    return replace(like, name=name, fetches=fetches, like=like.name)
+    outputs = (*like.outputs, *(spec.name for spec in value.added))
+    fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, outputs, strict=True))
+    specs = (*like.specs, *value.added)
+    return replace(like, name=name, outputs=outputs, fetches=fetches, specs=specs, like=like.name)
 
 
 class _Drafts(dict[str, Draft]):
@@ -149,6 +153,11 @@ class _Drafts(dict[str, Draft]):
         draft = Draft(graph, name == MAIN or entry is not None, bound)
         self[name] = draft
         return draft
+
+
+def _reorder(drafts: _Drafts, edits: list[Reorder]) -> None:
+    for edit in edits:
+        drafts[edit.graph].reorder(edit.order)
 
 
 def _add_variables(model: Model, variables: list[Variable]) -> Model:
@@ -305,6 +314,9 @@ def _expose(model: Model, batch: list[Edit]) -> Model:
         if isinstance(value, Endpoint):
             like, bound = model.entries[value.like], model.entries[value.bound]
             entries[value.function] = replace(like, function=value.function, captures=bound.captures, paths=())
+            if value.returns:
+                keys = tuple(spec.name for spec in value.returns)
+                entries[value.function] = replace(entries[value.function], outputs=value.returns, keys=keys)
             if value.inputs:
                 entry = entries[value.function]
                 inputs, outputs = _named(value.inputs, entry.inputs), _named(value.outputs, entry.outputs)

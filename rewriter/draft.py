@@ -251,6 +251,10 @@ class Draft:
         """Return one more value."""
         self.results.append(Result(self._results.new(name), value, dtype))
 
+    def reorder(self, order: tuple[int, ...]) -> None:
+        """Return the results in another order."""
+        self.results = [self.results[position] for position in order]
+
     def _node(self, name: str) -> Node:
         if name not in self.nodes:
             raise Error(f"there is no node {name} in {self.graph.name or 'the main graph'} to edit")

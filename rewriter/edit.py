@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter.expr import Apply, Expr, Function
-from rewriter.ir import Edge, Endpoint, Exposed, Gradient, Graph, Value, Variable
+from rewriter.ir import Edge, Endpoint, Exposed, Gradient, Graph, Spec, Value, Variable
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,18 @@ class AddResult:
     name: str
     value: Expr
     scope: str
+
+
+@dataclass(frozen=True)
+class Reorder:
+    """Let a function return its results, those that this batch adds included, in another order.
+
+    Attributes:
+        order: the i-th result is what would be the `order[i]`-th.
+    """
+
+    graph: str
+    order: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -214,11 +226,17 @@ class Refetch:
 
 @dataclass(frozen=True)
 class MainSignature:
-    """A signature with the inputs and output names of the signature `like`, computed in the main graph."""
+    """A signature with the inputs and output names of the signature `like`, computed in the main graph.
+
+    Attributes:
+        fetches: what its outputs are, and after them what it returns besides.
+        added: the names, dtypes and shapes of what it returns besides.
+    """
 
     like: str
     fetches: tuple[Expr, ...]
     scope: str
+    added: tuple[Spec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -252,6 +270,7 @@ Edit = (
     | SetAttr
     | Replace
     | AddResult
+    | Reorder
     | Sweep
     | Clone
     | Duplicate

@@ -162,6 +162,8 @@ class Variable:
         path: for a new variable, its attribute path from the root, as ``quantization.step``.
         initial: for a new variable, the value it is saved with.
         node: in a model without object graph, the node of the main graph that makes it.
+        frozen: whether objects list it as one of their variables, and none as one of their trainable variables. Keras
+            freezes a layer by these lists, and leaves `trainable` as it is.
     """
 
     key: str
@@ -174,6 +176,7 @@ class Variable:
     path: str = ""
     initial: Any = field(default=None, compare=False)
     node: str = ""
+    frozen: bool = False
 
 
 class Gradient(NamedTuple):
@@ -201,6 +204,7 @@ class Entry:
         captures: what the remaining arguments are bound to: a variable's key, or the number of another
             object (a table, an asset, a constant).
         paths: where the object graph holds it, as ``__call__`` or ``signatures.serving_default``.
+        keys: of what returns a dict of tensors, its keys in the order of the results; else empty.
     """
 
     function: str
@@ -208,6 +212,7 @@ class Entry:
     outputs: tuple[Spec, ...]
     captures: tuple[str | int, ...]
     paths: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,6 +247,7 @@ class Endpoint:
         bound: the concrete function whose captures it has, in order.
         inputs, outputs: for a signature that is like none, the names of what `like` takes and returns; the function
             takes and returns it in the order of the names, as signatures do.
+        returns: what it returns as a dict, in the order of the keys, where that is not what `like` returns.
     """
 
     function: str
@@ -249,6 +255,7 @@ class Endpoint:
     bound: str
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
+    returns: tuple[Spec, ...] = ()
 
 
 @dataclass(frozen=True)

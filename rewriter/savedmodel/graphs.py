@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from tensorflow.core.framework import function_pb2, graph_pb2, node_def_pb2, op_def_pb2
+from tensorflow.core.protobuf import meta_graph_pb2
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Effect, Error, Graph, Node, Result, Value
+from rewriter.ir import ARG, MAIN, Effect, Error, Graph, Node, Result, Spec, Value
 
 Definitions = Callable[[str], Any]
 """An op's name -> its definition; a function of the model counts as an op. Raises Error if unknown."""
@@ -133,6 +134,16 @@ def tensors_of(key: str, info: Any) -> dict[str, str]:
     if info.WhichOneof("encoding") == "coo_sparse":
         return {f"{key}.{part}": getattr(info.coo_sparse, f"{part}_tensor_name") for part in SPARSE}
     return {key: info.name}
+
+
+def tensor_info(spec: Spec, value: Value) -> Any:
+    """A value of the main graph as an input or output of a signature."""
+    info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=ops.dtype_number(spec.dtype))
+    if spec.shape is None:
+        info.tensor_shape.unknown_rank = True
+    else:
+        info.tensor_shape.CopyFrom(ops.shape_attr(spec.shape).shape)
+    return info
 
 
 def main_value(text: str) -> Value:

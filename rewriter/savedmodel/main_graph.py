@@ -230,6 +230,8 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
     attrs = {"Tin": types, "Tout": results, "f": ops.attr(ops.Func(endpoint.function))}
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
     call = call.with_attrs(**attrs, _read_only_resource_inputs=None)
+    if endpoint.returns:
+        call = call.with_attrs(_output_shapes=None)  # it is of other outputs
     main.set_node(call)
     return call
 

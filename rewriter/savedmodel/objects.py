@@ -22,6 +22,7 @@ GENERIC = "_generic_user_object"
 def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
     """The variables by their number in the object graph."""
     found = {}
+    frozen = _frozen(objects)
     for number, node in enumerate(objects.nodes):
         if node.WhichOneof("kind") != "variable":
             continue
@@ -36,8 +37,22 @@ def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
             saved.trainable,
             saved.synchronization,
             saved.aggregation,
+            frozen=number in frozen,
         )
     return found
+
+
+def _frozen(objects: Any) -> set[int]:
+    """The variables, by number, that objects list among their variables and none among its trainable ones."""
+    listed: dict[str, set[int]] = {"variables": set(), "trainable_variables": set()}
+    for node in objects.nodes:
+        lists = {
+            child.local_name: objects.nodes[child.node_id] for child in node.children if child.local_name in listed
+        }
+        if lists.keys() == listed.keys():
+            for name, held in lists.items():
+                listed[name] |= {child.node_id for child in held.children}
+    return listed["variables"] - listed["trainable_variables"]
 
 
 def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[int, Variable]) -> dict[str, Entry]:
@@ -58,8 +73,16 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         outputs = tuple(tensor_specs(proto.output_signature))
         if len(outputs) != len(graph.results):
             outputs = tuple(Spec(r.name, r.dtype, None) for r in graph.results)
-        found[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())))
+        keys = _keys(proto.output_signature) if len(outputs) == len(graph.results) else ()
+        found[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys)
     return found
+
+
+def _keys(value: Any) -> tuple[str, ...]:
+    """The keys of a dict of tensors, in the order of its tensors."""
+    fields = value.dict_value.fields
+    plain = all(fields[key].WhichOneof("kind") in ("tensor_spec_value", "bounded_tensor_spec_value") for key in fields)
+    return tuple(sorted(fields)) if plain else ()
 
 
 def _paths(objects: Any) -> dict[str, list[str]]:
@@ -293,10 +316,15 @@ class Additions:
         positional.values.extend(values)
         positional.SetInParent()
         signature.add().dict_value.SetInParent()
-        output = like.output_signature
+        output = _keyed(endpoint.returns) if endpoint.returns else like.output_signature
         if not output.WhichOneof("kind"):
             output = _outputs(self.model.entries[endpoint.like].outputs)
-        if output.WhichOneof("kind") == "dict_value" and len(output.dict_value.fields) == 1 and self._keyed(like):
+        if (
+            not endpoint.returns
+            and output.WhichOneof("kind") == "dict_value"
+            and len(output.dict_value.fields) == 1
+            and self._keyed(like)
+        ):
             (output,) = output.dict_value.fields.values()
         concrete.output_signature.CopyFrom(output)
         number = self._new()
@@ -330,6 +358,8 @@ class Additions:
         else:
             keywords = list(self.model.signature_of(endpoint.like).inputs)
             concrete.CopyFrom(self.objects.concrete_functions[endpoint.like])
+            if endpoint.returns:
+                concrete.output_signature.CopyFrom(_keyed(endpoint.returns))
         number = self._new()
         bare = self.objects.nodes[number].bare_concrete_function
         bare.concrete_function_name = endpoint.function

@@ -20,7 +20,7 @@ from rewriter.expr import Apply, Expr, Use, array, op, ordered
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Signature, Spec, Value, Variable
 from rewriter.liveness import Assumption
 from rewriter.savedmodel import contexts
-from rewriter.savedmodel.graphs import SPARSE, main_value, tensors_of
+from rewriter.savedmodel.graphs import SPARSE, main_value, tensor_info, tensors_of
 from rewriter.savedmodel.references import OPS_ALONE
 
 VARIABLE_COLLECTIONS = (
@@ -124,6 +124,11 @@ def write_signature(meta: Any, signature: Signature) -> None:
     if signature.like:
         proto.CopyFrom(meta.signature_def[signature.like])
     names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
+    known = {name for key, info in proto.outputs.items() for name in tensors_of(key, info)}
+    specs = signature.specs[len(signature.inputs) :]
+    for name, value, spec in zip(signature.outputs, signature.fetches, specs, strict=True):
+        if name not in known:
+            proto.outputs[name].CopyFrom(tensor_info(spec, value))
     for key, info in proto.outputs.items():
         if info.WhichOneof("encoding") == "coo_sparse":
             for part in SPARSE:

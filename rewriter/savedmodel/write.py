@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 from google.protobuf import text_format
 from tensorflow.core.framework import function_pb2
-from tensorflow.core.protobuf import meta_graph_pb2, saved_model_pb2, trackable_object_graph_pb2
+from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
 from rewriter import ops
 from rewriter.dataflow import call_graph
-from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Spec, Value
+from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.captured import recapture
 from rewriter.savedmodel.files import stamps
-from rewriter.savedmodel.graphs import definitions, write_function, write_main
+from rewriter.savedmodel.graphs import definitions, tensor_info, write_function, write_main
 from rewriter.savedmodel.objects import GENERIC, Additions, make_user_object, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
 from rewriter.savedmodel.references import refuse_disagreeing
@@ -333,9 +333,9 @@ def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
     if endpoint.inputs:
         entry = model.entries[endpoint.function]
         for spec, value in zip(entry.inputs, call.inputs, strict=False):
-            signature.inputs[spec.name].CopyFrom(_tensor_info(spec, value))
+            signature.inputs[spec.name].CopyFrom(tensor_info(spec, value))
         for port, spec in enumerate(entry.outputs):
-            signature.outputs[spec.name].CopyFrom(_tensor_info(spec, Value(call.name, port)))
+            signature.outputs[spec.name].CopyFrom(tensor_info(spec, Value(call.name, port)))
         signature.method_name = PREDICT
         return
     like = model.signature_of(endpoint.like)
@@ -344,12 +344,5 @@ def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
         signature.inputs[keyword].name = f"{value.node}:0"
     for tensor in signature.outputs.values():
         tensor.name = f"{call.name}:{tensor.name.partition(':')[2]}"
-
-
-def _tensor_info(spec: Spec, value: Value) -> Any:
-    info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=ops.dtype_number(spec.dtype))
-    if spec.shape is None:
-        info.tensor_shape.unknown_rank = True
-    else:
-        info.tensor_shape.CopyFrom(ops.shape_attr(spec.shape).shape)
-    return info
+    for port, spec in enumerate(endpoint.returns):
+        signature.outputs[spec.name].CopyFrom(tensor_info(spec, Value(call.name, port)))

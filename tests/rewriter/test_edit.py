@@ -10,6 +10,7 @@ from rewriter import expr
 from rewriter.apply import apply
 from rewriter.check import check
 from rewriter.edit import (
+    AddResult,
     AddSignature,
     AddVariable,
     Clone,
@@ -18,6 +19,7 @@ from rewriter.edit import (
     Edit,
     Inline,
     MainSignature,
+    Reorder,
     Replace,
     Rewire,
     Run,
@@ -191,6 +193,14 @@ def test_a_defined_function_can_be_called() -> None:
         "}\n"
     )
     assert after.graphs["inner"].nodes["s/PartitionedCall"].attrs["f"].func.name == "square"
+
+
+def test_further_results_are_returned_in_the_order_that_is_wanted() -> None:
+    before = model(INNER)
+    added = AddResult("inner", "more", Use("float32", Value("x")), "more")
+    after = apply(before, [Reorder("inner", (1, 0)), added])
+    graph = after.graphs["inner"]
+    assert [(r.name, r.value) for r in graph.results] == [("more", Value("x")), ("y", Value("neg"))]
 
 
 def test_attributes_and_order() -> None:
