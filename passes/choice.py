@@ -24,28 +24,23 @@ PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
-class Rule:
-    """Other options for some layers.
+class Match:
+    """Some layers, by name.
 
     Attributes:
         match: a regular expression, searched in the layer's name and in those of its variables.
-        options: by role, what is different; None leaves the role's values as they are.
 
     Raises:
-        Error: it is no regular expression, or there is no such role.
+        Error: it is no regular expression.
     """
 
     match: str
-    options: Mapping[str, Options | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         try:
             regex.compile(self.match)
         except regex.error as e:
             raise Error(f"{self.match!r} is no regular expression: {e}") from e
-        unknown = set(self.options) - set(ROLES)
-        if unknown:
-            raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
 
     def matches(self, model: Model, bn: BatchNorm) -> bool:
         """Whether it is about a batch norm.
@@ -60,6 +55,26 @@ class Rule:
             raise Error(
                 f"to search {self.match!r} in {bn.name} takes longer than {PATIENCE} s; write it simpler"
             ) from None
+
+
+@dataclass(frozen=True)
+class Rule(Match):
+    """Other options of quantisers for some layers.
+
+    Attributes:
+        options: by role, what is different; None leaves the role's values as they are.
+
+    Raises:
+        Error: there is no such role.
+    """
+
+    options: Mapping[str, Options | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = set(self.options) - set(ROLES)
+        if unknown:
+            raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
 
     def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
         """The quantiser that it makes of another."""
@@ -94,7 +109,7 @@ def chosen(model: Model, default: Quantizer | None, rules: Iterable[Rule], role:
     return next(iter(found.values()))
 
 
-def unmatched(model: Model, rules: Iterable[Rule], layers: Iterable[Layer]) -> Rule | None:
+def unmatched(model: Model, rules: Iterable[Match], layers: Iterable[Layer]) -> Match | None:
     """A rule that is about no layer at all."""
     found = [bn for layer in layers for bn in layer.batch_norms]
     return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in found)), None)

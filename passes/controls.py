@@ -15,7 +15,7 @@ from passes.ranges import Ema, Fixed, Learned
 from passes.roles import MAX_BITS, ROLES
 from passes.schemes import FLOAT, Scheme
 from passes.together import how
-from rewriter.expr import Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
+from rewriter.expr import Apply, Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
 from rewriter.ops import Dtype
 
@@ -67,7 +67,7 @@ def step(model: Model) -> Variable:
     return control(model, "step", 0)
 
 
-def increment(model: Model) -> Expr:
+def increment(model: Model) -> Apply:
     """The op that counts one step."""
     return op("AssignAddVariableOp", handle(step(model)), constant(1, "int64"))
 

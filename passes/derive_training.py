@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from passes.controls import increment, step
-from passes.entries import Alignment, align, capturable, serving_entry, serving_signature, training_trace
-from passes.sites import sites
-from passes.train_functions import FunctionClones
+from passes.controls import step
+from passes.entries import Alignment, align, capturable, computed, serving_entry, serving_signature, training_trace
+from passes.frozen_layers import counted
+from passes.layers import layers_of_sites
+from passes.sites import Site, sites
+from passes.train_functions import FunctionClones, Switched, derived_sites, switched_sites
 from passes.train_main import MainGraphTraining
+from passes.train_notes import derived, frozen, unfrozen
+from passes.train_options import Trained, TrainingOptions, TrainingRule
+from passes.train_outputs import InnerOutputs, inner_tensor, output_names, refuse_taken
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Note, Run
 from rewriter.ir import Endpoint, Entry, Error, Model, VariablesOf
 
@@ -27,17 +32,27 @@ class DeriveTraining:
     keep the moving averages; dropout and regularisers cannot be recovered. Every call counts one step.
 
     Attributes:
-        momentum: of derived moving averages where no training site says it; None stands for 0.99, assumed.
+        momentum: of derived moving averages where no training site says it; None stands for that of the others, or
+            0.99, assumed.
+        train_batch_norm: which batch norms train: "as-source", those that the source does not say are frozen; "all";
+            or "none".
+        rules: other options for some layers.
+        outputs: by name, the nodes whose values `train` returns besides; then it returns a dict.
 
     Raises:
-        Error: the momentum is not between 0 and 1.
+        Error: an option is out of range.
     """
 
     momentum: float | None = None
+    train_batch_norm: Trained = "as-source"
+    rules: tuple[TrainingRule, ...] = ()
+    outputs: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
-        if self.momentum is not None and not 0 <= self.momentum < 1:
-            raise Error(f"momentum {self.momentum}: it is at least 0 and less than 1")
+        self._options()
+
+    def _options(self) -> TrainingOptions:
+        return TrainingOptions(self.momentum, self.train_batch_norm, self.rules)
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Nothing where there is no batch norm to train, or where the model has its training function already.
@@ -48,9 +63,10 @@ class DeriveTraining:
         count = step(model)
         if count.key in model.variables or not any(s.status == "float" for s in model.analysis(sites)):
             return
+        self._options().refuse_unmatched(model)
         yield AddVariable(count)
         if not model.object_based:
-            yield from MainGraphTraining(model, self.momentum).edits()
+            yield from MainGraphTraining(model, self._options(), self.outputs or {}).edits()
             return
         if "quantization" in model.root_names:
             raise Error("the model has an attribute 'quantization' of its own, which is where bnqat puts its controls")
@@ -62,18 +78,57 @@ class DeriveTraining:
         signed, why_not = _signed(model, trace)
         if why_not:
             yield Note(why_not)
+        likes = {TRAIN: serving} | ({TRAIN_SIGNATURE: signed} if signed is not None else {})
+        outputs = _inner_outputs(model, likes, trace, self.outputs or {})
         if trace is not None:
-            own = "serving function, which chooses its mode itself" if trace is serving else "training trace"
-            yield Note(f"train is the source's {own}, {trace.function}")
-            if self.momentum is not None:
-                yield Note("the momentum given has no influence: the training trace has its own")
-            yield from _clone_trace(model, trace, serving, signed)
+            yield from self._from_trace(model, trace, likes, outputs)
         else:
-            tops = {TRAIN: serving.function} | ({TRAIN_SIGNATURE: signed.function} if signed is not None else {})
-            clones = FunctionClones(model, tops, self.momentum)
-            yield from clones.edits()
-            yield from (_count(model, top) for top in tops if top == TRAIN or TRAIN not in clones.names.values())
-        yield from _expose(model, serving, trace or serving, signed, trace or signed)
+            yield from self._derived(model, likes, outputs)
+        bound = {name: trace or like for name, like in likes.items()}
+        yield from _expose(model, likes, bound, outputs)
+
+    def _from_trace(
+        self, model: Model, trace: Entry, likes: Mapping[str, Entry], outputs: InnerOutputs
+    ) -> Iterator[Edit]:
+        """The source's training function, with its inputs and outputs in the order of serving's."""
+        options, serving = self._options(), likes[TRAIN]
+        found = switched_sites(model, trace.function, options)
+        own = "serving function, which chooses its mode itself" if trace is serving else "training trace"
+        yield Note(f"train is the source's {own}, {trace.function}")
+        if trace is serving and found.trained:
+            raise Error(
+                f"{found.trained[0].node} cannot be trained: {trace.function} chooses its mode by an argument, and "
+                "runs it in inference mode in both; leave --train-batch-norm away"
+            )
+        yield from unfrozen(model, found.trained, options)
+        left = computed(model, serving.function) - computed(model, trace.function, training=True)
+        changed = [_names(model, each) for each in (found.trained, found.frozen)]
+        stays = left - changed[0] | changed[1]
+        yield from frozen(model, sorted(stays), options)
+        tops = {}
+        for name, like in likes.items():
+            inputs, results = align(model, trace, like) or Alignment((), ())
+            tops[name] = Clone(trace.function, name, inputs=inputs, outputs=results)
+        yield from FunctionClones(model, tops, options, found, outputs).edits()
+        yield from (_count(model, name, stays) for name in likes)
+
+    def _derived(self, model: Model, likes: Mapping[str, Entry], outputs: InnerOutputs) -> Iterator[Edit]:
+        """Serving, with batch norms in training mode."""
+        options = self._options()
+        found = derived_sites(model, [like.function for like in likes.values()], options)
+        tops = {name: Clone(like.function, name) for name, like in likes.items()}
+        clones = FunctionClones(model, tops, options, Switched(found, []), outputs)
+        yield from clones.edits()
+        yield from derived(model, clones.trained, clones.left, options)
+        left = computed(model, likes[TRAIN].function) - _names(model, found)
+        yield from frozen(model, sorted(left), options)
+        yield from (_count(model, top, left) for top in tops if top == TRAIN or TRAIN not in clones.names.values())
+
+
+def _names(model: Model, found: Iterable[Site]) -> frozenset[str]:
+    """The batch norms of sites, by name."""
+    layer_of = model.analysis(layers_of_sites)
+    return frozenset(bn.name for s in found for bn in layer_of[s.graph, s.node].batch_norms)
 
 
 def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
@@ -96,31 +151,46 @@ def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
     return entry, ""
 
 
-def _clone_trace(model: Model, trace: Entry, serving: Entry, signed: Entry | None) -> Iterator[Edit]:
-    for top, like in ((TRAIN, serving), (TRAIN_SIGNATURE, signed)):
-        if like is not None:
-            inputs, outputs = align(model, trace, like) or Alignment((), ())
-            yield Clone(trace.function, top, inputs=inputs, outputs=outputs)
-            yield _count(model, top)
+def _inner_outputs(
+    model: Model, likes: Mapping[str, Entry], trace: Entry | None, wanted: Mapping[str, str]
+) -> InnerOutputs:
+    """What the training functions return besides.
+
+    Raises:
+        Error: a node is not known, is not the only one of its name, or cannot be returned; or a name is taken.
+    """
+    signature = serving_signature(model)
+    tensors = {
+        top: [inner_tensor(model, (trace or like).function, *pair) for pair in sorted(wanted.items())]
+        for top, like in likes.items()
+        if wanted
+    }
+    names = {top: output_names(model, likes[top], signature) for top in tensors}
+    for top, taken in names.items():
+        refuse_taken(tensors[top], taken)
+    return InnerOutputs(model, tensors, names)
 
 
-def _count(model: Model, graph: str) -> Run:
-    """One more step, after all that the graph does."""
-    return Run(graph, increment(model), "quantization/step", last=True)
+def _count(model: Model, graph: str, left: Collection[str]) -> Run:
+    """One more step, after all that the graph does; it says which batch norms are left frozen."""
+    return Run(graph, counted(model, left), "quantization/step", last=True)
 
 
 def _expose(
-    model: Model, serving: Entry, bound: Entry, signed: Entry | None, signature_bound: Entry | None
+    model: Model, likes: Mapping[str, Entry], bound: Mapping[str, Entry], outputs: InnerOutputs
 ) -> Iterator[Edit]:
-    endpoint = Endpoint(TRAIN, serving.function, bound.function)
+    endpoints = {
+        name: Endpoint(name, like.function, bound[name].function, returns=outputs.all_of(name, like))
+        for name, like in likes.items()
+    }
     if "train" in model.root_names:
         yield Note(
             "the source has an attribute 'train' of its own, which is kept and counts no steps; use quantization.train"
         )
     else:
-        yield Expose("train", endpoint)
-    yield Expose("quantization.train", endpoint)
+        yield Expose("train", endpoints[TRAIN])
+    yield Expose("quantization.train", endpoints[TRAIN])
     yield Expose("quantization.variables", VariablesOf(TRAIN))
     yield Expose("quantization.trainable_variables", VariablesOf(TRAIN, trainable_only=True))
-    if signed is not None and signature_bound is not None:
-        yield AddSignature("train", Endpoint(TRAIN_SIGNATURE, signed.function, signature_bound.function))
+    if TRAIN_SIGNATURE in endpoints:
+        yield AddSignature("train", endpoints[TRAIN_SIGNATURE])

@@ -39,7 +39,7 @@ def serving_entry(model: Model) -> Entry:
     signature = serving_signature(model)
     signed = [model.entries[signature.entry]] if signature is not None else []
     named = (*model.root_entries("serve"), *signed, *model.root_entries("__call__"))
-    others = sorted((e for e in model.entries.values() if any("." not in p for p in e.paths)), key=lambda e: e.paths)
+    others = sorted(entries_of_root(model), key=lambda e: e.paths)
     for entry in (*named, *others):
         if _infers(model, entry.function):
             return entry
@@ -110,32 +110,43 @@ def _boolean(model: Model, graph: Graph, value: Value) -> bool:
 
 
 def training_trace(model: Model, serving: Entry) -> Entry | None:
-    """A function of the root that takes and returns what serving does and trains the batch norms of it.
+    """A function of the root that takes and returns what serving does, and trains batch norms of it.
 
     Keras 2 saves its model's call with training=True as one. A serving function that takes its mode as an
-    argument is one itself.
+    argument is one itself. A batch norm that it runs in inference mode is one that the source leaves frozen; serving
+    itself may do so only with batch norms that no function trains.
     """
 
-    def names(entry: Entry, training: bool) -> set[str]:
-        reached = running_from(model, entry.function)
-        return {
-            bn.name
-            for bn in model.analysis(batch_norms)
-            if any(s.graph in reached and (not training or _trains(s, reached)) for s in bn.sites)
-        }
+    def trained(entry: Entry) -> frozenset[str]:
+        return computed(model, entry.function, training=True)
 
     def rank(entry: Entry) -> tuple[int, bool, bool, str]:
         alike = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
-        return -len(names(entry, training=True)), "__call__" not in entry.paths, not alike, entry.function
+        return -len(trained(entry)), "__call__" not in entry.paths, not alike, entry.function
 
-    wanted = names(serving, training=False)
-    of_root = [e for e in model.entries.values() if any("." not in p for p in e.paths)]
-    others = [e for e in of_root if e.function != serving.function]
+    wanted = computed(model, serving.function)
+    never = {bn.name for bn in model.analysis(batch_norms) if not any(s.training for s in bn.sites)}
+    others = [e for e in entries_of_root(model) if e.function != serving.function]
     for entry in (*sorted(others, key=rank), serving):
-        trains = names(entry, training=True) and wanted <= names(entry, training=entry is serving)
-        if trains and align(model, entry, serving) is not None:
+        whole = wanted <= (trained(entry) | never if entry is serving else computed(model, entry.function))
+        if trained(entry) and whole and align(model, entry, serving) is not None:
             return entry
     return None
+
+
+def entries_of_root(model: Model) -> list[Entry]:
+    """The concrete functions that the root itself holds."""
+    return [e for e in model.entries.values() if any("." not in p for p in e.paths)]
+
+
+def computed(model: Model, function: str, *, training: bool = False) -> frozenset[str]:
+    """The names of the batch norms that a function computes, or of those that it may train."""
+    running = running_from(model, function)
+    return frozenset(
+        bn.name
+        for bn in model.analysis(batch_norms)
+        if any(s.graph in running and (not training or _trains(s, running)) for s in bn.sites)
+    )
 
 
 def align(model: Model, entry: Entry, like: Entry) -> Alignment | None:

@@ -15,8 +15,7 @@ from rewriter.ir import Error, Model, Node
 def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) -> Iterator[Edit]:
     """Let the copy of a site normalise with its moving statistics, and keep its updates from running.
 
-    Args:
-        names: the copies of functions; updates in functions without a copy stay.
+    The copies of functions are in `names`; updates in functions without a copy stay.
 
     Raises:
         Error: which variables hold its statistics is not known.

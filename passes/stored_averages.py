@@ -11,7 +11,7 @@ from passes.layers import Layer
 from passes.pipelines import Quantizer
 from passes.schemes import Log, Scheme
 from passes.sites import STATISTICS
-from passes.train_sites import DEFAULT_MOMENTUM
+from passes.train_options import DEFAULT_MOMENTUM
 from rewriter import ops
 from rewriter.dataflow import origins
 from rewriter.edit import Edit, Note, Replace, Rewire

@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
+from passes.batch_norm import batch_norms
 from passes.controls import increment
+from passes.frozen_layers import counted
+from passes.layers import layers_of_sites
 from passes.sites import STATISTICS, Site, sites
-from passes.train_functions import notes
+from passes.train_functions import to_train
+from passes.train_notes import derived, frozen
+from passes.train_options import TrainingOptions
+from passes.train_outputs import inner_tensor, refuse_taken
 from passes.train_sites import Training, averages
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
 from rewriter.expr import Expr, Use, constant, op, ordered
 from rewriter.frames import Frame, loop_frames
-from rewriter.ir import MAIN, Edge, Graph, Model, Signature, Value, unused
+from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Value, unused
 from rewriter.liveness import Assumption
 
 PREFIX = "train"
@@ -32,7 +38,8 @@ class MainGraphTraining:
     """
 
     model: Model
-    momentum: float | None
+    options: TrainingOptions
+    outputs: Mapping[str, str]
 
     def __post_init__(self) -> None:
         self.graph: Graph = self.model.graphs[MAIN]
@@ -59,16 +66,46 @@ class MainGraphTraining:
                 "placeholder"
             )
             return
-        if own:
-            changed = []
-            yield Note(_described(mode))
         if not changed and not own:
             yield Note(
                 f"there is no signature 'train': the batch norms that the signature {signature.name} needs are "
                 "computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
             )
             return
-        yield from self._copy(signature, mode, changed, own)
+        if own:
+            self._refuse_freezing(own)
+            yield Note(_described(mode))
+        trained = self._to_train(changed, own)
+        kept = {key for s in (*own, *trained) for key in s.variables}
+        left = [
+            bn.name
+            for bn in self.model.analysis(batch_norms)
+            if any(not s.variables & kept for s in bn.sites if s in running)
+        ]
+        yield from frozen(self.model, left, self.options)
+        self.count = counted(self.model, left)
+        yield from self._copy(signature, mode, trained, own)
+
+    def _refuse_freezing(self, own: list[Site]) -> None:
+        """Refuse to freeze what the graph itself trains.
+
+        Raises:
+            Error: an option says so.
+        """
+        layer_of = self.model.analysis(layers_of_sites)
+        for site in own:
+            if not self.options.trains(self.model, layer_of[site.graph, site.node], source=True):
+                raise Error(
+                    f"{site.node} cannot be left frozen: in TensorFlow 1's format train is the source's own graph, "
+                    "which trains it; leave --train-batch-norm away"
+                )
+
+    def _to_train(self, found: list[Site], own: list[Site]) -> list[Site]:
+        """Of sites in inference mode, those that train beside those that the graph itself trains, if there are any."""
+        if not own:
+            return to_train(self.model, found, self.options)
+        layer_of = self.model.analysis(layers_of_sites)
+        return [s for s in found if self.options.trains(self.model, layer_of[s.graph, s.node], source=False)]
 
     @staticmethod
     def _undecided(running: list[Site], mode: Assumption) -> bool:
@@ -116,7 +153,10 @@ class MainGraphTraining:
 
     def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
         runs = tuple(dict.fromkeys(r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)))
-        needed = mode.needed([*(v.node for v in signature.fetches), *runs])
+        inner = [inner_tensor(self.model, MAIN, *pair) for pair in sorted(self.outputs.items())]
+        refuse_taken(inner, signature.outputs)
+        fetched_values = [*signature.fetches, *(tensor.value for tensor in inner)]
+        needed = mode.needed([*(v.node for v in fetched_values), *runs])
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
         edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
@@ -134,7 +174,7 @@ class MainGraphTraining:
                 if placeholder in mode.values:
                     known = constant(mode.values[placeholder], "bool")
                     yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
-        training = Training(self.model, MAIN, name, self.momentum)
+        training = Training(self.model, MAIN, name, self.options)
         for site in changed:
             yield from training.edits(site)
         updates: list[Expr] = []
@@ -150,13 +190,14 @@ class MainGraphTraining:
             updates += [] if rounds else [update]
         last = [*updates, self.count]
         fetches = []
-        for fetched in signature.fetches:
+        for fetched in fetched_values:
             chosen = copied.resolved(fetched)
             dtype = ops.output_dtype(self.model, self.graph, fetched)
             fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
-        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs"))
-        if changed:
-            yield from notes(self.model, changed, changed, self.momentum)
+        added = tuple(tensor.spec for tensor in inner)
+        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added))
+        if not own:
+            yield from derived(self.model, changed, [], self.options)
 
     def _rounds(self, inside: str, copied: _Copied) -> list[str]:
         """The ends of the rounds of the loop that a node lies in."""

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from passes.batch_norm import batch_norms, moving_average
+from passes.batch_norm import moving_average
 from passes.decomposed import INPUT
 from passes.kernel import POPULATION, population
 from passes.roles import MEAN, VARIANCE
 from passes.sites import STATISTICS, Site
+from passes.train_options import MOMENTUM, TrainingOptions
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
@@ -20,8 +21,6 @@ from rewriter.expr import Apply, Expr, Use, array, concat, constant, op, ordered
 from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.shapes import shape_of
-
-DEFAULT_MOMENTUM = 0.99
 
 
 class Average(NamedTuple):
@@ -58,12 +57,6 @@ def _average(graph: Graph, value: Value) -> Average | None:
         old, value = value, passed
 
 
-def factors(model: Model, site: Site) -> list[float]:
-    """The weights of a batch's statistics that the model's training sites give the batch norms of a site."""
-    found = [bn.factor for bn in model.analysis(batch_norms) if site in bn.sites]
-    return list(dict.fromkeys(f for f in found if f is not None))
-
-
 @dataclass
 class Training:
     """Sites of one graph in training mode, in that graph or in a copy.
@@ -71,7 +64,7 @@ class Training:
     Attributes:
         graph: where the copy is.
         copied: a node's name -> its name in the copy.
-        momentum: where no training site says it; None stands for 0.99.
+        options: those of training; they have the momentum where no training site says it.
         updates: what each average, by what holds it, is to become.
         after: the site that each update follows.
     """
@@ -79,7 +72,7 @@ class Training:
     model: Model
     graph: str
     copied: Callable[[str], str]
-    momentum: float | None
+    options: TrainingOptions
     updates: dict[Value, Expr] = field(default_factory=dict)
     after: dict[Value, Site] = field(default_factory=dict)
 
@@ -97,14 +90,14 @@ class Training:
             for role, statistic in batch.items():
                 for edge in site.parameters[role]:
                     yield Rewire(self._edge(edge), statistic, self.copied(site.node))
-        given = None if self.momentum is None else 1 - self.momentum
-        factor = next(iter(factors(self.model, site)), given)
+        momentum = self.options.momentum_of(self.model, site)
+        yield SetAttr(self.graph, self.copied(site.node), MOMENTUM, ops.attr(momentum.whose))
         for role, (holder, old) in averages(self.model, site).items():
             dtype = ops.output_dtype(self.model, self.model.graphs[site.graph], old)
             statistic = batch[role] if batch[role].dtype == dtype else op("Cast", batch[role], DstT=ops.Dtype(dtype))
             before = self.updates.get(holder) or self._old(site, holder, old, statistic)
             self.after[holder] = site
-            self.updates[holder] = moving_average(before, statistic, 1 - DEFAULT_MOMENTUM if factor is None else factor)
+            self.updates[holder] = moving_average(before, statistic, momentum.factor)
 
     def _kernels(self, site: Site, node: str) -> Mapping[str, Expr]:
         """The kernel's statistics; where it stands for single ops, the variance is the population's."""

@@ -97,6 +97,7 @@ class BatchNormReport:
     Attributes:
         variables: names by role.
         momentum: where a site says it.
+        momentum_of: ``source``, or of derived training ``given`` or ``assumed``; empty where no site says a momentum.
         values: what is in the variables, by role, where the checkpoint has numbers for them.
     """
 
@@ -106,6 +107,7 @@ class BatchNormReport:
     momentum: float | None
     sites: list[SiteReport]
     values: dict[str, ValuesReport] = field(default_factory=dict)
+    momentum_of: str = ""
 
 
 @dataclass(frozen=True)

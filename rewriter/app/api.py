@@ -75,6 +75,8 @@ def rewrite(
     ramp_steps: int | None = None,
     freeze_step: int | None = None,
     momentum: float | None = None,
+    train_batch_norm: Literal["as-source", "all", "none"] | None = None,
+    train_outputs: Mapping[str, str] | None = None,
     unfreeze_constants: bool | None = None,
     fuse: bool | None = None,
     keep_ref: bool | None = None,
@@ -104,6 +106,11 @@ def rewrite(
         freeze_step: the first step at which training uses the moving statistics and no longer updates them; if not
             given, there is no such phase.
         momentum: of derived training, where the source does not say it.
+        train_batch_norm: which batch norms train: "as-source", if not given: all but those that the source says are
+            frozen; "all"; or "none".
+        train_outputs: by name, nodes whose values `train` returns besides; then it returns a dict. A node is named as
+            in the function that serves, or in the source's training function where that is used: ``boxes``,
+            ``boxes:1``, or with the function it is in, ``__inference_heads_12:boxes``.
         unfreeze_constants: make batch norms' parameters that are constants variables again.
         fuse: let the fused kernel compute batch norms that are in single ops, and only the mode that is chosen run.
         keep_ref: leave TensorFlow 1's reference variables as they are; then the result can be trained

@@ -12,7 +12,19 @@ from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
 from rewriter.app.guard import Commands, after, one_line, progress, refuse_files, write_file
 from rewriter.app.names import OPTIONS_OF, PASSES
-from rewriter.app.options import BITS, NARROW, QUANTIZER, RANGE, ROUNDING, SCHEME, SCHEMES, STEPS, TAGS
+from rewriter.app.options import (
+    BITS,
+    NARROW,
+    QUANTIZER,
+    RANGE,
+    ROUNDING,
+    SCHEME,
+    SCHEMES,
+    STEPS,
+    TAGS,
+    TRAIN_BATCH_NORM,
+    TRAIN_OUTPUTS,
+)
 from rewriter.app.show import show_rewrite
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
@@ -56,6 +68,12 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
 @click.option("--ramp-steps", type=STEPS, help="Steps from there on that blend float and quantised values.")
 @click.option("--freeze-step", type=STEPS, help="First step of training with the moving statistics, not updated.")
 @click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
+@click.option(
+    "--train-batch-norm",
+    type=click.Choice(TRAIN_BATCH_NORM),
+    help="Batch norms that train: all but those that the source says are frozen (if not given), all, or none.",
+)
+@TRAIN_OUTPUTS
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with options and rules.")
 @click.option("--print-config", is_flag=True, help="Print the options in force as such a file, and do nothing.")
 @click.option(
@@ -159,9 +177,10 @@ def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
     if names and options["fuse"] is False:
         raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
     for option, value in options.items():
-        name = OPTIONS_OF.get(option)
-        if value is not None and names and name is not None and name not in names:
-            raise click.UsageError(f"--{option.replace('_', '-')} is an option of {name}, which --passes does not name")
+        owners = OPTIONS_OF.get(option, ())
+        if value is not None and names and owners and not set(owners) & set(names):
+            flag = "train-output" if option == "train_outputs" else option.replace("_", "-")
+            raise click.UsageError(f"--{flag} is an option of {owners[0]}, which --passes does not name")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from passes.roles import ROLES
 from passes.schemes import Affine
 from passes.select_to_branch import SelectToBranch
 from passes.split_modes import SplitModes
+from passes.train_options import TrainingRule
 from passes.unfreeze_constants import UnfreezeConstants
 from passes.upgrade_references import UpgradeReferences
 from rewriter.app.names import OPTIONS_OF
@@ -44,9 +45,9 @@ def lineup(options: Settings, names: Sequence[Pass | str] | None = None) -> list
     known = passes_of(options)
     named = [name for name in names or () if isinstance(name, str)]
     for option in sorted(options.model_fields_set - {"fuse"}) if named and len(named) == len(names or ()) else ():
-        owner = OPTIONS_OF[option]
-        if owner not in named and not _empty(options, option):
-            raise Error(f"{option} is an option of {owner}, which is not among the passes that are named")
+        owners = OPTIONS_OF[option]
+        if not set(owners) & set(named) and not _empty(options, option):
+            raise Error(f"{option} is an option of {owners[0]}, which is not among the passes that are named")
     wanted = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
     default = [name for name in known if wanted.get(name, True)]
     return [_named(p, known) if isinstance(p, str) else p for p in (default if names is None else names)]
@@ -68,7 +69,12 @@ def passes_of(options: Settings) -> dict[str, Pass]:
         "merge-choices": MergeChoices(),
         "fuse-batch-norm": FuseBatchNorm(),
         "choose-branch": ChooseBranch(),
-        "derive-training": DeriveTraining(options.momentum),
+        "derive-training": DeriveTraining(
+            options.momentum,
+            options.train_batch_norm,
+            tuple(TrainingRule(r.match, r.momentum, r.train_batch_norm) for r in options.rules),
+            options.train_outputs,
+        ),
         "aggregate-statistics": AggregateStatistics(),
         "inline-branches": InlineBranches(),
         "cut-gradients": CutGradients(),

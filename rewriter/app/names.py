@@ -22,7 +22,7 @@ PASSES = (
 )
 """By name; `rewriter.app.lineup` makes them, which takes TensorFlow."""
 
-OPTIONS_OF: Mapping[str, str] = {
+OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
             "bits",
@@ -35,16 +35,16 @@ OPTIONS_OF: Mapping[str, str] = {
             "start_step",
             "ramp_steps",
             "defaults",
-            "rules",
         ),
-        "quantize-batch-norm",
+        ("quantize-batch-norm",),
     ),
-    "freeze_step": "freeze-statistics",
-    "momentum": "derive-training",
-    "keep_ref": "upgrade-references",
-    "unfreeze_constants": "unfreeze-constants",
+    "rules": ("quantize-batch-norm", "derive-training"),
+    "freeze_step": ("freeze-statistics",),
+    **dict.fromkeys(("momentum", "train_batch_norm", "train_outputs"), ("derive-training",)),
+    "keep_ref": ("upgrade-references",),
+    "unfreeze_constants": ("unfreeze-constants",),
 }
-"""The pass that each option is for, of the command line or of a configuration file."""
+"""The passes that each option is for, of the command line or of a configuration file."""
 
 PARAMETER_FILES = (".npz", ".json")
 """What the names of files with parameters end with."""

@@ -83,6 +83,30 @@ TAGS = click.option(
     "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
 )
 
+TRAIN_BATCH_NORM = ("as-source", "all", "none")
+
+
+def _named_nodes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    found: dict[str, str] = {}
+    for value in values:
+        name, sign, node = value.partition("=")
+        if not (name and sign and node):
+            raise click.BadParameter(f"{value!r} is not NAME=NODE")
+        if name in found:
+            raise click.BadParameter(f"the name {name} is given twice")
+        found[name] = node
+    return found or None
+
+
+TRAIN_OUTPUTS = click.option(
+    "--train-output",
+    "train_outputs",
+    multiple=True,
+    callback=_named_nodes,
+    metavar="NAME=NODE",
+    help="Let train also return, as NAME, what this node gives; repeatable.",
+)
+
 RUN_TRUSTED = click.option(
     "--trust", is_flag=True, help="Run it even if it holds ops for files, the network or Python."
 )

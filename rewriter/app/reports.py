@@ -9,8 +9,10 @@ from pathlib import Path
 from passes.batch_norm import BatchNorm
 from passes.quantize_batch_norm import QuantizeBatchNorm
 from passes.sites import Site, quantized, sites
+from passes.train_options import MOMENTUM
 from rewriter.dataflow import call_graph, running
 from rewriter.ir import MAIN, Model, Signature
+from rewriter.ops import text
 from rewriter.pipeline import Step
 from rewriter.report import (
     BatchNormReport,
@@ -36,7 +38,17 @@ def describe(model: Model, bn: BatchNorm) -> BatchNormReport:
     """A batch norm and its sites."""
     names = {role: model.variables[key].name for role, key in bn.variables.items()}
     momentum = None if bn.factor is None else round(1 - bn.factor, 9)
-    return BatchNormReport(bn.name, names, bn.sites[0].epsilon, momentum, [_describe_site(s) for s in bn.sites])
+    sites = [_describe_site(s) for s in bn.sites]
+    return BatchNormReport(bn.name, names, bn.sites[0].epsilon, momentum, sites, momentum_of=_whose(model, bn))
+
+
+def _whose(model: Model, bn: BatchNorm) -> str:
+    """Whose the momentum of a batch norm is; empty where no site has one."""
+    site = next((s for s in bn.sites if s.weight is not None), None)
+    if site is None:
+        return ""
+    mark = model.graphs[site.graph].nodes[site.node].attrs.get(MOMENTUM)
+    return "source" if mark is None else text(mark.s)
 
 
 def _describe_site(site: Site) -> SiteReport:

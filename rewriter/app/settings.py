@@ -19,6 +19,8 @@ from passes.roles import MAX_BITS, MEAN, MIN_BITS, ROLES, VARIANCE
 from rewriter.ir import Error
 
 Steps = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+TrainBatchNorm = Literal["as-source", "all", "none"]
 
 REMEDIES = {
     "per_channel": "a range for each channel changes nothing, as there is one value for each channel; leave it out",
@@ -76,6 +78,8 @@ class Quantizer(_Options):
 
 
 OF_QUANTIZER = tuple(Quantizer.model_fields)
+OF_TRAINING = frozenset({"momentum", "train_batch_norm"})
+"""Options of training that rules may have."""
 
 
 class Defaults(Quantizer):
@@ -88,7 +92,7 @@ class Defaults(Quantizer):
 
     def of(self, role: str) -> dict[str, Any]:
         """What is said about a role."""
-        common = self.model_dump(exclude_none=True, exclude={*ROLES, "match"})
+        common = self.model_dump(exclude_none=True, include=set(OF_QUANTIZER))
         own: Quantizer = getattr(self, role)
         return {**common, **own.model_dump(exclude_none=True)}
 
@@ -98,9 +102,12 @@ class Rule(Defaults):
 
     Attributes:
         match: a regular expression, searched in the layer's name and in those of its variables.
+        momentum, train_batch_norm: as for all layers.
     """
 
     match: str
+    momentum: Momentum | None = None
+    train_batch_norm: TrainBatchNorm | None = None
 
     @field_validator("match")
     @classmethod
@@ -120,7 +127,9 @@ class Settings(_Options):
     start_step: Steps = 0
     ramp_steps: Steps = 0
     freeze_step: Steps | None = None
-    momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
+    momentum: Momentum | None = None
+    train_batch_norm: TrainBatchNorm = "as-source"
+    train_outputs: Mapping[str, str] = {}
     quantize_average: Literal["statistic", "none", "stored"] = "statistic"
     unfreeze_constants: Annotated[bool, Field(strict=True)] = False
     fuse: Annotated[bool, Field(strict=True)] = True
@@ -163,7 +172,8 @@ class Settings(_Options):
         """What is in force, as a configuration file."""
         import tomli_w
 
-        plain = self.model_dump(exclude_none=True, exclude={"defaults", "rules"})
+        left = {"defaults", "rules", *(() if self.train_outputs else ("train_outputs",))}
+        plain = self.model_dump(exclude_none=True, exclude=left)
         plain["defaults"] = {role: self.quantizer(role) for role in ROLES}
         rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
         return tomli_w.dumps(_named({**plain, **({"rules": rules} if rules else {})}))
@@ -194,6 +204,8 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
     held = {} if config is None else dict(config) if isinstance(config, Mapping) else _read(Path(config))
     checked(held, where)
     own = {k: v for k, v in given.items() if v is not None}
+    for option in OF_TRAINING & own.keys():
+        held["rules"] = [{k: v for k, v in rule.items() if k != option} for rule in held.get("rules", ())]
     defaults = {**held.get("defaults", {})}
     for option in OF_QUANTIZER:
         if option not in own:
@@ -217,7 +229,8 @@ def _without(rule: Mapping[str, Any], option: str, roles: Iterable[str]) -> dict
     tables = {role: {**common, **rule.get(role, {})} for role in ROLES}
     for role in roles:
         tables[role].pop(option, None)
-    return {"match": rule["match"], **{role: table for role, table in tables.items() if table}}
+    kept = {k: v for k, v in rule.items() if k == "match" or k in OF_TRAINING}
+    return {**kept, **{role: table for role, table in tables.items() if table}}
 
 
 def checked(options: Mapping[str, Any], where: str = "") -> Settings:

@@ -44,7 +44,7 @@ def show_inspection(report: Inspection) -> None:
                 bn.name,
                 " ".join(bn.variables) or "none",
                 f"{bn.epsilon:.4g}",
-                "" if bn.momentum is None else f"{bn.momentum:.6g}",
+                "" if bn.momentum is None else f"{bn.momentum:.6g}, {bn.momentum_of}",
                 str(len(modes) - modes.count("inference")),
                 str(len(modes) - modes.count("training")),
                 ", ".join(dict.fromkeys(COMPUTED_BY[s.kind] for s in bn.sites)),

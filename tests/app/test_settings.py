@@ -58,6 +58,38 @@ def test_what_is_given_counts_over_the_file_and_the_file_over_defaults(config: P
     assert (some.of("gamma"), some.of("moving_mean")) == ({}, {"bits": 3})
 
 
+def test_rules_keep_what_they_say_of_training_unless_it_is_given(tmp_path: Path) -> None:
+    held = {"rules": [{"match": "a", "bits": 4, "momentum": 0.5, "train_batch_norm": "none"}]}
+    assert settings(held, {"bits": 5}).rules[0].momentum == 0.5
+    given = settings(held, {"momentum": 0.9})
+    assert (given.momentum, given.rules[0].momentum, given.rules[0].train_batch_norm) == (0.9, None, "none")
+    assert given.rules[0].of("gamma") == {"bits": 4}
+    (tmp_path / "file.toml").write_text(settings(held, {"train_outputs": {"boxes": "heads/boxes:1"}}).to_toml())
+    printed = command("--config", tmp_path / "file.toml", "--train-batch-norm", "all", "--print-config")
+    plain = tomllib.loads(printed.stdout)
+    assert plain["train_outputs"] == {"boxes": "heads/boxes:1"}
+    assert plain["train_batch_norm"] == "all"
+    assert plain["rules"] == [{"match": "a", "bits": 4, "momentum": 0.5}]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--train-output", "boxes"], "'boxes' is not NAME=NODE"),
+        (["--train-output", "a=b", "--train-output", "a=c"], "the name a is given twice"),
+        (["--train-batch-norm", "some"], "'some' is not one of 'as-source', 'all', 'none'"),
+        (
+            ["--train-output", "a=b", "--passes", "quantize-batch-norm"],
+            "--train-output is an option of derive-training",
+        ),
+    ],
+)
+def test_options_of_training_on_the_command_line(options: list[str], message: str, tmp_path: Path) -> None:
+    done = command(tmp_path / "a", tmp_path / "b", *options)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
 def test_what_is_printed_is_a_file_that_says_the_same(config: Path, tmp_path: Path) -> None:
     first = command("--config", config, "--print-config", "--bits", "moving_mean=12", "--range", "beta=-1:1")
     assert first.returncode == 0, first.stderr
@@ -117,6 +149,10 @@ def test_a_rule_for_all_leaves_nothing_to_rewrite(model: Paths, tmp_path: Path) 
         ("[defaults.gamma]\nscheme = 'log'", "gamma: the scheme log is for moving_variance"),
         ("[defaults.gamma]\nquantizer = 'x'", "it is a function, or the name of one as module:function"),
         ("bits = ", "is not TOML"),
+        ("train_batch_norm = 'some'", "train_batch_norm = 'some': it is to be 'as-source', 'all' or 'none'"),
+        ("[train_outputs]\na = 3", "train_outputs.a = 3: it is to be a valid string"),
+        ("[[rules]]\nmatch = ''\nmomentum = 1.5", "rules.0.momentum = 1.5: it is to be less than 1"),
+        ("[[rules]]\nmatch = ''\nmomentun = 0.5", "rules.0.momentun: there is no such option; did you mean momentum?"),
     ],
 )
 def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Paths, tmp_path: Path) -> None:

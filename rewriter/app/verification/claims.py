@@ -244,17 +244,17 @@ def statistics_move(serving: Serving, trained: Trained) -> Claim:
         return Claim(name, FAILS, trained.failure)
     if trained.absent:
         return Claim(name, NOT_APPLICABLE, trained.absent)
-    if not trained.statistics:
+    if not trained.statistics and not trained.frozen:
         return Claim(name, FAILS, "the training function trains no batch norm")
     if trained.still:
         still, all_of = len(trained.still), trained.statistics
         return Claim(name, FAILS, f"{still} of {all_of} do not change, {trained.still[0]} for one")
     if trained.steps != 1:
         return Claim(name, FAILS, f"a call of the training function counts {_count(trained.steps, 'step')}, not one")
+    left = f"; it leaves those of {_count(trained.frozen, 'batch norm')} frozen" if trained.frozen else ""
     also = f"; no run of {', '.join(serving.ran)} changes a variable" if serving.ran else ""
-    return Claim(
-        name, HOLDS, f"a call of the training function moves all {trained.statistics} and counts one step{also}"
-    )
+    moves = f"moves all {trained.statistics} and counts" if trained.statistics else "counts"
+    return Claim(name, HOLDS, f"a call of the training function {moves} one step{left}{also}")
 
 
 def gradients_reach(trained: Trained) -> Claim:
@@ -321,7 +321,8 @@ def kernels_of_training(trained: Trained) -> Claim:
         return Claim(name, NOT_APPLICABLE, trained.absent or "the training function's graph has no name that is known")
     if wanted is None:
         if not trained.sites and not kernels.training:
-            return Claim(name, NOT_APPLICABLE, "neither serving nor training has a batch-norm kernel")
+            why = "every batch norm is frozen" if trained.frozen else "neither serving nor training has a kernel"
+            return Claim(name, NOT_APPLICABLE, why)
         same = kernels.training == trained.sites
         text = f"derived training: {_count(kernels.training, 'kernel')} in training mode, and serving runs"
         return Claim(name, HOLDS if same else FAILS, f"{text} {_count(trained.sites, 'site')}")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from passes.roles import MEAN
+from passes.roles import MEAN, ROLES
 from passes.sites import FUSED, Site, sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
@@ -19,6 +19,8 @@ from rewriter.liveness import Assumption
 
 T = TypeVar("T")
 KINDS = ("single", "choosing", "serving", "training", "inference", "others")
+Place = tuple[str, str]
+"""A site by its graph and node."""
 Layer = frozenset[tuple[str | None, ...]]
 """What a site normalises with: the names of its variables, for each way to call it."""
 
@@ -132,19 +134,30 @@ class Placed:
         return (training | inference).total() + self.others
 
 
-def placed(model: Model, signature: str) -> Placed:
-    """The batch norms that a signature runs; none that are known where no single function computes it."""
+def placed(model: Model, signature: str, but: Collection[str] = ()) -> Placed:
+    """The batch norms that a signature runs; none that are known where no single function computes it.
+
+    Those with a moving mean in `but`, keys of variables, are left out.
+    """
     known = model.signatures.get(signature)
     if known is None:
         return _counted(())
     if known.entry:
-        return placed_by(model, known.entry)
-    return _counted(_in(model, model.graphs[MAIN], {}, [v.node for v in known.fetches]))
+        return placed_by(model, known.entry, but)
+    fetched = [v.node for v in known.fetches]
+    return _counted(_in(model, model.graphs[MAIN], {}, fetched, _with_means(model, but)))
 
 
-def placed_by(model: Model, function: str) -> Placed:
-    """The batch norms that a function runs."""
-    return _counted(_of_function(model, function, {}))
+def placed_by(model: Model, function: str, but: Collection[str] = ()) -> Placed:
+    """The batch norms that a function runs; those with a moving mean in `but`, keys of variables, are left out."""
+    return _counted(_of_function(model, function, {}, _with_means(model, but)))
+
+
+def _with_means(model: Model, means: Collection[str]) -> frozenset[Place]:
+    """The sites of batch norms with these moving means."""
+    position = ROLES.index(MEAN)
+    found = (s for s in model.analysis(sites) if all(keys[position] in means for keys in s.variables))
+    return frozenset((s.graph, s.node) for s in found)
 
 
 def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
@@ -155,18 +168,22 @@ def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
     return Placed(**kinds, others=others)
 
 
-def _of_function(model: Model, name: str, known: Mapping[Value, bool]) -> Iterator[tuple[str, Layer]]:
+def _of_function(
+    model: Model, name: str, known: Mapping[Value, bool], left: frozenset[Place]
+) -> Iterator[tuple[str, Layer]]:
     graph = model.graphs[name]
     roots = [*(r.value.node for r in graph.results), *(e.node for e in graph.effects)]
-    yield from _in(model, graph, known, roots)
+    yield from _in(model, graph, known, roots, left)
 
 
-def _in(model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str]) -> Iterator[tuple[str, Layer]]:
-    """The batch norms that some nodes of a graph need, where some booleans are known."""
+def _in(
+    model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str], left: frozenset[Place]
+) -> Iterator[tuple[str, Layer]]:
+    """The batch norms that some nodes of a graph need, where some booleans are known; without those in `left`."""
     assumed = Assumption(model, graph, known)
     needed = assumed.needed(roots)
     found = [s for s in model.analysis(sites) if s.graph == graph.name and s.node in needed]
-    for site in found:
+    for site in (s for s in found if (s.graph, s.node) not in left):
         yield from ((kind, _layer(model, site)) for kind in _kinds(site, assumed))
     own = {site.node for site in found}
     for name in needed:
@@ -180,7 +197,7 @@ def _in(model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str
         values = [None if form.carried else _known(model, assumed, v) for v in node.inputs[form.first :]]
         for callee in assumed.taken(node):
             arguments = zip(model.graphs[callee].arguments, values, strict=True)
-            yield from _of_function(model, callee, {Value(a): v for a, v in arguments if v is not None})
+            yield from _of_function(model, callee, {Value(a): v for a, v in arguments if v is not None}, left)
 
 
 def _known(model: Model, assumed: Assumption, value: Value) -> bool | None:

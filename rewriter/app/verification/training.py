@@ -15,7 +15,8 @@ from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 from passes.batch_norm import BatchNorm, batch_norms
 from passes.derive_training import TRAIN
-from passes.entries import Alignment, align, serving_entry, serving_signature, training_trace
+from passes.entries import Alignment, align, computed, serving_entry, serving_signature, training_trace
+from passes.frozen_layers import frozen_means, moving_means
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
@@ -35,6 +36,7 @@ class Trained:
         failure: what went wrong in that, or in the call.
         steps: how many it counted.
         statistics: how many moving statistics the batch norms have that it trains.
+        frozen: how many batch norms the result leaves frozen in training, as an option or the source says.
         still: the names of those that it did not change.
         differentiated: what went wrong in differentiating it.
         alike: whether the source's own signatures cannot be differentiated either, in the same way.
@@ -53,6 +55,7 @@ class Trained:
     failure: str = ""
     steps: int = 0
     statistics: int = 0
+    frozen: int = 0
     still: tuple[str, ...] = ()
     differentiated: str = ""
     alike: bool = False
@@ -95,7 +98,7 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
     after = placed_by(pair.result, graph) if graph else placed(pair.result, "train")
     own = _own_training(pair)
     if own is None:
-        serving = _served(pair.source)
+        serving = _served(pair.source, frozen_means(pair.result))
         return replace(ran.done, sites=serving.trained(serving.raised(after)))
     return _beside(pair, ran, own, after)
 
@@ -134,7 +137,14 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
     ((found, before, counted), fed), kernels = with_kernels(search)
     still = tuple(v.name for v, old in zip(statistics, before, strict=True) if np.array_equal(old, v.numpy()))
     named = None if found is None else [(v.name, g) for v, g in zip(parameters, found, strict=True)]
-    done = Trained(steps=counted, statistics=len(statistics), still=still, gradients=named, kernels=kernels)
+    done = Trained(
+        steps=counted,
+        statistics=len(statistics),
+        frozen=len(frozen_means(pair.result)),
+        still=still,
+        gradients=named,
+        kernels=kernels,
+    )
     return _Run(done, {name: fed[name] for name in function.specs})
 
 
@@ -170,14 +180,14 @@ def _beside(pair: Pair, ran: _Run, own: tuple[Entry, Alignment], after: Placed) 
     return replace(done, wanted=wanted, unwanted=why)
 
 
-def _served(source: Model) -> Placed:
-    """The batch norms of the function, or signature, from which training is derived."""
+def _served(source: Model, frozen: frozenset[str]) -> Placed:
+    """The batch norms of the function, or signature, from which training is derived, but for the frozen ones."""
     entry = _serving(source)
     if entry is not None:
-        return placed_by(source, entry.function)
+        return placed_by(source, entry.function, frozen)
     signature = serving_signature(source)
     names = sorted(source.signatures, key=lambda name: (name != "serving_default", name)) or [""]
-    return placed(source, names[0] if signature is None else signature.name)
+    return placed(source, names[0] if signature is None else signature.name, frozen)
 
 
 def _serving(source: Model) -> Entry | None:
@@ -188,11 +198,18 @@ def _serving(source: Model) -> Entry | None:
 
 
 def _own_training(pair: Pair) -> tuple[Entry, Alignment] | None:
-    """The source's own training function, and how its inputs are those of serving."""
+    """The source's own training function, and how its inputs are those of serving.
+
+    None where there is none, or where the result trains other batch norms than it, as an option of the rewrite said.
+    """
     serving = _serving(pair.source)
     trace = None if serving is None else training_trace(pair.source, serving)
     order = None if trace is None or serving is None else align(pair.source, trace, serving)
-    return None if trace is None or order is None else (trace, order)
+    if trace is None or serving is None or order is None:
+        return None
+    left = computed(pair.source, serving.function) - computed(pair.source, trace.function, training=True)
+    same = moving_means(pair.source, left) == frozen_means(pair.result)
+    return (trace, order) if same else None
 
 
 def _concrete(path: Path, root: Any, entry: Entry) -> Any:
@@ -296,7 +313,7 @@ def training_graph(model: Model) -> str:
 
 
 def layers(pair: Pair, root: Any) -> tuple[list[Any], list[Any]]:
-    """Gammas and betas, and moving statistics, of the batch norms that a loaded result trains.
+    """Trainable gammas and betas, and moving statistics, of the batch norms that a loaded result trains.
 
     What a batch norm normalises with is also known from the source, and from where the result serves: a function that
     is to be checked cannot say alone what it should train.
@@ -318,7 +335,8 @@ def layers(pair: Pair, root: Any) -> tuple[list[Any], list[Any]]:
             if not result.object_based and result.variables[key].node not in named:
                 raise Error(f"plain loading does not list {key}, a reference, which is trained in V1 sessions only")
             found[role][key] = _held(root, key) if result.object_based else named[result.variables[key].node]
-    return [*found[GAMMA].values(), *found[BETA].values()], [*found[MEAN].values(), *found[VARIANCE].values()]
+    parameters = [v for role in (GAMMA, BETA) for v in found[role].values() if v.trainable]
+    return parameters, [*found[MEAN].values(), *found[VARIANCE].values()]
 
 
 def _identity(bn: BatchNorm) -> tuple[str, ...]:
