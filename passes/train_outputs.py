@@ -176,18 +176,20 @@ class InnerOutputs:
         """
         results: dict[str, dict[Value, str]] = {}
         for top, tensors in self.tensors.items():
-            ends = [self._brought(tensor, results, names) for tensor in tensors]
+            ends = [self._value_in_top(tensor, results, names) for tensor in tensors]
             for end, tensor in zip(ends, tensors, strict=True):
                 yield AddResult(top, RESULT, Use(tensor.spec.dtype, end), tensor.spec.name)
         for clone, added in results.items():
             for value, dtype in added.items():
                 yield AddResult(clone, RESULT, Use(dtype, value), RESULT)
-        yield from self._told(results, clones, names)
+        yield from self._widened_calls(results, clones, names)
         for top, tensors in self.tensors.items():
             if tensors:
                 yield Reorder(top, self._order(top))
 
-    def _brought(self, tensor: InnerTensor, results: dict[str, dict[Value, str]], names: Mapping[str, str]) -> Value:
+    def _value_in_top(
+        self, tensor: InnerTensor, results: dict[str, dict[Value, str]], names: Mapping[str, str]
+    ) -> Value:
         """The tensor in the function itself; what each called function returns for it goes into `results`."""
         value = tensor.value
         for call in reversed(tensor.calls):
@@ -196,7 +198,7 @@ class InnerOutputs:
             value = Value(call.node, len(self.model.graphs[call.callee].results) + list(added).index(value))
         return value
 
-    def _told(
+    def _widened_calls(
         self, results: Mapping[str, Mapping[Value, str]], clones: Mapping[str, Clone], names: Mapping[str, str]
     ) -> Iterator[Edit]:
         """Let every call of a function that returns more say so."""
