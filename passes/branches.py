@@ -96,10 +96,11 @@ class Branches:
             yield AddResult(self.taken(True).name, name, then, scope)
             yield AddResult(self.taken(False).name, name, otherwise, scope)
         dtypes = [then.dtype for then, _ in added.values()]
-        yield SetAttr(self.graph.name, self.node.name, "Tout", ops.more_dtypes(self.node.attrs["Tout"], dtypes))
-        for name in ("output_shapes", "_output_shapes"):
-            known = self.node.attrs.get(name)
-            if known is not None and known.list.shape:
+        yield SetAttr(
+            self.graph.name, self.node.name, "Tout", ops.more_dtypes(ops.attribute(self.node, "Tout"), dtypes)
+        )
+        for name, known in sorted(self.node.attrs.items()):
+            if name in ("output_shapes", "_output_shapes") and known.list.shape:
                 yield SetAttr(self.graph.name, self.node.name, name, ops.more_shapes(known, shapes))
 
 

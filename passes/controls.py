@@ -15,6 +15,7 @@ from passes.ranges import Ema, Fixed, Learned
 from passes.roles import MAX_BITS, ROLES
 from passes.schemes import FLOAT, Scheme
 from passes.together import how
+from rewriter import ops
 from rewriter.expr import Apply, Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
 from rewriter.ops import Dtype
@@ -77,7 +78,9 @@ def counters(model: Model) -> tuple[str, ...]:
     main = model.graphs[MAIN]
     holders = {v.node for v in model.variables.values() if v.name == "quantization/step"}
     key = step(model).key.encode()
-    holders |= {n.name for n in main.nodes.values() if n.op == "VarHandleOp" and n.attrs["shared_name"].s == key}
+    holders |= {
+        n.name for n in main.nodes.values() if n.op == "VarHandleOp" and ops.attribute(n, "shared_name").s == key
+    }
     return tuple(n.name for n in main.nodes.values() if n.op == "AssignAddVariableOp" and n.inputs[0].node in holders)
 
 

@@ -266,10 +266,9 @@ def require_precise(graph: Graph, names: Iterable[str], precise: Collection[str]
     """
     for name in names:
         node = graph.nodes[name]
-        if node.op == "Cast" and ops.dtype_name(node.attrs["DstT"].type) not in precise:
-            raise DeclinedError(
-                f"{name} rounds to {ops.dtype_name(node.attrs['DstT'].type)}, which the kernel does not"
-            )
+        rounded = ops.dtype_name(ops.attribute(node, "DstT").type) if node.op == "Cast" else ""
+        if rounded and rounded not in precise:
+            raise DeclinedError(f"{name} rounds to {rounded}, which the kernel does not")
 
 
 def used(graph: Graph, edge: Edge) -> Value:

@@ -52,4 +52,4 @@ def _average(model: Model, site: Site, role: str) -> Expr | None:
 
 
 def _dtype(assign: Node) -> str:
-    return ops.dtype_name(assign.attrs["dtype"].type)
+    return ops.dtype_name(ops.attribute(assign, "dtype").type)

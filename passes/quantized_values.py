@@ -214,7 +214,7 @@ def _numbers(term: Term, position: int, where: str) -> np.ndarray:
         Error: it is none.
     """
     given = term.inputs[position] if position < len(term.inputs) else term
-    tensor = given.attrs["value"].tensor if given.op == "Const" and "value" in given.attrs else None
+    tensor = ops.attribute(given, "value").tensor if given.op == "Const" else None
     if tensor is None or tensor.dtype not in WHOLE or math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
         raise unknown(where)
     try:

@@ -14,7 +14,7 @@ from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
 from rewriter.expr import Use, constant
 from rewriter.ir import MAIN, Graph, Model, Value
 from rewriter.liveness import BRANCHES, MERGES, SELECTS, Assumption
-from rewriter.ops import dtype_name
+from rewriter.ops import argument_dtype
 from rewriter.pattern import origin
 from rewriter.shapes import shape_of
 
@@ -62,7 +62,7 @@ def _deciding(model: Model, graph: Graph) -> str | None:
             if each not in always
         )
         for name in graph.arguments
-        if dtype_name(graph.nodes[name].attrs["T"].type) == "bool" and shape_of(model, graph, Value(name)) == ()
+        if argument_dtype(graph.nodes[name]) == "bool" and shape_of(model, graph, Value(name)) == ()
     }
     return max((name for name, count in counts.items() if count), key=lambda name: counts[name], default=None)
 

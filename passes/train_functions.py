@@ -188,7 +188,7 @@ class FunctionClones:
 
     def _is_resource(self, graph: str, value: Value) -> bool:
         node = self.model.graphs[graph].nodes[value.node]
-        return node.op == ARG and "T" in node.attrs and node.attrs["T"].type == ops.RESOURCE
+        return node.op == ARG and ops.argument_dtype(node) == "resource"
 
 
 def _graphs_of(site: Site) -> set[str]:

@@ -66,7 +66,7 @@ class UpgradeReferences:
 
 
 def _handle_attrs(node: Node) -> Attrs:
-    name = node.attrs["shared_name"].s if "shared_name" in node.attrs else b""
+    name = ops.attribute(node, "shared_name").s
     kept = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
     return {**kept, "shared_name": ops.attr(name or node.name)}
 
@@ -109,7 +109,7 @@ class _Work:
         if user.op == "Identity":
             return True
         definition = ops.op_def(self.model, user.op)
-        named = list(ops.argument_counts(definition.input_arg, user.attrs, {}))
+        named = list(ops.argument_counts(definition.input_arg, user.attrs, ops.defaults(definition)))
         at = [arg for arg, (_, count) in zip(definition.input_arg, named, strict=True) for _ in range(count)]
         return bool(at[position].is_ref)
 
@@ -119,9 +119,9 @@ class _Work:
         self.replaced.add(user.name)
         known = {a.name for a in ops.op_def(self.model, twin).attr}
         attrs = {k: v for k, v in user.attrs.items() if k in known or k == "_class"}
-        dtype = user.attrs.get("T", user.attrs.get("dtype"))
-        if "dtype" in known and dtype is not None:
-            attrs["dtype"] = dtype
+        own = [a.name for a in ops.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
+        if "dtype" in known and own:
+            attrs["dtype"] = ops.attribute(user, own[0])
         inputs = tuple(Use("", v) for v in user.inputs)
         yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **given}))
 

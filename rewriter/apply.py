@@ -54,7 +54,18 @@ from rewriter.ir import (
     unused,
 )
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import Dtype, Func, attr, call_form_of, dtype_attr, dtype_name, shapes_attr, text, with_functions
+from rewriter.ops import (
+    Dtype,
+    Func,
+    argument_dtype,
+    attr,
+    attribute,
+    call_form_of,
+    dtype_attr,
+    shapes_attr,
+    text,
+    with_functions,
+)
 from rewriter.prune import keep
 from rewriter.shapes import shape_of
 from rewriter.sweep import sweep
@@ -253,7 +264,7 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
             node = graph.nodes[name]
             if node.op in ENTERS:
                 # Two loops of one frame's name would run as one.
-                frame = text(node.attrs["frame_name"].s)
+                frame = text(attribute(node, "frame_name").s)
                 node = node.with_attrs(frame_name=attr(f"{edit.prefix}/{frame}"))
             after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
             added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)
@@ -272,7 +283,7 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]
         name = unused("mode", arguments)
         attrs = {
             "Tcond": dtype_attr("bool"),
-            "Tin": attr([Dtype(dtype_name(node.attrs["T"].type)) for node in arguments.values()]),
+            "Tin": attr([Dtype(argument_dtype(node)) for node in arguments.values()]),
             "Tout": attr([Dtype(result.dtype) for result in graph.results]),
             "then_branch": attr(Func(edit.then)),
             "else_branch": attr(Func(edit.otherwise)),

@@ -69,8 +69,9 @@ def _call_problems(model: Model, node: Node) -> Iterator[str]:
     if form is None:
         return
     passed = len(node.inputs) - form.first
-    if form.types is not None and len(node.attrs[form.types].list.type) != passed:
-        yield f"{node.name} passes {passed} inputs but {form.types} lists {len(node.attrs[form.types].list.type)}"
+    listed = passed if form.types is None else len(ops.attribute(node, form.types).list.type)
+    if listed != passed:
+        yield f"{node.name} passes {passed} inputs but {form.types} lists {listed}"
     for callee in ops.callees(model, node):
         if callee not in model.graphs:
             yield f"{node.name} calls {callee}, which does not exist"

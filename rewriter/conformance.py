@@ -125,7 +125,10 @@ class _Nodes:
 
 
 def _attributes(definition: Any, node: Node) -> tuple[Mapping[str, Any], list[str]]:
-    """A node's attributes with the defaults of its op, and what is wrong with them."""
+    """A node's attributes with the defaults of its op, and what is wrong with them.
+
+    Where nothing is wrong, each attribute of the definition is there or has a default; `ops.attribute` relies on it.
+    """
     attrs = dict(node.attrs)
     wrong = []
     for known in definition.attr:

@@ -197,8 +197,9 @@ def _variables_of_handles(model: Model) -> Mapping[str, str]:
     found = {v.node: key for key, v in model.variables.items() if v.node}
     main = model.graphs[MAIN]
     for node in main.nodes.values():
-        if node.op == "VarHandleOp" and ops.text(node.attrs["shared_name"].s) in model.variables:
-            found[node.name] = ops.text(node.attrs["shared_name"].s)  # as new variables are made
+        shared = ops.text(ops.attribute(node, "shared_name").s) if node.op == "VarHandleOp" else ""
+        if shared in model.variables:
+            found[node.name] = shared  # as new variables are made
     for call in model.analysis(call_graph).calls.get(MAIN, []):
         entry = model.entries.get(call.callee)
         if entry is not None:

@@ -10,7 +10,7 @@ from rewriter.effects import stateful
 from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Names, Node, Result, Value, Variable
-from rewriter.ops import Dtype, attr, dtype_attr, more_shapes, shape_attr, shapes_attr
+from rewriter.ops import Dtype, attr, attribute, dtype_attr, more_shapes, shape_attr, shapes_attr
 
 Need = Handle | PerCall | Passed
 """What a function may need from its callers."""
@@ -152,7 +152,7 @@ class Draft:
         if variable.node:
             return Value(variable.node)
         for node in self.nodes.values():
-            if node.op == "VarHandleOp" and node.attrs["shared_name"].s == variable.key.encode():
+            if node.op == "VarHandleOp" and attribute(node, "shared_name").s == variable.key.encode():
                 return Value(node.name)
         node = var_handle(self.mint(variable.name), variable)
         self.nodes[node.name] = node

@@ -148,7 +148,7 @@ class _Placing:
             Error: it is one.
         """
         if term.op == "Const" and not self.trust:
-            sizes = [dim.size for dim in term.attrs["value"].tensor.tensor_shape.dim]
+            sizes = [dim.size for dim in ops.attribute(term, "value").tensor.tensor_shape.dim]
             if math.prod(sizes) > LARGEST:
                 raise Error(
                     f"a quantiser has a constant of {math.prod(sizes)} elements; --trust computes it all the same"

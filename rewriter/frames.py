@@ -47,5 +47,5 @@ def of_node(node: Node, known: Mapping[str, Frame]) -> Frame:
     sources = (*(v.node for v in node.inputs), *node.after)
     deepest = max((known.get(name, ()) for name in sources), key=len, default=())
     if node.op in ENTERS:
-        return (*deepest, ops.text(node.attrs["frame_name"].s))
+        return (*deepest, ops.text(ops.attribute(node, "frame_name").s))
     return deepest[:-1] if node.op in EXITS else deepest

@@ -109,11 +109,11 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
         passed = tuple(draft.place(n, scope) for n in needs)
         attrs: dict[str, Any] = {}
         if form.types is not None:
-            attrs[form.types] = ops.more_dtypes(node.attrs[form.types], [n.dtype for n in needs])
+            attrs[form.types] = ops.more_dtypes(ops.attribute(node, form.types), [n.dtype for n in needs])
         if form.carried:
             _carry(called[-1], needs)
-            shapes = node.attrs.get("output_shapes")
-            if shapes is not None and shapes.list.shape:
+            shapes = ops.attribute(node, "output_shapes")
+            if shapes.list.shape:
                 attrs["output_shapes"] = ops.more_shapes(shapes, [n.shape for n in needs])
             attrs["_output_shapes"] = None
         draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *passed)))

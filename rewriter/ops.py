@@ -5,13 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-from tensorflow.core.framework import attr_value_pb2, op_def_pb2, types_pb2
+from tensorflow.core.framework import attr_value_pb2
 from tensorflow.python.framework import dtypes, op_def_registry, tensor_util
 
-from rewriter.ir import ARG, Error, Graph, Model, Node, Value
+from rewriter.ir import ARG, Attrs, Error, Graph, Model, Node, Value
+
+
+class Attributed(Protocol):
+    """An op with attributes: a `Node`, or a term that stands for one."""
+
+    @property
+    def op(self) -> str:
+        """The op."""
+
+    @property
+    def attrs(self) -> Attrs:
+        """Those attributes that were written, by name."""
 
 
 class CallForm(NamedTuple):
@@ -263,6 +275,39 @@ def op_def(model: Model, op: str) -> Any:
     return found
 
 
+def defaults(definition: Any) -> Mapping[str, Any]:
+    """The attributes of an op definition that have a default, with it, an ``AttrValue``."""
+    return {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
+
+
+@cache
+def _registered_defaults(op: str) -> Mapping[str, Any]:
+    """The same for a registered op; empty for any other."""
+    definition = registered(op)
+    return {} if definition is None else defaults(definition)
+
+
+def attribute(node: Attributed, name: str) -> Any:
+    """An attribute of a registered op as an ``AttrValue``: the node's own, or the default of the op's definition.
+
+    TensorFlow leaves defaults out when it saves, so nothing reads the `attrs` of a node for what an op definition has.
+
+    Raises:
+        Error: neither has it, which `rewriter.conformance` refuses in a model that is read.
+    """
+    value = node.attrs.get(name)
+    if value is None:
+        value = _registered_defaults(node.op).get(name)
+    if value is None:
+        raise Error(f"a node of the op {node.op} has no attribute {name}")
+    return value
+
+
+def argument_dtype(argument: Node) -> str:
+    """The dtype of a function's argument, a node of the op `Arg`, by name."""
+    return dtype_name(argument.attrs["T"].type)
+
+
 def get(model: Model, node: Node, name: str) -> Any:
     """An attribute as a Python value (bool, int, float, str, dtype name), or its op definition's default.
 
@@ -271,9 +316,7 @@ def get(model: Model, node: Node, name: str) -> Any:
     """
     value = node.attrs.get(name)
     if value is None:
-        for a in op_def(model, node.op).attr:
-            if a.name == name and a.HasField("default_value"):
-                value = a.default_value
+        value = defaults(op_def(model, node.op)).get(name)
     if value is None:
         raise Error(f"node {node.name} ({node.op}) has no attribute {name}")
     kind = value.WhichOneof("value")
@@ -320,8 +363,7 @@ def outputs(definition: Any, attrs: Mapping[str, Any]) -> list[tuple[str, int]]:
     fixed = _fixed_outputs(definition.name)
     if fixed is not None:
         return fixed
-    defaults = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
-    return list(argument_counts(definition.output_arg, attrs, defaults))
+    return list(argument_counts(definition.output_arg, attrs, defaults(definition)))
 
 
 def output_count(model: Model, node: Node) -> int:
@@ -333,35 +375,15 @@ def output_count(model: Model, node: Node) -> int:
     return sum(count for _, count in outputs(op_def(model, node.op), node.attrs))
 
 
-def describe(ops: set[str]) -> list[Any]:
-    """Op definitions of these ops without documentation, sorted, as ``MetaInfoDef.stripped_op_list`` has them."""
-    found = []
-    for op in sorted(ops):
-        definition = registered(op)
-        if definition is not None:
-            copy = op_def_pb2.OpDef()
-            copy.CopyFrom(definition)
-            copy.ClearField("summary")
-            copy.ClearField("description")
-            for part in (*copy.input_arg, *copy.output_arg, *copy.attr):
-                part.ClearField("description")
-            found.append(copy)
-    return found
-
-
-RESOURCE = types_pb2.DT_RESOURCE
-"""What an argument's type is that carries a variable."""
-
-
 def output_dtype(model: Model, graph: Graph, value: Value) -> str:
     """The dtype of a value, by name; a reference's is that of what it refers to."""
     node = graph.nodes[value.node]
     if node.op == ARG:
-        return dtype_name(node.attrs["T"].type)
+        return argument_dtype(node)
     if node.op in model.graphs:
         return model.graphs[node.op].results[value.port].dtype
     definition = op_def(model, node.op)
-    attrs = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")} | dict(node.attrs)
+    attrs = {**defaults(definition), **node.attrs}
     port = value.port
     for arg, (_, count) in zip(definition.output_arg, outputs(definition, node.attrs), strict=True):
         if port < count:
@@ -389,7 +411,7 @@ def _adds_axes(graph: Graph, node: Node) -> bool:
     strides = constant_of(graph, node.inputs[3]) if node.op == "StridedSlice" else None
     if strides is None or (strides != 1).any():
         return False
-    masks = {name: node.attrs[name].i if name in node.attrs else 0 for name in MASKS}
+    masks = {name: attribute(node, name).i for name in MASKS}
     whole = masks["begin_mask"] & masks["end_mask"] | masks["new_axis_mask"]
     return not masks["shrink_axis_mask"] and whole | masks["ellipsis_mask"] == (1 << strides.size) - 1
 
@@ -405,7 +427,7 @@ def constant_of(graph: Graph, value: Value) -> np.ndarray | None:
     node = graph.nodes[value.node]
     if node.op != "Const":
         return None
-    tensor = node.attrs["value"].tensor
+    tensor = attribute(node, "value").tensor
     if math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
         return None
     found: np.ndarray = tensor_util.MakeNdarray(tensor)

@@ -194,9 +194,13 @@ class _Usage:
         found = set()
         for name, callers in self.calls.callers.items():
             nodes = [self.model.graphs[c.graph].nodes[c.node] for c in callers if c.graph in self.model.graphs]
-            if nodes and all("body" in n.attrs and n.attrs["body"].func.name == name for n in nodes):
+            if nodes and all(self._is_body(n, name) for n in nodes):
                 found.add(name)
         return frozenset(found)
+
+    def _is_body(self, node: Node, name: str) -> bool:
+        """Whether a call is a loop with this function as its body."""
+        return ops.call_form_of(self.model, node).carried and ops.callees(self.model, node)[-1] == name
 
     def _passes(self, graph: Graph, position: int) -> bool:
         """Whether a loop's body returns one of its arguments as it is."""
@@ -293,12 +297,9 @@ class _Usage:
             return node
         form = ops.call_form_of(self.model, node)
         keeps = [index not in gone for index in range(len(node.inputs))]
-        changed: dict[str, Any] = {"_read_only_resource_inputs": None}
-        lists = [form.types] if form.types else []
-        lists += ["output_shapes", "_output_shapes"] if form.carried else []
-        for name in lists:
-            if name in node.attrs:
-                changed[name] = _filtered(node.attrs[name], keeps[form.first :])
+        lists = {form.types} | ({"output_shapes", "_output_shapes"} if form.carried else set())
+        changed = {k: _filtered(v, keeps[form.first :]) for k, v in node.attrs.items() if k in lists}
+        changed["_read_only_resource_inputs"] = None
         inputs = tuple(v for v, kept in zip(node.inputs, keeps, strict=True) if kept)
         return replace(node.with_attrs(**changed), inputs=inputs)
 

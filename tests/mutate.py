@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
-Edit = Callable[[Any], None]
+Edit = Callable[[Any], object]
 
 
 def mutated(model: Path, target: Path, edit: Edit) -> Path:

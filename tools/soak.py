@@ -3,13 +3,16 @@
     python -m tools.soak [--minutes 60] [--seed N] [--workers 2]
     python -m tools.soak --only NUMBER
 
-Every trial has a number, from which all that is random in it follows; `--only` repeats one. Prints counts by kind and
-outcome, and ends with exit code 1 if a promise was broken.
+Every trial has a number, from which all that is random in it follows; `--only` repeats one. Where BNQAT_CORPUS points
+to public models, these are damaged, too. Prints counts by kind and outcome, and ends with exit code 1 if a promise was
+broken.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
 import sys
 import tempfile
 import threading
@@ -20,10 +23,12 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import bnqat
 from tests.models.all import ALL
-from tests.reliability.damage import damage_configuration, damaged
+from tests.mutate import mutated
+from tests.reliability.damage import damage_configuration, damage_graph, damaged
 from tests.reliability.faults import Writing, writings
 from tests.reliability.forks import Server, server
 from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, loads, trial
@@ -41,6 +46,10 @@ DAMAGED = (
     "as_text",
 )
 FAULTED = "keras_export"
+PUBLIC = os.environ.get("BNQAT_CORPUS", "")
+PUBLIC_LIMIT = 60.0
+"""Seconds that a command may take for a public model, some of which have hundreds of functions."""
+
 REWRITTEN = ("rewritten", "saved_again", "silu_rewritten")
 
 REPORT = 60.0
@@ -80,8 +89,9 @@ class Soak:
                 self.damaged,
                 self.damaged_rewritten,
                 self.damaged_settings,
+                self.damaged_public,
             ],
-            [3, 2, 2, 6, 2, 1],
+            [3, 2, 2, 6, 2, 1, 3 if PUBLIC else 0],
         )[0]
         for outcome in kind(random):
             yield f"{kind.__name__.replace('_', ' ')}: {outcome}"
@@ -109,6 +119,16 @@ class Soak:
         source = fresh(self.folder / "damaged") / "source"
         self.damage = damaged(self.models / random.choice(DAMAGED), source, random)
         yield from trial(self.forks, source, fresh(self.folder / "out"))
+
+    def damaged_public(self, random: Random) -> Iterator[str]:
+        """A public model with something else in its graphs or objects."""
+        model = random.choice(sorted((self.models / "public").glob("*/saved_model.pb"))).parent
+
+        def edit(meta: Any) -> None:
+            self.damage = f"{model.name}: {damage_graph(meta, random)}"
+
+        source = mutated(model, fresh(self.folder / "damaged") / "source", edit)
+        yield from trial(self.forks, source, fresh(self.folder / "out"), PUBLIC_LIMIT)
 
     def damaged_rewritten(self, random: Random) -> Iterator[str]:
         """A damaged model that was rewritten, and perhaps saved again by TensorFlow."""
@@ -164,6 +184,9 @@ def _models(folder: Path) -> Path:
 
     loaded = tf.saved_model.load(str(folder / "rewritten"))
     tf.saved_model.save(loaded, str(folder / "saved_again"), signatures=loaded.signatures)
+    if PUBLIC:
+        fill = [sys.executable, str(Path(PUBLIC) / "fill_weights.py"), str(folder / "public")]
+        subprocess.run(fill, check=True, capture_output=True)
     return folder
 
 

@@ -17,7 +17,7 @@ from passes.schemes import Affine, Log, Scheme
 from rewriter import evaluation
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
-from rewriter.ops import shape_attr
+from rewriter.ops import argument_dtype, dtype_attr, shape_attr
 from rewriter.report import ValuesReport
 
 WIDTHS = (8, 6, 4, 3, 2)
@@ -97,4 +97,4 @@ def run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _placeholder(node: Node, shape: tuple[int, ...]) -> Node:
-    return Node(node.name, "Placeholder", attrs={"dtype": node.attrs["T"], "shape": shape_attr(shape)})
+    return Node(node.name, "Placeholder", attrs={"dtype": dtype_attr(argument_dtype(node)), "shape": shape_attr(shape)})

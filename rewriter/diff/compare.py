@@ -255,8 +255,7 @@ def port_name(model: Model, node: Node, position: int) -> str:
         definition = ops.op_def(model, node.op)
     except (Error, KeyError, IndexError):
         return ""
-    defaults = {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
     names = []
-    for name, count in ops.argument_counts(definition.input_arg, node.attrs, defaults):
+    for name, count in ops.argument_counts(definition.input_arg, node.attrs, ops.defaults(definition)):
         names += [name] if count == 1 else [f"{name}[{i}]" for i in range(count)]
     return names[position] if position < len(names) else ""

@@ -84,7 +84,9 @@ def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
         for context in contexts:
             _index(collection, context, 1, held, loops)
     for node in _in_order(graph, held) if held else ():
-        place = loops.get(ops.text(node.attrs["frame_name"].s)) if node.op in ENTERS else _innermost(node, held)
+        place = (
+            loops.get(ops.text(ops.attribute(node, "frame_name").s)) if node.op in ENTERS else _innermost(node, held)
+        )
         if place is not None:
             _add(place[1], node, outputs(node))
             held[node.name] = place

@@ -33,6 +33,22 @@ def definitions(library: Any, brought: Mapping[str, Any]) -> Definitions:
     return find
 
 
+def described(names: set[str]) -> list[Any]:
+    """Op definitions of these ops without documentation, sorted, as ``MetaInfoDef.stripped_op_list`` has them."""
+    found = []
+    for name in sorted(names):
+        definition = ops.registered(name)
+        if definition is not None:
+            copy = op_def_pb2.OpDef()
+            copy.CopyFrom(definition)
+            copy.ClearField("summary")
+            copy.ClearField("description")
+            for part in (*copy.input_arg, *copy.output_arg, *copy.attr):
+                part.ClearField("description")
+            found.append(copy)
+    return found
+
+
 def read_main(proto: Any) -> Graph:
     """The main graph of a GraphDef, without its library."""
     nodes: dict[str, Node] = {}
@@ -153,6 +169,8 @@ def main_value(text: str) -> Value:
 
 
 def _read_node(proto: Any, inputs: tuple[Value, ...], after: tuple[str, ...]) -> Node:
+    if proto.op == ARG:
+        raise Error(f"the node {proto.name} is of the op {ARG}, which TensorFlow does not have")
     residue = b""
     if proto.HasField("experimental_debug_info") or proto.HasField("experimental_type"):
         rest = node_def_pb2.NodeDef()

@@ -65,7 +65,7 @@ def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
     """
     value = node.inputs[position]
     array = ops.constant_of(graph, value)
-    if array is None or array.size != len(node.attrs["dtypes"].list.type):
+    if array is None or array.size != len(ops.attribute(node, "dtypes").list.type):
         raise Error(f"in {graph.name}: {value.node} is no constant with a string for each tensor of {node.name}")
     return list(array.ravel())
 
@@ -148,7 +148,7 @@ def extend(model: Model, saver_def: Any, added: list[Variable], trackables: byte
 
 def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
     node = main.nodes[name]
-    types = ops.more_dtypes(node.attrs["Tin"], ["resource"] * len(values))
+    types = ops.more_dtypes(ops.attribute(node, "Tin"), ["resource"] * len(values))
     main.set_node(replace(node.with_attrs(Tin=types), inputs=(*node.inputs, *values)))
 
 
@@ -179,7 +179,7 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     _more_strings(draft, node, 2, ["" for _ in added])
     reads = [draft.place(read(v), v.name) for v in added]
     node = draft.nodes[node.name]
-    attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added])}
+    attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), [v.dtype for v in added])}
     draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *reads)))
     return draft.finish()
 
@@ -187,10 +187,10 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
 def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
     node = _only(graph, "RestoreV2")
-    first = len(node.attrs["dtypes"].list.type)
+    first = len(ops.attribute(node, "dtypes").list.type)
     _more_strings(draft, node, 1, [v.key for v in added])
     _more_strings(draft, node, 2, ["" for _ in added])
-    attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], [v.dtype for v in added]), "_output_shapes": None}
+    attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), [v.dtype for v in added]), "_output_shapes": None}
     draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(node.name, first + index))
@@ -225,7 +225,7 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
             raise Error(f"the main graph does not make the object {capture} that {endpoint.function} captures")
         inputs.append(values[capture])
     graph = model.graphs[endpoint.function]
-    types = ops.attr([ops.Dtype(ops.dtype_name(graph.nodes[a].attrs["T"].type)) for a in graph.arguments])
+    types = ops.attr([ops.Dtype(ops.argument_dtype(graph.nodes[a])) for a in graph.arguments])
     results = ops.attr([ops.Dtype(result.dtype) for result in graph.results])
     attrs = {"Tin": types, "Tout": results, "f": ops.attr(ops.Func(endpoint.function))}
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))

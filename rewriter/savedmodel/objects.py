@@ -66,7 +66,7 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         graph = graphs[name]
         captures = tuple(variables[n].key if n in variables else n for n in proto.bound_inputs)
         count = len(graph.arguments) - len(captures)
-        dtypes = [ops.dtype_name(graph.nodes[a].attrs["T"].type) for a in graph.arguments[:count]]
+        dtypes = [ops.argument_dtype(graph.nodes[a]) for a in graph.arguments[:count]]
         inputs = tuple(tensor_specs(proto.canonicalized_input_signature))
         if len(inputs) != count:
             inputs = tuple(Spec(a, d, None) for a, d in zip(graph.arguments[:count], dtypes, strict=True))

@@ -148,8 +148,9 @@ def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
             texts = strings(graph, node, position)
             text = np.array([texts[i] for i in stays], dtype=object)
             nodes[old.name] = old.with_attrs(value=ops.attr(text), _output_shapes=None)
-        types = type(node.attrs["dtypes"])()
-        types.list.type.extend(node.attrs["dtypes"].list.type[i] for i in stays)
+        held = ops.attribute(node, "dtypes")
+        types = type(held)()
+        types.list.type.extend(held.list.type[i] for i in stays)
         tensors = node.inputs[3:]
         inputs = (*node.inputs[:3], *(tensors[i] for i in stays if tensors))
         nodes[node.name] = replace(node.with_attrs(dtypes=types, _output_shapes=None), inputs=inputs)

@@ -44,12 +44,12 @@ def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
     found = {}
     for node in main.nodes.values():
         if node.op in VARIABLES:
-            shape = node.attrs["shape"].shape
+            shape = ops.attribute(node, "shape").shape
             key = saved.get(node.name, node.name)
             found[key] = Variable(
                 key,
                 node.name,
-                ops.dtype_name(node.attrs["dtype"].type),
+                ops.get(model, node, "dtype"),
                 None if shape.unknown_rank else tuple(d.size for d in shape.dim),
                 node.name in trainable,
                 node=node.name,
@@ -253,9 +253,9 @@ def _extend_saver(
             _strings(slices, [""] * len(added)),
         )
         inputs = (node.inputs[0], *(main.place(e, node.name) for e in longer), *node.inputs[3:], *more)
-        attrs = {"dtypes": ops.more_dtypes(node.attrs["dtypes"], dtypes), "_output_shapes": None}
+        attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), dtypes), "_output_shapes": None}
         main.set_node(replace(node.with_attrs(**attrs), inputs=inputs))
-    first = len(restore.attrs["dtypes"].list.type)
+    first = len(ops.attribute(restore, "dtypes").list.type)
     assigned = []
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(restore.name, first + index))

@@ -21,7 +21,7 @@ from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
 from rewriter.savedmodel.captured import recapture
 from rewriter.savedmodel.files import stamps
-from rewriter.savedmodel.graphs import definitions, tensor_info, write_function, write_main
+from rewriter.savedmodel.graphs import definitions, described, tensor_info, write_function, write_main
 from rewriter.savedmodel.objects import GENERIC, Additions, make_user_object, synchronized_otherwise
 from rewriter.savedmodel.read import Source, checkpoint_in, interpreted, signatures_of
 from rewriter.savedmodel.references import refuse_disagreeing
@@ -296,7 +296,7 @@ def _write_graphs(model: Model, meta: Any) -> None:
     graph_def.library.CopyFrom(library)
     known = {o.name for o in meta.meta_info_def.stripped_op_list.op}
     used = {n.op for g in model.graphs.values() for n in g.nodes.values()} - set(model.graphs) - {ARG}
-    meta.meta_info_def.stripped_op_list.op.extend(ops.describe(used - known))
+    meta.meta_info_def.stripped_op_list.op.extend(described(used - known))
     meta.meta_info_def.stripped_op_list.op.sort(key=lambda o: o.name)
 
 

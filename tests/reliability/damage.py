@@ -10,6 +10,7 @@ from random import Random
 from typing import Any, NamedTuple
 
 from google.protobuf.descriptor import FieldDescriptor
+from tensorflow.core.framework import attr_value_pb2, types_pb2
 from tensorflow.core.protobuf import saved_model_pb2
 
 from rewriter.savedmodel.index import entries
@@ -160,6 +161,95 @@ def _random(field: Any, random: Random) -> Any:
     return abs(value) - (abs(value) == 1 << 31) if unsigned else value
 
 
+ATTRIBUTES: tuple[dict[str, Any], ...] = (
+    {},
+    {"b": True},
+    {"i": 1 << 62},
+    {"f": float("nan")},
+    {"s": b"x"},
+    {"type": types_pb2.DT_HALF},
+    {"shape": {"unknown_rank": True}},
+    {"tensor": {"dtype": types_pb2.DT_FLOAT}},
+    {"func": {"name": "nowhere"}},
+    {"list": {}},
+    {"list": {"type": [types_pb2.DT_FLOAT]}},
+    {"list": {"s": [b"x"], "i": [1]}},
+)
+"""An attribute of each kind."""
+
+
+def damage_graph(meta: Any, random: Random) -> str:
+    """Change an edge, an op, an attribute, a function or an object of a meta graph, and say which and how.
+
+    What it leaves is well-formed as a message, so that it gets further than what `damage_structure` leaves.
+    """
+    kinds = [_damage_inputs, _damage_op, _damage_attribute, _damage_attribute, _damage_function, _damage_object]
+    return random.choice(kinds)(meta, random)
+
+
+def _node(meta: Any, random: Random) -> tuple[Any, Any]:
+    """A node, and all of its graph. Ops are equally likely, or most nodes would be constants."""
+    by_op: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
+    for nodes in (meta.graph_def.node, *(f.node_def for f in meta.graph_def.library.function)):
+        for node in nodes:
+            by_op[node.op].append((node, nodes))
+    return random.choice(by_op[random.choice(sorted(by_op))])
+
+
+def _damage_inputs(meta: Any, random: Random) -> str:
+    node, nodes = _node(meta, random)
+    if node.input and random.random() < 0.5:
+        return f"input {node.input.pop(random.randrange(len(node.input)))} of {node.op} {node.name:.40} dropped"
+    other = random.choice([n for n in nodes if n.input] or [node])
+    node.input.append(random.choice([*other.input, other.name, f"^{other.name}"]))
+    return f"input {node.input[-1]} added to {node.op} {node.name:.40}"
+
+
+def _damage_op(meta: Any, random: Random) -> str:
+    node, _ = _node(meta, random)
+    other, _ = _node(meta, random)
+    old, node.op = node.op, random.choice([other.op, *_functions(meta), "Arg", "NoOp", "NoSuchOp"])
+    return f"{old} {node.name:.40} is a {node.op}"
+
+
+def _damage_attribute(meta: Any, random: Random) -> str:
+    node, _ = _node(meta, random)
+    if not node.attr:
+        return f"{node.op} {node.name:.40} has no attribute"
+    name = random.choice(sorted(node.attr))
+    del node.attr[name]
+    if random.random() < 0.5:
+        return f"attribute {name} of {node.op} {node.name:.40} removed"
+    node.attr[name].CopyFrom(attr_value_pb2.AttrValue(**(value := random.choice(ATTRIBUTES))))
+    return f"attribute {name} of {node.op} {node.name:.40} is {value}"
+
+
+def _damage_function(meta: Any, random: Random) -> str:
+    names = _functions(meta)
+    if not names:
+        return "no function"
+    index = random.randrange(len(names))
+    functions = meta.graph_def.library.function
+    if random.random() < 0.3:
+        functions[index].signature.name = random.choice([_node(meta, random)[0].op, "Arg"])
+        return f"function {names[index]} is called {functions[index].signature.name}"
+    del functions[index]
+    return f"function {names[index]} removed"
+
+
+def _functions(meta: Any) -> list[str]:
+    return [f.signature.name for f in meta.graph_def.library.function]
+
+
+def _damage_object(meta: Any, random: Random) -> str:
+    children = [c for node in meta.object_graph_def.nodes for c in node.children]
+    if not children:
+        return "no object"
+    child = random.choice(children)
+    child.node_id = random.randrange(len(meta.object_graph_def.nodes))
+    return f"child {child.local_name} turned to object {child.node_id}"
+
+
 def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
     """Other bytes, and what was done to them."""
     how = random.choice(["truncated", "flipped", "zeroed", "inserted", "removed", "emptied"])
@@ -192,7 +282,11 @@ def _damage(model: Path, random: Random) -> str:
     graph = model / "saved_model.pb"
     if graph.exists() and random.random() < 0.75:
         proto = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
-        done = [damage_structure(proto, random) for _ in range(random.choice([1, 1, 1, 2, 4]))]
+        count = random.choice([1, 1, 1, 2, 4])
+        if random.random() < 0.5:
+            done = [damage_graph(random.choice(proto.meta_graphs), random) for _ in range(count)]
+        else:
+            done = [damage_structure(proto, random) for _ in range(count)]
         graph.write_bytes(proto.SerializeToString())
         return "; ".join(done)
     index = model / "variables" / "variables.index"

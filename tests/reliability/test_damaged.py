@@ -184,6 +184,14 @@ def _no_keywords(meta: Any) -> None:
     del function.canonicalized_input_signature.tuple_value.values[1]
 
 
+def _function_called_as_an_op(meta: Any) -> None:
+    _functions(meta)[0].signature.name = "VarHandleOp"
+
+
+def _argument_outside_of_functions(meta: Any) -> None:
+    next(n for n in meta.graph_def.node if n.op == "VarHandleOp").op = "Arg"
+
+
 DAMAGE = {
     "depends on itself": _cyclic_nodes,
     "calls itself": _cyclic_calls,
@@ -207,6 +215,8 @@ DAMAGE = {
     "the aggregation of object": _no_such_aggregation,
     "'abc' is not the number of an output": _no_such_port,
     "which the graph does not compute": _no_such_tensor,
+    "which is the name of an op": _function_called_as_an_op,
+    "is of the op Arg": _argument_outside_of_functions,
 }
 
 

@@ -46,13 +46,14 @@ def judged(outcome: Outcome, what: str) -> str:
     return "refused"
 
 
-def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
+def trial(server: Server, model: Path, folder: Path, limit: float = LIMIT) -> Iterator[str]:
     """What each command makes of a model: inspect, rewrite, and of what was written diff and finalize.
 
     Args:
         server: to run them in.
         model: what may be damaged.
         folder: an empty one to write to.
+        limit: seconds that each command may take.
 
     Yields:
         For each command its name and "done" or "refused".
@@ -62,9 +63,9 @@ def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
     """
     before = digest(model)
     target, final = folder / "target", folder / "final"
-    yield f"inspect {judged(server.cli('inspect', model, limit=LIMIT, mib=MIB), 'inspect')}"
+    yield f"inspect {judged(server.cli('inspect', model, limit=limit, mib=MIB), 'inspect')}"
     for command, source, written in (("rewrite", model, target), ("finalize", target, final)):
-        outcome = judged(server.cli(command, source, written, limit=LIMIT, mib=MIB), command)
+        outcome = judged(server.cli(command, source, written, limit=limit, mib=MIB), command)
         yield f"{command} {outcome}"
         if sorted(folder.iterdir()) != sorted(p for p in (target, final) if p.exists()):
             raise BrokenPromiseError(f"{command} left {sorted(folder.iterdir())}")
@@ -74,7 +75,7 @@ def trial(server: Server, model: Path, folder: Path) -> Iterator[str]:
             break
         yield loads(server, source, written, command)
         if command == "rewrite":
-            yield f"diff {judged(server.cli('diff', model, target, limit=LIMIT, mib=MIB), 'diff')}"
+            yield f"diff {judged(server.cli('diff', model, target, limit=limit, mib=MIB), 'diff')}"
     if digest(model) != before:
         raise BrokenPromiseError("the source was changed")
 

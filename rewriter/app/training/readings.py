@@ -18,6 +18,7 @@ from passes.quantizers import Kind, quantizing
 from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.roles import ROLES
 from passes.schemes import SCHEMES
+from rewriter import ops
 from rewriter.app.values import error, run
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.draft import define
@@ -113,7 +114,7 @@ class Readings:
             if node.op == "ReadVariableOp":
                 (key,) = (o.key for o in origins(self.source, graph.name, node.inputs[0]) if isinstance(o, VariableKey))
                 values[node.name] = self.variables[key].numpy()
-                node = Node(node.name, ARG, attrs={"T": node.attrs["dtype"]})
+                node = Node(node.name, ARG, attrs={"T": ops.attribute(node, "dtype")})
             nodes[node.name] = replace(node, after=())
             waiting += [v.node for v in node.inputs if v.node not in nodes]
         part = Graph(MAIN, nodes, tuple(values), (Result(name, Value(last), ""),))

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
 from passes.sites import sites
+from rewriter import ops
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
@@ -350,7 +351,7 @@ def kernels_of_training(trained: Trained) -> Claim:
 def _halves(model: Model) -> bool:
     """Whether a batch norm of a model may compute in less than float32."""
     found = (model.graphs[site.graph].nodes[site.node] for site in model.analysis(sites))
-    return any(node.attrs["T"].type in HALVES for node in found)
+    return any(ops.attribute(node, "T").type in HALVES for node in found)
 
 
 def _count(number: int, noun: str, several: str = "") -> str:
