@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,12 @@ from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, 
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Names, Node, Result, Value, Variable
 from rewriter.ops import Dtype, attr, attribute, dtype_attr, more_shapes, shape_attr, shapes_attr
+
+INVALID_IN_NODE_NAMES = re.compile(r"[^A-Za-z0-9_.\\/>-]", re.ASCII)
+"""A character that TensorFlow refuses in a node's name.
+
+Source: ``tensorflow/python/framework/ops.py``, ``_VALID_OP_NAME_REGEX``.
+"""
 
 Need = Handle | PerCall | Passed
 """What a function may need from its callers."""
@@ -46,8 +53,12 @@ class Draft:
         self._last: list[str] = []
 
     def mint(self, hint: str) -> str:
-        """A node name that the graph does not have, like `hint`."""
-        return self._names.new(hint)
+        """A valid node name that the graph does not have, like `hint`.
+
+        Hints hold what users name, such as a signature's key ``dense/Softmax:0``; in a node's name, the colon would
+        start the number of an output.
+        """
+        return self._names.new(INVALID_IN_NODE_NAMES.sub("_", hint))
 
     def place(self, expr: Expr, scope: str) -> Value:
         """The value of an expression in this graph. What was placed before is used again."""

@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 from tests.models import Net, export_keras, perturb, save_keras, save_module
 from tests.models.forms import EPSILON, IMAGE, Form, Variables, fused, library, save
-from tests.models.v1 import Options, by_hand, draw, net, save_v1, settings, v1, variables
+from tests.models.v1 import Options, by_hand, draw, layers, net, save_v1, settings, v1, variables, write
 
 X = tf.TensorSpec((None, *IMAGE), name="x")
 
@@ -101,6 +101,12 @@ def _mapped_batch_norm(m: Wrapped, x: tf.Tensor) -> dict[str, tf.Tensor]:
 
     y = m.norm(x)
     return {"y": y, "largest": _map(largest, y, tf.int64, [])}
+
+
+def _tensor_names(m: Wrapped, x: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Outputs with tensors' names as keys."""
+    y = m.norm(x)
+    return {"dense/Softmax:0": tf.nn.softmax(y), "dense/Softmax:1": y}
 
 
 class Inputs(tf.Module):
@@ -236,6 +242,16 @@ def _function_op(path: Path) -> Path:
     return save_v1(path, norm, training=False)
 
 
+def _v1_tensor_names(path: Path) -> Path:
+    """A signature whose keys are the tensors' names, as a recipe for Keras on TensorFlow 1 has them."""
+    with settings(Options()):
+        training = v1.placeholder(tf.bool, [], name="is_training")
+        x, logits = net(layers(fused=True), training, Options())
+        with v1.variable_scope("dense"):
+            y = tf.nn.softmax(logits, name="Softmax")
+        return write(path, {t.name: t for t in (x, training)}, {y.name: y})
+
+
 def _keras_layer_norm(path: Path) -> Path:
     """Keras 2 writes layer normalisation with the fused op, in training mode, without moving averages."""
     import tf_keras
@@ -294,6 +310,8 @@ STRUCTURES: dict[str, Callable[[Path], Path]] = {
     "arguments": lambda p: save(Wrapped(_as_arguments), p),
     "mapped": lambda p: save(Wrapped(_mapped), p),
     "mapped_batch_norm": lambda p: save(Wrapped(_mapped_batch_norm), p),
+    "tensor_names": lambda p: save(Wrapped(_tensor_names), p),
+    "v1_tensor_names": _v1_tensor_names,
     "function_op": _function_op,
     "inputs": _inputs,
     "no_signature": _no_signature,
