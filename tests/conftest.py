@@ -1,4 +1,4 @@
-"""Fixtures: real models, made once per session, and the public ones that BNQAT_CORPUS points to."""
+"""Fixtures: real models, made once per session, and those that BNQAT_CORPUS and BNQAT_MLPERF_TINY point to."""
 
 from __future__ import annotations
 
@@ -27,6 +27,10 @@ from tests.reliability.forks import Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
+TINY = os.environ.get("BNQAT_MLPERF_TINY", "")
+MLPERF_TINY = {p.parent.name: p.parent for p in sorted(Path(TINY).glob("*/saved_model.pb"))} if TINY else {}
+if MLPERF_TINY and "mlcommons+tiny+1" in PUBLIC:  # the fourth of them, keyword spotting, is among the public models
+    MLPERF_TINY["kws"] = Path(CORPUS) / "mlcommons+tiny+1"
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +71,16 @@ def corpus_model(request: pytest.FixtureRequest) -> Path:
     return folder / name
 
 
+@pytest.fixture(params=MLPERF_TINY or ["absent"])
+def mlperf_tiny(request: pytest.FixtureRequest) -> Path:
+    """A model of MLPerf Tiny; skipped, and the summary says so, where they are absent."""
+    if not MLPERF_TINY:
+        pytest.skip("mlperf_tiny absent: BNQAT_MLPERF_TINY is not set")
+    name: str = request.param
+    request.node.user_properties.append(("mlperf_tiny", name))
+    return MLPERF_TINY[name]
+
+
 @pytest.fixture(scope="session")
 def model(shared: Path) -> Callable[[str], Path]:
     """Path of a model by name, written when first asked for."""
@@ -103,8 +117,9 @@ def browser() -> Iterator[Browser]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say whether tests of the public models ran, and passed; `.ci/run` reads this line."""
-    properties = [p for report in terminalreporter.getreports("passed") for p in report.user_properties]
-    ran = {value for name, value in properties if name == "corpus"}
-    state = f"{len(ran)} of {len(PUBLIC)} models ran" if CORPUS else "absent, its tests were skipped"
-    terminalreporter.write_line(f"corpus: {state}")
+    """Say whether tests of models from elsewhere ran, and passed; `.ci/run` reads these lines."""
+    properties = {p for report in terminalreporter.getreports("passed") for p in report.user_properties}
+    for collection, exist in (("corpus", PUBLIC), ("mlperf_tiny", MLPERF_TINY)):
+        ran = sum(name == collection for name, _ in properties)
+        state = f"{ran} of {len(exist)} models ran" if exist else "absent, its tests were skipped"
+        terminalreporter.write_line(f"{collection}: {state}")
