@@ -1,4 +1,4 @@
-"""Faults and damaged models for an hour: what the tests of reliability try in bounded form, with other random numbers.
+"""Faults, damaged models and hand-written batch norms for an hour: tests with other random numbers.
 
     python -m tools.soak [--minutes 60] [--seed N] [--workers 2]
     python -m tools.soak --only NUMBER
@@ -25,12 +25,15 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # the same kernels on every machine, told by name
+
 import bnqat
 from tests.models.all import ALL
+from tests.models.handwritten.form import random_form
 from tests.mutate import mutated
 from tests.reliability.damage import damage_configuration, damage_graph, damaged
 from tests.reliability.faults import Writing, writings
-from tests.reliability.forks import Server, server
+from tests.reliability.forks import Call, Server, server
 from tests.reliability.trials import LIMIT, MIB, BrokenPromiseError, fresh, judged, loads, trial
 
 DAMAGED = (
@@ -52,6 +55,9 @@ PUBLIC_LIMIT = 60.0
 
 REWRITTEN = ("rewritten", "saved_again", "silu_rewritten")
 
+FORM_LIMIT = 120.0
+"""Seconds that the runs of a hand-written batch norm may take; without other load it is about two."""
+
 REPORT = 60.0
 """Seconds between two lines that say how far a worker is."""
 
@@ -60,7 +66,7 @@ class Soak:
     """Trials in one server, one after the other.
 
     Attributes:
-        damage: what the last trial damaged.
+        damage: what the last trial damaged, or the form that it wrote.
     """
 
     def __init__(self, forks: Server, models: Path, folder: Path) -> None:
@@ -90,8 +96,9 @@ class Soak:
                 self.damaged_rewritten,
                 self.damaged_settings,
                 self.damaged_public,
+                self.handwritten,
             ],
-            [3, 2, 2, 6, 2, 1, 3 if PUBLIC else 0],
+            [3, 2, 2, 6, 2, 1, 3 if PUBLIC else 0, 2],
         )[0]
         for outcome in kind(random):
             yield f"{kind.__name__.replace('_', ' ')}: {outcome}"
@@ -151,6 +158,14 @@ class Soak:
         file.write_bytes(damage_configuration(self.configuration, random))
         outcome = self.forks.cli("rewrite", "--config", file, "--print-config", limit=LIMIT, mib=MIB)
         yield judged(outcome, "settings")
+
+    def handwritten(self, random: Random) -> Iterator[str]:
+        """A hand-written batch norm of a random form, beside the source's own run."""
+        self.damage = repr(random_form(random))
+        outcome = self.forks.run(Call("tests.handwritten.check:print_failures", [self.damage]), limit=FORM_LIMIT)
+        if outcome.code or outcome.out:
+            raise BrokenPromiseError(f"{outcome.out}{outcome.err[-2000:] if outcome.code else ''}{outcome.stopped}")
+        yield "as the source"
 
 
 class Tally:

@@ -1,0 +1,102 @@
+"""Pairwise covering: few cases of many options, in which every possible pair of two options' values occurs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+Options = Mapping[str, Sequence[Any]]
+"""The values of each option, by its name."""
+Case = dict[str, Any]
+Pair = frozenset[tuple[str, Any]]
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A combination of values that no case has.
+
+    Attributes:
+        why: the reason, as a sentence.
+        where: values by option; a case is excluded if it has one of them for every option named here.
+    """
+
+    why: str
+    where: Mapping[str, Collection[Any]]
+
+    def excludes(self, case: Mapping[str, Any]) -> bool:
+        """Return true if a case, perhaps with options that have no value yet, is excluded whatever the others are."""
+        return all(name in case and case[name] in values for name, values in self.where.items())
+
+
+def excluded(case: Mapping[str, Any], exclusions: Sequence[Exclusion]) -> bool:
+    """Return true if one of the exclusions excludes a case, as far as its options have values."""
+    return any(each.excludes(case) for each in exclusions)
+
+
+def pairs(case: Mapping[str, Any]) -> set[Pair]:
+    """All pairs of two options' values that a case holds."""
+    return {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
+
+
+def completed(start: Case, options: Options, exclusions: Sequence[Exclusion], missing: set[Pair]) -> Case | None:
+    """A whole case with some values given, the others chosen greedily for the most missing pairs.
+
+    A choice that leaves an option without a possible value is taken back.
+
+    Returns:
+        The case, its options in their order; None if there is none with these values.
+    """
+    if excluded(start, exclusions):
+        return None
+    name = next((name for name in options if name not in start), None)
+    if name is None:
+        return {name: start[name] for name in options}
+
+    def gain(value: Any) -> int:
+        return sum(frozenset({(name, value), other}) in missing for other in start.items())
+
+    for value in sorted(options[name], key=gain, reverse=True):  # sorting keeps the order of equals
+        case = completed({**start, name: value}, options, exclusions, missing)
+        if case is not None:
+            return case
+    return None
+
+
+def covering(options: Options, exclusions: Sequence[Exclusion]) -> Iterator[Case]:
+    """Cases that hold every pair that can be; each begins with a pair that no case before it holds."""
+    every = (
+        {one: a, other: b}
+        for one, other in itertools.combinations(options, 2)
+        for a, b in itertools.product(options[one], options[other])
+    )
+    missing = {frozenset(pair.items()): pair for pair in every}
+    while missing:
+        first = missing.pop(next(iter(missing)))
+        case = completed(first, options, exclusions, set(missing))
+        if case is not None:
+            for pair in pairs(case):
+                missing.pop(pair, None)
+            yield case
+
+
+def drawn(options: Options, exclusions: Sequence[Exclusion], random: Random) -> Case:
+    """A case at random: a value that is as likely as the others of its option, and what goes with it."""
+    name = random.choice(list(options))
+    start = {name: random.choice(options[name])}
+    while True:
+        case = {name: random.choice(values) for name, values in options.items()} | start
+        if not excluded(case, exclusions):
+            return case
+
+
+def assert_covering(cases: Sequence[Case], options: Options, exclusions: Sequence[Exclusion]) -> None:
+    """Assert that no case is excluded, and that the cases hold exactly the pairs that some case can hold."""
+    assert not [case for case in cases if excluded(case, exclusions)]
+    held = set().union(*map(pairs, cases))
+    for one, other in itertools.combinations(options, 2):
+        for a, b in itertools.product(options[one], options[other]):
+            pair = {one: a, other: b}
+            assert (frozenset(pair.items()) in held) is (completed(pair, options, exclusions, set()) is not None), pair

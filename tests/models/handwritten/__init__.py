@@ -1,0 +1,1 @@
+"""Hand-written batch norms: a product of the ways in which people write them."""
