@@ -40,8 +40,8 @@ def main() -> None:
     said = time.monotonic()
     for number, form in enumerate(forms, 1):
         outcome = check(form)
-        for failure in outcome.failures:
-            print(f"{form!r}\n    {failure}", flush=True)
+        if outcome.failures:
+            print("\n    ".join([repr(form), *outcome.failures]), flush=True)
         for reason in outcome.reasons:
             counts[f"reason: {reason}"] += 1
         counts["failed" if outcome.failures else "passed, with a reason" if outcome.reasons else "passed"] += 1
