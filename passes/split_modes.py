@@ -9,7 +9,7 @@ from passes.roles import MEAN, VARIANCE
 from passes.sites import sites
 from passes.updates import consumers
 from rewriter import ops
-from rewriter.dataflow import call_graph, captures, running
+from rewriter.dataflow import call_graph, running
 from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
 from rewriter.expr import Use, constant
 from rewriter.ir import MAIN, Graph, Model, Value
@@ -41,8 +41,6 @@ class SplitModes:
             yield from _settled(model, main, MAIN, Assumption(model, main, {}))
         for name in sorted(model.analysis(running) - calls.opaque - {MAIN}):
             graph = model.graphs[name]
-            if captures(model, graph):
-                continue  # in a branch, TensorFlow could not differentiate it
             argument, free = _deciding(model, graph), Assumption(model, graph, {})
             if argument is not None:
                 yield from _split(model, graph, argument)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from rewriter.dataflow import captures
 from rewriter.draft import Draft, define
 from rewriter.edit import (
     AddResult,
@@ -45,6 +46,7 @@ from rewriter.ir import (
     Effect,
     Endpoint,
     Error,
+    Graph,
     Model,
     Node,
     Signature,
@@ -279,25 +281,47 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]
     choosing = []
     for edit in edits:
         graph = graphs[edit.graph]
-        arguments = {name: graph.nodes[name] for name in graph.arguments}
-        name = unused("mode", arguments)
+        branches = [_branch(model, graphs[callee]) for callee in (edit.then, edit.otherwise)]
+        graphs |= {branch.name: branch for branch in branches}
+        name = unused("mode", graph.arguments)
         attrs = {
             "Tcond": dtype_attr("bool"),
-            "Tin": attr([Dtype(argument_dtype(node)) for node in arguments.values()]),
-            "Tout": attr([Dtype(result.dtype) for result in graph.results]),
-            "then_branch": attr(Func(edit.then)),
-            "else_branch": attr(Func(edit.otherwise)),
+            "then_branch": attr(Func(branches[0].name)),
+            "else_branch": attr(Func(branches[1].name)),
             "_lower_using_switch_merge": attr(value=True),  # as tf.cond has it; else the branches are not optimised
             "output_shapes": shapes_attr([shape_of(model, graph, result.value) for result in graph.results]),
         }
-        inputs = tuple(Value(argument) for argument in (graph.arguments[0], *graph.arguments))
+        choice = Node(name, "If" if graph.stateful else "StatelessIf", (Value(graph.arguments[0]),), attrs=attrs)
         choosing.append(Rewire(Edge(graph.name, name, 0), edit.condition, name))
-        node = Node(name, "If" if graph.stateful else "StatelessIf", inputs, attrs=attrs)
-        results = tuple(result._replace(value=Value(name, port)) for port, result in enumerate(graph.results))
-        effects = (Effect(name, name),) if graph.stateful else ()
-        nodes = {**arguments, name: node}
-        graphs[edit.graph] = replace(graph, nodes=nodes, results=results, effects=effects)
+        graphs[graph.name] = _calling(graph, choice)
     return (replace(model, graphs=graphs) if edits else model), choosing
+
+
+def _branch(model: Model, graph: Graph) -> Graph:
+    """The function that a conditional runs to compute what a graph does.
+
+    To differentiate a branch, TensorFlow builds its graph anew; the gradients of ops that capture tensors still take
+    those of the graph that was loaded, and an assertion fails. What a branch calls is differentiated as it was loaded.
+    """
+    if not captures(model, graph):
+        return graph
+    call = "StatefulPartitionedCall" if graph.stateful else "PartitionedCall"
+    node = Node(unused("call", graph.arguments), call, attrs={"f": attr(Func(graph.name))})
+    return replace(_calling(graph, node), name=unused(f"{graph.name}_branch", model.graphs))
+
+
+def _calling(graph: Graph, node: Node) -> Graph:
+    """A function that does no more than run one node, which takes its arguments, and gives its results."""
+    arguments = {name: graph.nodes[name] for name in graph.arguments}
+    types = {
+        "Tin": attr([Dtype(argument_dtype(argument)) for argument in arguments.values()]),
+        "Tout": attr([Dtype(result.dtype) for result in graph.results]),
+    }
+    inputs = (*node.inputs, *(Value(argument) for argument in arguments))
+    node = replace(node, inputs=inputs, attrs={**types, **node.attrs})
+    results = tuple(result._replace(value=Value(node.name, port)) for port, result in enumerate(graph.results))
+    effects = (Effect(node.name, node.name),) if graph.stateful else ()
+    return replace(graph, nodes={**arguments, node.name: node}, results=results, effects=effects)
 
 
 def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:

@@ -13,6 +13,8 @@ import tensorflow as tf
 
 import bnqat
 from rewriter.app.verification.claims import verify
+from rewriter.liveness import BRANCHES
+from rewriter.savedmodel.read import load
 from tests.models import SHAPE, Activated
 
 OFF = 2**40
@@ -75,11 +77,12 @@ def test_training_has_the_gradients_of_the_source(name: str, tmp_path: Path) -> 
     assert bnqat.diff(tmp_path / "source", tmp_path / "target").report.verdict.other_changes == 0
 
 
+@pytest.mark.parametrize("freeze_step", [None, 0])
 @pytest.mark.parametrize("name", ["silu", "clipped"])  # TensorFlow cannot save the gradient of the other one's gradient
-def test_saved_again_and_finalised(name: str, tmp_path: Path) -> None:
+def test_saved_again_and_finalised(name: str, freeze_step: int | None, tmp_path: Path) -> None:
     net = Activated(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
-    bnqat.rewrite(tmp_path / "source", tmp_path / "target")
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target", freeze_step=freeze_step)
     loaded = tf.saved_model.load(str(tmp_path / "target"))
     tf.saved_model.save(loaded, str(tmp_path / "again"), signatures=dict(loaded.signatures))
     assert len(trained(tmp_path / "again")) == 7
@@ -99,12 +102,41 @@ def test_saved_again_and_finalised(name: str, tmp_path: Path) -> None:
     np.testing.assert_allclose(served(folded)[1], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
 
 
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_both_phases_of_a_freeze_step_are_differentiated(name: str, tmp_path: Path) -> None:
+    """A gradient takes no tensors out of a branch, but out of what the branch calls."""
+    net = Activated(ACTIVATIONS[name])
+    tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF, freeze_step=1)
+    variables = list(net.trainable_variables)
+    wanted = [gradients(lambda x, mode=mode: net.call(x, mode), variables) for mode in (True, False)]  # type: ignore[misc]
+    loaded = tf.saved_model.load(str(tmp_path / "target"))
+    trained = [v for v in loaded.quantization.variables if v.trainable]
+    first = gradients(loaded.train, trained)
+    assert loaded.quantization.step.numpy() == 1
+    moved = [v.assign(old) for v, old in zip(statistics(loaded), statistics(net), strict=True)]
+    assert len(moved) == 4
+    for found, expected in zip((first, gradients(loaded.train, trained)), wanted, strict=True):
+        assert len(found) == len(expected) == 7
+        np.testing.assert_allclose(found[0], expected[0], rtol=1e-3, atol=1e-6 * np.abs(expected[0]).max())
+        np.testing.assert_allclose(sizes(found), sizes(expected), rtol=1e-3)
+
+    verified = verify(tmp_path / "source", tmp_path / "target")
+    assert verified.ok, verified.claims
+
+
+def statistics(model: Any) -> list[Any]:
+    return [v for norm in model.norms for v in (norm.moving_mean, norm.moving_variance)]
+
+
 @pytest.mark.parametrize("name", ["silu", "clipped"])
 def test_after_a_choice_of_the_mode(name: str, tmp_path: Path) -> None:
-    """What follows the choice is differentiated where it is, as no gradient takes tensors out of a branch."""
+    """What follows the choice is computed, and differentiated, in a function for each mode."""
     net = Chosen(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
+    (either,) = (load(tmp_path / "target").graphs[e.function] for e in load(tmp_path / "target").root_entries("either"))
+    assert [node.op for node in either.nodes.values() if node.op in BRANCHES] == ["If"]
     before, after = (tf.saved_model.load(str(tmp_path / n)) for n in ("source", "target"))
     for mode in (False, True):
         found, wanted = (gradients(partial(m.either, training=tf.constant(mode)), []) for m in (after, before))
