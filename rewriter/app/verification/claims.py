@@ -15,6 +15,7 @@ from tensorflow.core.framework import types_pb2
 from passes.sites import sites
 from rewriter import ops
 from rewriter.app.verification.kernels import placed
+from rewriter.app.verification.rounding import CHAOS, HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
 from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
 from rewriter.app.verification.training import Trained, train
@@ -28,10 +29,6 @@ HOLDS: Status = "holds"
 FAILS: Status = "fails"
 NOT_APPLICABLE: Status = "does not apply"
 
-ROUNDING = 1e-5
-"""What fusing may change, relative to the largest element."""
-HALF_ROUNDING = 2e-2
-"""The same where activations are half or bfloat16."""
 HALVES = (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16)
 
 
@@ -123,12 +120,15 @@ def verify(
         signatures_stay(serving),
         same_off(pair, serving),
         acts_on(serving),
+        same_training(pair, trained),
         statistics_move(serving, trained),
         gradients_reach(trained),
         kernels_of_inference(pair, serving),
         kernels_of_training(trained),
     ]
-    return Verification(claims, f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}")
+    examples = _count(max((served.rows for served in serving.ran.values()), default=trained.rows), "example")
+    used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
+    return Verification(claims, f"{used}, {examples}")
 
 
 def signatures_stay(serving: Serving) -> Claim:
@@ -146,33 +146,33 @@ def same_off(pair: Pair, serving: Serving) -> Claim:
     name = "off"
     if not serving.ran or serving.lost:
         return Claim(name, NOT_APPLICABLE, serving.lost or "no signature was run in both models")
-    wrong, notes, largest, outputs = [], [], 0.0, 0
+    seen, notes = Comparison(), []
     for signature, served in serving.ran.items():
         raised = placed(pair.source, signature).raised(placed(pair.result, signature)).total()
-        tolerance = (HALF_ROUNDING if _halves(pair.source) else ROUNDING) if raised else 0.0
-        if raised:
-            why = f"{tolerance:g} of the largest element, as {_count(raised, 'site')} in single ops became the kernel"
-            notes.append(f"{signature} within {why}")
         if isinstance(served.off, str):
-            wrong.append(f"signature {signature}: {served.off}")
-        elif not served.steady:
-            notes.append(f"{signature} is not compared, as the source's outputs differ from run to run")
-        else:
-            found = differences(served.source, served.off)
-            outputs += len(found)
-            largest = max([largest, *found.values()])
-            far = {key: share for key, share in found.items() if share > tolerance}
-            allowed = f"of its largest element, {tolerance:g} is allowed"
-            for key, share in far.items():
-                how = "is another" if np.isinf(share) else f"differs by {share:.2g} {allowed}"
-                wrong.append(f"signature {signature}, output {key}: {how}")
-    if wrong:
-        return Claim(name, FAILS, "; ".join(wrong))
-    if not outputs:
-        return Claim(name, NOT_APPLICABLE, "; ".join(notes))
-    same = "bit for bit" if not largest else f"but for {largest:.2g} of the largest element"
-    seen = [f"{_count(outputs, 'output')} the same {same}", *notes, *_conditions(pair, serving)]
-    return Claim(name, HOLDS, "; ".join(seen))
+            seen.wrong.append(f"signature {signature}: {served.off}")
+            continue
+        widest = Bound(_floor(pair.source), "") if raised else Bound(0.0, "")
+        floor = widest.allowed or 0.0
+        for key, share in differences(served.source.outputs, served.off.outputs).items():
+            bound = rounding(floor, served.rerun.get(key, 0.0), served.perturbed.get(key, 0.0) if raised else 0.0)
+            seen.add(f"signature {signature}, output {key}", share, bound)
+            widest = max(widest, bound, key=lambda each: each.allowed or 0.0)
+        if raised:
+            why = f", as {_count(raised, 'site')} in single ops became the kernel{widest.why}"
+            notes.append(f"{signature} within {widest.allowed:.2g} of the largest element{why}")
+    if seen.wrong:
+        return Claim(name, FAILS, "; ".join(seen.wrong))
+    if not seen.same:
+        return Claim(name, NOT_APPLICABLE, "; ".join(seen.skipped))
+    same = "bit for bit" if not seen.largest else f"but for {seen.largest:.2g} of the largest element"
+    compared = f"{_count(seen.same, 'output')} the same {same}"
+    return Claim(name, HOLDS, "; ".join([compared, *notes, *seen.skipped, *_conditions(pair, serving)]))
+
+
+def _floor(source: Model) -> float:
+    """What fusing may change in any case."""
+    return HALF_ROUNDING if _halves(source) else ROUNDING
 
 
 def _conditions(pair: Pair, serving: Serving) -> list[str]:
@@ -195,13 +195,16 @@ def acts_on(serving: Serving) -> Claim:
     runs = {signature: served for signature, served in serving.ran.items() if served.on is not None}
     if not runs:
         return Claim(name, NOT_APPLICABLE, "no signature was run with quantisers: there are none, or no signature")
-    wrong, table = [], []
+    wrong, table, random = [], [], []
     for signature, served in runs.items():
         if not isinstance(served.on, Ran):
             wrong.append(f"signature {signature}: {served.on}")
             continue
-        for key, value in floats(served.source).items():
-            other = floats(served.on)[key] if key in served.on.outputs else np.full_like(value, np.nan)
+        for key, value in floats(served.source.outputs).items():
+            if served.rerun.get(key, 0.0) > CHAOS:
+                random.append(f"output {key} of {signature} is not compared, as the source draws it at random")
+                continue
+            other = floats(served.on.outputs)[key] if key in served.on.outputs else np.full_like(value, np.nan)
             finite = np.isfinite(value)
             if other.shape != value.shape or not np.isfinite(other[finite]).all():
                 wrong.append(
@@ -212,12 +215,14 @@ def acts_on(serving: Serving) -> Claim:
     if wrong:
         return Claim(name, FAILS, "; ".join(wrong), table)
     if not table:
-        return Claim(name, NOT_APPLICABLE, "no output is a float")
-    if not any(row.largest for row in table):
+        return Claim(name, NOT_APPLICABLE, "; ".join(random) or "no output is a float")
+    if all(served.inert for served in runs.values()):
         return Claim(name, FAILS, "quantisers change no output", table)
     worst = max(table, key=lambda row: row.relative_rms or 0.0)
     error = f"{worst.relative_rms or 0.0:.2g} (root mean square) in {worst.output} of {worst.signature}"
-    return Claim(name, HOLDS, f"finite; the largest relative error is {error}", table)
+    if not any(row.largest for row in table):
+        error = "none: variables hold what quantisers keep as it is, as before training; other values are changed"
+    return Claim(name, HOLDS, "; ".join([f"finite; the largest relative error is {error}", *random]), table)
 
 
 def _error(signature: str, output: str, wanted: np.ndarray, found: np.ndarray) -> OutputError:
@@ -230,6 +235,29 @@ def _error(signature: str, output: str, wanted: np.ndarray, found: np.ndarray) -
         agreement = float(np.mean(wanted.argmax(1) == found.argmax(1)))
     largest = float(np.abs(missed).max(initial=0.0))
     return OutputError(signature, output, largest, rms, rms / norm if norm else None, agreement)
+
+
+def same_training(pair: Pair, trained: Trained) -> Claim:
+    """With quantisers off, a step gives what the source's own training function gives, and moves averages as far."""
+    name = "training"
+    if trained.failure or trained.absent or trained.own is None:
+        why = trained.failure or trained.absent or trained.unwanted
+        return Claim(name, NOT_APPLICABLE, why or "the source has no training function of its own")
+    own, seen = trained.own, Comparison()
+    for number, (key, share) in enumerate(own.found.items()):
+        output = number < own.outputs
+        # What averages change by is computed beside the kernel, in another order.
+        floor = 0.0 if output and not trained.raised else _floor(pair.source)
+        seen.add(key if output else f"the change of {key}", share, rounding(floor, own.rerun[key], own.perturbed[key]))
+    if seen.wrong:
+        return Claim(name, FAILS, "; ".join(seen.wrong))
+    if not seen.same:
+        return Claim(name, NOT_APPLICABLE, seen.skipped[0])
+    more = [f"{seen.skipped[0]} (and {len(seen.skipped) - 1} more)"] if seen.skipped else []
+    same = _count(seen.same, "output or change of a variable is", "outputs and changes of variables are")
+    return Claim(
+        name, HOLDS, "; ".join([f"{same} the source's, but for {seen.largest:.2g} of the largest element", *more])
+    )
 
 
 def statistics_move(serving: Serving, trained: Trained) -> Claim:
@@ -335,14 +363,17 @@ def kernels_of_training(trained: Trained) -> Claim:
         return Claim(name, NOT_APPLICABLE, "no batch-norm kernel is executed in training")
     text = f"training executes {kernels}, the source's own training function {wanted}"
     if trained.phases:
-        same = kernels.ran == wanted.ran + raised * (2 if kernels.gradients else 1)
-        text += (
-            f"; it has a second phase, with frozen statistics: {kernels.ran} are reached, in the source {wanted.ran}"
-        )
+        # Each phase has its own, in a branch of the conditional at the root.
+        forward, back = wanted.forward + raised, wanted.gradients + raised if kernels.gradients else 0
+        same = (kernels.forward, kernels.gradients) == (2 * forward, 2 * back) and trained.reached in {None, forward}
+        text += "; it has two phases, of which one runs"
+        text += "" if trained.reached is None else f": {trained.reached} are reached without gradients"
     text += "" if kernels.gradients else ", without gradients, which one of them does not have"
     if not same and trained.twice:
-        low, more = trained.sites, raised + trained.twice
-        same = low <= kernels.forward <= wanted.forward + more and kernels.gradients <= wanted.gradients + more
+        low, more, phases = trained.sites, raised + trained.twice, 2 if trained.phases else 1
+        same = phases * low <= kernels.forward <= phases * (wanted.forward + more)
+        same = same and kernels.gradients <= phases * (wanted.gradients + more)
+        same = same and (trained.reached is None or low <= trained.reached <= wanted.forward + more)
         text += f", in which {_count(trained.twice, 'site')} compute both modes"
     text += f", and {_count(raised, 'kernel')} took the place of single ops" if raised else ""
     return Claim(name, HOLDS if same else FAILS, text)

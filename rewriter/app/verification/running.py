@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from traceback import extract_tb
 from typing import Any, TypeVar
 
 import numpy as np
@@ -99,9 +100,29 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:200] if text else ''}"
+    """What went wrong, in one line: the error's class and text, or, where it has no text, the place that raised it."""
+    text, kind = str(error).strip(), type(error).__name__
+    if text:
+        return f"{kind}: {text.splitlines()[0][:200]}"
+    frames = extract_tb(error.__traceback__)
+    return f"{kind} in {frames[-1].name} ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else kind
+
+
+def last_bits(values: Arrays, seed: int) -> dict[str, np.ndarray]:
+    """The arrays of floats among these, with every element but zeros moved to its upper or lower neighbour."""
+    rng = np.random.default_rng(seed)
+    moved = {}
+    for name, value in values.items():
+        if tf.as_dtype(value.dtype).is_floating:
+            infinity = np.array(np.inf, value.dtype)
+            towards = np.where(rng.random(value.shape) < 0.5, infinity, -infinity).astype(value.dtype)  # noqa: PLR2004
+            moved[name] = np.where(value == 0, value, np.nextafter(value, towards))
+    return moved
+
+
+def rows(fed: Arrays) -> int:
+    """The number of examples in what a function is fed with."""
+    return max((len(value) for value in fed.values() if value.ndim), default=1)
 
 
 class Session:
@@ -118,6 +139,7 @@ class Session:
         there = session.run([_initialised(op) for op in made])
         self._made = {op.name: op for op, initialised in zip(made, there, strict=True) if initialised}
         self._reads = {name: _read(op) for name, op in self._made.items()}
+        self._assigns: dict[str, tuple[Any, Any]] = {}
 
     def inputs(self, name: str) -> dict[str, Any]:
         """A signature's input tensors."""
@@ -144,8 +166,12 @@ class Session:
 
     def assign(self, values: Arrays) -> None:
         """Change variables, by the names of their nodes."""
+        # Values are fed, as constants would stay in the graph.
         with self._graph.as_default():
-            self._session.run([_assign(self._made[name], value) for name, value in values.items()])
+            for name in values.keys() - self._assigns.keys():
+                self._assigns[name] = _assign(self._made[name])
+        chosen = {self._assigns[name]: value for name, value in values.items()}
+        self._session.run([op for _, op in chosen], {given: value for (given, _), value in chosen.items()})
 
     def node(self, name: str) -> str | None:
         """The node that makes the variable of this name, which saving again may have renamed; of several, the first."""
@@ -181,11 +207,12 @@ def _read(op: Any) -> Any:
     return op.outputs[0]
 
 
-def _assign(op: Any, value: Any) -> Any:
-    constant = tf.constant(value, op.get_attr("dtype"))
+def _assign(op: Any) -> tuple[Any, Any]:
+    """The placeholder of a variable's new value, and the op that assigns it."""
+    given = v1.placeholder(op.get_attr("dtype"))
     if op.type == "VarHandleOp":
-        return tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=constant)
-    return tf.raw_ops.Assign(ref=op.outputs[0], value=constant).op
+        return given, tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=given)
+    return given, tf.raw_ops.Assign(ref=op.outputs[0], value=given).op
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,11 +15,15 @@ import tensorflow as tf
 from passes.batch_norm import batch_norms
 from passes.sites import sites
 from rewriter.app.arrays import Arrays, fitted
-from rewriter.app.verification.running import OFF, Ran, Session, attempt, on_random, session_of
+from rewriter.app.verification.running import OFF, Ran, Session, attempt, last_bits, on_random, rows, session_of
 from rewriter.dataflow import Captured, Constant
 from rewriter.ir import Error, Model
 
-START, RAMP, STEP = (f"quantization/{name}" for name in ("start_step", "ramp_steps", "step"))
+CONTROLS = "quantization/"
+START, RAMP, STEP, FREEZE = (f"{CONTROLS}{name}" for name in ("start_step", "ramp_steps", "step", "freeze_step"))
+
+PERTURBATIONS = 4
+"""In how many ways last bits are changed."""
 
 
 @dataclass(frozen=True)
@@ -47,16 +51,23 @@ class Served:
     """Both models' runs of a signature on the same inputs, or what went wrong in the result's.
 
     Attributes:
-        steady: whether the source gives the same when it runs again; looked at where the result's outputs differ.
+        off: the run with quantisers off.
         on: the run with quantisers on; None where there are none.
         changed: the nodes of the variables that the result's runs change, and the source's does not.
+        rows: how many examples the inputs hold.
+        rerun: by output, how far the source is from itself when it runs again; looked at where the result differs.
+        perturbed: the same with other last bits in its inputs and variables.
+        inert: whether quantisers change no output, with other values in the variables either.
     """
 
     source: Ran
-    steady: bool
     off: Ran | str
     on: Ran | str | None
     changed: frozenset[str]
+    rows: int
+    rerun: Mapping[str, float]
+    perturbed: Mapping[str, float]
+    inert: bool
 
 
 @dataclass(frozen=True)
@@ -127,19 +138,58 @@ def _source_run(
 def _both(source: Session, result: Session, name: str, taken: tuple[Ran, dict[str, np.ndarray]]) -> Served:
     """The result's runs on what the source took."""
     wanted, fed = taken
-    start, ramp = result.node(START), result.node(RAMP)
-    on: Ran | str | None = None
-    if start is not None:
-        result.assign({node: np.array(0) for node in (start, ramp) if node is not None})
-        ran, why = attempt(lambda: result.run(name, fed))
-        on = ran or why
-        result.assign({start: np.array(OFF)})
+    on = _quantized(result, name, fed)
     off, why = attempt(lambda: result.run(name, fed))
-    same = off is not None and not any(differences(wanted, off).values())
-    steady = same or not any(differences(wanted, source.run(name, fed)).values())
+    rerun, perturbed = {}, {}
+    if off is not None and any(differences(wanted.outputs, off.outputs).values()):
+        rerun = differences(wanted.outputs, source.run(name, fed).outputs)
+        perturbed = _perturbed(source, name, wanted, fed)
+    inert = off is not None and isinstance(on, Ran) and _inert(result, name, fed, off, on)
     nodes = _matching(source, result) if wanted.changed else {}
     changed = [ran.changed - {nodes.get(n, n) for n in wanted.changed} for ran in (off, on) if isinstance(ran, Ran)]
-    return Served(wanted, steady, off or why, on, frozenset().union(*changed))
+    return Served(wanted, off or why, on, frozenset().union(*changed), rows(fed), rerun, perturbed, inert)
+
+
+def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
+    """The result's run with quantisers on, or what went wrong in it; they are off afterwards. None if it has none."""
+    start, ramp = result.node(START), result.node(RAMP)
+    if start is None:
+        return None
+    result.assign({node: np.array(0) for node in (start, ramp) if node is not None})
+    ran, why = attempt(lambda: result.run(name, fed))
+    result.assign({start: np.array(OFF)})
+    return ran or why
+
+
+def _perturbed(source: Session, name: str, wanted: Ran, fed: Arrays) -> dict[str, float]:
+    """How far each output is from what is wanted, at most, where inputs and variables have other last bits."""
+    values = source.values()
+    found = dict.fromkeys(wanted.outputs, 0.0)
+    for seed in range(PERTURBATIONS):
+        source.assign(last_bits(values, seed))
+        ran = source.run(name, {**fed, **last_bits(fed, seed)})
+        found = {key: max(found[key], share) for key, share in differences(wanted.outputs, ran.outputs).items()}
+    source.assign({node: values[node] for node in last_bits(values, 0)})
+    return found
+
+
+def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> bool:
+    """Whether quantisers change no output, and would change none if the variables held other values.
+
+    A net that was never trained holds zeros and ones, which quantisers keep as they are.
+    """
+    if any(differences(off.outputs, on.outputs).values()):
+        return False
+    values = result.values()
+    rng = np.random.default_rng(0)
+    floating = {n: v for n, v in values.items() if tf.as_dtype(v.dtype).is_floating and not n.startswith(CONTROLS)}
+    result.assign({n: (v * rng.uniform(0.9, 1.1, v.shape)).astype(v.dtype) for n, v in floating.items()})
+    other_on = _quantized(result, name, fed)
+    other_off, _ = attempt(lambda: result.run(name, fed))
+    result.assign(floating)
+    if other_off is None or not isinstance(other_on, Ran):
+        return True
+    return not any(differences(other_off.outputs, other_on.outputs).values())
 
 
 def _same_values(pair: Pair, source: Session, result: Session) -> tuple[int, str]:
@@ -190,20 +240,20 @@ def _spec(info: Any) -> str:
     return f"{tf.as_dtype(info.dtype).name}{tf.TensorShape(info.tensor_shape)}"
 
 
-def floats(ran: Ran) -> dict[str, np.ndarray]:
-    """The float outputs, in double precision."""
-    return {k: v.astype(np.float64) for k, v in ran.outputs.items() if tf.as_dtype(v.dtype).is_floating}
+def floats(values: Arrays) -> dict[str, np.ndarray]:
+    """The floats among some arrays, in double precision."""
+    return {k: v.astype(np.float64) for k, v in values.items() if tf.as_dtype(v.dtype).is_floating}
 
 
-def differences(wanted: Ran, found: Ran) -> dict[str, float]:
-    """How far each output is from what is wanted, relative to its largest element; infinite where it is no rounding."""
+def differences(wanted: Arrays, found: Arrays) -> dict[str, float]:
+    """How far each array is from what is wanted, relative to its largest element; infinite where it is no rounding."""
     numbers, others = floats(wanted), floats(found)
     missed = {}
-    for key, value in wanted.outputs.items():
-        if key not in found.outputs or value.shape != found.outputs[key].shape:
+    for key, value in wanted.items():
+        if key not in found or value.shape != found[key].shape:
             missed[key] = np.inf
         elif key not in numbers or key not in others:
-            missed[key] = 0.0 if np.array_equal(value, found.outputs[key]) else np.inf
+            missed[key] = 0.0 if np.array_equal(value, found[key]) else np.inf
         else:
             missed[key] = _difference(numbers[key], others[key])
     return missed

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.python.checkpoint.graph_view import ObjectGraphView
-from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
 from passes.batch_norm import BatchNorm, batch_norms
 from passes.derive_training import TRAIN
-from passes.entries import Alignment, align, computed, serving_entry, serving_signature, training_trace
-from passes.frozen_layers import frozen_means, moving_means
+from passes.entries import Alignment, serving_signature
+from passes.frozen_layers import frozen_means
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter.app.arrays import Arrays, fitted
+from rewriter.app.verification.functions import Trainer, gradients, held, keyworded, loss, trainer
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
-from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random
-from rewriter.app.verification.serving import Pair
+from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random, rows, session_of
+from rewriter.app.verification.serving import FREEZE, START, STEP, Pair
+from rewriter.app.verification.source_training import (
+    Differences,
+    LoadedTrainer,
+    Steps,
+    common_variables,
+    compared,
+    loaded_trainer,
+    own_training,
+    serving_function,
+)
 from rewriter.dataflow import call_graph
-from rewriter.ir import Entry, Error, Model, unused
+from rewriter.ir import Entry, Error, Model
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Trained:
         twice: how many sites of the source's function compute both modes, of which one is used.
         sites: how many sites that function runs, or serving, each of which a derived function trains once.
         phases: whether a branch chooses between two training functions, the second with frozen statistics.
+        reached: with phases, how many kernels a call runs through, gradients not counted; None where that is not known.
+        rows: how many examples it was run on.
+        own: how far it is from the source's own training function with quantisers off; None where it has none.
     """
 
     absent: str = ""
@@ -67,6 +77,9 @@ class Trained:
     twice: int = 0
     sites: int = 0
     phases: bool = False
+    reached: int | None = None
+    rows: int = 0
+    own: Differences | None = None
 
 
 def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
@@ -96,18 +109,22 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
     if pair.result.object_based and not graph:
         return replace(ran.done, kernels=None)
     after = placed_by(pair.result, graph) if graph else placed(pair.result, "train")
-    own = _own_training(pair)
+    own = own_training(pair)
     if own is None:
         serving = _served(pair.source, frozen_means(pair.result))
-        return replace(ran.done, sites=serving.trained(serving.raised(after)))
-    return _beside(pair, ran, own, after)
+        done = replace(ran.done, sites=serving.trained(serving.raised(after)))
+    else:
+        done = _beside(pair, ran, own, after)
+    phases = any(v.name.startswith(FREEZE) for v in pair.result.variables.values())
+    return replace(done, phases=True, reached=_reached(pair, ran.given)) if phases else done
 
 
 class _Run(NamedTuple):
-    """What a run showed, and what the training function was given, in the order of its inputs."""
+    """What a run of a loaded result showed, and what its training function was given, in the order of its inputs."""
 
     done: Trained
     given: dict[str, np.ndarray]
+    root: Any
 
 
 def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate: bool) -> _Run:
@@ -116,12 +133,12 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
     if function is None:
         raise AssertionError
     for v in function.variables:
-        if v.name.startswith("quantization/start_step"):
+        if v.name.startswith(START):
             v.assign(0)
-        elif v.name.startswith("quantization/freeze_step"):
+        elif v.name.startswith(FREEZE):
             v.assign(OFF)
     parameters, statistics = layers(pair, root)
-    steps = [v for v in function.variables if v.name.startswith("quantization/step")]
+    steps = [v for v in function.variables if v.name.startswith(STEP)]
 
     def call(fed: dict[str, np.ndarray]) -> tuple[list[Any] | None, list[np.ndarray], int]:
         before, count = [v.numpy() for v in statistics], sum(int(v) for v in steps)
@@ -144,22 +161,28 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         still=still,
         gradients=named,
         kernels=kernels,
+        rows=rows(fed),
     )
-    return _Run(done, {name: fed[name] for name in function.specs})
+    return _Run(done, {name: fed[name] for name in function.specs}, root)
+
+
+def _reached(pair: Pair, given: Arrays) -> int | None:
+    """How many kernels one call of the signature `train` reaches, before statistics are frozen; None if it has none.
+
+    Only a V1 session tells which nodes ran.
+    """
+    with session_of(pair.after) as session:
+        fed = fitted(given, session.inputs("train")) if "train" in session.signatures else None
+        freeze = session.node(FREEZE)
+        if fed is None or freeze is None:
+            return None
+        session.assign({freeze: np.array(OFF)})
+        return session.run("train", fed).kernels.ran
 
 
 def _beside(pair: Pair, ran: _Run, own: tuple[Entry, Alignment], after: Placed) -> Trained:
     """What was seen, and the kernels of the source's own training function: with gradients in both, or in neither."""
     entry, order = own
-
-    def run(differentiate: bool) -> Kernels:
-        with loaded_source(pair.before) as root:
-            function = keyworded(_concrete(pair.before, root, entry))
-            names = list(function.specs)
-            fed = {names[position]: value for position, value in zip(order.inputs, ran.given.values(), strict=True)}
-            step = partial(gradients, function, function.variables, fed)
-            return with_kernels(step if differentiate else partial(function.call, **fed))[1]
-
     before = placed_by(pair.source, entry.function)
     raised = before.raised(after)
     done = replace(
@@ -167,72 +190,49 @@ def _beside(pair: Pair, ran: _Run, own: tuple[Entry, Alignment], after: Placed) 
         raised=before.kernels_for(raised),
         twice=before.twice,
         sites=before.trained(raised),
-        phases=any(v.name.startswith("quantization/freeze_step") for v in pair.result.variables.values()),
     )
+    with loaded_trainer(pair.before, entry) as theirs:
+        function = theirs.function
+        names = list(function.specs)
+        fed = {names[position]: value for position, value in zip(order.inputs, ran.given.values(), strict=True)}
+        step = partial(gradients, function, function.variables, fed)
+        wanted = None if done.differentiated else attempt(lambda: with_kernels(step)[1])[0]
+    if wanted is not None:
+        return replace(done, wanted=wanted, own=_compared(pair, ran, theirs, order, fed))
+    # TensorFlow tells of a function's graphs only when it runs for the first time.
+    with loaded_trainer(pair.before, entry) as theirs:
+        wanted, why = attempt(lambda: with_kernels(partial(theirs.function.call, **fed))[1])
     if not done.differentiated:
-        wanted, _ = attempt(lambda: run(differentiate=True))
-        if wanted is not None:
-            return replace(done, wanted=wanted)
-    wanted, why = attempt(lambda: run(differentiate=False))
-    if not done.differentiated:
-        alone = _run(pair, loaded(pair.after), ran.given, 0, differentiate=False)
-        done = replace(done, kernels=alone.done.kernels)
-    return replace(done, wanted=wanted, unwanted=why)
+        ran = _run(pair, loaded(pair.after), ran.given, 0, differentiate=False)
+        done = replace(done, kernels=ran.done.kernels)
+    differences = None if wanted is None else _compared(pair, ran, theirs, order, fed)
+    return replace(done, wanted=wanted, unwanted=why, own=differences)
+
+
+def _compared(pair: Pair, ran: _Run, theirs: LoadedTrainer, order: Alignment, fed: Arrays) -> Differences | None:
+    """One step of the source beside one of the result with quantisers off; None where their variables do not load."""
+    ours = trainer(ran.root)
+    if ours is None:
+        raise AssertionError
+    for v in ours.variables:
+        if v.name.startswith(START):
+            v.assign(OFF)
+    try:
+        before, after = common_variables(pair, theirs.root, ran.root)
+    except Error:
+        return None
+    result = Steps(ours, after, tuple(range(len(order.outputs))))
+    return compared(Steps(theirs.function, before, order.outputs), result, fed, ran.given)
 
 
 def _served(source: Model, frozen: frozenset[str]) -> Placed:
     """The batch norms of the function, or signature, from which training is derived, but for the frozen ones."""
-    entry = _serving(source)
+    entry = serving_function(source)
     if entry is not None:
         return placed_by(source, entry.function, frozen)
     signature = serving_signature(source)
     names = sorted(source.signatures, key=lambda name: (name != "serving_default", name)) or [""]
     return placed(source, names[0] if signature is None else signature.name, frozen)
-
-
-def _serving(source: Model) -> Entry | None:
-    try:
-        return serving_entry(source) if source.object_based else None
-    except Error:
-        return None
-
-
-def _own_training(pair: Pair) -> tuple[Entry, Alignment] | None:
-    """The source's own training function, and how its inputs are those of serving.
-
-    None where there is none, or where the result trains other batch norms than it, as an option of the rewrite said.
-    """
-    serving = _serving(pair.source)
-    trace = None if serving is None else training_trace(pair.source, serving)
-    order = None if trace is None or serving is None else align(pair.source, trace, serving)
-    if trace is None or serving is None or order is None:
-        return None
-    left = computed(pair.source, serving.function) - computed(pair.source, trace.function, training=True)
-    same = moving_means(pair.source, left) == frozen_means(pair.result)
-    return (trace, order) if same else None
-
-
-def _concrete(path: Path, root: Any, entry: Entry) -> Any:
-    """A concrete function of the loaded root; loading renames it."""
-    attribute = next((p for p in entry.paths if "." not in p), None)
-    if attribute is None:
-        return root.signatures[entry.paths[0].partition(".")[2]]
-    held = getattr(root, attribute)
-    for meta in parse_saved_model(str(path)).meta_graphs:
-        nodes = meta.object_graph_def.nodes
-        for child in nodes[0].children if nodes else ():
-            names = list(nodes[child.node_id].function.concrete_functions)
-            if child.local_name == attribute and entry.function in names:
-                return held.concrete_functions[names.index(entry.function)]
-    return held
-
-
-def gradients(function: Trainer, parameters: list[Any], fed: dict[str, np.ndarray]) -> list[Any] | None:
-    """The gradients of a function's float outputs; None where it has none."""
-    with tf.GradientTape() as tape:
-        value = loss(function.call(**fed))
-    found: list[Any] | None = None if value is None else tape.gradient(value, parameters)
-    return found
 
 
 def _fails_alike(pair: Pair, failure: str) -> bool:
@@ -253,57 +253,6 @@ def _fails_alike(pair: Pair, failure: str) -> bool:
 
     found, why = attempt(failures)
     return kind in why if found is None else bool(found) and all(kind in other for other in found)
-
-
-class Trainer(NamedTuple):
-    """A loaded function as one of keywords, its inputs' specs, and the variables that it may use."""
-
-    call: Callable[..., Any]
-    specs: dict[str, Any]
-    variables: list[Any]
-
-
-def trainer(model: Any) -> Trainer | None:
-    """The training function of a loaded result: `quantization.train`, in TensorFlow 1's format the signature."""
-    quantization: Any = getattr(model, "quantization", None)
-    if hasattr(quantization, "train"):
-        (concrete,) = quantization.train.concrete_functions
-        return keyworded(concrete)._replace(variables=list(quantization.variables))
-    if "train" not in model.signatures:
-        return None
-    return keyworded(model.signatures["train"])._replace(variables=list(model.variables))
-
-
-def keyworded(concrete: Any) -> Trainer:
-    """A concrete function as one of keywords; arguments that are no tensors are as it was traced with."""
-    structure = concrete.structured_input_signature
-    leaves = tf.nest.flatten(structure)
-    specs: dict[str, Any] = {}
-    named = [_added(leaf, specs) if isinstance(leaf, tf.TensorSpec) else None for leaf in leaves]
-
-    def call(**fed: Any) -> Any:
-        values = [leaf if name is None else tf.constant(fed[name]) for leaf, name in zip(leaves, named, strict=True)]
-        positional, keywords = tf.nest.pack_sequence_as(structure, values)
-        return concrete(*positional, **keywords)
-
-    return Trainer(call, specs, list(concrete.graph.trainable_variables))
-
-
-def _added(spec: Any, specs: dict[str, Any]) -> str:
-    """A name for a spec, which is added under it."""
-    name = unused(spec.name, specs)
-    specs[name] = spec
-    return name
-
-
-def loss(outputs: Any) -> Any:
-    """A sum of the float outputs, weighted, as the sum of a softmax has no gradient; None where there is none."""
-    floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
-    return tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
-
-
-def _weights(value: tf.Tensor) -> tf.Tensor:
-    return tf.reshape(tf.sin(tf.cast(tf.range(tf.size(value)), tf.float32)), tf.shape(value))
 
 
 def training_graph(model: Model) -> str:
@@ -334,7 +283,7 @@ def layers(pair: Pair, root: Any) -> tuple[list[Any], list[Any]]:
                 continue
             if not result.object_based and result.variables[key].node not in named:
                 raise Error(f"plain loading does not list {key}, a reference, which is trained in V1 sessions only")
-            found[role][key] = _held(root, key) if result.object_based else named[result.variables[key].node]
+            found[role][key] = held(root, key) if result.object_based else named[result.variables[key].node]
     parameters = [v for role in (GAMMA, BETA) for v in found[role].values() if v.trainable]
     return parameters, [*found[MEAN].values(), *found[VARIANCE].values()]
 
@@ -343,18 +292,3 @@ def _identity(bn: BatchNorm) -> tuple[str, ...]:
     """What tells a batch norm from others, even if something stands before its gamma in one function."""
     mean = bn.variables.get(MEAN)
     return tuple(bn.variables.values()) if mean is None else (mean,)
-
-
-def _held(root: Any, key: str) -> Any:
-    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique.
-
-    Raises:
-        Error: it holds none.
-    """
-    found = root
-    for part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
-        held, name = ObjectGraphView(root).children(found), part.replace(".S", "/").replace("..", ".")
-        if name not in held:
-            raise Error(f"TensorFlow loads the model without {key}, as it does where a model holds several meta graphs")
-        found = held[name]
-    return found

@@ -1,0 +1,232 @@
+"""What `verify` takes for rounding, and what not; and models that are sound, though they are not like most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import bnqat
+from passes.freeze_statistics import FROZEN
+from passes.sites import FUSED
+from rewriter import ops
+from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
+from rewriter.app.verification.rounding import CHAOS, CONDITIONING, ROUNDING, rounding
+from rewriter.app.verification.running import first_line, last_bits
+from rewriter.edit import Edit, Rewire, SetAttr
+from rewriter.expr import Use, constant
+from rewriter.ir import Model
+from rewriter.pipeline import Pass, Pipeline
+from rewriter.savedmodel.read import load
+from rewriter.savedmodel.write import save
+from tests.models import Net, perturb, save_keras, save_module
+
+Paths = Callable[..., Path]
+ROWS = 3
+"""How many examples `verify` makes."""
+
+
+def claim(found: Verification, name: str) -> Claim:
+    return next(c for c in found.claims if c.name == name)
+
+
+def failing(found: Verification) -> list[str]:
+    return [c.name for c in found.claims if c.status == FAILS]
+
+
+def edited(by: Pass, model: Path, target: Path) -> Path:
+    save(Pipeline([by]).run(load(model))[0], target)
+    return target
+
+
+@dataclass(frozen=True)
+class OtherEpsilon:
+    """Let every kernel have another epsilon, in some functions."""
+
+    factor: float
+    training: bool = False
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        for name, graph in model.graphs.items():
+            for node in graph.nodes.values():
+                if node.op in FUSED and ops.get(model, node, "is_training") is self.training:
+                    epsilon = ops.get(model, node, "epsilon") * self.factor
+                    yield SetAttr(name, node.name, "epsilon", ops.attr(float(epsilon)))
+
+
+@dataclass(frozen=True)
+class WithoutCorrection:
+    """Let every variance that enters an average be times n / (n - 1), as if Bessel's correction had been forgotten."""
+
+    pixels: int
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        n = ROWS * self.pixels
+        for graph in model.graphs.values():
+            for value, edge in graph.edges():
+                if value.port == 2 and graph.nodes[value.node].op in FUSED:
+                    yield Rewire(edge, Use("float32", value) * constant(n / (n - 1), "float32"), "test")
+
+
+def amplifying(path: Path) -> Path:
+    """A net in single ops whose every layer multiplies small differences, without an end."""
+    keras.utils.set_random_seed(0)
+    layers: list[Any] = [keras.Input((64,))]
+    for _ in range(6):
+        layers += [keras.layers.Dense(64), keras.layers.BatchNormalization(), keras.layers.Activation(keras.ops.sin)]
+    net = keras.Sequential([*layers, keras.layers.Dense(4)])
+    perturb(net.weights)
+    for layer in net.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            layer.gamma.assign(3 * layer.gamma)
+    net.export(str(path), verbose=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def amplified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Such a net, and what it was rewritten to."""
+    folder = tmp_path_factory.mktemp("amplified")
+    source = amplifying(folder / "a")
+    bnqat.rewrite(source, folder / "b")
+    return source, folder / "b"
+
+
+def test_what_a_net_multiplies_is_rounding(amplified: tuple[Path, Path]) -> None:
+    """More than a single batch norm may round."""
+    found = verify(*amplified)
+    assert found.ok, found.claims
+    off = claim(found, "off")
+    assert float(off.detail.partition("but for ")[2].split()[0]) > ROUNDING
+    assert "4 times what the source changes by other last bits" in off.detail
+
+
+def test_a_wrong_epsilon_is_more_than_a_net_multiplies(amplified: tuple[Path, Path], tmp_path: Path) -> None:
+    source, result = amplified
+    found = verify(source, edited(OtherEpsilon(1.05), result, tmp_path / "c"))
+    assert failing(found) == ["off"]
+    assert "times what the source changes by other last bits in its inputs and variables" in claim(found, "off").detail
+
+
+@pytest.mark.parametrize("name", ["keras3", "module_train"])
+def test_a_wrong_epsilon_in_a_net_as_most_are(name: str, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
+    """By a twentieth: the smallest error of a formula that was made so far."""
+    found = verify(model(name), edited(OtherEpsilon(1.05), rewritten(name), tmp_path / "c"))
+    assert failing(found) == ["off"]
+    assert "of its largest element" in claim(found, "off").detail
+
+
+TRAINED = {"module_train": 64, "keras_save": 36}
+"""Models with a training function of their own, and how many pixels their first batch norm sees."""
+
+
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_training_is_compared_with_the_sources_own(name: str, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
+    source, result = model(name), rewritten(name)
+    assert claim(verify(source, result), "training").status == HOLDS
+    wrong = verify(source, edited(WithoutCorrection(TRAINED[name]), result, tmp_path / "variance"))
+    assert failing(wrong) == ["training"]
+    assert "the change of " in claim(wrong, "training").detail
+    assert "moving_variance" in claim(wrong, "training").detail
+    assert "moving_mean" not in claim(wrong, "training").detail
+    wrong = verify(source, edited(OtherEpsilon(1.05, training=True), result, tmp_path / "epsilon"))
+    assert failing(wrong) == ["training"]
+    assert claim(wrong, "training").detail.startswith("output 0: differs by")
+
+
+class Drawn(Net):
+    """A generator: its input is not all that it starts from."""
+
+    @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        return self.call(x + tf.random.normal(tf.shape(x)), training=False)
+
+
+def test_a_source_that_draws_noise_is_recognised(tmp_path: Path) -> None:
+    source = save_module(Drawn(), tmp_path / "a")
+    bnqat.rewrite(source, tmp_path / "b")
+    found = verify(source, tmp_path / "b")
+    assert found.ok, found.claims
+    for name in ("off", "on"):
+        assert claim(found, name).status == NOT_APPLICABLE
+        assert "draws it at random" in claim(found, name).detail
+
+
+def test_values_that_quantisers_keep(tmp_path: Path) -> None:
+    """A net that was never trained holds ones and zeros."""
+    net = Net()
+    for norm in net.norms:
+        for variable in norm.variables:
+            filled = np.ones if "gamma" in variable.name or "variance" in variable.name else np.zeros
+            variable.assign(filled(variable.shape, "float32"))
+    source = save_module(net, tmp_path / "a")
+    bnqat.rewrite(source, tmp_path / "b")
+    found = verify(source, tmp_path / "b")
+    assert found.ok, found.claims
+    assert "variables hold what quantisers keep as it is" in claim(found, "on").detail
+
+
+def dense(path: Path) -> Path:
+    """A net of Keras 2 whose batch norms are in single ops, but for the first."""
+    import tf_keras
+
+    tf_keras.utils.set_random_seed(0)
+    layers = tf_keras.layers
+    net = tf_keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(8, 3), layers.BatchNormalization()])
+    for added in (layers.Flatten(), layers.Dense(16), layers.BatchNormalization(), layers.ReLU(), layers.Dense(4)):
+        net.add(added)
+    perturb(net.weights)
+    return save_keras(net, path)
+
+
+@dataclass(frozen=True)
+class Unnormalised:
+    """Let the second phase normalise nothing."""
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        for name, graph in model.graphs.items():
+            for value, edge in graph.edges() if name.endswith(FROZEN) else ():
+                kernel = graph.nodes[value.node]
+                if kernel.op in FUSED and value.port == 0:
+                    yield Rewire(edge, Use("float32", kernel.inputs[0]), "test")
+
+
+def test_each_phase_has_its_kernels(tmp_path: Path) -> None:
+    source = dense(tmp_path / "a")
+    bnqat.rewrite(source, tmp_path / "b", freeze_step=5)
+    found = verify(source, tmp_path / "b")
+    assert found.ok, found.claims
+    assert "of which one runs: 2 are reached" in claim(found, "kernels in training").detail
+    wrong = verify(source, edited(Unnormalised(), tmp_path / "b", tmp_path / "c"))
+    assert failing(wrong) == ["kernels in training"]
+
+
+def test_last_bits_are_the_least_change() -> None:
+    value = np.array([1.0, -2.0, 0.0, 3.5], np.float32)
+    (moved,) = last_bits({"a": value, "b": np.arange(3)}, 0).values()
+    assert (np.abs(moved.view(np.int32) - value.view(np.int32)) == [1, 1, 0, 1]).all()
+
+
+def test_rounding_is_bounded() -> None:
+    assert rounding(ROUNDING, 0, 1e-7) == (ROUNDING, "")
+    assert rounding(0, 0, 0).allowed == 0
+    assert rounding(ROUNDING, 0, 1e-5).allowed == CONDITIONING * 1e-5
+    assert rounding(0, 1e-6, 0).allowed == CONDITIONING * 1e-6
+    assert rounding(ROUNDING, 0, 2 * CHAOS).allowed is rounding(ROUNDING, 2 * CHAOS, 0).allowed is None
+
+
+def test_an_error_without_a_text_is_told_by_its_place() -> None:
+    def fails() -> None:
+        raise AssertionError
+
+    with pytest.raises(AssertionError) as caught:
+        fails()
+    assert first_line(caught.value).startswith("AssertionError in fails (test_verified_rounding.py:")
+    assert first_line(ValueError("a\nb")) == "ValueError: a"
+    assert first_line(ValueError()) == "ValueError"
