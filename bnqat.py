@@ -2,8 +2,8 @@
 
 ``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)`` and ``bnqat.diff(before, after)``;
 ``bnqat.verify(before, after)``, ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model,
-inputs)``, which run the models; ``bnqat.KerasLayer(path)`` and ``bnqat.QuantizationLog(layer, log_dir)``, which train
-them with Keras 3; the passes are objects from `passes`.
+inputs)``, which run the models; ``bnqat.KerasLayer(path)``, ``bnqat.QuantizationLog(layer, log_dir)`` and
+``bnqat.ReestimateStatistics(dataset, steps)``, which train them with Keras 3; the passes are objects from `passes`.
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rewriter.app.sensitivity import sensitivity
     from rewriter.app.training.layer import KerasLayer
     from rewriter.app.training.log import QuantizationLog
+    from rewriter.app.training.statistics import ReestimateStatistics
     from rewriter.app.verification.claims import verify
     from rewriter.ir import Error
 
@@ -28,6 +29,7 @@ __all__ = [
     "KerasLayer",
     "NothingToRewriteError",
     "QuantizationLog",
+    "ReestimateStatistics",
     "diff",
     "finalize",
     "inspect",
@@ -40,6 +42,7 @@ __all__ = [
 ELSEWHERE = {
     "KerasLayer": "training.layer",
     "QuantizationLog": "training.log",
+    "ReestimateStatistics": "training.statistics",
     "diff": "diff",
     "finalize": "finalize",
     "reestimate_statistics": "reestimate",

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-    Nothing in a model is executed, but by `sensitivity` and `verify`, and quantisers by `finalize`. Results go to
-    stdout, progress to stderr. Exit code 0: done; 1: a claim of `verify` failed, or `diff --exit-code` found
-    differences; 2: wrong usage, unreadable input or nothing to rewrite.
+    Nothing in a model is executed, but by `sensitivity`, `verify` and `finalize --inputs`, and quantisers by
+    `finalize`. Results go to stdout, progress to stderr. Exit code 0: done; 1: a claim of `verify` failed, or
+    `diff --exit-code` found differences; 2: wrong usage, unreadable input or nothing to rewrite.
     """
 
 

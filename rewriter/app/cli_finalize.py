@@ -25,6 +25,12 @@ from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require
 @click.option(
     "--fold", is_flag=True, help="Let batch norms become part of the convolution before them; not with --params."
 )
+@click.option(
+    "--inputs",
+    "inputs_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="A batch, an .npz file: execute SRC on it, and compare its statistics with the moving ones.",
+)
 @click.option("--trust", is_flag=True, help="Compute quantisers with ops that are not known to be harmless.")
 @TAGS
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
@@ -38,6 +44,7 @@ def finalize(
     target: Path,
     params: Path | None,
     fold: bool,
+    inputs_file: Path | None,
     trust: bool,
     tags: list[str] | None,
     dry_run: bool,
@@ -53,19 +60,27 @@ def finalize(
             refuse_existing(target, overwrite)
         if params is not None:
             check_parameters(params, fold)
+        if inputs_file is not None and not inputs_file.is_file():
+            raise Error(f"there is no file {inputs_file}")
         refuse_files({"parameters": params, "report": report_file}, source, target)
         if params is not None and dry_run:
             raise Error("--params is written with the model, and --dry-run writes nothing; leave out one of them")
 
     with one_line(check):
         from rewriter.app import finalize as api
+        from rewriter.app.arrays import arrays
 
+        inputs = None
+        if inputs_file is not None:
+            click.echo(f"executing {source}", err=True)
+            inputs = arrays(inputs_file)
         with waiting(f"finalising {source}"):
             report = api.finalize(
                 source,
                 target,
                 params=params,
                 fold=fold,
+                inputs=inputs,
                 trust=trust,
                 tags=tags,
                 overwrite=overwrite,

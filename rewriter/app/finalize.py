@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from passes.bake_quantizers import BakeQuantizers, Stores, quantized_stores, trusted_stores
 from passes.fold_batch_norm import FoldBatchNorm, folded
 from passes.inline_calls import InlineCalls
@@ -16,6 +18,7 @@ from passes.settle_choices import SettleChoices
 from passes.sites import sites
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.guard import check_parameters, refuse_files
+from rewriter.app.lag import lag_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
 from rewriter.app.work import at_work
@@ -23,6 +26,7 @@ from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
 from rewriter.pipeline import Observer, Pipeline, Step
+from rewriter.reach import refuse_reaching
 from rewriter.report import Baked, FinalizeReport, Skipped
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
@@ -39,6 +43,7 @@ def finalize(
     *,
     params: str | Path | None = None,
     fold: bool = False,
+    inputs: Mapping[str, np.ndarray] | None = None,
     trust: bool = False,
     tags: Collection[str] | None = None,
     overwrite: bool = False,
@@ -49,7 +54,8 @@ def finalize(
 
     Of the model, its quantisers alone are computed, as they act from the start step and ramp on. The outputs of every
     signature and function that is left are those of the fine-tuned model with its quantisers on, bit for bit; but for
-    rounding with `fold`, and where functions choose their mode by a constant, as the report notes.
+    rounding with `fold`, and where functions choose their mode by a constant, as the report notes. A note says where
+    moving statistics are, or may be, far from those of the batches that the model meets.
 
     Args:
         source: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not; it is not changed.
@@ -57,7 +63,10 @@ def finalize(
         params: a file to write codes, scales and zero points to, ``.npz`` or ``.json``; not with `fold`, which leaves
             no variable that holds what they give.
         fold: let batch norms become part of the convolution before them, where there is one.
-        trust: compute quantisers whose ops are not known to be harmless, such as those of a function of one's own.
+        inputs: a batch, by the names of the training function's inputs; one array may have any name. The model is
+            executed on it, to compare its statistics with the moving ones.
+        trust: compute quantisers whose ops are not known to be harmless, such as those of a function of one's own;
+            with `inputs`, also run a model that holds ops for files, the network or Python.
         tags: those of the meta graph, where it holds several; the one for serving, if not given.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: report, write nothing.
@@ -65,7 +74,8 @@ def finalize(
 
     Raises:
         NothingToRewriteError: the model has no quantisers.
-        Error: the model cannot be read or written, or what quantisers make of a variable cannot be stored.
+        Error: the model cannot be read or written, what quantisers make of a variable cannot be stored, or the inputs
+            are none that the training function takes.
     """
     target = Path(target)
     if params is not None:
@@ -80,6 +90,9 @@ def finalize(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
             "fine-tuned and saved again since"
         )
+    if inputs is not None:
+        refuse_reaching(source, before, trust=trust)
+    lagging = lag_notes(source, before, inputs)
     settling = [SettleChoices()] if before.object_based and _undecided(before) else []
     kept, steps = Pipeline([*settling, KeepServing()], tuple(observers)).run(before)
     stores = kept.analysis(trusted_stores if trust else quantized_stores)
@@ -92,6 +105,7 @@ def finalize(
         after, more = _folded(after, tuple(observers))
         steps += more
     report = _report(before, after, steps, table)
+    report = replace(report, notes=[*lagging, *report.notes])
     if dry_run:
         return report
 

@@ -1,22 +1,44 @@
-"""``bnqat.reestimate_statistics``."""
+"""``bnqat.reestimate_statistics``, and the estimates that other parts compare or assign."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import tensorflow as tf
 
 from passes.batch_norm import batch_norms
 from passes.sites import STATISTICS, sites
+from rewriter.app.loaded import Arguments, assign_replicas, replicas, variables_by_key
 from rewriter.dataflow import call_graph
 from rewriter.ir import Error
 from rewriter.savedmodel.read import load
 
 NEVER = 2**63 - 1
+REESTIMATED = "reestimated"
+"""A child of `quantization`, without content, of a model whose statistics were re-estimated."""
+
+
+class Average(NamedTuple):
+    """A moving statistic that a training function updates.
+
+    Attributes:
+        variable: the loaded model's; under a strategy, that of all replicas.
+        batch_norm: the layer's name.
+        role: ``moving_mean`` or ``moving_variance``.
+        epsilon: the layer's.
+        weight: the weight of a batch's statistic in an update.
+    """
+
+    variable: Any
+    batch_norm: str
+    role: str
+    epsilon: float
+    weight: float
 
 
 def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> None:
@@ -24,7 +46,8 @@ def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> Non
 
     Moving averages lag behind weights that train, and forget all but the last batches. Here every batch counts
     alike, and nothing else changes: no weight, range or step. The variance is the average of the batches' own, as
-    the moving average approximates it.
+    the moving average approximates it. Under a distribution strategy, the first replica runs the batches, and all
+    replicas get the averages.
 
     Args:
         model: a rewritten model as ``tf.saved_model.load`` gives it, fine-tuned or not.
@@ -35,70 +58,113 @@ def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> Non
         Error: the model is none of bnqat's in TensorFlow 2's format, the dataset has fewer batches, or the weight of
             a batch in an average is not constant.
     """
-    import tensorflow as tf
+    assign([model], estimates([model], trainer_of(model), dataset, steps))
 
+
+def trainer_of(model: Any) -> Callable[[Any], object]:
+    """A function of a batch that calls a loaded model's training function.
+
+    Raises:
+        Error: bnqat did not rewrite the model, or not in TensorFlow 2's format. The function raises one for a batch
+            that the training function does not take.
+    """
     quantization: Any = getattr(model, "quantization", None)
     if not hasattr(quantization, "train"):
         raise Error("reestimate_statistics needs a model that bnqat rewrote and tf.saved_model.load loaded")
+    arguments = Arguments(quantization.train.concrete_functions[0])
+
+    def train(batch: Any) -> None:
+        positional, keywords = arguments(batch)
+        try:
+            quantization.train(*positional, **keywords)
+        except (TypeError, ValueError) as e:
+            names = ", ".join(arguments.names)
+            raise Error(f"a batch is not what the training function takes ({names}): {e}") from e
+
+    return train
+
+
+def assign(models: Sequence[Any], estimated: Iterable[tuple[Average, np.ndarray]]) -> None:
+    """Give moving statistics their estimates, and mark the loaded models as re-estimated."""
+    for average, value in estimated:
+        assign_replicas(average.variable, value.astype(average.variable.dtype.as_numpy_dtype))
+    for model in models:
+        setattr(model.quantization, REESTIMATED, tf.Module(REESTIMATED))
+
+
+def estimates(
+    models: Sequence[Any],
+    train: Callable[[Any], object],
+    batches: Iterable[Any],
+    steps: int,
+    kept: Sequence[Any] = (),
+) -> list[tuple[Average, np.ndarray]]:
+    """Return the averages of the batches' statistics, in float64, and leave all variables as they were.
+
+    Args:
+        models: rewritten models as TensorFlow loads them.
+        train: a function of a batch that makes one training step of each model, on the first replica.
+        batches: batches for `train`.
+        steps: how many of them to use, at least 1.
+        kept: other variables that `train` changes.
+
+    Raises:
+        Error: as of `reestimate_statistics`.
+    """
     if steps < 1:
         raise Error(f"{steps} steps: at least one batch is needed")
-    averages, stored = _averages(model)
-    sums = [np.zeros(v.shape, np.float64) for v, _ in averages]
-    batches = iter(dataset)
-    ranges = [(v, v.numpy()) for v in quantization.variables if v.name.startswith("quantization/range/")]
+    quantizations = [model.quantization for model in models]
+    read = [_averages(model) for model in models]
+    averages = [average for own, _ in read for average in own]
+    sums = [np.zeros(a.variable.shape, np.float64) for a in averages]
+    variables = [v for quantization in quantizations for v in quantization.variables]
+    ranges = [v for v in variables if v.name.startswith("quantization/range/")]
+    remaining = iter(batches)
 
-    def train(batch: Any, start: float) -> list[np.ndarray]:
-        """The averages after one step from averages that are all alike."""
-        for variable, _ in averages:
+    def step_from(start: float, batch: Any) -> list[np.ndarray]:
+        """The averages after one step from averages that are all `start`; every step meets the same ranges."""
+        first = [replicas(a.variable)[0] for a in averages]
+        for variable in first:
             variable.assign(tf.fill(variable.shape, tf.cast(start, variable.dtype)))
-        try:
-            quantization.train(**batch) if isinstance(batch, Mapping) else quantization.train(*_tuple(batch))
-        except (TypeError, ValueError) as e:
-            names = [spec.name for spec in quantization.train.concrete_functions[0].inputs if spec.dtype != tf.resource]
-            raise Error(f"a batch is not what the training function takes ({', '.join(names)}): {e}") from e
-        for variable, value in ranges:
-            variable.assign(value)  # so that every batch meets the same ones
-        return [variable.numpy().astype(np.float64) for variable, _ in averages]
+        with _restored(ranges):
+            train(batch)
+        return [variable.numpy().astype(np.float64) for variable in first]
 
-    with _acting(quantization, [v for v, _ in averages], stored):
+    with _restored([*variables, *kept]):
+        for quantization, (_, stored) in zip(quantizations, read, strict=True):
+            _let_act(quantization, stored)
         for done in range(steps):
-            batch = next(batches, None)
+            batch = next(remaining, None)
             if batch is None:
                 raise Error(f"the dataset holds {done} batches, not {steps}")
             # From an average of zero, one step leaves the batch's statistic times its weight.
-            found = train(batch, 0.0)
+            found = step_from(0.0, batch)
             if done == 0:
-                quantization.step.assign_sub(1)
-                _check_weights(averages, found, train(batch, 1.0))
-            for total, (_, weight), value in zip(sums, averages, found, strict=True):
-                np.add(total, value / weight, out=total)
-    for total, (variable, _) in zip(sums, averages, strict=True):
-        variable.assign((total / steps).astype(variable.dtype.as_numpy_dtype))
+                for quantization in quantizations:
+                    replicas(quantization.step)[0].assign_sub(1)
+                _check_weights(averages, found, step_from(1.0, batch))
+            for total, average, value in zip(sums, averages, found, strict=True):
+                np.add(total, value / average.weight, out=total)
+    return [(average, total / steps) for average, total in zip(averages, sums, strict=True)]
 
 
-def _check_weights(averages: list[tuple[Any, float]], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
+def _check_weights(averages: list[Average], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
     """Refuse averages in which a step's batch has another weight than a single update gives it.
 
     Raises:
         Error: one is updated several times in a step, or corrected for its start.
     """
-    for (variable, weight), zero, one in zip(averages, from_zero, from_one, strict=True):
+    for average, zero, one in zip(averages, from_zero, from_one, strict=True):
         found = 1 - float(np.mean(one - zero))
-        if abs(found - weight) > weight / 4:  # dropout changes the batch's statistics between the two
+        if abs(found - average.weight) > average.weight / 4:  # dropout changes the batch's statistics between the two
             raise Error(
-                f"{variable.name} is updated several times in a step, or is corrected for its start (zero-debiased): "
-                "its batches' statistics cannot be told apart"
+                f"{average.variable.name} is updated several times in a step, or is corrected for its start "
+                "(zero-debiased): its batches' statistics cannot be told apart"
             )
 
 
-def _tuple(batch: Any) -> tuple[Any, ...]:
-    return tuple(batch) if isinstance(batch, list | tuple) else (batch,)
-
-
-def _averages(model: Any) -> tuple[list[tuple[Any, float]], bool]:
-    """The moving statistics that training updates with the weight of a batch in each; whether they are quantised."""
-    import tensorflow as tf
-
+def _averages(model: Any) -> tuple[list[Average], bool]:
+    """The moving statistics that training updates; whether they are quantised where they are stored."""
     with tempfile.TemporaryDirectory() as folder:
         tf.saved_model.save(model, folder)
         read = load(Path(folder))
@@ -108,46 +174,40 @@ def _averages(model: Any) -> tuple[list[tuple[Any, float]], bool]:
         for concrete in model.quantization.train.concrete_functions:
             entry = read.entries[concrete.name.decode()]
             reached |= calls.reached(entry.function)
-            variables = {id(v.handle): v for v in concrete.graph.variables}
-            for key, resource in zip(entry.captures, concrete.captured_inputs, strict=True):
-                if isinstance(key, str) and id(resource) in variables:
-                    held[key] = variables[id(resource)]
-        found: dict[str, float] = {}
+            held |= variables_by_key(concrete, entry)
+        found: dict[str, Average] = {}
         for bn in read.analysis(batch_norms):
-            keys = [bn.variables[role] for role in STATISTICS if role in bn.variables]
-            if any(s.training and s.graph in reached for s in bn.sites) and all(key in held for key in keys):
+            keys = {role: bn.variables[role] for role in STATISTICS if role in bn.variables}
+            if any(s.training and s.graph in reached for s in bn.sites) and all(k in held for k in keys.values()):
                 if bn.factor is None:
                     raise Error(f"the weight of a batch in the averages of {bn.name} is not constant")
-                found |= dict.fromkeys(keys, bn.factor)
+                epsilon = bn.sites[0].epsilon
+                found |= {k: Average(held[k], bn.name, role, epsilon, bn.factor) for role, k in keys.items()}
         stored = any(tag.get("use") == "average" for site in read.analysis(sites) for tag in site.quantized)
     if not found:
-        raise Error(
-            "no moving statistics that the training function updates were found; load the model outside of a "
-            "distribution strategy"
-        )
-    return [(held[key], weight) for key, weight in found.items()], stored
+        raise Error("no moving statistics that the training function updates were found")
+    return list(found.values()), stored
+
+
+def _let_act(quantization: Any, stored: bool) -> None:
+    """Let quantisers act and statistics be updated.
+
+    A stored average of one batch alone would be rounded to nothing, so those are not quantised.
+    """
+    for name, value in {"start_step": 0, "ramp_steps": 0, "freeze_step": NEVER}.items():
+        if hasattr(quantization, name):
+            assign_replicas(getattr(quantization, name), value)
+    for role in STATISTICS if stored else ():
+        for widths in (getattr(quantization.bits, role), getattr(quantization.layer_bits, role)):
+            assign_replicas(widths, np.zeros(widths.shape, np.int32))
 
 
 @contextmanager
-def _acting(quantization: Any, averages: list[Any], stored: bool) -> Iterator[None]:
-    """Let quantisers act and statistics be updated; afterwards all but the averages is as before, on failure all.
-
-    A stored average of one batch alone would be rounded to nothing, so those are not quantised meanwhile.
-    """
-    before = [(v, v.numpy()) for v in quantization.variables]
-    controls = {"start_step": 0, "ramp_steps": 0, "freeze_step": NEVER}
+def _restored(variables: Iterable[Any]) -> Iterator[None]:
+    """Leave variables as they were, on every replica, also on failure."""
+    before = [(replica, replica.numpy()) for variable in variables for replica in replicas(variable)]
     try:
-        for name, value in controls.items():
-            if hasattr(quantization, name):
-                getattr(quantization, name).assign(value)
-        for role in STATISTICS if stored else ():
-            for widths in (getattr(quantization.bits, role), getattr(quantization.layer_bits, role)):
-                widths.assign(np.zeros(widths.shape, np.int32))
         yield
-    except BaseException:
-        for variable, value in before:
-            variable.assign(value)
-        raise
-    for variable, value in before:
-        if not any(variable is average for average in averages):
-            variable.assign(value)
+    finally:
+        for replica, value in before:
+            replica.assign(value)

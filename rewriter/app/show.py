@@ -181,6 +181,8 @@ def show_verification(found: Verification) -> None:
     for claim in found.claims:
         say(f"{claim.status:15} ", fg=colours.get(claim.status, "yellow"), nl=False)
         say(f"{claim.name}: {claim.detail}")
+    for note in found.notes:
+        say(f"note: {note}")
     rows = [row for claim in found.claims for row in claim.table]
     if rows:
         table = Table(box=box.SIMPLE_HEAD, title="the outputs with quantisers on, to those of the source")

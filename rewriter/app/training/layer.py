@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import keras
 import tensorflow as tf
 from keras.src.saving.serialization_lib import in_safe_mode
 
+from rewriter.app.loaded import Arguments
 from rewriter.ir import Error
 
 
@@ -49,12 +50,12 @@ class KerasLayer(keras.layers.Layer):
         quantization: Any = getattr(model, "quantization", None)
         if not hasattr(quantization, "train") or not hasattr(model, "serve"):
             raise Error(f"{filepath} was not rewritten by bnqat in TensorFlow 2's format; use bnqat rewrite first")
-        given = _Given(quantization.train.concrete_functions[0])
-        super().__init__(trainable=trainable, name=name, dtype=dtype or given.dtype)
+        arguments = Arguments(quantization.train.concrete_functions[0])
+        super().__init__(trainable=trainable, name=name, dtype=dtype or arguments.dtype)
         self.filepath = str(filepath)
         self.model = model
         self.supports_jit = False
-        self._given = given
+        self._arguments = arguments
         self._held = [
             keras.Variable(v, trainable=v.trainable, dtype=v.dtype, name=v.name.partition(":")[0].replace("/", "_"))
             for v in _variables(model)
@@ -69,7 +70,7 @@ class KerasLayer(keras.layers.Layer):
     def call(self, inputs: Any, training: bool | None = False) -> Any:
         """The model's outputs for `inputs`, as the class says."""
         function = self.quantization.train if training and self.trainable else self.model.serve
-        arguments, keywords = self._given(inputs)
+        arguments, keywords = self._arguments(inputs)
         return function(*arguments, **keywords)
 
     def get_config(self) -> dict[str, Any]:
@@ -90,36 +91,6 @@ class KerasLayer(keras.layers.Layer):
                 "safe_mode=False"
             )
         return cls(**config)
-
-
-class _Given:
-    """How a function is called with what a Keras layer is given."""
-
-    def __init__(self, function: Any) -> None:
-        self.structure = function.structured_input_signature
-        self.specs = [s for s in tf.nest.flatten(self.structure) if isinstance(s, tf.TypeSpec)]
-
-    @property
-    def dtype(self) -> str:
-        """That of the first input of real numbers; float32 without one."""
-        return next((s.dtype.name for s in self.specs if s.dtype.is_floating), "float32")
-
-    def __call__(self, inputs: Any) -> Any:
-        """Arguments and keywords."""
-        values = iter(self._ordered(inputs))
-        filled = [next(values) if isinstance(s, tf.TypeSpec) else s for s in tf.nest.flatten(self.structure)]
-        return tf.nest.pack_sequence_as(self.structure, filled)
-
-    def _ordered(self, inputs: Any) -> list[Any]:
-        names = [s.name for s in self.specs]
-        if isinstance(inputs, Mapping) and (len(names) > 1 or set(inputs) == set(names)):
-            if set(inputs) != set(names):
-                raise Error(f"the inputs are {', '.join(map(str, inputs))}, but the model takes {', '.join(names)}")
-            return [inputs[name] for name in names]
-        values: list[Any] = tf.nest.flatten(inputs)
-        if len(values) != len(names):
-            raise Error(f"{len(values)} inputs, but the model takes {len(names)}: {', '.join(names)}")
-        return values
 
 
 def _variables(model: Any) -> Iterator[Any]:

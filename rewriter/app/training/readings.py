@@ -19,10 +19,11 @@ from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.roles import ROLES
 from passes.schemes import SCHEMES
 from rewriter import ops
+from rewriter.app.loaded import variables_by_key
 from rewriter.app.values import error, run
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.draft import define
-from rewriter.ir import ARG, MAIN, Entry, Error, Graph, Model, Node, Result, Value
+from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node, Result, Value
 from rewriter.savedmodel.objects import held_functions
 from rewriter.savedmodel.read import load
 
@@ -72,7 +73,7 @@ class Readings:
         meta = self.source.source.proto.meta_graphs[self.source.source.index]
         functions = dict(held_functions(meta.object_graph_def))
         self.entry = self.source.entries[functions.get("quantization.train") or functions["train"]]
-        self.variables = _variables(model.quantization.train.concrete_functions[0], self.entry)
+        self.variables = variables_by_key(model.quantization.train.concrete_functions[0], self.entry)
         self.quantizers = tuple(_quantizers(self.source))
         if not self.quantizers:
             raise Error(f"{filepath} has no quantisers to read; those of a function of your own are not read")
@@ -130,17 +131,6 @@ class Readings:
             if len(ends) == 1:
                 return graph, ends[0]
         raise Error(f"{self.path} does not read its control variables as bnqat wrote it; rewrite the float model again")
-
-
-def _variables(concrete: Any, entry: Entry) -> dict[str, Any]:
-    """A loaded function's variables by their keys in the file; under a strategy, those of all replicas."""
-    known: dict[int, Any] = {}
-    for variable in concrete.graph.variables:
-        known[id(variable)] = variable
-        if not hasattr(variable, "values"):
-            known[id(variable.handle)] = variable
-    pairs = zip(entry.captures, concrete.captured_inputs, strict=True)
-    return {key: known[id(held)] for key, held in pairs if isinstance(key, str)}
 
 
 def _quantizers(model: Model) -> Iterator[_Quantizer]:

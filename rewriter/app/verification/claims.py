@@ -14,6 +14,7 @@ from tensorflow.core.framework import types_pb2
 
 from passes.sites import sites
 from rewriter import ops
+from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.rounding import CHAOS, HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
 from rewriter.app.verification.running import Ran
@@ -69,10 +70,11 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verification:
-    """All claims, and what the models were run on."""
+    """All claims, what the models were run on, and what the user should know besides."""
 
     claims: list[Claim]
     inputs: str
+    notes: list[str] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -128,7 +130,8 @@ def verify(
     ]
     examples = _count(max((served.rows for served in serving.ran.values()), default=trained.rows), "example")
     used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
-    return Verification(claims, f"{used}, {examples}")
+    notes = notes_on_statistics(pair.after, pair.result, inputs)
+    return Verification(claims, f"{used}, {examples}", notes=notes)
 
 
 def signatures_stay(serving: Serving) -> Claim:
