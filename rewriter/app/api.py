@@ -141,6 +141,8 @@ def rewrite(
     after, steps = Pipeline(chosen, observers).run(before)
     report = report_of(before, after, steps)
     quantizing = any(isinstance(each, QuantizeBatchNorm) for each in chosen)
+    if quantizing:
+        report = replace(report, notes=[*report.notes, *options.notes])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten):
         raise NothingToRewriteError(why_nothing(source, before, steps))

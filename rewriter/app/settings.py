@@ -162,6 +162,22 @@ class Settings(_Options):
                 )
         return self
 
+    @property
+    def notes(self) -> list[str]:
+        """Sentences on options that may be meant together, and often are not.
+
+        A freeze step of 0 is meant: moving statistics stay those of the source.
+        """
+        whole = self.start_step + self.ramp_steps
+        if self.freeze_step is None or not 0 < self.freeze_step <= whole:
+            return []
+        when = f"from step {self.start_step} on" + (f", wholly from step {whole} on" if self.ramp_steps else "")
+        follow = "only in part follow" if self.freeze_step > self.start_step else "never follow"
+        return [
+            f"statistics are frozen from step {self.freeze_step} on, and quantisers act {when}: moving statistics "
+            f"{follow} what quantisers change; a --freeze-step later than {whole} lets them, 0 keeps the source's"
+        ]
+
     def quantizer(self, role: str) -> dict[str, Any]:
         """All options of a role's quantiser."""
         scheme = "log" if role == VARIANCE else "affine"

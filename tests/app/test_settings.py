@@ -193,3 +193,31 @@ def test_python_takes_mappings(model: Paths, tmp_path: Path) -> None:
     assert {t["role"]: t["bits"] for t in tags} == {"gamma": 5, "beta": 3, "moving_mean": 8, "moving_variance": 8}
     with pytest.raises(bnqat.Error, match="bits: 'scale' is no variable of a batch norm"):
         bnqat.rewrite(model("module"), tmp_path / "x", bits={"scale": 3})
+
+
+@pytest.mark.parametrize(
+    ("steps", "noted"),
+    [
+        ((100, 0, 50), "never follow"),
+        ((100, 0, 100), "never follow"),  # the first quantised step is the first frozen one
+        ((100, 50, 120), "only in part follow"),
+        ((100, 50, 150), "only in part follow"),
+        ((100, 50, 151), ""),
+        ((100, 0, 101), ""),
+        ((100, 0, 0), ""),  # the source's statistics, all along
+        ((0, 0, 1), ""),
+        ((100, 50, None), ""),
+    ],
+)
+def test_statistics_that_are_frozen_before_quantisers_act(
+    steps: tuple[int, int, int | None], noted: str, model: Paths, tmp_path: Path
+) -> None:
+    """Start, ramp and freeze step."""
+    start, ramp, freeze = steps
+    options: dict[str, Any] = {"start_step": start, "ramp_steps": ramp, "freeze_step": freeze}
+    found = bnqat.rewrite(model("module"), tmp_path / "target", dry_run=True, **options).notes
+    notes = [note for note in found if note.startswith("statistics are frozen from step ")]
+    assert bool(notes) is bool(noted)
+    if notes:
+        assert noted in notes[0]
+        assert f"--freeze-step later than {start + ramp} " in notes[0]
