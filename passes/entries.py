@@ -97,7 +97,7 @@ def _running(model: Model, name: str, known: Mapping[Value, bool], found: dict[s
 
 def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
     """Whether a site may train, as far as is known: it is not settled that its mode, or its updates', is another."""
-    known = running.get(site.graph, [])
+    known = [a for a in running.get(site.graph, []) if a.returns(site.node)]
     held = site.parameters.get(MEAN, ()) if site.mode == "both" else ()
     if not site.training or all(any(a.settles(e) and a.passes(e) for e in held) for a in known):
         return False

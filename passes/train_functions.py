@@ -157,8 +157,11 @@ class FunctionClones:
         for site in self.trained:
             if site.graph == graph:
                 yield from training.edits(site)
+        nodes = self.model.graphs[graph].nodes.values()
+        own = {node.inputs[0] for node in nodes if node.op.startswith("Assign")}  # serving updates them itself
         for holder, value in training.updates.items():
-            yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
+            if holder not in own:
+                yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
 
     def _freeze(self, graph: str, target: str) -> Iterator[Edit]:
         """The part of the edits that concerns this clone."""

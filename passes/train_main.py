@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.batch_norm import batch_norms
@@ -20,8 +21,9 @@ from rewriter.dataflow import REFERENCES
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
 from rewriter.expr import Expr, Use, constant, op, ordered
 from rewriter.frames import Frame, loop_frames
-from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Value, unused
+from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Spec, Value, unused
 from rewriter.liveness import Assumption
+from rewriter.shapes import shape_of
 
 PREFIX = "train"
 COUNT = "quantization/step"
@@ -195,9 +197,27 @@ class MainGraphTraining:
             dtype = ops.output_dtype(self.model, self.graph, fetched)
             fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
         added = tuple(tensor.spec for tensor in inner)
-        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added))
+        feeds = tuple(self._further_inputs(signature, mode, needed))
+        if feeds:
+            names = ", ".join(spec.name for spec, _ in feeds)
+            yield Note(f"the signature train also takes {names}, which its updates of the moving averages need")
+        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added, feeds))
         if not own:
             yield from derived(self.model, changed, [], self.options)
+
+    def _further_inputs(
+        self, signature: Signature, mode: Assumption, needed: Iterable[str]
+    ) -> Iterator[tuple[Spec, Value]]:
+        """The placeholders that training needs and the signature does not feed, as a momentum may be one."""
+        given = {v.node for v in (*signature.feeds, *mode.values)}
+        names = set(signature.inputs)
+        for node in needed:
+            if self.graph.nodes[node].op == "Placeholder" and node not in given:
+                value = Value(node)
+                name = unused(re.sub(r"\W", "_", node), names)
+                names.add(name)
+                dtype = ops.output_dtype(self.model, self.graph, value)
+                yield Spec(name, dtype, shape_of(self.model, self.graph, value)), value
 
     def _rounds(self, inside: str, copied: _Copied) -> list[str]:
         """The ends of the rounds of the loop that a node lies in."""

@@ -143,8 +143,11 @@ def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signatu
     like = model.signatures[value.like]
     outputs = (*like.outputs, *(spec.name for spec in value.added))
     fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, outputs, strict=True))
-    specs = (*like.specs, *value.added)
-    return replace(like, name=name, outputs=outputs, fetches=fetches, specs=specs, like=like.name)
+    count = len(like.inputs)
+    specs = (*like.specs[:count], *(spec for spec, _ in value.feeds), *like.specs[count:], *value.added)
+    inputs = (*like.inputs, *(spec.name for spec, _ in value.feeds))
+    feeds = (*like.feeds, *(fed for _, fed in value.feeds))
+    return Signature(name, "", inputs, outputs, feeds, fetches, specs, like.name)
 
 
 class _Drafts(dict[str, Draft]):

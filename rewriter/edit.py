@@ -231,12 +231,14 @@ class MainSignature:
     Attributes:
         fetches: what its outputs are, and after them what it returns besides.
         added: the names, dtypes and shapes of what it returns besides.
+        feeds: placeholders that it takes besides, with their names, dtypes and shapes.
     """
 
     like: str
     fetches: tuple[Expr, ...]
     scope: str
     added: tuple[Spec, ...] = ()
+    feeds: tuple[tuple[Spec, Value], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,15 @@ class Assumption:
         passed = zip(branch.arguments, node.inputs[1:], strict=True)
         return (node.inputs[0], *(value for argument, value in passed if argument in used))
 
+    def returns(self, name: str) -> bool:
+        """Whether a result of the function needs a node; of the main graph, this is not known."""
+        return self.graph.name == MAIN or name in self._returned
+
+    @cached_property
+    def _returned(self) -> dict[str, None]:
+        """The nodes that the function's results need."""
+        return self.needed(result.value.node for result in self.graph.results)
+
     def needed(self, roots: Iterable[str]) -> dict[str, None]:
         """The nodes that these need, themselves among them."""
         found: dict[str, None] = {}

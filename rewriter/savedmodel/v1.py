@@ -123,6 +123,10 @@ def write_signature(meta: Any, signature: Signature) -> None:
     proto = meta.signature_def[signature.name]
     if signature.like:
         proto.CopyFrom(meta.signature_def[signature.like])
+    given = {name for key, info in proto.inputs.items() for name in tensors_of(key, info)}
+    for name, value, spec in zip(signature.inputs, signature.feeds, signature.specs, strict=False):
+        if name not in given:
+            proto.inputs[name].CopyFrom(tensor_info(spec, value))
     names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
     known = {name for key, info in proto.outputs.items() for name in tensors_of(key, info)}
     specs = signature.specs[len(signature.inputs) :]
