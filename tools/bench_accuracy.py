@@ -111,9 +111,9 @@ def net(task: Task, normalization: Callable[[int], Any]) -> Any:
     return keras.Model(inputs, keras.layers.Dense(task.classes)(x))
 
 
-def float_layer(_: int) -> Any:
-    """Keras' own, of momentum 0.95."""
-    return keras.layers.BatchNormalization(momentum=0.95, epsilon=1e-3)
+def float_layer(_: int, momentum: float = 0.95) -> Any:
+    """Keras' own."""
+    return keras.layers.BatchNormalization(momentum=momentum, epsilon=1e-3)
 
 
 def fit(
@@ -226,12 +226,14 @@ SYSTEMS = {
 }
 
 
-def starts(make: Callable[[int], Task], seeds: int, folder: Path) -> Iterator[Start]:
-    """Trained float nets."""
+def starts(
+    make: Callable[[int], Task], seeds: int, folder: Path, layer: Callable[[int], Any] = float_layer
+) -> Iterator[Start]:
+    """Trained float nets, with batch norms as `layer` makes them."""
     for seed in range(seeds):
         keras.utils.set_random_seed(seed)
         task = make(seed)
-        model = net(task, float_layer)
+        model = net(task, layer)
         fit(
             [partial(model, training=True)],
             model.trainable_variables,
