@@ -15,12 +15,17 @@ images with 10 classes. Rows:
 - off, on: rewritten by bnqat, 8 bits, before and after `start_step`; frozen: with frozen moving statistics; stateful
   ranges: moving averages of the limits; changing widths: 8 and 4 bits in turn; a role off: the width of gamma is 0
 - "..., rewritten": what bnqat makes of these models, on
+
+`--net v1-resource` and `v1-reference` are a net in TensorFlow 1's format, with resource or reference variables, run in
+a V1 session and by `tf.saved_model.load`. Its base is the library's layer, `tf.compat.v1.layers.batch_normalization`
+with fused kernels; rows are the two functions of `tools.bench_v1`, written by hand, before and after the rewrite.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -28,9 +33,10 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -42,6 +48,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import bnqat
+from tools import bench_v1
 from tools.bench_nets import NETS
 
 BASE = "fused"
@@ -99,6 +106,15 @@ VARIANTS: Mapping[str, Variant] = {
 }
 
 
+class Steps(Protocol):
+    """The steps of a model by kind; a call runs one and gives its seconds."""
+
+    steps: dict[str, Callable[[], object]]
+
+    def __call__(self, kind: str, /) -> float:
+        """Seconds of one step."""
+
+
 class Runner:
     """The compiled steps of a saved model."""
 
@@ -123,7 +139,7 @@ class Runner:
         def inference() -> Any:
             return self.model.serve(x, tf.constant(False)) if mode else self.model.serve(x)
 
-        self.steps = {"training": training, "inference": inference}
+        self.steps: dict[str, Callable[[], object]] = {"training": training, "inference": inference}
 
     def __call__(self, kind: str) -> float:
         """Seconds of one step."""
@@ -134,12 +150,12 @@ class Runner:
         return time.perf_counter() - start
 
 
-def timed(runners: Mapping[str, Runner], kind: str, limit: float) -> dict[str, list[float]]:
+def timed(runners: Mapping[str, Steps], kind: str, limit: float) -> dict[str, list[float]]:
     """Seconds of each step in each round."""
     first = {name: min(runner(kind) for _ in range(WARM_UP)) for name, runner in runners.items()}
     found: dict[str, list[float]] = {name: [] for name in runners}
     end = time.perf_counter() + limit
-    while time.perf_counter() < end or len(found[BASE]) < LEAST:
+    while time.perf_counter() < end or len(next(iter(found.values()))) < LEAST:
         for name in random.sample(list(runners), len(runners)):
             if first[name] < SHORT:
                 runners[name](kind)
@@ -170,26 +186,26 @@ def prepared(net: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
     return paths
 
 
-def measured(paths: Mapping[str, Path], batch: int, limit: float) -> dict[str, Any]:
-    """By kind: the base's milliseconds, the number of rounds, and each row's ratios."""
-    x = tf.random.normal([batch, 96, 96, 3])
-    runners = {name: Runner(path, VARIANTS[name], x) for name, path in paths.items()}
+def measured(runners: Mapping[str, Steps], limit: float) -> dict[str, Any]:
+    """By kind of step: the base's milliseconds, the number of rounds, and each row's ratios. The base comes first."""
     found = {}
-    for kind in KINDS:
-        seconds = timed(runners, kind, limit)
-        rows = {name: compared(each, seconds[BASE]) for name, each in seconds.items()}
-        milliseconds = round(1000 * float(np.median(seconds[BASE])), 1)
-        found[kind] = {"milliseconds": milliseconds, "rounds": len(seconds[BASE]), "rows": rows}
+    for kind in (kind for kind in KINDS if kind in next(iter(runners.values())).steps):
+        seconds = timed({name: runner for name, runner in runners.items() if kind in runner.steps}, kind, limit)
+        base = next(iter(seconds.values()))
+        rows = {name: compared(each, base) for name, each in seconds.items()}
+        milliseconds = round(1000 * float(np.median(base)), 1)
+        found[kind] = {"milliseconds": milliseconds, "rounds": len(base), "rows": rows}
     return found
 
 
 def table(found: Mapping[str, Any]) -> str:
     """The rows as a table in Markdown."""
-    heads = [f"{kind}, {found[kind]['milliseconds']:g} ms, {found[kind]['rounds']} rounds" for kind in KINDS]
-    lines = [f"| | {' | '.join(heads)} |", "|---|---|---|"]
-    for name in found[KINDS[0]]["rows"]:
-        cells = (_cell(found[kind]["rows"][name]) for kind in KINDS)
-        lines += [f"| {name} | {' | '.join(cells)} |"] if name != BASE else []
+    heads = [f"{kind}, {cell['milliseconds']:g} ms, {cell['rounds']} rounds" for kind, cell in found.items()]
+    lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
+    names = dict.fromkeys(name for cell in found.values() for name in list(cell["rows"])[1:])
+    for name in names:
+        cells = (_cell(cell["rows"][name]) if name in cell["rows"] else "" for cell in found.values())
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -209,34 +225,85 @@ def seconds(text: str) -> float:
     return float(text)
 
 
+class Nets(NamedTuple):
+    """Nets that are compared with each other.
+
+    Attributes:
+        rows: names, the base's first.
+        prepared: writes the models of some rows to a folder.
+        ways: of running them, by name, with what makes the steps of a row's model for a batch of images.
+    """
+
+    rows: Sequence[str]
+    prepared: Callable[[Sequence[str], Path], dict[str, Path]]
+    ways: Mapping[str, Callable[[str, Path, Any], Steps]]
+
+
+def _keras(net: str) -> Nets:
+    def runner(name: str, path: Path, images: Any) -> Steps:
+        return Runner(path, VARIANTS[name], tf.constant(images))
+
+    return Nets(list(VARIANTS), partial(prepared, net), {"": runner})
+
+
+def _v1(references: bool) -> Nets:
+    def way(run: Callable[[Path, Any], Steps]) -> Callable[[str, Path, Any], Steps]:
+        return lambda _, path, images: run(path, images)
+
+    ways = {name: way(run) for name, run in bench_v1.WAYS.items()}
+    return Nets(list(bench_v1.ROWS), partial(bench_v1.prepared, references), ways)
+
+
+COMPARED: Mapping[str, Nets] = {
+    "MobileNetV2": _keras("MobileNetV2"),
+    "ResNet50": _keras("ResNet50"),
+    "v1-resource": _v1(references=False),
+    "v1-reference": _v1(references=True),
+}
+
+
 def main() -> None:
-    """Print a table for each batch size."""
+    """Print a table for each batch size and way of running."""
+    options = _options()
+    nets = COMPARED[options.net]
+    console, results = Console(stderr=True), dict[str, Any]()
+    names = [nets.rows[0], *(name for name in options.only or nets.rows if name != nets.rows[0])]
+    runs = list(itertools.product(options.batch, nets.ways.items()))
+    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
+        task = progress.add_task("making the models", total=1 + len(runs))
+        paths = nets.prepared(names, Path(folder))
+        for batch, (way, make) in runs:
+            title = f"{options.net}, batch {batch}{f', {way}' if way else ''}"
+            progress.update(task, advance=1, description=title)
+            images = np.random.default_rng(0).normal(size=(batch, 96, 96, 3)).astype("float32")
+            runners = {name: make(name, path, images) for name, path in paths.items()}
+            results[title] = measured(runners, options.seconds)
+            print(f"{title}:\n\n{table(results[title])}\n", flush=True)
+            del runners
+            gc.collect()
+    if options.json:
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--net", choices=["MobileNetV2", "ResNet50"], default="MobileNetV2")
+    parser.add_argument("--net", choices=list(COMPARED), default="MobileNetV2")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--seconds", type=seconds, default=120, help="for all rows of one batch size and kind of step")
-    parser.add_argument("--only", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), metavar="ROW")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows beside the base; all, if not given")
     parser.add_argument("--json", type=Path, help="write all figures to this file too")
     options = parser.parse_args()
-    for row, peer in PEERS.items():
-        if row in options.only and find_spec(peer) is None:
-            parser.error(f"the row {row} needs {peer}: pip install '.[bench]', or leave it out of --only")
+    rows = COMPARED[options.net].rows
+    for row in options.only or rows:
+        if row not in rows:
+            parser.error(f"{options.net} has no row {row!r}; there are {', '.join(rows)}")
+        if row in PEERS and find_spec(PEERS[row]) is None:
+            parser.error(f"the row {row} needs {PEERS[row]}: pip install '.[bench]', or leave it out of --only")
     if options.json is not None and not options.json.absolute().parent.is_dir():
         parser.error(f"there is no directory {options.json.parent} to write figures to")
     if min(options.batch) < 1:
         parser.error("there is at least 1 image in a batch")
-    console, results = Console(stderr=True), {}
-    names = [BASE, *(name for name in options.only if name != BASE)]
-    with tempfile.TemporaryDirectory() as folder, Progress(console=console, transient=True) as progress:
-        task = progress.add_task("making the models", total=1 + len(options.batch))
-        paths = prepared(options.net, names, Path(folder))
-        for batch in options.batch:
-            progress.update(task, advance=1, description=f"batch {batch}")
-            results[batch] = measured(paths, batch, options.seconds)
-            print(f"{options.net}, batch {batch}:\n\n{table(results[batch])}\n", flush=True)
-            gc.collect()
-    if options.json:
-        options.json.write_text(json.dumps({options.net: results}, indent=1) + "\n")
+    return options
 
 
 if __name__ == "__main__":
