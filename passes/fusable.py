@@ -223,23 +223,6 @@ class Fusable:
         needed = frozenset().union(*(gates(self.graph, v) for v in self.taken))
         return all(gated(self.model, self.graph, gate, [statistic]) for gate in needed)
 
-    def require_averaged(self, roles: Collection[str]) -> None:
-        """Refuse a kernel of which averages cannot take the statistics; those that take them are of these roles.
-
-        Beside a kernel, the statistics that they take would not be known as the batch norm's: not quantised, and not
-        updated where training is a part of the graph.
-
-        Raises:
-            DeclinedError: naming what updates an average.
-        """
-        for role, assigns in self.site.assigns.items():
-            if assigns and role not in roles:
-                _, node = assigns[-1]
-                raise DeclinedError(
-                    f"{node} updates its {role.replace('_', ' ')} before the kernel runs, where it does not, or with "
-                    "something else that needs the statistic"
-                )
-
     def require_own(self, more: frozenset[str] = frozenset()) -> None:
         """Refuse single ops of which something else uses what they compute on the way.
 

@@ -72,9 +72,7 @@ def _training(found: Fusable) -> Iterator[Edit]:
     own = {*site.interior, site.node, *moments.nodes}
     uses = {role: list(averages_of(found, v, own)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
     nodes = [edge.node for each in uses.values() for edge, _ in each]
-    takes = found.runs_with(mean) and not found.before_kernel(nodes)
-    found.require_averaged([role for role, each in uses.items() if each] if takes else [])
-    if takes:
+    if found.runs_with(mean) and not found.before_kernel(nodes):
         found.feeds(nodes)
         for role, statistic in ((MEAN, kernel.mean), (VARIANCE, kernel.variance)):
             for edge, used in uses[role]:

@@ -100,17 +100,11 @@ class _Merged:
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
         spares = layout.moments(self._switched(x, not self.training))
         statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))
-        taken = {}
         for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
             own, spare = statistics[role]
+            yield from self._averages(batch, own, merge(spare, own), moments.nodes)
             held = self._switched(moving[role], not self.training)
-            taken[role] = [
-                *self._averages(batch, own, merge(spare, own), moments.nodes),
-                *self._averages(Value(node.name), own, merge(held, own), moments.nodes),
-            ]
-        found.require_averaged([role for role, edits in taken.items() if edits])
-        for edits in taken.values():
-            yield from edits
+            yield from self._averages(Value(node.name), own, merge(held, own), moments.nodes)
         yield Sweep(site.graph, site.interior)
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
@@ -194,13 +188,8 @@ class _Branched:
         chosen_y = op("Identity", Use(y.dtype, Value(node.name, len(self.inside.results))))
         yield replaced(found, found.waiting(chosen_y, self.graph, _met(found), (*site.interior, *nodes)))
         statistics = {MEAN: trained.mean, VARIANCE: trained.variance}
-        taken = {
-            role: list(self._averages(holder, value, role, statistics[role], moments.nodes))
-            for (_, value), role in zip(self.batch, STATISTICS, strict=True)
-        }
-        found.require_averaged([role for role, edits in taken.items() if edits])
-        for edits in taken.values():
-            yield from edits
+        for (_, value), role in zip(self.batch, STATISTICS, strict=True):
+            yield from self._averages(holder, value, role, statistics[role], moments.nodes)
         yield from self.either.definitions()
         yield Sweep(site.graph, (*site.interior, *sorted(nodes)))
         yield Sweep(self.inside.name, tuple(sorted(moments.nodes - nodes)))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from passes.roles import MEAN, VARIANCE
 from rewriter import ops
 from rewriter.ir import ARG, Edge, Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
@@ -83,6 +85,16 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
             return "the shape in which its mean is subtracted is not known before it runs"
     nodes = frozenset((*means.nodes, *variances.nodes))
     return Moments(x, found[0] or frozenset(), nodes, subtracted, (*means[X].edges, *variances[X].edges))
+
+
+def moments_of(graph: Graph, x: Value) -> Mapping[str, tuple[Value, ...]]:
+    """Means and variances that a graph computes of a value in single ops, by role."""
+    names = [node.name for node in graph.nodes.values() if node.op in ("Mean", "Sub")]
+    found: dict[str, tuple[Value, ...]] = {}
+    for role, patterns in ((MEAN, MEANS), (VARIANCE, VARIANCES)):
+        matched = {name: _first(graph, Value(name), patterns) for name in names}
+        found[role] = tuple(Value(n) for n, match in matched.items() if match and origin(graph, match[X].value) == x)
+    return found
 
 
 def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match | None:

@@ -13,6 +13,7 @@ from passes.decomposed import INPUT, Found, decomposed, near_misses
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.tags import tag_of
 from passes.updates import Update, assigned, averaged, consumers, update
+from passes.updates_beside import updates_beside
 from rewriter import ops
 from rewriter.choices import Leaf, leaves, outside
 from rewriter.dataflow import Captured, Computed, Constant, Origin, VariableKey, bindings, call_graph, origins, running
@@ -180,6 +181,8 @@ class _Fused:
                 # Whatever else the graph does with them: these outputs have no other purpose.
                 uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
                 self.updates[role] = replace(found, edges=tuple(uses))
+            if not any(u.targets for u in self.updates.values()):
+                self.updates |= updates_beside(model, graph, node.inputs[0])
 
 
 class _Decomposed:

@@ -1,0 +1,28 @@
+"""Updates of averages beside a fused kernel, with moments in single ops.
+
+An average that is updated before the batch norm runs, or under another condition, cannot take the kernel's statistics.
+It keeps the source's moments of the same x.
+"""
+
+from __future__ import annotations
+
+from passes.moments import moments_of
+from passes.updates import Update, update
+from rewriter.ir import Graph, Model, Value
+from rewriter.pattern import origin
+
+
+def updates_beside(model: Model, graph: Graph, x: Value) -> dict[str, Update]:
+    """The updates that take moments of x, by role; none where they are not those of one layer."""
+    if not model.analysis_of(graph, _computes_means):
+        return {}
+    found = {
+        role: [u for value in values if (u := update(model, graph, value)).targets]
+        for role, values in moments_of(graph, origin(graph, x)).items()
+    }
+    return {role: updates[0] for role, updates in found.items()} if all(len(u) == 1 for u in found.values()) else {}
+
+
+def _computes_means(_: Model, graph: Graph) -> bool:
+    """Whether a graph computes a mean in single ops at all (to be memoised)."""
+    return any(node.op == "Mean" for node in graph.nodes.values())
