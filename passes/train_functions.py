@@ -13,11 +13,11 @@ from passes.moving_statistics import normalise_with_moving
 from passes.sites import Site, sites
 from passes.train_options import TrainingOptions
 from passes.train_outputs import InnerOutputs
-from passes.train_sites import Training, averages
+from passes.train_sites import Training, averages, own_updates
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
-from rewriter.expr import Use, op
+from rewriter.expr import Apply, Use, op
 from rewriter.ir import ARG, Error, Model, Value
 
 
@@ -157,11 +157,11 @@ class FunctionClones:
         for site in self.trained:
             if site.graph == graph:
                 yield from training.edits(site)
-        nodes = self.model.graphs[graph].nodes.values()
-        own = {node.inputs[0] for node in nodes if node.op.startswith("Assign")}  # serving updates them itself
+        source = self.model.graphs[graph]
+        for node in own_updates(source, training.updates, source.nodes) if training.updates else ():
+            yield Replace(target, node, Apply("", "NoOp", ()))
         for holder, value in training.updates.items():
-            if holder not in own:
-                yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
+            yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
 
     def _freeze(self, graph: str, target: str) -> Iterator[Edit]:
         """The part of the edits that concerns this clone."""

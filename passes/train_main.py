@@ -15,11 +15,11 @@ from passes.train_functions import to_train
 from passes.train_notes import derived, frozen
 from passes.train_options import TrainingOptions
 from passes.train_outputs import inner_tensor, refuse_taken
-from passes.train_sites import Training, averages
+from passes.train_sites import Training, averages, own_updates
 from rewriter import ops
 from rewriter.dataflow import REFERENCES
-from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Rewire, RunAfter
-from rewriter.expr import Expr, Use, constant, op, ordered
+from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Replace, Rewire, RunAfter
+from rewriter.expr import Apply, Expr, Use, constant, op, ordered
 from rewriter.frames import Frame, loop_frames
 from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Spec, Value, unused
 from rewriter.liveness import Assumption
@@ -162,7 +162,9 @@ class MainGraphTraining:
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
         edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
-        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped]
+        held = {average.holder for s in changed for average in averages(self.model, s).values()}
+        served = list(own_updates(self.graph, held, needed))
+        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *served]
         copied = _Copied(self.graph, mode, needed, differing, frame_of)
         prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
         yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
@@ -176,7 +178,8 @@ class MainGraphTraining:
                 if placeholder in mode.values:
                     known = constant(mode.values[placeholder], "bool")
                     yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
-        training = Training(self.model, MAIN, name, self.options)
+        yield from (Replace(MAIN, name(node), Apply("", "NoOp", ())) for node in served)
+        training = Training(self.model, MAIN, name, self.options, copied.resolved)
         for site in changed:
             yield from training.edits(site)
         updates: list[Expr] = []

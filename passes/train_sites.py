@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,7 +20,10 @@ from rewriter.edit import Edit, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, array, concat, constant, op, ordered, stop_gradient
 from rewriter.frames import loop_frames
 from rewriter.ir import Edge, Graph, Model, Value
+from rewriter.pattern import origin
 from rewriter.shapes import shape_of
+
+RESOURCE_ASSIGNS = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariableOp")
 
 
 class Average(NamedTuple):
@@ -41,6 +44,15 @@ def averages(model: Model, site: Site) -> Mapping[str, Average]:
             return {}
         found[role] = average
     return found
+
+
+def own_updates(graph: Graph, holders: Iterable[Value], nodes: Iterable[str]) -> Iterator[str]:
+    """Of some nodes, those by which serving itself updates averages; derived training does so in its own way."""
+    held = {origin(graph, holder) for holder in holders}
+    for name in nodes:
+        node = graph.nodes[name]
+        if node.op in RESOURCE_ASSIGNS and origin(graph, node.inputs[0]) in held:
+            yield name
 
 
 def _average(graph: Graph, value: Value) -> Average | None:
@@ -65,6 +77,7 @@ class Training:
         graph: where the copy is.
         copied: a node's name -> its name in the copy.
         options: those of training; they have the momentum where no training site says it.
+        resolved: a value -> the value that stands for it in the copy, where that chooses nothing any longer.
         updates: what each average, by what holds it, is to become.
         after: the site that each update follows.
     """
@@ -73,6 +86,7 @@ class Training:
     graph: str
     copied: Callable[[str], str]
     options: TrainingOptions
+    resolved: Callable[[Value], Value] = field(default=lambda value: value)
     updates: dict[Value, Expr] = field(default_factory=dict)
     after: dict[Value, Site] = field(default_factory=dict)
 
@@ -122,6 +136,7 @@ class Training:
         return Edge(self.graph, self.copied(edge.node), edge.position)
 
     def _value(self, value: Value) -> Value:
+        value = self.resolved(value)
         return Value(self.copied(value.node), value.port)
 
     def _moments(self, site: Site) -> Mapping[str, Expr]:

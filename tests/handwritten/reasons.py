@@ -42,6 +42,18 @@ REASONS = (
         "it computes in float64, which the fused kernel does not have",
     ),
     Reason(
+        "kernels",
+        {"control_flow": (2,), "chosen": ("each",), "branches": ("inside",), "placement": ("branch",)},
+        "an If that updates an average is not made one with another that does, as nothing orders the two",
+        "one tf.cond, or Switch and Merge, can be followed",
+    ),
+    Reason(
+        "kernels",
+        {"control_flow": (2,), "averaged": ("chosen",), "placement": ("input",), "packing": ("cond",)},
+        "gamma or beta is read after what takes the statistics that an If chooses, so that no kernel fits into the If",
+        "what it normalises, or its gamma or beta, waits for",
+    ),
+    Reason(
         "train",
         {"mode": ("variable",), "api": ("graph",)},
         "a mode that is a variable is no input of a graph, so a signature cannot set it",
