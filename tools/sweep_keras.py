@@ -41,7 +41,6 @@ from tests.models import perturb
 SIZES = {
     "MobileNetV2": 64,
     "MobileNetV3Small": 64,
-    "MobileNetV3Large": 64,
     "EfficientNetB0": 64,
     "EfficientNetV2B0": 64,
     "ResNet50": 64,
@@ -90,12 +89,16 @@ class Row:
         return bool(self.error or self.failing) or self.finalised != 0 or self.lite is None or self.lite > LITE
 
 
-def saved(model: str, producer: str, path: Path, size: int = 0) -> Path:
-    """A model of `keras.applications` with random weights, as one of the two packages saves it."""
+def application(model: str, producer: str) -> Any:
+    """A model of `keras.applications` with random weights, made by one of the two packages."""
     package = import_module(producer)
     package.utils.set_random_seed(0)
-    side = size or SIZES[model]
-    net = getattr(package.applications, model)(weights=None, input_shape=(side, side, 3), classes=CLASSES)
+    shape = (SIZES[model], SIZES[model], 3)
+    return getattr(package.applications, model)(weights=None, input_shape=shape, classes=CLASSES)
+
+
+def saved(net: Any, producer: str, path: Path) -> Path:
+    """A net as the package that made it saves it, with batch norms as training might have left them."""
     perturb(v for layer in net.layers if "BatchNormalization" in type(layer).__name__ for v in layer.weights)
     if producer == "keras":
         net.export(str(path), verbose=False)
@@ -184,17 +187,17 @@ def take(row: Row, source: Path, folder: Path, side: int) -> None:
     row.lite = difference(lite_outputs(folder / "final", x), final)
 
 
-def swept(model: str, producer: str, size: int = 0) -> list[Row]:
+def swept(model: str, producer: str) -> list[Row]:
     """The rows of a model that one of the packages saves."""
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        source = saved(model, producer, Path(scratch) / "source", size)
+        source = saved(application(model, producer), producer, Path(scratch) / "source")
         for freeze in (False, True):
             row, start = Row(model, producer, freeze), time.perf_counter()
             folder = Path(scratch) / ("frozen" if freeze else "plain")
             folder.mkdir()
             try:
-                take(row, source, folder, size or SIZES[model])
+                take(row, source, folder, SIZES[model])
             except Exception as e:  # noqa: BLE001  a row says what went wrong, and the sweep goes on
                 row.error = f"{type(e).__name__}: {str(e).strip()[:500]}"
             row.seconds = time.perf_counter() - start

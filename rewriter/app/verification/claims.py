@@ -16,7 +16,7 @@ from passes.sites import sites
 from rewriter import ops
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
-from rewriter.app.verification.rounding import CHAOS, HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
+from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
 from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
 from rewriter.app.verification.training import Trained, train
@@ -158,7 +158,7 @@ def same_off(pair: Pair, serving: Serving) -> Claim:
         widest = Bound(_floor(pair.source), "") if raised else Bound(0.0, "")
         floor = widest.allowed or 0.0
         for key, share in differences(served.source.outputs, served.off.outputs).items():
-            bound = rounding(floor, served.rerun.get(key, 0.0), served.perturbed.get(key, 0.0) if raised else 0.0)
+            bound = rounding(floor, served.rerun.get(key, 0.0), served.perturbed.get(key, 0.0))
             seen.add(f"signature {signature}, output {key}", share, bound)
             widest = max(widest, bound, key=lambda each: each.allowed or 0.0)
         if raised:
@@ -204,7 +204,7 @@ def acts_on(serving: Serving) -> Claim:
             wrong.append(f"signature {signature}: {served.on}")
             continue
         for key, value in floats(served.source.outputs).items():
-            if served.rerun.get(key, 0.0) > CHAOS:
+            if served.rerun.get(key, 0.0) > ROUNDING:
                 random.append(f"output {key} of {signature} is not compared, as the source draws it at random")
                 continue
             other = floats(served.on.outputs)[key] if key in served.on.outputs else np.full_like(value, np.nan)

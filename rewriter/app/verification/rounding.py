@@ -59,12 +59,14 @@ def rounding(floor: float, rerun: float, perturbed: float) -> Bound:
     in its inputs and variables, each of which is less than what one op rounds.
 
     Args:
-        floor: what is allowed in any case.
-        rerun: how far the source is from itself when it runs again.
+        floor: what is allowed in any case; zero where nothing should round in another place.
+        rerun: how far the source is from itself when it runs again, as threads may add in another order.
         perturbed: how far it is with other last bits.
     """
-    if rerun > CHAOS:
+    if rerun > ROUNDING:
         return Bound(None, "the source draws it at random, or is another from run to run")
+    if not floor and not rerun:
+        return Bound(0.0, "")
     if perturbed > CHAOS:
         return Bound(
             None,
@@ -74,5 +76,6 @@ def rounding(floor: float, rerun: float, perturbed: float) -> Bound:
     conditioned = CONDITIONING * max(rerun, perturbed)
     if conditioned <= floor:
         return Bound(floor, "")
-    how = "when it runs again" if rerun >= perturbed else "by other last bits in its inputs and variables"
-    return Bound(conditioned, f", {CONDITIONING} times what the source changes {how}")
+    return Bound(
+        conditioned, f", {CONDITIONING} times what the source changes by other last bits in inputs and variables"
+    )
