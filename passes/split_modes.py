@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from passes.roles import MEAN, VARIANCE
@@ -100,20 +100,22 @@ def _split(model: Model, graph: Graph, argument: str) -> Iterator[Edit]:
     names = {True: f"{graph.name}_when_{argument}", False: f"{graph.name}_unless_{argument}"}
     for value, name in names.items():
         known = Assumption(model, graph, {Value(argument): value})
-        # Functions that two others run in a conditional or a loop cannot be differentiated in both.
-        bodies = {body: f"{body}_{name.removeprefix(graph.name + '_')}" for body in _bodies(model, graph, known)}
-        for each, copy in {graph.name: name, **bodies}.items():
-            yield Clone(each, copy, bodies)
+        own = bodies(model, graph, _decided(graph, known))
+        copies = {body: f"{body}_{name.removeprefix(graph.name + '_')}" for body in own}
+        for each, copy in {graph.name: name, **copies}.items():
+            yield Clone(each, copy, copies)
         for edge in model.analysis_of(graph, consumers).get(Value(argument), ()):
             yield Rewire(edge._replace(graph=name), constant(value, "bool"), argument)
         yield from _settled(model, graph, name, known)
     yield Dispatch(graph.name, Use("bool", Value(argument)), names[True], names[False])
 
 
-def _bodies(model: Model, graph: Graph, known: Assumption) -> dict[str, None]:
-    """The functions that conditionals and loops of a graph run, but for those whose choice is known."""
+def bodies(model: Model, graph: Graph, settled: Collection[str] = ()) -> dict[str, None]:
+    """The functions that conditionals and loops of a graph run, but for those of nodes that are settled.
+
+    TensorFlow cannot differentiate two functions in one process that run one of them, so a copy needs its own.
+    """
     found: dict[str, None] = {}
-    settled = set(_decided(graph, known))
     waiting = [node for node in graph.nodes.values() if node.name not in settled]
     while waiting:
         node = waiting.pop()

@@ -11,6 +11,7 @@ from passes.frozen_layers import frozen_layers
 from passes.layers import layers_of_sites
 from passes.moving_statistics import normalise_with_moving
 from passes.sites import Site, sites
+from passes.split_modes import bodies
 from passes.train_options import TrainingOptions
 from passes.train_outputs import InnerOutputs
 from passes.train_sites import Training, averages, own_updates
@@ -19,6 +20,9 @@ from rewriter.dataflow import call_graph
 from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
 from rewriter.expr import Apply, Use, op
 from rewriter.ir import ARG, Error, Model, Value
+
+PREFIX = "__inference_bnqat_"
+"""How the names of training functions begin."""
 
 
 def derived_sites(model: Model, functions: Iterable[str], options: TrainingOptions) -> list[Site]:
@@ -144,7 +148,11 @@ class FunctionClones:
             reason = self.left[0].reason or "its moving statistics are read in another function"
             raise Error(f"no training function can be derived: {self.left[0].node} cannot be trained: {reason}{HINT}")
         clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
-        clones |= {n: Clone(c.graph, n, self.names, c.inputs, c.outputs) for n, c in self.tops.items()}
+        for name, top in self.tops.items():
+            own = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
+            names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own}
+            clones |= {names[body]: Clone(body, names[body], names) for body in own}
+            clones[name] = Clone(top.graph, name, names, top.inputs, top.outputs)
         for name, clone in sorted(clones.items()):
             yield clone
             yield from self._train(clone.graph, name)

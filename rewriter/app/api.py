@@ -119,9 +119,9 @@ def rewrite(
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
         passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
-            ``unfreeze-constants``, ``split-modes``, ``merge-choices``, ``fuse-batch-norm``, ``choose-branch``,
-            ``derive-training``, ``aggregate-statistics``, ``inline-branches``, ``cut-gradients``,
-            ``freeze-statistics``, ``quantize-batch-norm``, or ``module:Class``.
+            ``unfreeze-constants``, ``split-modes``, ``select-to-branch``, ``merge-choices``, ``fuse-batch-norm``,
+            ``choose-branch``, ``derive-training``, ``aggregate-statistics``, ``inline-branches``,
+            ``cut-gradients``, ``freeze-statistics``, ``quantize-batch-norm``, ``check-averages``, or ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.

@@ -16,6 +16,8 @@ from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import FusedBatchNorm, Net, perturb, save_keras, save_module
+from tests.models.chosen import CHOSEN_MODELS
+from tests.models.forms import IMAGE
 
 SPEC = tf.TensorSpec((None, 8, 8, 3), name="x")
 OFF = 10**9
@@ -314,3 +316,19 @@ def test_a_phase_is_seen_in_order_within_one_function(name: str, rewritten: Call
         assert step.numpy() == 3
         for a, b in zip(got, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("fuse", [False, True])
+@pytest.mark.parametrize("name", ["chosen_updates_inside", "chosen_moments_inside"])
+def test_serving_and_training_are_both_differentiated(name: str, fuse: bool, tmp_path: Path) -> None:
+    """Functions that both of them ran in a conditional could not be, in one process."""
+    CHOSEN_MODELS[name](tmp_path / "m")
+    bnqat.rewrite(tmp_path / "m", tmp_path / "q", fuse=fuse, start_step=100)
+    loaded = tf.saved_model.load(str(tmp_path / "q"))
+    slopes = []
+    for function in (loaded.serve, loaded.quantization.train):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(function(harness.images((None, *IMAGE)), tf.constant(value=True)) ** 2)
+        slopes.append(tape.gradient(loss, loaded.layers[0].gamma))
+    np.testing.assert_allclose(slopes[1], slopes[0], rtol=1e-6)
+    assert np.any(slopes[0])
