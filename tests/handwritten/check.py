@@ -21,10 +21,10 @@ from tests.models.handwritten.norm import MOMENTUM
 OFF = 2**40
 """A step at which quantisers have not begun to act."""
 
-FUSED = {"float32": 1e-5, "half": 3e-2, "bfloat16": 2e-1, "float64": 1e-14}
+FUSED = {"float32": 1e-5, "half": 4e-2, "bfloat16": 1e-1, "float64": 1e-14}
 """Largest differences where the kernel computes what single ops did, by dtype: it rounds once, they round often."""
 
-ROUNDED = {"float32": 5e-6, "half": 2e-2, "bfloat16": 1e-1, "float64": 1e-6}
+ROUNDED = {"float32": 5e-6, "half": 4e-3, "bfloat16": 2e-2, "float64": 1e-6}
 """Largest differences where the same is computed by other ops; a momentum that is given is a float32."""
 
 MEANT = {"float32": 2e-5, "half": 2e-2, "bfloat16": 1e-1, "float64": 1e-6}
@@ -154,7 +154,8 @@ class Comparison:
         if trained is None:
             yield "train", "there is none"
             return
-        rounded = ROUNDED[form.dtype] if form.api == "graph" or form.mode == "false" else 0.0
+        # Graphs differentiate a copy, and TensorFlow folds a conditional on a constant, or not.
+        rounded = ROUNDED[form.dtype] if form.api == "graph" or not form.dynamic else 0.0
         yield from self._training("train", trained, max(exact, rounded))
         yield from self._kernels("train", trained, self.training)
 
