@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from passes.declined import DeclinedError
 from passes.predicates import decided_by, leads_to
@@ -63,12 +64,15 @@ class Branches:
             return False
         return node == self.node or not leads_to(self.model, self.graph, [node.name], {self.node.name})
 
-    def serves(self, edge: Edge) -> bool:
-        """Whether what uses a value at an edge can wait for the ``If``: nothing else would run that did not before."""
+    def serves(self, edge: Edge, before: Mapping[str, Iterable[str]] = MappingProxyType({})) -> bool:
+        """Whether what uses a value at an edge can wait for the ``If``: nothing else would run that did not before.
+
+        `before` has more of what runs after a node, as for `leads_to`.
+        """
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         if frame_of.get(edge.node) != frame_of.get(self.node.name):
             return False
-        if leads_to(self.model, self.graph, [edge.node], {self.node.name}):
+        if leads_to(self.model, self.graph, [edge.node], {self.node.name}, before):
             return False
         own, needed = (effects_before(self.model, self.graph, name) for name in (edge.node, self.node.name))
         return needed <= own

@@ -48,7 +48,7 @@ def cone(model: Model, graph: Graph, start: Value) -> Cone:
             user = graph.nodes.get(edge.node)
             if user is not None and _chooses(user, edge):
                 ends[edge, value] = None
-            elif user is None or not _moveable(user) or len(found) > LONGEST:
+            elif user is None or not moveable(user) or len(found) > LONGEST:
                 others[edge.node] = None
             elif user.name not in found:
                 found[user.name] = None
@@ -60,7 +60,7 @@ def _chooses(node: Node, edge: Edge) -> bool:
     return (node.op in SWITCHES and edge.position == 0) or (node.op in BRANCHES and edge.position >= FIRST)
 
 
-def _moveable(node: Node) -> bool:
+def moveable(node: Node) -> bool:
     """Whether it makes no difference when a node runs."""
     definition = ops.registered(node.op)
     if definition is None or definition.is_stateful or node.op in ops.CALLS or node.op in (*ops.CHOICES, *SWITCHES):

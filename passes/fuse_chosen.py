@@ -152,6 +152,7 @@ class _Branched:
             raise DeclinedError(
                 f"what it normalises, or its gamma or beta, waits for {node.name}, which it would be in"
             )
+        found.feeds([node.name])
         self.either = self._either_mode()
 
     def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
@@ -217,7 +218,8 @@ class _Branched:
                 chosen_one = self._result(self.ports[role])
                 if self.branches.chooses_alike(edge, self.training):
                     yield from rewired(self.model, self.graph, edge, used, chosen_one)
-                elif self.branches.serves(edge):
+                elif self.branches.serves(edge, self.found.fed):
+                    self.found.feeds([edge.node], {self.branches.node.name})
                     yield from rewired(self.model, self.graph, edge, used, self.either.statistic(role, chosen_one))
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:

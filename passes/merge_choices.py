@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from passes.branches import Branches, only_one
+from passes.cones import moveable
 from passes.declined import DeclinedError
 from passes.predicates import decided_by, leads_to
 from passes.roles import MEAN, VARIANCE
@@ -13,7 +14,7 @@ from passes.sites import sites
 from passes.updates import consumers, following
 from rewriter import ops
 from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
-from rewriter.expr import Apply, Expr, Use
+from rewriter.expr import Apply, Expr, Port, Use
 from rewriter.ir import ARG, Graph, Model, Value
 from rewriter.liveness import BRANCHES
 from rewriter.pattern import origin
@@ -63,6 +64,7 @@ class _Merged:
 
     Attributes:
         merged: conditional -> those that it runs together with, as others of the graph were merged.
+        made: what stands for nodes of the first one's branches, by the predicate's value and the node.
     """
 
     model: Model
@@ -71,6 +73,7 @@ class _Merged:
     first: Branches
     second: Branches
     merged: dict[str, list[str]]
+    made: dict[tuple[bool, str], Apply] = field(default_factory=dict)
 
     def edits(self) -> Iterator[Edit]:
         """The second returns the value, and runs when both have run; the first is gone."""
@@ -106,9 +109,14 @@ class _Merged:
         dtype = ops.output_dtype(self.model, branch, value)
         if node.op == ARG:
             return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
-        if node.op not in MOVED or not _only_reads(branch, node.after):
+        if not (node.op in MOVED or moveable(node)) or not _only_reads(branch, node.after):
             raise DeclinedError(
-                f"{node.name} ({node.op}), which gives its mean in a branch of its own, does more than read"
+                f"{node.name} ({node.op}), which gives its mean in a branch of its own, has an effect, or waits for one"
             )
-        attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
-        return Apply(dtype, node.op, tuple(self._moved(on, v) for v in node.inputs), attrs)
+        if (on, node.name) not in self.made:
+            attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
+            first = ops.output_dtype(self.model, branch, Value(node.name))
+            inputs = tuple(self._moved(on, v) for v in node.inputs)
+            self.made[on, node.name] = Apply(first, node.op, inputs, attrs)
+        moved = self.made[on, node.name]
+        return Port(dtype, moved, value.port) if value.port else moved

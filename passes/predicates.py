@@ -76,9 +76,13 @@ def switches(_: Model, graph: Graph) -> Mapping[Value, frozenset[str]]:
 
 
 def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
-    """The Switches that a value passes on its way: what decides, and for which value it is passed on."""
-    passed = (v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES)
-    return frozenset((decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed)
+    """The Switches that a value passes on its way: what decides, and for which value it is passed on.
+
+    A constant decides nothing while the graph runs.
+    """
+    passed = [v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES]
+    found = {(decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed}
+    return frozenset(gate for gate in found if ops.constant_of(graph, gate[0]) is None)
 
 
 def gated(model: Model, graph: Graph, gate: tuple[Value, bool], values: Iterable[Value]) -> bool:

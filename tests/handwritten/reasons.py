@@ -49,7 +49,13 @@ REASONS = (
     ),
     Reason(
         "kernels",
-        {"control_flow": (2,), "averaged": ("chosen",), "placement": ("input",), "packing": ("cond",)},
+        {"api": ("function",), "chosen": ("output",), "averaged": ("batch",)},
+        "a function whose averages are updated before its output is chosen computes the batch's statistics first",
+        "its averages are updated before",
+    ),
+    Reason(
+        "kernels",
+        {"control_flow": (2,), "averaged": ("chosen",), "placement": ("input",)},
         "gamma or beta is read after what takes the statistics that an If chooses, so that no kernel fits into the If",
         "what it normalises, or its gamma or beta, waits for",
     ),
