@@ -65,7 +65,7 @@ class Branches:
         return node == self.node or not leads_to(self.model, self.graph, [node.name], {self.node.name})
 
     def serves(self, edge: Edge, before: Mapping[str, Iterable[str]] = MappingProxyType({})) -> bool:
-        """Whether what uses a value at an edge can wait for the ``If``: nothing else would run that did not before.
+        """Return whether the user of a value at an edge can wait for the ``If`` without running anything else.
 
         `before` has more of what runs after a node, as for `leads_to`.
         """

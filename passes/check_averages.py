@@ -68,7 +68,7 @@ def _layers(model: Model, keys: Collection[str]) -> str:
 
 
 class _Trained(NamedTuple):
-    """What becomes of moving averages in one training function, by their keys.
+    """Moving averages of one training function, by their keys.
 
     Attributes:
         still: those that it normalises with.
@@ -82,7 +82,7 @@ class _Trained(NamedTuple):
 
 
 def _serving(model: Model) -> list[Invocation]:
-    """What runs in serving, whose signature or function training follows."""
+    """The invocations of serving, whose signature or function training follows."""
     if model.object_based:
         return of_entry(model, serving_entry(model)) if TRAIN in model.entries else []
     signature = model.main_signatures.get("train")
@@ -134,7 +134,7 @@ def _held(model: Model, run: Invocation) -> Iterator[str]:
 
 
 def _infers(run: Invocation, site: Site) -> bool:
-    """Whether a site may normalise with the moving statistics in a run."""
+    """Return whether a site may normalise with the moving statistics in a run."""
     return site.mode == "inference" or any(run.assumed.passes(edge) for edge in site.parameters.get(MEAN, ()))
 
 
@@ -157,7 +157,7 @@ def _by_graph(model: Model) -> dict[str, list[Site]]:
 
 
 def _update(model: Model, key: str) -> Node | None:
-    """What assigns a variable a value that depends on an input or on a variable; not an initial or a restored one."""
+    """The node that assigns a variable a value from inputs or variables, not an initial or a restored one."""
     for graph in model.graphs.values():
         for node in graph.nodes.values():
             assigns = node.op.startswith(ASSIGNING) and VariableKey(key) in origins(model, graph.name, node.inputs[0])
@@ -167,7 +167,7 @@ def _update(model: Model, key: str) -> Node | None:
 
 
 def _depends(graph: Graph, start: str) -> bool:
-    """Whether a value is computed from what is fed or from a variable, and not read from a file."""
+    """Return whether a value is computed from what is fed or from a variable, and not read from a file."""
     waiting, seen = [start], set[str]()
     given = False
     while waiting:

@@ -24,7 +24,7 @@ from rewriter.liveness import Assumption
 LOOPS = ("While", "StatelessWhile")
 FLOATS = ("half", "float16", "bfloat16", "float32", "float64")
 PASSING = (*FLOATS, "complex64", "complex128", "resource", "variant")
-"""What TensorFlow passes gradients through: numbers, and what holds lists of them."""
+"""Dtypes that TensorFlow passes gradients through: numbers, and what holds lists of them."""
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
 def _inner_outputs(
     model: Model, likes: Mapping[str, Entry], trace: Entry | None, wanted: Mapping[str, str]
 ) -> InnerOutputs:
-    """What the training functions return besides.
+    """Further results of the training functions.
 
     Raises:
         Error: a node is not known, is not the only one of its name, or cannot be returned; or a name is taken.

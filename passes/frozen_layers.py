@@ -68,6 +68,6 @@ def _beside_trained(model: Model) -> frozenset[str]:
 
 
 def _marked(model: Model, bn: BatchNorm) -> bool:
-    """Whether it has a gamma or beta, and none that is trainable."""
+    """Return whether it has a gamma or beta, and none that is trainable."""
     held = [model.variables[key] for role, key in bn.variables.items() if role in (GAMMA, BETA)]
     return bool(held) and not any(v.trainable and not v.frozen for v in held)

@@ -37,12 +37,12 @@ class Invocation(NamedTuple):
         return self.assumed.graph
 
     def origin(self, value: Value) -> Origin | None:
-        """Where a value comes from in this invocation."""
+        """The origin of a value in this invocation."""
         found = follow(self.assumed.model, self.graph, value)
         return self.arguments[found.position] if isinstance(found, Argument) else found
 
     def always(self, node: str) -> bool:
-        """Whether a node runs in every such run, whatever Switches choose that are not decided."""
+        """Return whether a node runs in every such run, whatever Switches choose that are not decided."""
         if not self.certain:
             return False
         model, graph = self.assumed.model, self.graph
@@ -55,14 +55,14 @@ class Invocation(NamedTuple):
 
 
 def of_signature(model: Model, signature: Signature) -> list[Invocation]:
-    """What runs when the main graph computes a signature."""
+    """The invocations when the main graph computes a signature."""
     return list(_Walk(model).graph(MAIN, [v.node for v in signature.fetches], (), {}, certain=True))
 
 
 def of_entry(
     model: Model, entry: Entry, known: Mapping[str, bool] = NOTHING, ignored: Collection[str] = ()
 ) -> list[Invocation]:
-    """What runs when a concrete function is called, with some boolean arguments known, and functions left out."""
+    """The invocations when a concrete function is called, with some booleans known and some functions left out."""
     captured = (VariableKey(c) if isinstance(c, str) else Captured(c) for c in entry.captures)
     arguments = (*(None for _ in entry.inputs), *captured)
     values = {Value(name): value for name, value in known.items()}
@@ -121,7 +121,7 @@ class _Walk:
             yield from self.function(name, arguments, known, certain=certain)
 
     def _kept(self, loop: Node, position: int) -> bool:
-        """Whether a loop's body returns one of its values as it was given."""
+        """Return whether a loop's body returns one of its values as it was given."""
         body = self.model.graphs[ops.callees(self.model, loop)[-1]]
         return follow(self.model, body, body.results[position].value) == Argument(body.name, position)
 

@@ -60,7 +60,7 @@ def _choosing(model: Model, graph: Graph, site: Site) -> Iterator[Node]:
 
 
 def _convertible(model: Model, graph: Graph, node: Node) -> bool:
-    """Whether a node chooses one of two values as a whole: ``Select`` may also broadcast, or choose by element."""
+    """Return whether a node chooses one of two whole values: ``Select`` may also broadcast, or choose by element."""
     predicate, then, otherwise = node.inputs
     shapes = [shape_of(model, graph, value) for value in (then, otherwise)]
     if shape_of(model, graph, predicate) != () or shapes[0] is None or shapes[0] != shapes[1]:
@@ -69,7 +69,7 @@ def _convertible(model: Model, graph: Graph, node: Node) -> bool:
 
 
 def _normalised(model: Model, graph: Graph, value: Value) -> Value | None:
-    """What the batch norm before a value normalises, whose shape the value has."""
+    """The input of the batch norm before a value; both have one shape."""
     ends = {s.node: s for s in model.analysis(sites) if s.graph == graph.name and INPUT in s.inputs}
     site = ends.get(origin(graph, value, shaped=True).node)
     return None if site is None else origin_of_x(graph, used(graph, site.inputs[INPUT][0]))

@@ -22,7 +22,7 @@ from rewriter.expr import Apply, Use, op
 from rewriter.ir import ARG, Error, Model, Value
 
 PREFIX = "__inference_bnqat_"
-"""How the names of training functions begin."""
+"""Prefix of the names of training functions."""
 
 
 def derived_sites(model: Model, functions: Iterable[str], options: TrainingOptions) -> list[Site]:

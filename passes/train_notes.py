@@ -1,4 +1,4 @@
-"""What a user should know about a training function."""
+"""Notes on a training function for its user."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ MOMENTUM = "_bnqat_momentum"
 """Attribute of a site that training was derived for: whose its momentum is, "source", "given" or "assumed"."""
 
 Trained = Literal["as-source", "all", "none"]
-"""Which batch norms train: those that the source trains, all, or none."""
+"""The batch norms that train: those that the source trains, all, or none."""
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class TrainingRule(Match):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """How batch norms train: options for all layers, and rules for some, of which the last that matches counts.
+    """Options of training for all layers, and rules for some, of which the last that matches counts.
 
     Attributes:
         momentum: of moving averages where no training site of the source says it.
@@ -80,7 +80,7 @@ class TrainingOptions:
             raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")
 
     def trains(self, model: Model, layer: Layer, source: bool) -> bool:
-        """Whether a layer is to train, where the source trains it or not.
+        """Return whether a layer is to train, where the source trains it or not.
 
         Raises:
             Error: rules say different things of batch norms that share a function.
@@ -145,7 +145,7 @@ def _check(momentum: float | None, trained: str | None) -> None:
 
 
 def _last(model: Model, layer: Layer, options: Iterable[tuple[Match, T]], name: str) -> T | None:
-    """What the last of the rules that match a layer says; None where none matches."""
+    """The option of the last rule that matches a layer; None where none matches."""
     found: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
     for rule, value in options:
         found |= {bn.name: value for bn in layer.batch_norms if rule.matches(model, bn)}

@@ -18,7 +18,7 @@ from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
 from rewriter.shapes import shape_of
 
 RESULT = "inner_tensor"
-"""What further results of functions are named."""
+"""Names of further results of functions."""
 
 NOT_TENSORS = ("resource", "variant")
 
@@ -135,7 +135,7 @@ def output_names(model: Model, like: Entry, signature: Signature | None) -> tupl
 
 @dataclass
 class InnerOutputs:
-    """What training functions return besides, by the name of each.
+    """Further results of training functions, by the name of each.
 
     Attributes:
         tensors: by the name of the training function.

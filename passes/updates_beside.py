@@ -24,5 +24,5 @@ def updates_beside(model: Model, graph: Graph, x: Value) -> dict[str, Update]:
 
 
 def _computes_means(_: Model, graph: Graph) -> bool:
-    """Whether a graph computes a mean in single ops at all (to be memoised)."""
+    """Return whether a graph computes a mean in single ops at all (to be memoised)."""
     return any(node.op == "Mean" for node in graph.nodes.values())

@@ -10,13 +10,13 @@ HANDLES = ("VarHandleOp", "ReadVariableOp")
 
 
 def stateful(node: Node) -> bool:
-    """Whether an op has an effect, by its definition; a call's is that of the function's ops."""
+    """Return whether an op has an effect, by its definition; a call's is that of the function's ops."""
     definition = ops.registered(node.op)
     return definition is not None and definition.is_stateful and node.op not in HANDLES
 
 
 def has_effect(model: Model, node: Node) -> bool:
-    """Whether running a node, or what it calls, does more than give its outputs."""
+    """Return whether running a node, or what it calls, does more than give its outputs."""
     called = ops.callees(model, node)
     if called:
         return any(has_effect(model, inner) for name in called for inner in model.graphs[name].nodes.values())

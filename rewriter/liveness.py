@@ -66,7 +66,7 @@ class Assumption:
         return value if chosen is None or value.port else self.resolved(chosen)
 
     def settled(self, value: Value) -> Value:
-        """What a value is, before all that is known to choose it; of a branch that is not taken, the value itself."""
+        """A value before all choices that are known; of a branch that is not taken, the value itself."""
         while True:
             node = self.graph.nodes[value.node]
             if node.op in SWITCHES:
@@ -183,7 +183,7 @@ class Assumption:
         return (node.inputs[0], *(value for argument, value in passed if argument in used))
 
     def returns(self, name: str) -> bool:
-        """Whether a result of the function needs a node; of the main graph, this is not known."""
+        """Return whether a result of the function needs a node; of the main graph, this is not known."""
         return self.graph.name == MAIN or name in self._returned
 
     @cached_property

@@ -199,7 +199,7 @@ class _Usage:
         return frozenset(found)
 
     def _is_body(self, node: Node, name: str) -> bool:
-        """Whether a call is a loop with this function as its body."""
+        """Return whether a call is a loop with this function as its body."""
         return ops.call_form_of(self.model, node).carried and ops.callees(self.model, node)[-1] == name
 
     def _passes(self, graph: Graph, position: int) -> bool:

@@ -131,7 +131,7 @@ def statistics(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["silu", "clipped"])
 def test_after_a_choice_of_the_mode(name: str, tmp_path: Path) -> None:
-    """What follows the choice is computed, and differentiated, in a function for each mode."""
+    """Ops after the choice are computed, and differentiated, in a function for each mode."""
     net = Chosen(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)

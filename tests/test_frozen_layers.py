@@ -232,7 +232,7 @@ def averages(path: Path) -> list[float]:
 
 
 def norm_of(held: Any, x: tf.Tensor, norm: FusedBatchNorm) -> tf.Tensor:
-    """What a layer makes of x in training; the batch's statistics go to `norm`."""
+    """The output of a layer for x in training; the batch's statistics go to `norm`."""
     norm.gamma.assign(held.gamma)  # type: ignore[union-attr]
     norm.beta.assign(held.beta)  # type: ignore[union-attr]
     return norm(x, training=True)

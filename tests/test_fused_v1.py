@@ -114,7 +114,7 @@ def test_updates_that_the_output_waits_for_need_no_kernel_in_inference(control_f
 
 @pytest.mark.parametrize("name", sorted(set(NORMS) - {"layers_plain", "updated_first"}))
 def test_the_training_signature_makes_the_updates_of_a_collection(name: str, tmp_path: Path) -> None:
-    """Where conditionals are functions; averages come out as the source's own updates leave them."""
+    """With conditionals as functions, averages come out as the source's own updates leave them."""
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
     bnqat.rewrite(source, tmp_path / "q", start_step=100)
     x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")

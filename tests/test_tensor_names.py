@@ -28,7 +28,7 @@ def given(seed: int) -> dict[str, tf.Tensor]:
 
 
 def checked(source: Path, target: Path) -> Any:
-    """What a rewrite made of a model, loaded; the commands that take both are content."""
+    """The loaded result of a rewrite; the commands that take both models are content."""
     bnqat.rewrite(source, target, bits=4)
     verified = bnqat.verify(source, target)
     assert verified.ok, verified.claims

@@ -215,4 +215,4 @@ class Loaded(Timed):
 
 
 WAYS: Mapping[str, type[InSession] | type[Loaded]] = {"V1 session": InSession, "tf.saved_model.load": Loaded}
-"""How a model is run."""
+"""Ways to run a model."""

@@ -59,7 +59,7 @@ SIGNATURE = "serving_default"
 
 @dataclass
 class Row:
-    """What was seen of one rewrite.
+    """Observations of one rewrite.
 
     Attributes:
         producer: the package of Keras that wrote the model.
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether anything went wrong."""
+        """Return whether anything went wrong."""
         return bool(self.error or self.failing) or self.finalised != 0 or self.lite is None or self.lite > LITE
 
 

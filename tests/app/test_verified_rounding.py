@@ -1,4 +1,4 @@
-"""What `verify` takes for rounding, and what not; and models that are sound, though they are not like most."""
+"""The rounding that `verify` allows, and sound models that are not like most."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.models import Net, perturb, save_keras, save_module
 
 Paths = Callable[..., Path]
 ROWS = 3
-"""How many examples `verify` makes."""
+"""The number of examples that `verify` makes."""
 
 
 def claim(found: Verification, name: str) -> Claim:

@@ -1,4 +1,4 @@
-"""What a training function leaves as it is: an error or a note, by name, and nothing where all averages move."""
+"""Averages that a training function leaves as they are: an error or a note, by name; nothing where all move."""
 
 from __future__ import annotations
 

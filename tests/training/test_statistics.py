@@ -167,7 +167,7 @@ tf.saved_model.save(layer.model, out)
 
 
 def test_two_replicas_get_the_same(rewritten: Paths, tmp_path: Path) -> None:
-    """What one device gives for the saved model; other variables stay as they are on each replica."""
+    """The values of one device for the saved model; other variables stay as they are on each replica."""
     path = rewritten("module", bits=4, range={"gamma": "ema"})
     np.savez(tmp_path / "data.npz", x=X, y=Y)
     code = [sys.executable, "-c", MIRRORED, str(path), str(tmp_path / "data.npz"), str(tmp_path / "out")]

@@ -90,7 +90,7 @@ class ReestimateStatistics(keras.callbacks.Callback):
 
 
 def _frozen_steps(layer: KerasLayer) -> int:
-    """How many steps a layer has made with frozen statistics; -1 while they move."""
+    """The number of steps that a layer has made with frozen statistics; -1 while they move."""
     freeze_step = getattr(layer.quantization, "freeze_step", None)
     step = int(layer.quantization.step.numpy())
     return -1 if freeze_step is None else max(step - int(freeze_step.numpy()), -1)

@@ -174,7 +174,7 @@ def same_off(pair: Pair, serving: Serving) -> Claim:
 
 
 def _floor(source: Model) -> float:
-    """What fusing may change in any case."""
+    """Largest change by fusing that is allowed in any case."""
     return HALF_ROUNDING if _halves(source) else ROUNDING
 
 

@@ -1,4 +1,4 @@
-"""What rounding explains of a difference between two models."""
+"""The part of a difference between two models that rounding explains."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROUNDING = 1e-5
-"""What fusing may change, relative to the largest element."""
+"""Largest change by fusing, relative to the largest element."""
 CONDITIONING = 4
-"""What rounding may change where that is more, in multiples of what other last bits change. 0.1 to 0.8 seen."""
+"""Largest change by rounding where that is more, in multiples of what other last bits change. 0.1 to 0.8 seen."""
 CHAOS = 1e-3
 """From what change by other last bits on nothing is compared, as errors would be as large."""
 HALF_ROUNDING = 2e-2

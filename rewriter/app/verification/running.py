@@ -100,7 +100,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in one line: the error's class and text, or, where it has no text, the place that raised it."""
+    """An error in one line: its class and text or, where it has no text, the place that raised it."""
     text, kind = str(error).strip(), type(error).__name__
     if text:
         return f"{kind}: {text.splitlines()[0][:200]}"

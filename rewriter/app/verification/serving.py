@@ -162,7 +162,7 @@ def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
 
 
 def _perturbed(source: Session, name: str, wanted: Ran, fed: Arrays) -> dict[str, float]:
-    """How far each output is from what is wanted, at most, where inputs and variables have other last bits."""
+    """The largest distance of each output from the wanted one, where inputs and variables have other last bits."""
     values = source.values()
     found = dict.fromkeys(wanted.outputs, 0.0)
     for seed in range(PERTURBATIONS):
@@ -174,7 +174,7 @@ def _perturbed(source: Session, name: str, wanted: Ran, fed: Arrays) -> dict[str
 
 
 def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> bool:
-    """Whether quantisers change no output, and would change none if the variables held other values.
+    """Return whether quantisers change no output, and would change none if the variables held other values.
 
     A net that was never trained holds zeros and ones, which quantisers keep as they are.
     """
@@ -246,7 +246,7 @@ def floats(values: Arrays) -> dict[str, np.ndarray]:
 
 
 def differences(wanted: Arrays, found: Arrays) -> dict[str, float]:
-    """How far each array is from what is wanted, relative to its largest element; infinite where it is no rounding."""
+    """The distance of each array from the wanted one, relative to its largest element; infinite if they cannot be compared."""
     numbers, others = floats(wanted), floats(found)
     missed = {}
     for key, value in wanted.items():

@@ -120,7 +120,7 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
 
 
 class _Run(NamedTuple):
-    """What a run of a loaded result showed, and what its training function was given, in the order of its inputs."""
+    """Observations of a run of a loaded result, and its training function's inputs, in their order."""
 
     done: Trained
     given: dict[str, np.ndarray]
@@ -167,7 +167,7 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
 
 
 def _reached(pair: Pair, given: Arrays) -> int | None:
-    """How many kernels one call of the signature `train` reaches, before statistics are frozen; None if it has none.
+    """The number of kernels that one call of the signature `train` reaches before the freeze step; None if it has none.
 
     Only a V1 session tells which nodes ran.
     """

@@ -76,12 +76,12 @@ class Form:
 
     @property
     def dynamic(self) -> bool:
-        """Whether the mode is only known while the model runs."""
+        """Return whether the mode is only known while the model runs."""
         return self.mode not in CONSTANT
 
     @property
     def unguarded(self) -> bool:
-        """Whether running the model in inference runs the updates."""
+        """Return whether running the model in inference runs the updates."""
         waits = self.placement in ("output", "input") or (self.placement == "collection" and self.api == "function")
         return waits and self.packing != "cond" and self.chooser != "python"
 
