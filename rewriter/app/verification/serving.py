@@ -246,7 +246,7 @@ def floats(values: Arrays) -> dict[str, np.ndarray]:
 
 
 def differences(wanted: Arrays, found: Arrays) -> dict[str, float]:
-    """The distance of each array from the wanted one, relative to its largest element; infinite if they cannot be compared."""
+    """The distance of each array from the wanted one, relative to its largest element; infinite if not comparable."""
     numbers, others = floats(wanted), floats(found)
     missed = {}
     for key, value in wanted.items():
