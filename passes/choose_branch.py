@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -107,12 +108,15 @@ class _Switched:
         for position, value in enumerate(inputs):
             if self.graph.nodes[value.node].op != "Const":
                 yield Rewire(Edge(self.graph.name, self.node.name, position), self._switched(value, on), self.node.name)
-        spares = kernel_statistics(self.model, self.graph, self.site, lambda value: self._switched(value, not on))
-        for role, port in STATISTICS.items():
-            for edge in self.uses.get(Value(self.node.name, port), ()):
-                if not edge.node or not self._only(edge.node, on):
-                    own = Use("float32", Value(self.node.name, port))
-                    yield Rewire(edge, merge(own, spares[role]), self.node.name)
+        always = [
+            (role, edge, Use("float32", Value(self.node.name, port)))
+            for role, port in STATISTICS.items()
+            for edge in self.uses.get(Value(self.node.name, port), ())
+            if not edge.node or not self._only(edge.node, on)
+        ]
+        if always:
+            spares = kernel_statistics(self.model, self.graph, self.site, lambda value: self._switched(value, not on))
+            yield from (Rewire(edge, merge(own, spares[role]), self.node.name) for role, edge, own in always)
 
     def _only(self, name: str, on: bool) -> bool:
         """Whether a node runs only where the predicate has this value."""
@@ -148,18 +152,13 @@ class _Moved:
         if any(Value(self.site.node, port) in self.model.analysis_of(self.graph, consumers) for port in GRADIENTS):
             raise DeclinedError(HELD)
         self.inside = self.branches.taken(self.on)
-        self.either = self._either_mode()
         returned: dict[Value, int] = {}
-        statistics = []
-        for role, port in STATISTICS.items():
-            found = cone(self.model, self.graph, Value(self.site.node, port))
-            if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
-                yield from self._always(role, port, returned)
-            else:
-                statistics.append(found)
-        yield from self.either.definitions()
-        self.nodes = tuple(dict.fromkeys(n for c in (self.cone, *statistics) for n in c.nodes))
-        ends = dict.fromkeys(end for c in (self.cone, *statistics) for end in c.ends)
+        alike, always = self._statistics()
+        if always:
+            yield from (edit for role, port in always.items() for edit in self._always(role, port, returned))
+            yield from self.either.definitions()
+        self.nodes = tuple(dict.fromkeys(n for c in (self.cone, *alike) for n in c.nodes))
+        ends = dict.fromkeys(end for c in (self.cone, *alike) for end in c.ends)
         for edge, value in ends:
             if edge.node == self.branches.node.name:
                 yield from self._inside(edge, value)
@@ -181,6 +180,17 @@ class _Moved:
         shapes = [shape_of(self.model, self.graph, value) or () for value in values]
         yield from self.branches.results(added, shapes, self.site.node)
 
+    def _statistics(self) -> tuple[list[Cone], dict[str, int]]:
+        """The ops after statistics that are used in the same mode only; the kernel's outputs of the others, by role."""
+        alike, always = [], {}
+        for role, port in STATISTICS.items():
+            found = cone(self.model, self.graph, Value(self.site.node, port))
+            if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
+                always[role] = port
+            else:
+                alike.append(found)
+        return alike, always
+
     def _always(self, role: str, port: int, returned: dict[Value, int]) -> Iterator[Edit]:
         """Let averages that are updated in either mode take the statistic that the branch returns, or its like.
 
@@ -198,8 +208,13 @@ class _Moved:
             alike = self.branches.chooses_alike(edge, self.on)
             yield Rewire(edge, own if alike else self.either.statistic(role, own), self.site.node)
 
-    def _either_mode(self) -> EitherMode:
-        """The batch's statistics for updates that run in inference too."""
+    @cached_property
+    def either(self) -> EitherMode:
+        """The batch's statistics for updates that run in inference too.
+
+        Raises:
+            DeclinedError: the number of channels is not known.
+        """
         operands: dict[Use, tuple[Expr, Shape | None]] = {}
 
         def bring(value: Value) -> Expr:
