@@ -6,22 +6,20 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from passes.batch_norm import batch_norms
 from passes.derive_training import TRAIN, TRAIN_SIGNATURE
 from passes.entries import serving_entry
 from passes.freeze_statistics import frozen
 from passes.invocations import Invocation, of_entry, of_signature
-from passes.keep_serving import ASSIGNING
 from passes.roles import MEAN, ROLES, VARIANCE
 from passes.sites import Site, sites
-from rewriter.dataflow import VariableKey, origins
+from passes.updates import ASSIGNING, updates_of
+from rewriter.dataflow import VariableKey
 from rewriter.edit import Edit, Note
-from rewriter.ir import Entry, Error, Graph, Model, Node
-from rewriter.sweep import FED
+from rewriter.ir import Entry, Error, Model
 
 AVERAGES = (ROLES.index(MEAN), ROLES.index(VARIANCE))
-SHOWN = 3
-"""Layers that a note names."""
+SHOWN = 4
+"""Variables that a note names."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +44,20 @@ class CheckAverages:
             never |= wanted - each.still - each.possible
             sometimes |= (wanted & each.possible) - each.still - each.certain
         for key in sorted(never):
-            node = _update(model, key)
-            if node is not None:
+            for _, node in updates_of(model, key):
                 raise Error(
-                    f"train would leave {model.variables[key].name} as it is, which the source updates at {node.name}; "
+                    f"train would leave {model.variables[key].name} as it is, which the source updates at {node}; "
                     "try --no-fuse, or --passes quantize-batch-norm for a result without a training function"
                 )
         if never:
-            names = _layers(model, never)
-            yield Note(f"nothing in the source updates the moving averages of {names}, so train does not either")
+            yield Note(f"nothing in the source updates {_names(model, never)}, so train does not either")
         if sometimes:
-            names = _layers(model, sometimes)
-            yield Note(f"train updates the moving averages of {names} under a condition of the source's own")
+            yield Note(f"train updates {_names(model, sometimes)} under a condition of the source's own")
 
 
-def _layers(model: Model, keys: Collection[str]) -> str:
-    """The names of the layers that hold some variables."""
-    names = [bn.name for bn in model.analysis(batch_norms) if not set(keys).isdisjoint(bn.variables.values())]
+def _names(model: Model, keys: Collection[str]) -> str:
+    """The names of some variables, of many those of the first."""
+    names = sorted(model.variables[key].name for key in keys)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
@@ -154,28 +149,3 @@ def _by_graph(model: Model) -> dict[str, list[Site]]:
     for site in model.analysis(sites):
         found.setdefault(site.graph, []).append(site)
     return found
-
-
-def _update(model: Model, key: str) -> Node | None:
-    """The node that assigns a variable a value from inputs or variables, not an initial or a restored one."""
-    for graph in model.graphs.values():
-        for node in graph.nodes.values():
-            assigns = node.op.startswith(ASSIGNING) and VariableKey(key) in origins(model, graph.name, node.inputs[0])
-            if assigns and any(_depends(graph, value.node) for value in node.inputs[1:]):
-                return node
-    return None
-
-
-def _depends(graph: Graph, start: str) -> bool:
-    """Return whether a value is computed from what is fed or from a variable, and not read from a file."""
-    waiting, seen = [start], set[str]()
-    given = False
-    while waiting:
-        node = graph.nodes[waiting.pop()]
-        if node.name not in seen:
-            seen.add(node.name)
-            if node.op.startswith("Restore"):
-                return False
-            given |= node.op in FED or node.op == "ReadVariableOp"
-            waiting += [v.node for v in node.inputs]
-    return given

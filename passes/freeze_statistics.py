@@ -76,10 +76,10 @@ class FreezeStatistics:
 
 
 def frozen(model: Model) -> frozenset[str]:
-    """The functions of the second phase alone."""
+    """The functions of the second phase alone, and those that only call its root."""
     calls = model.analysis(call_graph)
-    tops = [f"{name}{FROZEN}" for name in (TRAIN, TRAIN_SIGNATURE)]
-    return frozenset().union(*(calls.reached(name) for name in tops if name in model.graphs))
+    prefixes = tuple(f"{name}{FROZEN}" for name in (TRAIN, TRAIN_SIGNATURE))
+    return frozenset().union(*(calls.reached(name) for name in model.graphs if name.startswith(prefixes)))
 
 
 def _refuse(model: Model, found: Iterable[Site], reached: Iterable[str]) -> None:

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from passes.batch_norm import batch_norms
 from passes.entries import running_from, trains
 from passes.tags import TAG
+from passes.updates import ASSIGNING
 from rewriter.dataflow import Argument, VariableKey, origins
 from rewriter.edit import AddSignature, Clone, Edit, Keep, Note
 from rewriter.ir import Endpoint, Entry, Error, Model
 
 DEFAULT = "serving_default"
-ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply")
-"""What the names of ops begin with that change the variable that is their first input."""
-
 CALLS = ("serve", "__call__")
 """Attributes of the root that a signature is made from where there is none, in this order."""
 

@@ -16,8 +16,9 @@ from passes.train_notes import derived, frozen
 from passes.train_options import TrainingOptions
 from passes.train_outputs import inner_tensor, refuse_taken
 from passes.train_sites import Training, averages, own_updates
+from passes.updates import updates_of
 from rewriter import ops
-from rewriter.dataflow import REFERENCES
+from rewriter.dataflow import REFERENCES, call_graph
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Replace, Rewire, RunAfter
 from rewriter.expr import Apply, Expr, Use, constant, op, ordered
 from rewriter.frames import Frame, loop_frames
@@ -26,6 +27,8 @@ from rewriter.liveness import Assumption
 from rewriter.shapes import shape_of
 
 PREFIX = "train"
+SHOWN = 4
+"""Nodes that a note names."""
 COUNT = "quantization/step"
 TRAIN_OP = "train_op"
 """Collection of the op that makes a training step of the source."""
@@ -154,7 +157,14 @@ class MainGraphTraining:
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
 
     def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
-        runs = tuple(dict.fromkeys(r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)))
+        linked = [r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)]
+        unlinked = self._unlinked(own, mode)
+        if unlinked:
+            yield Note(
+                f"{', '.join(unlinked[:SHOWN])} update moving averages with statistics computed apart from the batch "
+                "norm; where they are not those of what its kernel takes, they stay float"
+            )
+        runs = tuple(dict.fromkeys([*linked, *unlinked]))
         inner = [inner_tensor(self.model, MAIN, *pair) for pair in sorted(self.outputs.items())]
         refuse_taken(inner, signature.outputs)
         fetched_values = [*signature.fetches, *(tensor.value for tensor in inner)]
@@ -207,6 +217,20 @@ class MainGraphTraining:
         yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added, feeds))
         if not own:
             yield from derived(self.model, changed, [], self.options)
+
+    def _unlinked(self, own: list[Site], mode: Assumption) -> list[str]:
+        """The nodes that update averages of sites otherwise than with the statistics of these, as known so far."""
+        norms = [bn for bn in self.model.analysis(batch_norms) if any(s in own and not s.runs for s in bn.sites)]
+        keys = {bn.variables[role] for bn in norms for role in STATISTICS if role in bn.variables}
+        found = (self._outermost(*update) for key in sorted(keys) for update in updates_of(self.model, key))
+        return [node for node in dict.fromkeys(found) if mode.runs(node)]
+
+    def _outermost(self, graph: str, node: str) -> str:
+        """The node of the main graph by which a node of a function runs."""
+        callers = self.model.analysis(call_graph).callers
+        while graph != MAIN:
+            graph, node, *_ = callers[graph][0]
+        return node
 
     def _further_inputs(
         self, signature: Signature, mode: Assumption, needed: Iterable[str]

@@ -206,8 +206,7 @@ class InnerOutputs:
             graph = self.model.graphs[clone.graph]
             for call in self.model.analysis(call_graph).calls.get(clone.graph, []):
                 node, added = graph.nodes[call.node], results.get(names.get(call.callee, ""), {})
-                if added and "Tout" in node.attrs:
-                    yield SetAttr(
-                        name, node.name, "Tout", ops.more_dtypes(ops.attribute(node, "Tout"), list(added.values()))
-                    )
+                if added and node.op in ops.CALLS:
+                    dtypes = ops.more_dtypes(ops.attribute(node, "Tout"), list(added.values()))
+                    yield SetAttr(name, node.name, "Tout", dtypes)
                     yield SetAttr(name, node.name, "_output_shapes", None)

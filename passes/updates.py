@@ -21,10 +21,12 @@ from rewriter import ops
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
-from rewriter.sweep import held
+from rewriter.sweep import FED, held
 
 ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
 READS = frozenset({"Identity", "ReadVariableOp"})
+ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply")
+"""Beginnings of the names of ops that change the variable that is their first input."""
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,29 @@ def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
     if user.op.startswith("Assign"):
         return True
     return user.op in ARITHMETIC and any(_Walk(model).from_value(graph, Value(user.name), edge, ()))
+
+
+def updates_of(model: Model, key: str) -> Iterator[tuple[str, str]]:
+    """(graph, node) of the assignments of a variable from inputs or variables, but for initial and restored values."""
+    for graph in model.graphs.values():
+        for node in graph.nodes.values():
+            assigns = node.op.startswith(ASSIGNING) and VariableKey(key) in origins(model, graph.name, node.inputs[0])
+            if assigns and any(_from_data(graph, value.node) for value in node.inputs[1:]):
+                yield graph.name, node.name
+
+
+def _from_data(graph: Graph, start: str) -> bool:
+    """Return whether a value is computed from what is fed or from a variable, and not read from a file."""
+    waiting, seen, given = [start], set[str](), False
+    while waiting:
+        node = graph.nodes[waiting.pop()]
+        if node.name not in seen:
+            seen.add(node.name)
+            if node.op.startswith("Restore"):
+                return False
+            given |= node.op in FED or node.op == "ReadVariableOp"
+            waiting += [v.node for v in node.inputs]
+    return given
 
 
 def shown(graph: Graph, user: Node, position: int) -> bool:

@@ -69,6 +69,7 @@ class _Nodes:
                 definition = ops.op_def(self.model, node.op)
                 attrs, wrong = self._attributes_of(definition, node)
                 yield from wrong or self._input_problems(node, _runs(definition.input_arg, attrs))
+                yield from () if wrong else self._call_problems(node, _runs(definition.output_arg, attrs))
                 if not wrong and sum(count for count, _ in _runs(definition.output_arg, attrs)) > MANY:
                     yield f"{node.name} ({node.op}) has more than {MANY} outputs"
         shapes = self.graph.attrs.get("_input_shapes")
@@ -96,6 +97,21 @@ class _Nodes:
                         f"{node.name} ({node.op}) takes {_name(taken)} as input {position - 1}, and {value.node} gives "
                         f"{_name(made)}"
                     )
+
+    def _call_problems(self, node: Node, given: list[tuple[int, tuple[int, ...]]]) -> Iterator[str]:
+        """Functions that take or return another number of values than a call passes or gives."""
+        form = ops.call_form(self.model, node)
+        if form is None:
+            return
+        passed, count = len(node.inputs) - form.first, sum(number for number, _ in given)
+        called = [self.model.graphs[name] for name in ops.callees(self.model, node) if name in self.model.graphs]
+        for position, callee in enumerate(called):
+            taken = len(callee.arguments)
+            if taken != passed:
+                yield f"{node.name} ({node.op}) passes {passed} values to {callee.name}, which takes {taken}"
+            condition = form.carried and position == 0
+            if not condition and len(callee.results) != count:
+                yield f"{node.name} ({node.op}) gives {count} values, and {callee.name} returns {len(callee.results)}"
 
     def _dtype(self, value: Value) -> int | None:
         """The dtype of a value, as a number; None where there is no such output."""

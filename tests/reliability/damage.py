@@ -233,6 +233,9 @@ def _damage_function(meta: Any, random: Random) -> str:
     if random.random() < 0.3:
         functions[index].signature.name = random.choice([_node(meta, random)[0].op, "Arg"])
         return f"function {names[index]} is called {functions[index].signature.name}"
+    arguments = random.choice([functions[index].signature.input_arg, functions[index].signature.output_arg])
+    if arguments and random.random() < 0.4:
+        return f"argument {arguments.pop(random.randrange(len(arguments))).name} of {names[index]} removed"
     del functions[index]
     return f"function {names[index]} removed"
 

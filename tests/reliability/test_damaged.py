@@ -229,6 +229,30 @@ def test_what_is_wrong_is_said(forks: Server, model: Callable[[str], Path], tmp_
         assert why in outcome.err, outcome.err
 
 
+@pytest.mark.parametrize(("kind", "why"), [("input_arg", "which takes"), ("output_arg", "values, and")])
+def test_functions_that_take_or_return_less_than_a_call(
+    forks: Server, model: Callable[[str], Path], tmp_path: Path, kind: str, why: str
+) -> None:
+    """A branch of If without an argument that it does not use, or without a result."""
+
+    def edit(meta: Any) -> None:
+        branches = {n.attr[k].func.name for n in meta.graph_def.node for k in n.attr if k.endswith("_branch")}
+        for function in _functions(meta):
+            used = {name.partition(":")[0] for n in function.node_def for name in n.input} | set(function.ret.values())
+            for argument in getattr(function.signature, kind) if function.signature.name in branches else ():
+                if argument.name not in used:
+                    getattr(function.signature, kind).remove(argument)
+                    function.ret.pop(argument.name, None)
+                    return
+        raise AssertionError
+
+    source = mutated(model("v1_by_hand_if"), tmp_path / "source", edit)
+    for arguments in (("inspect", source), ("rewrite", source, tmp_path / "target"), ("diff", source, source)):
+        outcome = forks.cli(*arguments, limit=10, mib=3000)
+        assert judged(outcome, str(arguments)) == "refused"
+        assert why in outcome.err, outcome.err
+
+
 def test_no_such_gradient(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
     def edit(meta: Any) -> None:
         meta.graph_def.library.registered_gradients[0].gradient_func = "nowhere"

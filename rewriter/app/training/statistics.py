@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sized
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from rewriter.app.reestimate import assign, estimates
@@ -26,18 +27,22 @@ class ReestimateStatistics(keras.callbacks.Callback):
     before training, so that a mistake ends the run at once and not after hours.
 
     Args:
-        dataset: what `fit` takes as data, a `tf.data.Dataset` or an iterable of batches: x, (x, y) or (x, y, weights).
-            It is iterated over anew each time.
+        dataset: a `tf.data.Dataset`, or another iterable of batches: x, (x, y) or (x, y, weights). It is iterated over
+            anew each time.
         steps: how many batches of it to use, at least 1.
 
     Raises:
-        Error: there are fewer batches, or none can be drawn twice; in `fit`, no layer can be re-estimated.
+        Error: the dataset is an array or no iterable, has fewer batches, or cannot be iterated over twice; in `fit`, no
+            layer can be re-estimated.
     """
 
     def __init__(self, dataset: Iterable[Any], steps: int) -> None:
         super().__init__()
         if steps < 1:
             raise Error(f"{steps} steps: at least one batch is needed")
+        if isinstance(dataset, np.ndarray | tuple) or not isinstance(dataset, Iterable):
+            kind = type(dataset).__name__
+            raise Error(f"the dataset is a {kind}; give batches: tf.data.Dataset.from_tensor_slices(x).batch(32)")
         if isinstance(dataset, Sized) and (size := _size(dataset)) is not None and size < steps:
             raise Error(f"the dataset holds {size} batches, not {steps}")
         if iter(dataset) is dataset:

@@ -258,9 +258,8 @@ def same_training(pair: Pair, trained: Trained) -> Claim:
         return Claim(name, NOT_APPLICABLE, seen.skipped[0])
     more = [f"{seen.skipped[0]} (and {len(seen.skipped) - 1} more)"] if seen.skipped else []
     same = _count(seen.same, "output or change of a variable is", "outputs and changes of variables are")
-    return Claim(
-        name, HOLDS, "; ".join([f"{same} the source's, but for {seen.largest:.2g} of the largest element", *more])
-    )
+    how = f"but for {seen.largest:.2g} of the largest element" if seen.largest else "bit for bit"
+    return Claim(name, HOLDS, "; ".join([f"{same} the source's, {how}", *more]))
 
 
 def statistics_move(serving: Serving, trained: Trained) -> Claim:
@@ -299,7 +298,9 @@ def gradients_reach(trained: Trained) -> Claim:
             return Claim(name, NOT_APPLICABLE, f"the source cannot be differentiated either: {trained.differentiated}")
         return Claim(name, FAILS, trained.differentiated)
     if not trained.gradients:
-        return Claim(name, NOT_APPLICABLE, "no output is a float, or there is no gamma and no beta")
+        frozen = "the training function leaves all batch norms frozen"
+        why = "no output is a float, or there is no gamma and no beta that is trained"
+        return Claim(name, NOT_APPLICABLE, frozen if trained.frozen and not trained.statistics else why)
     for variable, gradient in trained.gradients:
         if gradient is None:
             return Claim(name, FAILS, f"none for {variable}")
