@@ -216,11 +216,12 @@ class _Branched:
                 yield from self._unused(edge, used)
             elif edge.node not in own and only_assigned(self.model, self.graph, edge):
                 chosen_one = self._result(self.ports[role])
-                if self.branches.chooses_alike(edge, self.training):
-                    yield from rewired(self.model, self.graph, edge, used, chosen_one)
-                elif self.branches.serves(edge, self.found.fed):
-                    self.found.feeds([edge.node], {self.branches.node.name})
-                    yield from rewired(self.model, self.graph, edge, used, self.either.statistic(role, chosen_one))
+                alike = self.branches.chooses_alike(edge, self.training)
+                if self.found.before_kernel([edge.node]) or not (alike or self.branches.serves(edge, self.found.fed)):
+                    continue  # it keeps the batch's statistics in single ops
+                self.found.feeds([edge.node], {node.name})
+                statistic_used = chosen_one if alike else self.either.statistic(role, chosen_one)
+                yield from rewired(self.model, self.graph, edge, used, statistic_used)
 
     def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
         """Let the branch return the kernel's statistic as the chosen one, and its averages use it."""

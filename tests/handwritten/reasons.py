@@ -49,6 +49,12 @@ REASONS = (
     ),
     Reason(
         "kernels",
+        {"mode": ("false",), "chooser": ("where",), "arithmetic": ("kernels",)},
+        "tf.where on a constant computes the kernels of both modes; without fusing it stays",
+        "train is derived from serving",
+    ),
+    Reason(
+        "kernels",
         {"api": ("function",), "chosen": ("output",), "averaged": ("batch",)},
         "a function whose averages are updated before its output is chosen computes the batch's statistics first",
         "its averages are updated before",
