@@ -79,7 +79,7 @@ def check(form: Form, runs: Sequence[str] = ("fused", "kept")) -> Outcome:
             except Exception as e:  # noqa: BLE001  whatever TensorFlow raises, the form is to be known
                 findings = [("runs", f"{type(e).__name__}: {' '.join(str(e).split())[:300]}")]
             for claim, sentence in findings:
-                reason = next((r for r in REASONS if r.excuses(claim, form, report)), None)
+                reason = next((r for r in REASONS if r.excuses(claim, form, report, fused=fuse)), None)
                 if reason is None:
                     outcome.failures.append(f"{run}: {claim}: {sentence}")
                 elif f"{run}: {reason.why}" not in outcome.reasons:

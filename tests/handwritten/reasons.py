@@ -19,15 +19,19 @@ class Reason:
         where: values of a form's choices; the reason holds for a form that has one of them for each choice.
         why: the reason, as a sentence.
         said: a regular expression that the rewrite's report has to match.
+        kept: whether it is one of ``--no-fuse`` alone.
     """
 
     claim: str
     where: Mapping[str, Collection[Any]]
     why: str
     said: str
+    kept: bool = False
 
-    def excuses(self, claim: str, form: Form, report: str) -> bool:
+    def excuses(self, claim: str, form: Form, report: str, *, fused: bool) -> bool:
         """Return true if a claim need not hold for a form, and the report says so."""
+        if self.kept and fused:
+            return False
         holds = all(getattr(form, name) in values for name, values in self.where.items())
         return claim == self.claim and holds and re.search(self.said, report) is not None
 
@@ -43,15 +47,16 @@ REASONS = (
     ),
     Reason(
         "kernels",
-        {"control_flow": (2,), "chosen": ("each",), "branches": ("inside",), "placement": ("branch",)},
+        {"control_flow": (2,), "chosen": ("each",), "placement": ("branch",)},
         "an If that updates an average is not made one with another that does, as nothing orders the two",
         "one tf.cond, or Switch and Merge, can be followed",
     ),
     Reason(
         "kernels",
-        {"mode": ("false",), "chooser": ("where",), "arithmetic": ("kernels",)},
-        "tf.where on a constant computes the kernels of both modes; without fusing it stays",
+        {"mode": ("false",), "arithmetic": ("kernels",)},
+        "a choice on a constant may compute the kernels of both modes; without fusing it stays",
         "train is derived from serving",
+        kept=True,
     ),
     Reason(
         "kernels",
