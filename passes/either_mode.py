@@ -44,7 +44,7 @@ class EitherMode:
     _made: dict[str, Expr] = field(default_factory=dict)
 
     def statistic(self, role: str, computed: Expr) -> Expr:
-        """A batch's statistic, a float32 vector; `computed` is what the branch for training gives."""
+        """A batch's statistic, a float32 vector; `computed` is the vector that the branch for training gives."""
         if role not in self._made:
             name = re.sub(r"\W", "_", f"{self.site.graph}_{self.site.node}_{role}")
             own = parameter("statistic", "float32")
@@ -54,7 +54,8 @@ class EitherMode:
             spare = Function(f"{name}_computed", parameters, shapes, (self.spares[role],))
             self._functions.extend((passed, spare))
             branches = (passed, spare) if self.training else (spare, passed)
-            inputs = [*(value for value, _ in self.operands.values()), computed]
+            given = computed if computed.dtype == own.dtype else op("Cast", computed, DstT=ops.Dtype(own.dtype))
+            inputs = [*(value for value, _ in self.operands.values()), given]
             self._made[role] = cond(Use("bool", self.predicate), *branches, inputs)
         return self._made[role]
 
