@@ -140,7 +140,7 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
     """Whether the value used at an edge enters averages there, and nothing else but results that are `unused`."""
     user = graph.nodes.get(edge.node)
     if user is None:
-        return edge.position in unused
+        return edge.position in unused or _callers_only_assign(model, graph, edge.position)
     if user.op.startswith("Assign"):
         return True
     uses = model.analysis_of(graph, consumers)
@@ -164,6 +164,18 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
         or (value in uses and all(only_assigned(model, graph, e, unused) for e in uses[value]))
     ]
     return bool(inner) and all(only_assigned(model, callee, e, ignored) for callee, e in inner)
+
+
+def _callers_only_assign(model: Model, graph: Graph, position: int) -> bool:
+    """Return whether a result of a function enters averages wherever it is called, and nothing else."""
+    found = model.analysis(call_graph).callers.get(graph.name, ())
+    edges = [
+        (outer, edge)
+        for outer, value in ((model.graphs[call.graph], Value(call.node, position)) for call in found)
+        for edge in model.analysis_of(outer, consumers).get(value, ())
+    ]
+    own = graph.name in model.entries or graph.name == MAIN
+    return bool(edges) and not own and all(only_assigned(model, outer, edge) for outer, edge in edges)
 
 
 def _nothing_uses(model: Model, graph: Graph, value: Value) -> bool:
