@@ -60,7 +60,7 @@ REASONS = (
     ),
     Reason(
         "kernels",
-        {"api": ("function",), "chosen": ("output",), "averaged": ("batch",)},
+        {"api": ("function",), "chosen": ("output",)},
         "a function whose averages are updated before its output is chosen computes the batch's statistics first",
         "its averages are updated before",
     ),
@@ -87,6 +87,13 @@ REASONS = (
         {"mode": ("false",), "chooser": ("cond", "where", "case"), "api": ("function",)},
         "a conditional on a constant that chooses inference, and is not fused, cannot choose training",
         "no training function can be derived: .* a constant chooses inference; without --no-fuse",
+    ),
+    Reason(
+        "train",
+        {"mode": ("false",), "branches": ("inside",), "api": ("graph",), "control_flow": (2,)},
+        "without fusing, a graph's batch norms stay in the functions of its conditionals, which V1 cannot differentiate",
+        "computed in functions that the main graph calls",
+        kept=True,
     ),
     Reason(
         "train",
