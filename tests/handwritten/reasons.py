@@ -91,7 +91,7 @@ REASONS = (
     Reason(
         "train",
         {"mode": ("false",), "branches": ("inside",), "api": ("graph",), "control_flow": (2,)},
-        "without fusing, a graph's batch norms stay in the functions of its conditionals, which V1 cannot differentiate",
+        "without fusing, batch norms stay in functions of conditionals, which a V1 graph cannot differentiate",
         "computed in functions that the main graph calls",
         kept=True,
     ),
