@@ -162,6 +162,9 @@ EXCLUSIONS = (
     Exclusion("ExponentialMovingAverage makes its averages inside the branch, after inference was computed", {
         "updates": ("ema",), "placement": ("branch",), "chosen": ("output",), "branches": ("identities", "direct"),
     }),
+    Exclusion("ExponentialMovingAverage makes its averages in the branch for training, which Python does not build", {
+        "updates": ("ema",), "placement": ("branch",), "chooser": ("python", "smart_cond"), "mode": ("false",),
+    }),
     Exclusion("ExponentialMovingAverage keeps averages for tensors, not for variables that layers share", {
         "updates": ("ema",), "shared": (True,),
     }),
