@@ -34,18 +34,19 @@ class SplitModes:
     def edits(self, model: Model) -> Iterable[Edit]:
         """Two copies of every function in which an argument decides how batch norms are computed; no other choices."""
         calls = model.analysis(call_graph)
-        main = model.graphs[MAIN]
-        if not model.object_based and any(
-            _chooses(model, main, each) for each in _decided(main, Assumption(model, main, {}))
-        ):
-            yield from _settled(model, main, MAIN, Assumption(model, main, {}))
+        if not model.object_based:
+            yield from _constants_settled(model, model.graphs[MAIN])
         for name in sorted(model.analysis(running) - calls.opaque - {MAIN}):
             graph = model.graphs[name]
-            argument, free = _deciding(model, graph), Assumption(model, graph, {})
-            if argument is not None:
-                yield from _split(model, graph, argument)
-            elif any(_chooses(model, graph, each) for each in _decided(graph, free)):
-                yield from _settled(model, graph, name, free)
+            argument = _deciding(model, graph)
+            yield from _constants_settled(model, graph) if argument is None else _split(model, graph, argument)
+
+
+def _constants_settled(model: Model, graph: Graph) -> Iterator[Edit]:
+    """In a graph where constants decide conditionals of batch norms, what they decide."""
+    free = Assumption(model, graph, {})
+    if any(_chooses(model, graph, each) for each in _decided(graph, free)):
+        yield from _settled(model, graph, graph.name, free)
 
 
 def _deciding(model: Model, graph: Graph) -> str | None:

@@ -24,14 +24,14 @@ OFF = 2**40
 FUSED = {"float32": 1e-5, "half": 4e-2, "bfloat16": 1e-1, "float64": 1e-14}
 """Largest differences where the kernel computes what single ops did, by dtype: it rounds once, they round often."""
 
-ROUNDED = {"float32": 5e-6, "half": 1e-2, "bfloat16": 5e-2, "float64": 1e-6}
+ROUNDED = {"float32": 5e-6, "half": 4e-3, "bfloat16": 5e-2, "float64": 1e-6}
 """Largest differences where the same is computed by other ops; a momentum that is given is a float32."""
 
 MEANT = {"float32": 2e-5, "half": 2e-2, "bfloat16": 1e-1, "float64": 1e-6}
 """Largest differences of a source from what its form means."""
 
 LAST_BIT = 2.3e-16
-"""Of float64, in which TensorFlow's graph optimiser orders products in another way where quantisers stand between."""
+"""Of float64: one of some 1,000 forms served 8.6e-17 apart without fusing; why, was not looked into."""
 
 Finding = tuple[str, str]
 """A claim that does not hold, and a sentence about it."""
