@@ -21,6 +21,7 @@ import bnqat
 from passes.controls import ON_READ
 from rewriter.savedmodel.read import load
 from tests import harness
+from tests.training.mirrored import PREAMBLE
 
 Paths = Callable[..., Path]
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
@@ -28,22 +29,9 @@ STEPS, HALF = 5, 4
 X = np.concatenate([harness.images((None, 8, 8, 3), 2 * HALF, seed) for seed in range(STEPS)])
 Y = np.random.default_rng(0).integers(0, 16, len(X))
 
-MIRRORED = """
-import sys
-import keras, numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import bnqat
-
-path, data, out = sys.argv[1:]
-data = np.load(data)
-with strategy.scope():
-    layer = bnqat.KerasLayer(path)
-    inputs = keras.Input((8, 8, 3))
-    model = keras.Model(inputs, layer(inputs))
-    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-losses, local = [], []
+MIRRORED = (
+    PREAMBLE
+    + """losses, local = [], []
 
 class Watch(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
@@ -67,6 +55,7 @@ fit()
 tf.saved_model.save(layer.model, out + "_2")
 np.save(out + ".npy", losses)
 """
+)
 
 
 def held(path: Path) -> dict[str, np.ndarray]:

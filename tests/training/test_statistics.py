@@ -15,6 +15,7 @@ import tensorflow as tf
 
 import bnqat
 from tests import harness
+from tests.training.mirrored import PREAMBLE
 
 Paths = Callable[..., Path]
 STEPS = 6
@@ -136,22 +137,9 @@ def test_mistakes_are_found_before_training(rewritten: Paths) -> None:
     assert layer.quantization.step.numpy() == 0
 
 
-MIRRORED = """
-import sys
-import keras, numpy as np, tensorflow as tf
-cpu = tf.config.list_physical_devices("CPU")[0]
-tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-import bnqat
-
-path, data, out = sys.argv[1:]
-data = np.load(data)
-with strategy.scope():
-    layer = bnqat.KerasLayer(path)
-    inputs = keras.Input((8, 8, 3))
-    model = keras.Model(inputs, layer(inputs))
-    model.compile(keras.optimizers.SGD(0.1), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-batches = tf.data.Dataset.from_tensor_slices((data["x"], data["y"])).batch(8)
+MIRRORED = (
+    PREAMBLE
+    + """batches = tf.data.Dataset.from_tensor_slices((data["x"], data["y"])).batch(8)
 ranges = []
 
 class Watch(keras.callbacks.Callback):
@@ -169,6 +157,7 @@ for replica, before in zip(layer.quantization.range.gamma.values, ranges):
 assert [int(v.numpy()) for v in layer.quantization.step.values] == [3, 3]
 tf.saved_model.save(layer.model, out)
 """
+)
 
 
 def test_two_replicas_get_the_same(rewritten: Paths, tmp_path: Path) -> None:
