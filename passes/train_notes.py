@@ -50,12 +50,15 @@ def unfrozen(model: Model, trained: Sequence[Site], options: TrainingOptions) ->
 
 def _assumed(model: Model, trained: Sequence[Site], options: TrainingOptions) -> str:
     """The momentum that is assumed for sites; empty where none is."""
-    momenta = [options.momentum_of(model, site) for site in trained]
-    assumed = sorted({f"{m.value:.6g}" for m in momenta if m.whose == "assumed"})
+    momenta = [(site, options.momentum_of(model, site)) for site in trained]
+    assumed = [(site, f"{m.value:.6g}") for site, m in momenta if m.whose == "assumed"]
     if not assumed:
         return ""
-    why = "" if assumed == [str(DEFAULT_MOMENTUM)] else ", which the source's other batch norms have,"
-    return f"; momentum {assumed[0]}{why} is assumed (--momentum sets it)"
+    value = assumed[0][1]  # one for all: the default, or what the other batch norms agree on
+    why = "" if value == str(DEFAULT_MOMENTUM) else ", which the source's other batch norms have,"
+    names = _names(model, [site for site, _ in assumed])
+    which = f" for {_listed(names)}" if len(names) < len(_names(model, trained)) else ""
+    return f"; momentum {value}{why} is assumed{which} (--momentum sets it)"
 
 
 def frozen(model: Model, left: Collection[str], options: TrainingOptions) -> Iterator[Note]:
@@ -64,11 +67,16 @@ def frozen(model: Model, left: Collection[str], options: TrainingOptions) -> Ite
     reasons: dict[str, list[str]] = {}
     layer_of = {bn.name: layer for layer in model.analysis(layers_of_sites).values() for bn in layer.batch_norms}
     for name in left:
-        said = options.chosen(model, layer_of[name]) == "as-source"
-        reasons.setdefault(source.get(name, "") if said else "", []).append(name)
-    for reason, names in reasons.items():
+        layer = layer_of[name]
+        if name in source and options.chosen(model, layer) == "as-source":
+            why = f"as {source[name]}; --train-batch-norm all trains them"
+        elif any(rule.train_batch_norm is not None for rule in options.matching(model, layer)):
+            why = "as a rule says"
+        else:
+            why = "as --train-batch-norm says"
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
         count = f"{len(names)} batch norms stay" if len(names) > 1 else "1 batch norm stays"
-        why = f"as {reason}; --train-batch-norm all trains them" if reason else "as --train-batch-norm says"
         yield Note(f"{count} frozen in train, {why}: {_listed(names)}")
 
 

@@ -162,7 +162,7 @@ def test_rules_freeze_single_layers(tmp_path: Path) -> None:
     source = save_keras(small_keras(), tmp_path / "m")
     rules = [{"match": "batch_normalization_1", "train_batch_norm": "none"}]
     report = bnqat.rewrite(source, tmp_path / "out", config={"rules": rules}, start_step=OFF)
-    assert any("1 batch norm stays frozen in train, as --train-batch-norm says" in n for n in report.notes)
+    assert any("1 batch norm stays frozen in train, as a rule says" in n for n in report.notes)
     moved, (output, _) = trained(tmp_path / "out", source)
     assert moved == [True, False]
     model = small_keras()
@@ -203,7 +203,7 @@ def test_tensorflow_1_format(tmp_path: Path) -> None:
     source = save_v1(tmp_path / "m", two_fused, training=False)
     rules = [{"match": "norm_0", "train_batch_norm": "none"}]
     report = bnqat.rewrite(source, tmp_path / "out", config={"rules": rules}, start_step=OFF)
-    assert any("1 batch norm stays frozen in train, as --train-batch-norm says: norm_0" in n for n in report.notes)
+    assert any("1 batch norm stays frozen in train, as a rule says: norm_0" in n for n in report.notes)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     moving = {v.name: v for v in loaded.variables if "moving" in v.name and "quantization" not in v.name}
     before = {name: v.numpy() for name, v in moving.items()}
@@ -253,13 +253,16 @@ class TrainedInPart(Net):
 def test_momenta_by_rules(tmp_path: Path) -> None:
     source = save_module(Net(), tmp_path / "m")
     names = [bn.name for bn in bnqat.inspect(source).batch_norms]
-    config = {"momentum": 0.7, "rules": [{"match": f"^{names[1]}$", "momentum": 0.6}]}
+    config: dict[str, Any] = {"momentum": 0.7, "rules": [{"match": f"^{names[1]}$", "momentum": 0.6}]}
     bnqat.rewrite(source, tmp_path / "out", config=config, start_step=OFF)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.3, 0.4], rtol=1e-4)
     found = bnqat.inspect(tmp_path / "out").batch_norms
     assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in found] == [(0.7, "given"), (0.6, "given")]
     bnqat.rewrite(source, tmp_path / "out", config=config, momentum=0.5, start_step=OFF, overwrite=True)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.5, 0.5], rtol=1e-4)
+    del config["momentum"]
+    report = bnqat.rewrite(source, tmp_path / "out", config=config, start_step=OFF, overwrite=True)
+    assert any(f"momentum 0.99 is assumed for {names[0]} (--momentum sets it)" in n for n in report.notes)
 
 
 def test_whose_a_momentum_is(tmp_path: Path) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
 from rewriter.ir import Error
 
 Arrays = Mapping[str, np.ndarray]
+
+NPY = b"\x93NUMPY"
+"""How a file of one array without a name begins. What begins otherwise NumPy takes for a pickle, and says so."""
 
 
 def arrays(file: Path) -> dict[str, np.ndarray]:
@@ -20,6 +24,10 @@ def arrays(file: Path) -> dict[str, np.ndarray]:
         Error: it is no such file, or holds something else.
     """
     try:
+        with file.open("rb") as opened:
+            first = opened.read(len(NPY))
+        if first != NPY and not is_zipfile(file):
+            raise Error(f"{file} is no .npz file of arrays; write one with numpy.savez")
         held = np.load(file)
         if isinstance(held, np.ndarray):
             raise Error(f"{file} holds one array without a name; write it with numpy.savez")
@@ -56,6 +64,18 @@ def fitted(inputs: Arrays, specs: Mapping[str, Any]) -> dict[str, np.ndarray] | 
             raise Error(f"the input {name} is to have the dtype {dtype.name}, not {value.dtype}")
         given[name] = value.astype(dtype.as_numpy_dtype)
     return given
+
+
+def odd_values(inputs: Arrays) -> Iterator[str]:
+    """Sentences on arrays that may make a sound model look broken: not finite, or of one value."""
+    for name, value in inputs.items():
+        array = np.asarray(value)
+        if array.dtype.kind != "f" or array.size <= 1:
+            continue
+        if not np.isfinite(array).all():
+            yield f"the input {name} is not finite in places, which may spread to outputs, statistics and gradients"
+        elif array.min() == array.max():
+            yield f"the input {name} holds one value only, with which statistics and gradients may stay as they are"
 
 
 def _kinds(dtype: Any) -> str:

@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(forks: Server, model: Paths, rewritten: Paths, in
     for arguments, message in (
         ((model("module"), "--inputs", inputs), "has no quantisers"),
         ((path, "--inputs", tmp_path / "none.npz"), "there is no file"),
-        ((path, "--inputs", tmp_path / "text.npz"), "is no .npz file"),
+        ((path, "--inputs", tmp_path / "text.npz"), "is no .npz file of arrays; write one with numpy.savez"),
         ((path, "--inputs", tmp_path / "small.npz"), "is to have the shape"),
         ((path, "--inputs", tmp_path / "two.npz"), "takes x, not x, y"),
         ((path, "--inputs", inputs, "--bits", "1"), "widths are numbers from 2 to 16"),

@@ -486,3 +486,27 @@ def test_a_second_phase_runs_no_further_kernel(model: Callable[[str], Path], rew
     found = claim(verify(model("keras_save"), rewritten("keras_save", freeze_step=50)), "kernels in training")
     assert found.status == "holds", found.detail
     assert "it has two phases, of which one runs: 2 are reached" in found.detail
+
+
+def test_a_result_of_another_model(model: Paths, rewritten: Paths) -> None:
+    found = verify(model("module"), rewritten("keras_save"))
+    assert "signatures" in broken(found)
+    assert claim(found, "off").detail == "signature serving_default: the result takes input_1, not x"
+    assert not any("Error" in c.detail for c in found.claims)
+
+
+def test_inputs_that_may_fail_claims_by_themselves(model: Paths, rewritten: Paths) -> None:
+    pair = model("module"), rewritten("module")
+    assert verify(*pair, inputs={"x": X}).notes == []
+    (note,) = verify(*pair, inputs={"x": np.zeros_like(X)}).notes
+    assert note == "the input x holds one value only, with which statistics and gradients may stay as they are"
+    notes = verify(*pair, inputs={"x": np.where(X.max() == X, np.nan, X)}).notes
+    assert notes[0].startswith("the input x is not finite in places")
+
+
+def test_kernels_of_both_modes_are_placed_and_those_that_run_are_told(tmp_path: Path) -> None:
+    save_v1(tmp_path / "a", two_fused)
+    bnqat.rewrite(tmp_path / "a", tmp_path / "b")
+    found = verify(tmp_path / "a", tmp_path / "b")
+    assert "(2 reached)" in claim(found, "kernels in inference").detail
+    assert "a TensorFlow 1 graph has no training function to compare with" in claim(found, "training").detail

@@ -14,6 +14,7 @@ from tensorflow.core.framework import types_pb2
 
 from passes.sites import sites
 from rewriter import ops
+from rewriter.app.arrays import odd_values
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
@@ -130,7 +131,7 @@ def verify(
     ]
     examples = _count(max((served.rows for served in serving.ran.values()), default=trained.rows), "example")
     used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
-    notes = notes_on_statistics(pair.after, pair.result, inputs)
+    notes = [*odd_values(inputs or {}), *notes_on_statistics(pair.after, pair.result, inputs)]
     return Verification(claims, f"{used}, {examples}", notes=notes)
 
 
@@ -244,8 +245,10 @@ def same_training(pair: Pair, trained: Trained) -> Claim:
     """With quantisers off, a step gives what the source's own training function gives, and moves averages as far."""
     name = "training"
     if trained.failure or trained.absent or trained.own is None:
-        why = trained.failure or trained.absent or trained.unwanted
-        return Claim(name, NOT_APPLICABLE, why or "the source has no training function of its own")
+        none = "the source has no training function of its own"
+        if not pair.source.object_based:
+            none = "a TensorFlow 1 graph has no training function to compare with, but ops that its program names"
+        return Claim(name, NOT_APPLICABLE, trained.failure or trained.absent or trained.unwanted or none)
     own, seen = trained.own, Comparison()
     for number, (key, share) in enumerate(own.found.items()):
         output = number < own.outputs
@@ -327,13 +330,13 @@ def kernels_of_inference(pair: Pair, serving: Serving) -> Claim:
         if raised:
             same = after.placed.total() == before.placed.total() + single.kernels_for(raised)
         most = before.ran + raised.total()
-        text = f"{signature} executes {after}, the source {before}"
+        text = f"{signature} executes {after.reach}, the source {before.reach}"
         text += f", and {_count(raised.total(), 'site')} in single ops became the kernel" if raised else ""
         if not same and single.twice:
             same = after.ran >= min(most, single.trained(raised))
             text += f"; {_count(single.twice, 'site')} compute both modes there"
         if not same or after.ran > most:
-            wrong.append(f"{text}; of these {after.ran} are reached, in the source {before.ran}")
+            wrong.append(text)
         elif after.placed:
             seen.append(text)
     if wrong:

@@ -52,6 +52,11 @@ class Kernels(NamedTuple):
         """Numbers and ops."""
         return ", ".join(f"{n} {op}" for op, n in sorted(self.placed.items())) or "none"
 
+    @property
+    def reach(self) -> str:
+        """Numbers and ops, and how many are reached where a choice leaves some out."""
+        return str(self) if self.ran == self.placed.total() else f"{self} ({self.ran} reached)"
+
 
 def kernels_in(graphs: Iterable[Any], stats: Any) -> Kernels:
     """The batch-norm kernels of partition graphs, and those of them that step stats list."""

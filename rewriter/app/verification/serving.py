@@ -138,6 +138,10 @@ def _source_run(
 def _both(source: Session, result: Session, name: str, taken: tuple[Ran, dict[str, np.ndarray]]) -> Served:
     """The result's runs on what the source took."""
     wanted, fed = taken
+    takes = set(result.inputs(name))
+    if takes != set(fed):
+        why = f"the result takes {', '.join(sorted(takes)) or 'nothing'}, not {', '.join(sorted(fed)) or 'nothing'}"
+        return Served(wanted, why, None, frozenset(), rows(fed), {}, {}, inert=False)
     on = _quantized(result, name, fed)
     off, why = attempt(lambda: result.run(name, fed))
     rerun, perturbed = {}, {}
