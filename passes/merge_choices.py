@@ -11,23 +11,18 @@ from passes.declined import DeclinedError
 from passes.predicates import decided_by, leads_to
 from passes.roles import MEAN, VARIANCE
 from passes.sites import sites
-from passes.updates import consumers, following
+from passes.updates import ASSIGNING, consumers, following
 from rewriter import ops
-from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
+from rewriter.edit import Edit, Rewire, Run, RunAfter, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use
 from rewriter.ir import ARG, Graph, Model, Value
 from rewriter.liveness import BRANCHES
 from rewriter.pattern import origin
 from rewriter.shapes import shape_of
+from rewriter.sweep import held
 
-MOVED = ("Const", "Identity", "ReadVariableOp")
-"""Ops of a branch that only passes on what it is given, or reads it."""
-
-
-def _only_reads(branch: Graph, names: Iterable[str]) -> bool:
-    """Whether nodes, which another one waits for, do no more than read, nor what they wait for."""
-    nodes = [branch.nodes[name] for name in names]
-    return all(n.op in (*MOVED, ARG, "NoOp") and _only_reads(branch, n.after) for n in nodes)
+MOVED = ("Const", "Identity", "NoOp", "ReadVariableOp")
+"""Ops of a branch that pass on what it is given, or read it."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +84,7 @@ class _Merged:
                 f"the branches of {first} or {second}, which choose its statistics, are called elsewhere"
             )
         then, otherwise = (self._moved(on, self.first.taken(on).results[self.value.port].value) for on in (True, False))
+        yield from self._effects()
         shape = shape_of(self.model, self.graph, self.value)
         port = len(self.second.taken(True).results)
         yield from self.second.results({"mean": (then, otherwise)}, [shape], second)
@@ -98,9 +94,32 @@ class _Merged:
             yield RunAfter(self.graph.name, second, self.first.node.after)
         for node in self.model.analysis_of(self.graph, following).get(first, ()):
             yield RunAfter(self.graph.name, node.name, (second,))
-        yield Sweep(self.graph.name, (first,))
+        yield Sweep(self.graph.name, (first,), moved=True)
         for name, other in ways:
             self.merged.setdefault(name, []).append(other)
+
+    def _effects(self) -> Iterator[Edit]:
+        """The first one's effects in the second's branches.
+
+        Raises:
+            DeclinedError: it would still run, and have them again; or one is not known to happen.
+        """
+        first = self.first.node.name
+        for on in (True, False):
+            branch, other = self.first.taken(on), self.second.taken(on)
+            yield from (Run(other.name, self._node(on, effect.node), first) for effect in branch.effects)
+            acting = [n for n in branch.nodes.values() if n.op not in (*MOVED, ARG) and not moveable(n)]
+            for node in acting:
+                if (on, node.name) not in self.made:
+                    raise DeclinedError(f"nothing in a branch of {first} waits for {node.name} ({node.op})")
+            if acting and self._used_otherwise():
+                raise DeclinedError(f"{first}, which updates an average, gives more than its mean")
+
+    def _used_otherwise(self) -> bool:
+        """Whether something uses the first one, other than for the value."""
+        uses = self.model.analysis_of(self.graph, consumers)
+        ports = (Value(self.first.node.name, p) for p in range(len(self.first.taken(True).results)))
+        return any(uses.get(v) for v in ports if v != self.value) or self.first.node.name in self.model.analysis(held)
 
     def _moved(self, on: bool, value: Value) -> Expr:
         """A value of the first conditional's branch in the second's."""
@@ -109,14 +128,19 @@ class _Merged:
         dtype = ops.output_dtype(self.model, branch, value)
         if node.op == ARG:
             return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
-        if not (node.op in MOVED or moveable(node)) or not _only_reads(branch, node.after):
-            raise DeclinedError(
-                f"{node.name} ({node.op}), which gives its mean in a branch of its own, has an effect, or waits for one"
-            )
+        moved = self._node(on, value.node)
+        return Port(dtype, moved, value.port) if value.port else moved
+
+    def _node(self, on: bool, name: str) -> Apply:
+        """A node of the first conditional's branch in the second's, after what it runs after."""
+        branch = self.first.taken(on)
+        node = branch.nodes[name]
+        if not (node.op in MOVED or node.op.startswith(ASSIGNING) or moveable(node)):
+            raise DeclinedError(f"{node.name} ({node.op}), in a branch that gives a mean, has an effect")
         if (on, node.name) not in self.made:
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
-            first = ops.output_dtype(self.model, branch, Value(node.name))
+            first = ops.output_dtype(self.model, branch, Value(name)) if ops.output_count(self.model, node) else ""
             inputs = tuple(self._moved(on, v) for v in node.inputs)
-            self.made[on, node.name] = Apply(first, node.op, inputs, attrs)
-        moved = self.made[on, node.name]
-        return Port(dtype, moved, value.port) if value.port else moved
+            after = tuple(self._node(on, n) for n in node.after if branch.nodes[n].op != ARG)
+            self.made[on, node.name] = Apply(first, node.op, inputs, attrs, after=after)
+        return self.made[on, node.name]

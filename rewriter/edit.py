@@ -119,11 +119,14 @@ class Reorder:
 class Sweep:
     """Remove nodes that nothing uses any more, and what only they needed.
 
-    A node that still has a use, by a node, a result, a signature or a collection, stays.
+    A node that still has a use, by a node, a result, a signature or a collection, stays; so does one with an effect.
+    If they are `moved`, other edits of the batch let their effects happen elsewhere, and what waited for them wait for
+    that: neither keeps them then.
     """
 
     graph: str
     nodes: tuple[str, ...]
+    moved: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from rewriter import ops
@@ -16,28 +16,36 @@ FED = frozenset({"Placeholder", "PlaceholderWithDefault", ARG})
 
 def sweep(model: Model, edits: Iterable[Sweep]) -> Model:
     """The model without the nodes named, as far as nothing uses them, and without what only they needed."""
-    named: dict[str, list[str]] = {}
-    for edit in edits:
-        named.setdefault(edit.graph, []).extend(edit.nodes)
+    named: dict[str, dict[str, bool]] = {}
+    for edit in sorted(edits, key=lambda edit: edit.moved):
+        named.setdefault(edit.graph, {}).update(dict.fromkeys(edit.nodes, edit.moved))
     swept = {name: _swept(model, model.graphs[name], nodes) for name, nodes in named.items()}
     return replace(model, graphs={**model.graphs, **swept}) if swept else model
 
 
-def _swept(model: Model, graph: Graph, names: Iterable[str]) -> Graph:
-    uses = Counter(name for node in graph.nodes.values() for name in needed_by(node))
+def _swept(model: Model, graph: Graph, named: Mapping[str, bool]) -> Graph:
+    moved = frozenset(name for name, is_moved in named.items() if is_moved)
+    nodes = {name: _waiting_without(node, moved) for name, node in graph.nodes.items()}
+    uses = Counter(name for node in nodes.values() for name in needed_by(node))
     uses.update(r.value.node for r in graph.results)
-    uses.update(e.node for e in graph.effects)
+    uses.update(e.node for e in graph.effects if e.node not in moved)
     if graph.name == MAIN:
         uses.update(model.analysis(held))
-    nodes = dict(graph.nodes)
-    waiting = list(names)
+    waiting = list(named)
     while waiting:
         name = waiting.pop()
-        if name in nodes and not uses[name] and _removable(model, nodes[name]):
+        if name in nodes and not uses[name] and (name in moved or _removable(model, nodes[name])):
             node = nodes.pop(name)
             uses.subtract(needed_by(node))
             waiting += (v.node for v in node.inputs)  # what others only wait for is a conditional's pivot, or an effect
-    return replace(graph, nodes=nodes) if len(nodes) < len(graph.nodes) else graph
+    if len(nodes) == len(graph.nodes):
+        return graph
+    return replace(graph, nodes=nodes, effects=tuple(e for e in graph.effects if e.node in nodes))
+
+
+def _waiting_without(node: Node, moved: Collection[str]) -> Node:
+    after = tuple(name for name in node.after if name not in moved)
+    return node if after == node.after else replace(node, after=after)
 
 
 def needed_by(node: Node) -> Iterator[str]:

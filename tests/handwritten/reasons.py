@@ -47,12 +47,6 @@ REASONS = (
     ),
     Reason(
         "kernels",
-        {"control_flow": (2,), "chosen": ("each",), "placement": ("branch",)},
-        "an If that updates an average is not made one with another that does, as nothing orders the two",
-        "one tf.cond, or Switch and Merge, can be followed",
-    ),
-    Reason(
-        "kernels",
         {"mode": ("false",), "arithmetic": ("kernels",)},
         "a choice on a constant may compute the kernels of both modes; without fusing it stays",
         "train is derived from serving",

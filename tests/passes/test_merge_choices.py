@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,60 @@ def test_what_is_not_chosen_alike_stays(second: Any, tmp_path: Path) -> None:
     assert after is before
     assert all(reason.endswith(REFUSED[second]) for reason in reasons)
     assert len(reasons) == 2
+
+
+def updating_with(beside: Any = tf.shape, used: bool = False) -> Any:
+    """A batch norm whose statistics are chosen by two conditionals, each of which updates its average."""
+
+    def norm(x: Any, training: Any) -> Any:
+        gamma, beta, *moving = variables(x.shape[-1])
+        batch = tf.nn.moments(x, [0, 1, 2])
+
+        def updated(index: int) -> Any:
+            beside(batch[index])
+            with tf.control_dependencies([v1.assign_sub(moving[index], 0.1 * (moving[index] - batch[index]))]):
+                return [tf.identity(batch[index]), *([tf.reduce_sum(batch[index])] if used else [])]
+
+        def held(index: int) -> Any:
+            return [tf.identity(moving[index]), *([tf.constant(0.0)] if used else [])]
+
+        (mean, *more), (variance, *_) = (v1.cond(training, partial(updated, i), partial(held, i), True) for i in (0, 1))
+        return sum(more, v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON))
+
+    return norm
+
+
+def test_updates_move_with_the_mean(tmp_path: Path) -> None:
+    before = load(save_v1(tmp_path / "m", updating_with(), control_flow_v2=True))
+    after, reasons = merged(before)
+    assert reasons == []
+    conditionals = [n for n in after.graphs[MAIN].nodes.values() if n.op == "If"]
+    assert [node.name for node in conditionals] == ["norm_0/cond_1", "norm_1/cond_1"]
+    for node in conditionals:
+        then, otherwise = (after.graphs[node.attrs[key].func.name] for key in ("then_branch", "else_branch"))
+        updates = {n.name for n in then.nodes.values() if n.op == "AssignSubVariableOp"}
+        assert len(updates) == 2
+        (mean,) = (then.nodes[r.value.node] for r in then.results[1:])
+        assert set(mean.after) < updates
+        assert not any("Assign" in n.op for n in otherwise.nodes.values())
+
+
+@pytest.mark.parametrize(
+    ("norm", "reason"),
+    [
+        (updating_with(lambda batch: v1.Print(batch, [batch])), "(Print)"),
+        (
+            updating_with(used=True),
+            "norm_0/cond, which updates an average, gives more than its mean",
+        ),
+    ],
+)
+def test_an_effect_that_would_be_lost_or_had_twice(norm: Any, reason: str, tmp_path: Path) -> None:
+    before = load(save_v1(tmp_path / "m", norm, control_flow_v2=True))
+    after, reasons = merged(before)
+    assert after is before
+    assert len(reasons) == 2
+    assert reasons[0].endswith(reason)
 
 
 def test_two_pairs_that_wait_for_each_other_are_not_both_merged(tmp_path: Path) -> None:
