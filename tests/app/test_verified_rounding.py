@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+import tf_keras
 
 import bnqat
 from passes.freeze_statistics import FROZEN
@@ -25,7 +26,7 @@ from rewriter.ir import Model
 from rewriter.pipeline import Pass, Pipeline
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.write import save
-from tests.models import Net, perturb, save_keras, save_module
+from tests.models import Net, export_keras, perturb, save_keras, save_module, small_keras
 
 Paths = Callable[..., Path]
 ROWS = 3
@@ -172,10 +173,53 @@ def test_values_that_quantisers_keep(tmp_path: Path) -> None:
     assert "variables hold what quantisers keep as it is" in claim(found, "on").detail
 
 
+def test_outputs_that_nothing_changes(tmp_path: Path) -> None:
+    """A softmax of one class far above the others gives zeros and ones, whatever the batch norms hold."""
+    net = small_keras()
+    net.layers[-1].kernel.assign(np.zeros(net.layers[-1].kernel.shape))
+    net.layers[-1].bias.assign(1000.0 * np.eye(10)[3])
+    outputs = tf_keras.layers.Softmax()(net.output)
+    source = export_keras(tf_keras.Model(net.input, outputs), tmp_path / "a")
+    bnqat.rewrite(source, tmp_path / "b")
+    found = claim(verify(source, tmp_path / "b"), "on")
+    assert found.status == NOT_APPLICABLE
+    assert found.detail.startswith("outputs stay the same whatever the variables hold")
+
+
+class EverySecond(tf_keras.layers.Layer):
+    """A stand-in for stochastic depth that leaves out what comes before it in every second call, or in all."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def build(self, shape: Any) -> None:  # noqa: ARG002
+        self.calls = self.add_weight("calls", (), tf.int64, "zeros", trainable=False)
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        if not training:
+            return x
+        return x * tf.cast(self.calls.assign_add(1) % (1 << 40 if self.always else 2) == 0, x.dtype)
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_a_block_that_is_left_out_for_a_whole_batch(always: bool, tmp_path: Path) -> None:
+    layers = tf_keras.layers
+    inputs = layers.Input((8, 8, 3))
+    x = layers.BatchNormalization()(layers.Conv2D(4, 3)(inputs))
+    block = EverySecond(always)(layers.BatchNormalization()(layers.Conv2D(4, 3, padding="same")(x)))
+    outputs = layers.Dense(10)(layers.GlobalAveragePooling2D()(layers.ReLU()(x + block)))
+    net = tf_keras.Model(inputs, outputs)
+    perturb(net.weights)
+    source = save_keras(net, tmp_path / "a")
+    bnqat.rewrite(source, tmp_path / "b")
+    found = claim(verify(source, tmp_path / "b"), "gradients")
+    assert found.status == (FAILS if always else HOLDS), found.detail
+    assert not always or "which has no influence then" in found.detail
+
+
 def dense(path: Path) -> Path:
     """A net of Keras 2 whose batch norms are in single ops, but for the first."""
-    import tf_keras
-
     tf_keras.utils.set_random_seed(0)
     layers = tf_keras.layers
     net = tf_keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(8, 3), layers.BatchNormalization()])

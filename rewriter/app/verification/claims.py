@@ -17,9 +17,10 @@ from rewriter import ops
 from rewriter.app.arrays import odd_values
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
+from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
 from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
 from rewriter.app.verification.running import Ran
-from rewriter.app.verification.serving import Pair, Serving, differences, floats, serve
+from rewriter.app.verification.serving import Pair, Serving, differences, serve
 from rewriter.app.verification.training import Trained, train
 from rewriter.ir import Error, Model
 from rewriter.reach import refuse_reaching
@@ -31,26 +32,9 @@ HOLDS: Status = "holds"
 FAILS: Status = "fails"
 NOT_APPLICABLE: Status = "does not apply"
 
+FIXED = "outputs stay the same whatever the variables hold, as those of a saturated softmax; give other inputs"
+
 HALVES = (types_pb2.DT_HALF, types_pb2.DT_BFLOAT16)
-
-
-@dataclass(frozen=True)
-class OutputError:
-    """What quantisers change in one float output.
-
-    Attributes:
-        largest: the largest difference to the source's output.
-        rms: the root of the mean squared difference.
-        relative_rms: the same, relative to the source's output; None where that is zero.
-        agreement: the share of rows with the largest element at the same place; None where rows are no classes.
-    """
-
-    signature: str
-    output: str
-    largest: float
-    rms: float
-    relative_rms: float | None
-    agreement: float | None
 
 
 @dataclass(frozen=True)
@@ -199,46 +183,20 @@ def acts_on(serving: Serving) -> Claim:
     runs = {signature: served for signature, served in serving.ran.items() if served.on is not None}
     if not runs:
         return Claim(name, NOT_APPLICABLE, "no signature was run with quantisers: there are none, or no signature")
-    wrong, table, random = [], [], []
-    for signature, served in runs.items():
-        if not isinstance(served.on, Ran):
-            wrong.append(f"signature {signature}: {served.on}")
-            continue
-        for key, value in floats(served.source.outputs).items():
-            if served.rerun.get(key, 0.0) > ROUNDING:
-                random.append(f"output {key} of {signature} is not compared, as the source draws it at random")
-                continue
-            other = floats(served.on.outputs)[key] if key in served.on.outputs else np.full_like(value, np.nan)
-            finite = np.isfinite(value)
-            if other.shape != value.shape or not np.isfinite(other[finite]).all():
-                wrong.append(
-                    f"signature {signature}, output {key}: not finite, or of another shape, with quantisers on"
-                )
-            else:
-                table.append(_error(signature, key, value, other))
+    wrong, table, random = errors_with_quantisers(runs)
     if wrong:
         return Claim(name, FAILS, "; ".join(wrong), table)
     if not table:
         return Claim(name, NOT_APPLICABLE, "; ".join(random) or "no output is a float")
     if all(served.inert for served in runs.values()):
+        if all(served.fixed for served in runs.values()):
+            return Claim(name, NOT_APPLICABLE, FIXED, table)
         return Claim(name, FAILS, "quantisers change no output", table)
     worst = max(table, key=lambda row: row.relative_rms or 0.0)
     error = f"{worst.relative_rms or 0.0:.2g} (root mean square) in {worst.output} of {worst.signature}"
     if not any(row.largest for row in table):
         error = "none: variables hold what quantisers keep as it is, as before training; other values are changed"
     return Claim(name, HOLDS, "; ".join([f"finite; the largest relative error is {error}", *random]), table)
-
-
-def _error(signature: str, output: str, wanted: np.ndarray, found: np.ndarray) -> OutputError:
-    finite = np.isfinite(wanted)
-    missed = (found - wanted)[finite]
-    rms = float(np.sqrt(np.mean(missed**2))) if missed.size else 0.0
-    norm = float(np.sqrt(np.mean(wanted[finite] ** 2))) if missed.size else 0.0
-    agreement = None
-    if wanted.ndim == 2 and wanted.shape[1] > 1 and wanted.size:  # noqa: PLR2004  rows of classes
-        agreement = float(np.mean(wanted.argmax(1) == found.argmax(1)))
-    largest = float(np.abs(missed).max(initial=0.0))
-    return OutputError(signature, output, largest, rms, rms / norm if norm else None, agreement)
 
 
 def same_training(pair: Pair, trained: Trained) -> Claim:

@@ -58,6 +58,7 @@ class Served:
         rerun: by output, how far the source is from itself when it runs again; looked at where the result differs.
         perturbed: the same with other last bits in its inputs and variables.
         inert: whether quantisers change no output, with other values in the variables either.
+        fixed: whether, in addition, these other values themselves change no output.
     """
 
     source: Ran
@@ -67,7 +68,8 @@ class Served:
     rows: int
     rerun: Mapping[str, float]
     perturbed: Mapping[str, float]
-    inert: bool
+    inert: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True)
@@ -141,17 +143,17 @@ def _both(source: Session, result: Session, name: str, taken: tuple[Ran, dict[st
     takes = set(result.inputs(name))
     if takes != set(fed):
         why = f"the result takes {', '.join(sorted(takes)) or 'nothing'}, not {', '.join(sorted(fed)) or 'nothing'}"
-        return Served(wanted, why, None, frozenset(), rows(fed), {}, {}, inert=False)
+        return Served(wanted, why, None, frozenset(), rows(fed), {}, {})
     on = _quantized(result, name, fed)
     off, why = attempt(lambda: result.run(name, fed))
     rerun, perturbed = {}, {}
     if off is not None and any(differences(wanted.outputs, off.outputs).values()):
         rerun = differences(wanted.outputs, source.run(name, fed).outputs)
         perturbed = _perturbed(source, name, wanted, fed)
-    inert = off is not None and isinstance(on, Ran) and _inert(result, name, fed, off, on)
+    inert, fixed = _inert(result, name, fed, off, on) if off is not None and isinstance(on, Ran) else (False, False)
     nodes = _matching(source, result) if wanted.changed else {}
     changed = [ran.changed - {nodes.get(n, n) for n in wanted.changed} for ran in (off, on) if isinstance(ran, Ran)]
-    return Served(wanted, off or why, on, frozenset().union(*changed), rows(fed), rerun, perturbed, inert)
+    return Served(wanted, off or why, on, frozenset().union(*changed), rows(fed), rerun, perturbed, inert, fixed)
 
 
 def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
@@ -177,13 +179,14 @@ def _perturbed(source: Session, name: str, wanted: Ran, fed: Arrays) -> dict[str
     return found
 
 
-def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> bool:
-    """Return whether quantisers change no output, and would change none if the variables held other values.
+def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> tuple[bool, bool]:
+    """Return whether quantisers change no output, also with other values in the variables; and whether these do.
 
-    A net that was never trained holds zeros and ones, which quantisers keep as they are.
+    A net that was never trained holds zeros and ones, which quantisers keep as they are. A saturated softmax gives
+    the same, whatever the variables hold.
     """
     if any(differences(off.outputs, on.outputs).values()):
-        return False
+        return False, False
     values = result.values()
     rng = np.random.default_rng(0)
     floating = {n: v for n, v in values.items() if tf.as_dtype(v.dtype).is_floating and not n.startswith(CONTROLS)}
@@ -192,8 +195,9 @@ def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> bool:
     other_off, _ = attempt(lambda: result.run(name, fed))
     result.assign(floating)
     if other_off is None or not isinstance(other_on, Ran):
-        return True
-    return not any(differences(other_off.outputs, other_on.outputs).values())
+        return True, False
+    fixed = not any(differences(off.outputs, other_off.outputs).values())
+    return not any(differences(other_off.outputs, other_on.outputs).values()), fixed
 
 
 def _same_values(pair: Pair, source: Session, result: Session) -> tuple[int, str]:

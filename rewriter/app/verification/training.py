@@ -32,6 +32,9 @@ from rewriter.app.verification.source_training import (
 from rewriter.dataflow import call_graph
 from rewriter.ir import Entry, Error, Model
 
+TRIES = 3
+"""How often training is differentiated again where a gradient is zero."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -153,6 +156,11 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
 
     ((found, before, counted), fed), kernels = with_kernels(search)
     still = tuple(v.name for v, old in zip(statistics, before, strict=True) if np.array_equal(old, v.numpy()))
+    for _ in range(TRIES):
+        # Stochastic depth may have left out a block for the whole batch.
+        if found is not None and not all(_reaches(gradient) for gradient in found):
+            again = gradients(function, parameters, fed) or found
+            found = [g if _reaches(g) else other for g, other in zip(found, again, strict=True)]
     named = None if found is None else [(v.name, g) for v, g in zip(parameters, found, strict=True)]
     done = Trained(
         steps=counted,
@@ -164,6 +172,11 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         rows=rows(fed),
     )
     return _Run(done, {name: fed[name] for name in function.specs}, root)
+
+
+def _reaches(gradient: Any) -> bool:
+    """Return whether a gradient is there and not zero everywhere."""
+    return gradient is not None and bool(tf.convert_to_tensor(gradient).numpy().any())
 
 
 def _reached(pair: Pair, given: Arrays) -> int | None:
