@@ -9,7 +9,7 @@ from typing import NamedTuple
 import networkx as nx
 
 from rewriter import ops
-from rewriter.ir import ARG, MAIN, Entry, Error, Graph, Model, Node, Value
+from rewriter.ir import ARG, MAIN, Edge, Entry, Error, Graph, Model, Node, Value
 
 REFERENCES = ("VariableV2", "Variable")
 """Ops that make a variable as TensorFlow 1 had it: a tensor that others refer to."""
@@ -88,6 +88,20 @@ class CallGraph:
     def reaching(self, graph: str) -> set[str]:
         """All graphs that call this one, directly or not."""
         return set(nx.ancestors(self.digraph, graph))
+
+
+def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
+    """All uses of each value of a graph (to be memoised)."""
+    return graph.consumers()
+
+
+def following(_: Model, graph: Graph) -> Mapping[str, list[Node]]:
+    """The nodes that run after each node, by control inputs."""
+    found: dict[str, list[Node]] = {}
+    for node in graph.nodes.values():
+        for name in node.after:
+            found.setdefault(name, []).append(node)
+    return found
 
 
 def call_graph(model: Model) -> CallGraph:

@@ -91,7 +91,7 @@ loads and saves a model again, on nodes but not on functions."""
 
 
 PART = "_bnqat_part"
-"""Attribute of a node inside a quantiser: which part of the arithmetic it computes, by its name in `passes.parts`."""
+"""Attribute of a node inside a quantiser: the part of its arithmetic, as named in `passes.quantization.node_marks`."""
 
 
 GENERAL = "_bnqat_general"

@@ -13,8 +13,8 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm import batch_norms
-from passes.frozen_layers import frozen_layers
+from passes.batch_norm.batch_norms import batch_norms
+from passes.training.frozen_layers import frozen_layers
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import (

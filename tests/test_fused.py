@@ -15,9 +15,9 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes import kernel
-from passes.decomposed import FORMS as PATTERNS
-from passes.sites import sites
+from passes.batch_norm import kernel
+from passes.batch_norm.decomposed import FORMS as PATTERNS
+from passes.batch_norm.sites import sites
 from rewriter.pattern import Pattern
 from rewriter.savedmodel.read import load
 from tests.models.chosen import NORMS, Chosen
@@ -144,8 +144,8 @@ def _other_epsilon(*args: Any, **kwargs: Any) -> Any:
 
 
 MUTATIONS = {
-    "epsilon": ("passes.fuse_batch_norm.normalised", _other_epsilon),
-    "correction": ("passes.kernel.population", lambda corrected, *_: corrected),
+    "epsilon": ("passes.fusing.fuse_batch_norm.normalised", _other_epsilon),
+    "correction": ("passes.batch_norm.kernel.population", lambda corrected, *_: corrected),
 }
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from sklearn.datasets import load_digits
 
 import bnqat
-from passes.sites import sites
+from passes.batch_norm.sites import sites
 from rewriter.savedmodel.read import load
 from tests.models import perturb
 from tests.test_fused import FUSING, TOLERANCE, difference

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from passes.sites import sites
+from passes.batch_norm.sites import sites
 from rewriter.app.verification.serving import Pair
 from rewriter.savedmodel.read import load
 from tests import harness

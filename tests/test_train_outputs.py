@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.derive_training import TRAIN
+from passes.batch_norm.entries import TRAIN
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import Trainable, save_module, small_keras

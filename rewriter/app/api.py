@@ -8,9 +8,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from passes.batch_norm import batch_norms
-from passes.pipelines import Function
-from passes.quantize_batch_norm import QuantizeBatchNorm
+from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.quantization.custom import Function
 from rewriter.app.lineup import lineup
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing

@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from passes.batch_norm import BatchNorm, batch_norms
-from passes.schemes import SCHEMES
-from passes.sites import Site, quantized, sites
-from passes.tags import TAG, tag_of
-from passes.updates import consumers
+from passes.batch_norm.batch_norms import BatchNorm, batch_norms
+from passes.batch_norm.sites import Site, quantized, sites
+from passes.quantization.quantizer_marks import TAG, tag_of
+from passes.quantization.schemes import SCHEMES
 from rewriter.app.reports import became_of
 from rewriter.app.work import at_work
+from rewriter.dataflow import consumers
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.log import LOG, RECORD, explained, read_record

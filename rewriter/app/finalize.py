@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from passes.bake_quantizers import BakeQuantizers, Stores, quantized_stores, trusted_stores
-from passes.fold_batch_norm import FoldBatchNorm, folded
-from passes.inline_calls import InlineCalls
-from passes.keep_serving import KeepServing, serves
-from passes.quantized_values import Quantized, tagged
-from passes.settle_choices import SettleChoices
-from passes.sites import sites
+from passes.batch_norm.sites import sites
+from passes.control_flow.settle_choices import SettleChoices
+from passes.deploy.bake_quantizers import BakeQuantizers, Stores, quantized_stores, trusted_stores
+from passes.deploy.fold_batch_norm import FoldBatchNorm, folded
+from passes.deploy.inline_calls import InlineCalls
+from passes.deploy.keep_serving import KeepServing, serves
+from passes.deploy.quantized_values import Quantized, tagged
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes

@@ -5,26 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from passes.aggregate_statistics import AggregateStatistics
-from passes.check_averages import CheckAverages
-from passes.choice import Rule
-from passes.choose_branch import ChooseBranch
-from passes.cut_gradients import CutGradients
-from passes.derive_training import DeriveTraining
-from passes.freeze_statistics import FreezeStatistics
-from passes.fuse_batch_norm import FuseBatchNorm
-from passes.inline_branches import InlineBranches
-from passes.merge_choices import MergeChoices
-from passes.pipelines import Pipeline, Quantizer
-from passes.quantize_batch_norm import QuantizeBatchNorm
-from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.batch_norm.choice import Rule
+from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.control_flow.inline_branches import InlineBranches
+from passes.frontend.split_modes import SplitModes
+from passes.frontend.unfreeze_constants import UnfreezeConstants
+from passes.frontend.upgrade_references import UpgradeReferences
+from passes.fusing.choose_branch import ChooseBranch
+from passes.fusing.fuse_batch_norm import FuseBatchNorm
+from passes.fusing.merge_choices import MergeChoices
+from passes.fusing.select_to_branch import SelectToBranch
+from passes.quantization.custom import Pipeline, Quantizer
+from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.quantization.schemes import Affine
 from passes.roles import ROLES
-from passes.schemes import Affine
-from passes.select_to_branch import SelectToBranch
-from passes.split_modes import SplitModes
-from passes.train_options import TrainingRule
-from passes.unfreeze_constants import UnfreezeConstants
-from passes.upgrade_references import UpgradeReferences
+from passes.training.aggregate_statistics import AggregateStatistics
+from passes.training.check_averages import CheckAverages
+from passes.training.cut_gradients import CutGradients
+from passes.training.derive_training import DeriveTraining
+from passes.training.freeze_statistics import FreezeStatistics
+from passes.training.options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, Settings
 from rewriter.app.settings import Rule as SettingsRule

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from passes.parts import CODE, EPSILON, ORIGIN, SCALE, ZERO_POINT
-from passes.quantized_values import Quantized
+from passes.deploy.quantized_values import Quantized
+from passes.quantization.node_marks import CODE, EPSILON, ORIGIN, SCALE, ZERO_POINT
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import write_whole
 

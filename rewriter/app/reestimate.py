@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from passes.batch_norm import batch_norms
-from passes.sites import STATISTICS, sites
+from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.sites import STATISTICS, sites
 from rewriter.app.loaded import Arguments, assign_replicas, replicas, variables_by_key
 from rewriter.dataflow import call_graph
 from rewriter.ir import Error

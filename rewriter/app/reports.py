@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from passes.batch_norm import BatchNorm
-from passes.quantize_batch_norm import QuantizeBatchNorm
-from passes.sites import Site, quantized, sites
-from passes.train_options import MOMENTUM
+from passes.batch_norm.batch_norms import BatchNorm
+from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.batch_norm.sites import Site, quantized, sites
+from passes.training.options import MOMENTUM
 from rewriter.dataflow import call_graph, running
 from rewriter.ir import MAIN, Model, Signature
 from rewriter.ops import text

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from passes.batch_norm import batch_norms
+from passes.batch_norm.batch_norms import batch_norms
 from passes.roles import MAX_BITS, MIN_BITS, ROLES
 from rewriter.app.arrays import fitted
 from rewriter.app.verification.running import attempt, loaded

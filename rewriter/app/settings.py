@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from passes.ranges import Ema, Fixed
+from passes.quantization.ranges import Ema, Fixed
 from passes.roles import MAX_BITS, MEAN, MIN_BITS, ROLES, VARIANCE
 from rewriter.ir import Error
 

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from passes.pipelines import Function, Traced, Wanted
+from passes.quantization.custom import Function, Traced, Wanted
 from rewriter import ops
 from rewriter.dataflow import call_graph, gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node

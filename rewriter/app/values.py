@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from passes.batch_norm import BatchNorm
-from passes.quantizers import Kind, quantizing
+from passes.batch_norm.batch_norms import BatchNorm
+from passes.quantization.quantizers import Kind, quantizing
+from passes.quantization.schemes import Affine, Log, Scheme
 from passes.roles import VARIANCE
-from passes.schemes import Affine, Log, Scheme
 from rewriter import evaluation
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node

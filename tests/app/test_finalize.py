@@ -14,7 +14,7 @@ import tensorflow as tf
 from click.testing import CliRunner
 
 import bnqat
-from passes.sites import sites
+from passes.batch_norm.sites import sites
 from rewriter.app.cli import main
 from rewriter.ops import PROXY
 from rewriter.savedmodel.read import load

@@ -17,9 +17,9 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bnqat
-from passes.controls import increment, step
-from passes.derive_training import TRAIN
-from passes.sites import sites
+from passes.batch_norm.entries import TRAIN
+from passes.batch_norm.sites import sites
+from passes.quantization.controls import increment, step
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.edit import Edit, Rewire, Run
 from rewriter.expr import Expr, Use, constant, op, read, select, stop_gradient

@@ -14,8 +14,8 @@ import tensorflow as tf
 import tf_keras
 
 import bnqat
-from passes.freeze_statistics import FROZEN
-from passes.sites import FUSED
+from passes.batch_norm.entries import FROZEN
+from passes.batch_norm.sites import FUSED
 from rewriter import ops
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.app.verification.rounding import CHAOS, CONDITIONING, ROUNDING, rounding

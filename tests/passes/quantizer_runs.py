@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context, execute
 
-from passes.quantizers import Kind, observing, quantizing
+from passes.quantization.quantizers import Kind, observing, quantizing
 from rewriter.draft import define
 from rewriter.edit import Define, Edit, Rewire
 from rewriter.expr import Function, Use

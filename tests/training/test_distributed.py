@@ -18,7 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 import bnqat
-from passes.controls import ON_READ
+from passes.quantization.controls import ON_READ
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.training.mirrored import PREAMBLE

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from passes.batch_norm import batch_norms
-from passes.quantizers import Kind, quantizing
-from passes.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.batch_norm.batch_norms import batch_norms
+from passes.quantization.quantizers import Kind, quantizing
+from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.quantization.schemes import SCHEMES
 from passes.roles import ROLES
-from passes.schemes import SCHEMES
 from rewriter import ops
 from rewriter.app.loaded import variables_by_key
 from rewriter.app.values import error, run

@@ -12,7 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
-from passes.sites import sites
+from passes.batch_norm.sites import sites
 from rewriter import ops
 from rewriter.app.arrays import odd_values
 from rewriter.app.lag import notes_on_statistics

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import tensorflow as tf
 from tensorflow.python.eager import context
 
+from passes.batch_norm.sites import FUSED, Site, sites
 from passes.roles import MEAN, ROLES
-from passes.sites import FUSED, Site, sites
 from rewriter import ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Graph, Model, Value

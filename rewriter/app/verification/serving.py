@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from passes.batch_norm import batch_norms
-from passes.sites import sites
+from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.sites import sites
 from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.running import OFF, Ran, Session, attempt, last_bits, on_random, rows, session_of
 from rewriter.dataflow import Captured, Constant

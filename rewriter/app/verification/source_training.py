@@ -12,8 +12,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-from passes.entries import Alignment, align, computed, serving_entry, training_trace
-from passes.frozen_layers import frozen_means, moving_means
+from passes.batch_norm.entries import Alignment, align, computed, serving_entry, training_trace
+from passes.training.frozen_layers import frozen_means, moving_means
 from rewriter.app.arrays import Arrays
 from rewriter.app.verification.functions import Trainer, held, keyworded
 from rewriter.app.verification.running import last_bits, loaded_source

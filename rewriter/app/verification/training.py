@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from passes.batch_norm import BatchNorm, batch_norms
-from passes.derive_training import TRAIN
-from passes.entries import Alignment, serving_signature
-from passes.frozen_layers import frozen_means
+from passes.batch_norm.batch_norms import BatchNorm, batch_norms
+from passes.batch_norm.entries import TRAIN, Alignment, serving_signature
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.training.frozen_layers import frozen_means
 from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.functions import Trainer, gradients, held, keyworded, loss, trainer
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels

@@ -1,0 +1,6 @@
+"""Batch norms: where a model computes them, with which variables, and how their averages are updated.
+
+`sites` finds them, fused (`kernel`) or in single ops (`decomposed`, `moments`); `batch_norms` and `layers` group what
+belongs together; `updates` follows a statistic into an average. A new producer's form of batch norm goes into
+`decomposed` or `moments`. The pass `quantize_batch_norm` puts quantisers on all of this, as `choice` says.
+"""

@@ -1,0 +1,115 @@
+"""Which quantiser a layer has: the one of the role, changed by the rules that match the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import regex
+
+from passes.batch_norm.batch_norms import BatchNorm
+from passes.batch_norm.layers import Layer
+from passes.quantization.custom import Pipeline, Quantizer
+from passes.quantization.schemes import Affine, Scheme, altered
+from passes.roles import ROLES
+from rewriter.ir import Error, Model
+
+Options = Mapping[str, Any]
+"""Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `Pipeline`."""
+
+
+PATIENCE = 2.0
+"""Seconds that a regular expression may take for a name: some take exponential time."""
+
+
+@dataclass(frozen=True)
+class Match:
+    """Some layers, by name.
+
+    Attributes:
+        match: a regular expression, searched in the layer's name and in those of its variables.
+
+    Raises:
+        Error: it is no regular expression.
+    """
+
+    match: str
+
+    def __post_init__(self) -> None:
+        try:
+            regex.compile(self.match)
+        except regex.error as e:
+            raise Error(f"{self.match!r} is no regular expression: {e}") from e
+
+    def matches(self, model: Model, bn: BatchNorm) -> bool:
+        """Whether it is about a batch norm.
+
+        Raises:
+            Error: to search a name takes too long.
+        """
+        names = (bn.name, *(model.variables[key].name for key in bn.variables.values()))
+        try:
+            return any(regex.search(self.match, name, timeout=PATIENCE) for name in names)
+        except TimeoutError:
+            raise Error(
+                f"to search {self.match!r} in {bn.name} takes longer than {PATIENCE} s; write it simpler"
+            ) from None
+
+
+@dataclass(frozen=True)
+class Rule(Match):
+    """Other options of quantisers for some layers.
+
+    Attributes:
+        options: by role, what is different; None leaves the role's values as they are.
+
+    Raises:
+        Error: there is no such role.
+    """
+
+    options: Mapping[str, Options | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unknown = set(self.options) - set(ROLES)
+        if unknown:
+            raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
+
+    def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
+        """The quantiser that it makes of another."""
+        options = dict(self.options.get(role) or {})
+        if role not in self.options or (quantizer is None and not {"scheme", "quantizer"} & set(options)):
+            return quantizer
+        if self.options[role] is None:
+            return None
+        own = options.pop("quantizer", None)
+        if own is None and isinstance(quantizer, Pipeline) and "scheme" not in options:
+            own = quantizer
+        if isinstance(own, Pipeline):
+            return replace(own, bits=options.get("bits", own.bits))
+        return altered(quantizer if isinstance(quantizer, Scheme) else Affine(), options)
+
+
+def chosen(model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer) -> Quantizer | None:
+    """The quantiser of a role in a layer.
+
+    Raises:
+        Error: rules give different ones to batch norms that share a function.
+    """
+    found: dict[str, Quantizer | None] = {}
+    for bn in layer.batch_norms:
+        quantizer: Quantizer | None = default
+        for rule in rules:
+            if rule.matches(model, bn):
+                quantizer = rule.applied(role, quantizer)
+        found[bn.name] = quantizer
+    if len(set(found.values())) > 1:
+        raise Error(f"{', '.join(found)} share a function, so rules must give them the same quantiser for {role}")
+    return next(iter(found.values()))
+
+
+def unmatched(model: Model, rules: Iterable[Match], layers: Iterable[Layer]) -> Match | None:
+    """A rule that is about no layer at all."""
+    found = [bn for layer in layers for bn in layer.batch_norms]
+    return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in found)), None)

@@ -1,0 +1,230 @@
+"""Which function of a model serves, which one trains, and how their inputs and outputs correspond."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.sites import Site, sites
+from passes.roles import MEAN
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
+from rewriter.liveness import Assumption
+
+TRAIN = "__inference_bnqat_train_0"
+TRAIN_SIGNATURE = "__inference_bnqat_train_signature_0"
+SERVE = "__inference_bnqat_serve_0"
+"""Names of the functions that a rewrite adds."""
+
+FROZEN = "_frozen"
+"""Suffix of the names of the functions in which training normalises with frozen statistics."""
+
+HINT = " (--passes quantize-batch-norm rewrites without a training function)"
+
+
+class Alignment(NamedTuple):
+    """How to order one function's inputs and outputs so that they are those of another."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+
+
+def serving_signature(model: Model) -> Signature | None:
+    """The signature that computes a batch norm in inference: the default one, if it does, else the first."""
+    found = [s for s in model.signatures.values() if _infers(model, s.entry)]
+    return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+
+def serving_entry(model: Model) -> Entry:
+    """The function that serves: the root's own `serve`, what a signature computes, a call or function of the root.
+
+    Raises:
+        Error: none of them computes a batch norm in inference.
+    """
+    signature = serving_signature(model)
+    signed = [model.entries[signature.entry]] if signature is not None else []
+    named = (*model.root_entries("serve"), *signed, *model.root_entries("__call__"))
+    others = sorted(entries_of_root(model), key=lambda e: e.paths)
+    for entry in (*named, *others):
+        if _infers(model, entry.function):
+            return entry
+    raise Error(f"no signature and no function of the root object computes a batch norm in inference{HINT}")
+
+
+def _infers(model: Model, function: str) -> bool:
+    reached = running_from(model, function)
+    return any(s.graph in reached and s.inference for s in model.analysis(sites))
+
+
+def trains(model: Model, function: str) -> bool:
+    """Whether a batch norm may normalise with a batch's statistics when a function runs."""
+    running = running_from(model, function)
+    return any(
+        _trains(s, running) and any(a.runs(s.node) for a in running[s.graph])
+        for s in model.analysis(sites)
+        if s.graph in running
+    )
+
+
+def running_from(model: Model, function: str) -> Mapping[str, list[Assumption]]:
+    """The graphs that can run when a function does, and what is known in them: not branches that constants rule out.
+
+    A serving function may call the one that takes the mode as an argument, with a constant.
+    """
+    memo = model.analysis(_run)
+    if function not in memo:
+        memo[function] = {}
+        _running(model, function, {}, memo[function])
+    return memo[function]
+
+
+def _run(_: Model) -> dict[str, dict[str, list[Assumption]]]:
+    """What was found already."""
+    return {}
+
+
+def _running(model: Model, name: str, known: Mapping[Value, bool], found: dict[str, list[Assumption]]) -> None:
+    """Collect what runs, where some boolean arguments of a function are known."""
+    graph = model.graphs[name]
+    assumed = Assumption(model, graph, known)
+    if any(other.values == known for other in found.setdefault(name, [])):
+        return
+    found[name].append(assumed)
+    for node in dict.fromkeys(call.node for call in model.analysis(call_graph).calls.get(name, [])):
+        call = graph.nodes[node]
+        form = ops.call_form_of(model, call)
+        passed = [assumed.known(v) if _boolean(model, graph, v) else None for v in call.inputs[form.first :]]
+        for callee in assumed.taken(call):
+            arguments = model.graphs[callee].arguments
+            inner = {Value(a): v for a, v in zip(arguments, passed, strict=True) if v is not None and not form.carried}
+            _running(model, callee, inner, found)
+
+
+def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
+    """Whether a site may train, as far as is known: it is not settled that its mode, or its updates', is another."""
+    known = [a for a in running.get(site.graph, []) if a.returns(site.node)]
+    held = site.parameters.get(MEAN, ()) if site.mode == "both" else ()
+    if not site.training or all(any(a.settles(e) and a.passes(e) for e in held) for a in known):
+        return False
+    updates = [edge for edges in site.statistics.values() for edge in edges]
+    return not updates or any(a.passes(edge) for edge in updates for a in running.get(edge.graph, ()))
+
+
+def _boolean(model: Model, graph: Graph, value: Value) -> bool:
+    return ops.output_dtype(model, graph, value) == "bool"
+
+
+def training_trace(model: Model, serving: Entry) -> Entry | None:
+    """A function of the root that takes and returns what serving does, and trains batch norms of it.
+
+    Keras 2 saves its model's call with training=True as one. A serving function that takes its mode as an
+    argument is one itself. A batch norm that it runs in inference mode is one that the source leaves frozen; serving
+    itself may do so only with batch norms that no function trains.
+    """
+
+    def trained(entry: Entry) -> frozenset[str]:
+        return computed(model, entry.function, training=True)
+
+    def rank(entry: Entry) -> tuple[int, bool, bool, str]:
+        alike = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
+        return -len(trained(entry)), "__call__" not in entry.paths, not alike, entry.function
+
+    wanted = computed(model, serving.function)
+    never = {bn.name for bn in model.analysis(batch_norms) if not any(s.training for s in bn.sites)}
+    others = [e for e in entries_of_root(model) if e.function != serving.function]
+    for entry in (*sorted(others, key=rank), serving):
+        whole = wanted <= (trained(entry) | never if entry is serving else computed(model, entry.function))
+        if trained(entry) and whole and align(model, entry, serving) is not None:
+            return entry
+    return None
+
+
+def entries_of_root(model: Model) -> list[Entry]:
+    """The concrete functions that the root itself holds."""
+    return [e for e in model.entries.values() if any("." not in p for p in e.paths)]
+
+
+def computed(model: Model, function: str, *, training: bool = False) -> frozenset[str]:
+    """The names of the batch norms that a function computes, or of those that it may train."""
+    running = running_from(model, function)
+    return frozenset(
+        bn.name
+        for bn in model.analysis(batch_norms)
+        if any(s.graph in running and (not training or _trains(s, running)) for s in bn.sites)
+    )
+
+
+def align(model: Model, entry: Entry, like: Entry) -> Alignment | None:
+    """How `entry` becomes a function with the inputs and outputs of `like`; None where that is not clear.
+
+    Inputs are told apart by name. Outputs are told apart by name, or else by the layer that computes them:
+    Keras names a signature's outputs after their layers, and nothing else.
+    """
+    inputs = _by_name(entry.inputs, like.inputs)
+    outputs = _by_name(entry.outputs, like.outputs)
+    if outputs is None and len(entry.outputs) == len(like.outputs):
+        scopes = [_scopes(model, entry.function, r.value) for r in model.graphs[entry.function].results]
+        found = [[i for i, scope in enumerate(scopes) if _plain(s.name) in scope] for s in like.outputs]
+        if all(len(f) == 1 for f in found) and len({f[0] for f in found}) == len(found):
+            outputs = tuple(f[0] for f in found)
+    if inputs is None or outputs is None:
+        return None
+    fits = [_fits(entry.inputs[i], s) for i, s in zip(inputs, like.inputs, strict=True)]
+    fits += [_fits(entry.outputs[i], s) for i, s in zip(outputs, like.outputs, strict=True)]
+    return Alignment(inputs, outputs) if all(fits) else None
+
+
+def _fits(a: Spec, b: Spec) -> bool:
+    return a.dtype == b.dtype and (a.shape == b.shape or a.shape is None or b.shape is None)
+
+
+def _by_name(specs: tuple[Spec, ...], like: tuple[Spec, ...]) -> tuple[int, ...] | None:
+    if len(specs) != len(like):
+        return None
+    if len(specs) == 1:
+        return (0,)
+    names = [s.name for s in specs]
+    if len(set(names)) != len(names) or set(names) != {s.name for s in like}:
+        return None
+    return tuple(names.index(s.name) for s in like)
+
+
+def _plain(name: str) -> str:
+    """A layer's name as a spec has it: TensorFlow puts an underscore for what an identifier cannot hold."""
+    return re.sub(r"\W", "_", name)
+
+
+def _scopes(model: Model, graph: str, value: Value) -> set[str]:
+    """The parts of the names of the nodes that a value comes from, through forwarding ops and calls."""
+    found: set[str] = set()
+    while True:
+        node = model.graphs[graph].nodes[value.node]
+        found |= {_plain(part) for part in node.name.split("/")}
+        called = ops.callees(model, node)
+        if len(called) == 1:
+            graph, value = called[0], model.graphs[called[0]].results[value.port].value
+            continue
+        passed = ops.forwarded(node, value.port)
+        if passed is None:
+            return found
+        value = passed
+
+
+def capturable(model: Model, entry: Entry) -> bool:
+    """Whether the main graph has all that a function captures, so that a signature can compute it.
+
+    It has every variable, and of other objects those that its signatures use already.
+    """
+    calls = model.analysis(call_graph).calls.get(MAIN, [])
+    there = {c for call in calls if call.callee in model.entries for c in model.entries[call.callee].captures}
+    return all(isinstance(c, str) or c in there for c in entry.captures)
+
+
+def frozen(model: Model) -> frozenset[str]:
+    """The functions of the second phase alone, and those that only call its root."""
+    calls = model.analysis(call_graph)
+    prefixes = tuple(f"{name}{FROZEN}" for name in (TRAIN, TRAIN_SIGNATURE))
+    return frozenset().union(*(calls.reached(name) for name in model.graphs if name.startswith(prefixes)))

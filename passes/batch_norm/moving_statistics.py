@@ -1,0 +1,55 @@
+"""A site in training mode that normalises with its moving statistics instead, and leaves them as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from passes.batch_norm.sites import STATISTICS, Site
+from passes.roles import ROLES
+from rewriter import ops
+from rewriter.edit import Edit, Replace, Rewire, SetAttr
+from rewriter.expr import Apply, Expr, Use, op, read
+from rewriter.ir import Error, Model, Node
+
+
+def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) -> Iterator[Edit]:
+    """Let the copy of a site normalise with its moving statistics, and keep its updates from running.
+
+    The copies of functions are in `names`; updates in functions without a copy stay.
+
+    Raises:
+        Error: which variables hold its statistics is not known.
+    """
+    averages = {role: value for role in STATISTICS if (value := _average(model, site, role)) is not None}
+    if len(averages) < len(STATISTICS):
+        raise Error(f"statistics of {site.node} cannot be frozen: which variables hold them is not known")
+    for role, average in averages.items():
+        for edge in site.inputs[role]:
+            graph = model.graphs[edge.graph]
+            used = graph.nodes[edge.node].inputs[edge.position]
+            batch = Use(ops.output_dtype(model, graph, used), used)
+            value = average if average.dtype == batch.dtype else op("Cast", average, DstT=ops.Dtype(batch.dtype))
+            if site.kind == "decomposed":
+                value = op("Reshape", value, op("Shape", batch))
+            yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
+        for name, node in site.assigns[role]:
+            if name in names:
+                yield Replace(names[name], node, Apply("", "NoOp", ()))
+    if site.kind == "fused":
+        yield SetAttr(names[site.graph], site.node, "is_training", ops.attr(value=False))
+        yield SetAttr(names[site.graph], site.node, "exponential_avg_factor", None)
+
+
+def _average(model: Model, site: Site, role: str) -> Expr | None:
+    """A moving statistic of a site, read in its graph; None where it is not known."""
+    for graph, node in reversed(site.assigns[role]):
+        if graph == site.graph:
+            assign = model.graphs[graph].nodes[node]
+            return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=ops.Dtype(_dtype(assign)))
+    keys = {keys[ROLES.index(role)] for keys in site.variables}
+    key = keys.pop()
+    return None if keys or key is None else read(model.variables[key])
+
+
+def _dtype(assign: Node) -> str:
+    return ops.dtype_name(ops.attribute(assign, "dtype").type)

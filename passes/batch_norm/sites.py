@@ -1,0 +1,414 @@
+"""Where a model computes batch norms, fused or in single ops, and what enters there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any, Literal
+
+import numpy as np
+
+from passes.batch_norm.decomposed import INPUT, Found, decomposed, near_misses
+from passes.batch_norm.updates import Update, assigned, averaged, update
+from passes.batch_norm.updates_beside import updates_beside
+from passes.quantization.quantizer_marks import tag_of
+from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from rewriter import ops
+from rewriter.choices import Leaf, leaves, outside
+from rewriter.dataflow import (
+    Captured,
+    Computed,
+    Constant,
+    Origin,
+    VariableKey,
+    bindings,
+    call_graph,
+    consumers,
+    origins,
+    running,
+)
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+
+STATISTICS = {MEAN: 1, VARIANCE: 2}
+"""The kernel's outputs that hold the batch's statistics (the variance Bessel-corrected), by role."""
+
+FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
+
+Mode = Literal["training", "inference", "both"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One place that computes a batch norm: a fused node, or the last of a group of single ops.
+
+    Attributes:
+        mode: whether it normalises with the batch's statistics, with the moving ones, or with those that the
+            graph chooses while it runs.
+        factor: weight of the batch's statistics in the kernel's own moving average; 1 where the kernel
+            keeps none.
+        weight: weight of the batch's statistics in the moving average, whoever keeps it; None where it keeps
+            none or the weight is not constant.
+        origins: for each way to call the site, where gamma, beta, moving mean and moving variance come
+            from; None for a role that it does not use. More than one where several batch norms share one
+            function.
+        interior: of single ops, the nodes but the last, and those between them, which pass values on.
+        inputs: the uses of x and of each role's value, by "x" and role.
+        parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
+            a change of shape or dtype, and in the gradients that the same graph holds.
+        statistics: the uses of the batch's statistics on their way to the moving averages, by role.
+        assigns: (graph, node) of what updates the moving averages themselves, by role; a biased average first.
+        variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
+            variance; None where it has no such variable. The latter two are also known from their updates.
+        runs: (graph, node) of what updates the moving averages, as far out as it is called.
+        quantized: the tags of quantisers found on its parameters and statistics.
+        reason: why it cannot be rewritten; empty where it can.
+    """
+
+    graph: str
+    node: str
+    kind: Literal["fused", "decomposed"]
+    mode: Mode
+    epsilon: float
+    factor: float
+    weight: float | None
+    origins: frozenset[tuple[Origin | None, ...]]
+    interior: tuple[str, ...]
+    inputs: Mapping[str, tuple[Edge, ...]]
+    parameters: Mapping[str, tuple[Edge, ...]]
+    statistics: Mapping[str, tuple[Edge, ...]]
+    assigns: Mapping[str, tuple[tuple[str, str], ...]]
+    variables: frozenset[tuple[str | None, ...]]
+    runs: tuple[tuple[str, str], ...]
+    quantized: tuple[Mapping[str, Any], ...]
+    reason: str
+
+    @property
+    def status(self) -> str:
+        """One of ``float``, ``quantised`` and ``skipped``."""
+        if self.quantized:
+            return "quantised"
+        return "skipped" if self.reason else "float"
+
+    @property
+    def training(self) -> bool:
+        """Whether it can normalise with the batch's statistics."""
+        return self.mode != "inference"
+
+    @property
+    def inference(self) -> bool:
+        """Whether it can normalise with the moving statistics."""
+        return self.mode != "training"
+
+    @property
+    def kernel_average(self) -> bool:
+        """Whether the kernel itself computes the moving average."""
+        return self.training and self.factor != 1.0
+
+
+def sites(model: Model) -> tuple[Site, ...]:
+    """All sites, in the order of graphs and nodes."""
+    found: list[Site | None] = []
+    for name, forms in model.analysis(_forms).items():
+        taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
+        found += [_site(model, model.graphs[name], form, taken) for form in forms]
+        matched = [form.found for form in forms if isinstance(form, _Decomposed)]
+        found += [_unknown(name, *missed) for missed in near_misses(model, model.graphs[name], matched)]
+    return tuple(site for site in found if site is not None)
+
+
+def _unknown(graph: str, node: str, why: str) -> Site:
+    """A site for what may be a batch norm, but is of no known form."""
+    reason = (
+        f"it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: {why}"
+    )
+    nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
+    return Site(
+        graph=graph,
+        node=node,
+        kind="decomposed",
+        mode="inference",
+        epsilon=0.0,
+        factor=1.0,
+        weight=None,
+        origins=nothing,
+        interior=(),
+        inputs={},
+        parameters={},
+        statistics={},
+        assigns={},
+        variables=nothing,
+        runs=(),
+        quantized=(),
+        reason=reason,
+    )
+
+
+def quantized(model: Model) -> frozenset[tuple[str, str]]:
+    """(graph, node) of the sites that have a quantiser."""
+    return frozenset(
+        (name, form.node) for name, forms in model.analysis(_forms).items() for form in forms if _proxies(model, form)
+    )
+
+
+def _proxies(model: Model, form: _Form) -> tuple[tuple[str, str], ...]:
+    """(graph, node) of the quantisers on a site's parameters and statistics."""
+    found = [p for role in ROLES for leaf in _leaves(model, form.inputs.get(role, ())) for p in leaf.proxies]
+    return tuple(dict.fromkeys([*found, *(p for u in _updates(form) for p in u.proxies)]))
+
+
+def _forms(model: Model) -> Mapping[str, tuple[_Form, ...]]:
+    """What looks like a batch norm, by graph; a form reaches into callers and callees, so all are found together."""
+    return {name: _in_graph(model, graph) for name, graph in model.graphs.items()}
+
+
+def _in_graph(model: Model, graph: Graph) -> tuple[_Form, ...]:
+    """The fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
+    found: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
+    found += [_Decomposed(model, f) for f in decomposed(model, graph)]
+    order = {name: position for position, name in enumerate(graph.nodes)} if len(found) > 1 else {}
+    return tuple(sorted(found, key=lambda form: order.get(form.node, 0)))
+
+
+class _Fused:
+    """A fused node: x, gamma, beta, mean and variance are its inputs."""
+
+    kind: Literal["fused"] = "fused"
+    interior: tuple[str, ...] = ()
+
+    def __init__(self, model: Model, graph: Graph, node: Node) -> None:
+        get = partial(ops.get, model, node)
+        self.node = node.name
+        self.epsilon = float(np.float32(get("epsilon")))
+        # The two older ops keep no average of their own.
+        averages = any(a.name == "exponential_avg_factor" for a in ops.op_def(model, node.op).attr)
+        self.factor = float(np.float32(get("exponential_avg_factor"))) if averages else 1.0
+        self.training = bool(get("is_training"))
+        self.inputs = {name: (Edge(graph.name, node.name, position),) for position, name in enumerate((INPUT, *ROLES))}
+        self.updates: dict[str, Update] = {}
+        if self.training:
+            for role, port in STATISTICS.items():
+                found = update(model, graph, Value(node.name, port))
+                # Whatever else the graph does with them: these outputs have no other purpose.
+                uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
+                self.updates[role] = replace(found, edges=tuple(uses))
+            if not any(u.targets for u in self.updates.values()):
+                self.updates |= updates_beside(model, graph, node.inputs[0])
+
+
+class _Decomposed:
+    """Single ops: what a form captured. What mean and variance may be besides variables is the batch's."""
+
+    kind: Literal["decomposed"] = "decomposed"
+    factor = 1.0
+    training = False
+
+    def __init__(self, model: Model, found: Found) -> None:
+        self.found = found
+        self.node = found.root
+        self.interior = tuple(n for n in dict.fromkeys(found.match.nodes) if n != found.root)
+        self.epsilon = float(np.float32(found.epsilon))
+        self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
+        self.updates: dict[str, Update] = {}
+        own = frozenset(edge for edges in self.inputs.values() for edge in edges)
+        for role in STATISTICS:
+            for leaf in _leaves(model, self.inputs[role]):
+                if not _held(model, leaf) and not _from_average(model, leaf):
+                    made = outside(model, leaf)
+                    self.updates[role] = update(model, model.graphs[made.graph], made.value, made.calls, own)
+
+
+_Form = _Fused | _Decomposed
+
+
+def _leaves(model: Model, edges: Iterable[Edge]) -> Iterator[Leaf]:
+    for edge in edges:
+        yield from leaves(model, edge, model.graphs[edge.graph].nodes[edge.node].inputs[edge.position])
+
+
+def _held(model: Model, leaf: Leaf) -> bool:
+    """Whether an alternative is a variable's value, a constant, or a caller's, and not computed."""
+    return not any(isinstance(o, Computed) for o in origins(model, leaf.graph, leaf.value))
+
+
+def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Site | None:
+    """The site of a fused node or a decomposed form; None where the form is no batch norm.
+
+    A layer or instance normalisation has the same form, but keeps no moving averages. Keras 2 writes it as a
+    fused node in training mode, with constants for gamma and beta.
+    """
+    chosen = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
+    held = {role: [leaf for leaf in found if _held(model, leaf)] for role, found in chosen.items()}
+    averages = [u.targets[-1] if u.targets else None for u in _updates(form)]
+    computed = [f for r in STATISTICS for f in chosen[r] if f not in held[r] and _from_average(model, f)]
+    if form.kind == "decomposed" and not (computed or _moving(model, held) or any(averages)):
+        return None
+    mode: Mode = "inference"
+    if form.training or form.updates:
+        mode = "both" if (held[MEAN] or computed) and not form.training else "training"
+    used = {r: chosen[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
+    values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
+    both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
+    found = frozenset(o[:4] for o in both)
+    if form.training and not any(isinstance(o, VariableKey) for origin in both for o in origin):
+        return None
+    edges = {r: tuple(dict.fromkeys(_quantizable(model, graph, found, taken))) for r, found in used.items()}
+    weights = [u.weight for u in _updates(form) if u.weight is not None]
+    return Site(
+        graph=graph.name,
+        node=form.node,
+        kind=form.kind,
+        mode=mode,
+        epsilon=form.epsilon,
+        factor=form.factor,
+        weight=form.factor if form.factor != 1.0 else next(iter(weights), None),
+        origins=found,
+        interior=form.interior,
+        inputs=form.inputs,
+        parameters={r: e for r, e in edges.items() if e},
+        statistics={role: u.edges for role, u in form.updates.items()},
+        assigns={role: u.assigns for role, u in form.updates.items()},
+        variables=frozenset(tuple(_keys(*o)) for o in both),
+        runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
+        quantized=tuple(tag_of(model.graphs[g].nodes[n]) for g, n in _proxies(model, form)),
+        reason=_reason(model, graph, mode, found) or _computed(computed),
+    )
+
+
+def _updates(form: _Form) -> tuple[Update, Update]:
+    return form.updates.get(MEAN, Update()), form.updates.get(VARIANCE, Update())
+
+
+def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
+    """Whether mean and variance may be variables."""
+    return all(
+        any(isinstance(o, VariableKey | Constant | Captured) for f in held[r] for o in origins(model, f.graph, f.value))
+        for r in STATISTICS
+    )
+
+
+def _origins(
+    model: Model, graph: Graph, values: list[tuple[str, Value] | None]
+) -> frozenset[tuple[Origin | None, ...]]:
+    """Where values come from, together; None stays None. A value of another graph has to have one origin."""
+    inside = [v[1] for v in values if v is not None and v[0] == graph.name]
+    found = set()
+    for binding in bindings(model, graph.name, tuple(inside)):
+        rest = iter(binding)
+        found.add(tuple(v if v is None else _origin(model, graph, v, rest) for v in values))
+    return frozenset(found)
+
+
+def _origin(model: Model, graph: Graph, value: tuple[str, Value], bound: Iterator[Origin]) -> Origin:
+    if value[0] == graph.name:
+        return next(bound)
+    return min(origins(model, *value), key=str)
+
+
+def _keys(*origin: Origin | None) -> Iterator[str | None]:
+    """The variables' keys by role, from where parameters come from and, after them, what is updated."""
+    for index, found in enumerate(origin[:4]):
+        known = found
+        if index >= 2 and not isinstance(found, VariableKey):  # noqa: PLR2004  moving mean and variance
+            known = origin[index + 2]
+        yield known.key if isinstance(known, VariableKey) else None
+
+
+def _quantizable(model: Model, graph: Graph, found: Iterable[Leaf], taken: frozenset[Edge]) -> Iterator[Edge]:
+    """The edges of alternatives that are no constants, and those of the same values in gradients."""
+    for leaf in found:
+        if not all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
+            yield leaf.edge
+            if leaf.edge.graph == graph.name:
+                yield from _gradients(model, graph, leaf.edge, taken)
+
+
+def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -> Iterator[Edge]:
+    """The uses of the same value in the gradients that a graph holds.
+
+    A gradient of a batch norm follows its output. It is a fused kernel's, or a product that nothing which the
+    graph returns needs. What updates a variable follows the output too, but leads to an assignment.
+    """
+    value = graph.nodes[edge.node].inputs[edge.position]
+    others = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in taken]
+    for other in others:
+        op = graph.nodes[other.node].op
+        if (op == "Mul" or op.startswith("FusedBatchNormGrad")) and not assigned(model, graph, other):
+            after, returned = model.analysis(_after_batch_norms)(graph.name), model.analysis(_returned)(graph.name)
+            if other.node in after and (op != "Mul" or other.node not in returned):
+                yield other
+
+
+def _returned(model: Model) -> Callable[[str], frozenset[str]]:
+    """Graph -> the nodes that its results, or the main graph's signatures, need."""
+
+    @cache
+    def needed(name: str) -> frozenset[str]:
+        graph = model.graphs[name]
+        waiting = [r.value.node for r in graph.results]
+        if name == MAIN:
+            waiting = [v.node for s in model.signatures.values() for v in s.fetches]
+        found: set[str] = set()
+        while waiting:
+            node = waiting.pop()
+            if node not in found:
+                found.add(node)
+                waiting += [*(v.node for v in graph.nodes[node].inputs), *graph.nodes[node].after]
+        return frozenset(found)
+
+    return needed
+
+
+def _after_batch_norms(model: Model) -> Callable[[str], frozenset[str]]:
+    """Graph -> the nodes in it that need the output of a batch norm; computed where it is asked for."""
+
+    @cache
+    def after(name: str) -> frozenset[str]:
+        graph = model.graphs[name]
+        uses = model.analysis_of(graph, consumers)
+        waiting = [Value(form.node) for form in model.analysis(_forms)[name]]
+        found: set[str] = set()
+        while waiting:
+            for edge in uses.get(waiting.pop(), ()):
+                if edge.node and edge.node not in found:
+                    found.add(edge.node)
+                    count = ops.output_count(model, graph.nodes[edge.node])
+                    waiting += [Value(edge.node, port) for port in range(count)]
+        return frozenset(found)
+
+    return after
+
+
+def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origin | None, ...]]) -> str:
+    calls = model.analysis(call_graph)
+    if graph.name not in model.analysis(running):
+        return "nothing calls its function, so it never runs"
+    if graph.name in calls.opaque:
+        return "its function is used by an op other than a call, so the switch cannot be brought to it"
+    if mode == "training":
+        return ""
+    for index, role in ((2, MEAN), (3, VARIANCE)):
+        for origin in sorted({b[index] for b in found}, key=str):
+            if not isinstance(origin, VariableKey):
+                return f"its {role.replace('_', ' ')} is {_described(origin)}"
+    return ""
+
+
+def _from_average(model: Model, leaf: Leaf) -> bool:
+    return averaged(model, model.graphs[leaf.graph], leaf.value)
+
+
+def _computed(found: list[Leaf]) -> str:
+    return f"a moving statistic is computed by {found[0].value.node}, not a variable" if found else ""
+
+
+def _described(origin: Origin | None) -> str:
+    match origin:
+        case Constant(node=node):
+            return f"the constant {node}; --unfreeze-constants makes it a variable again"
+        case Captured():
+            return "a constant that its function captures; --unfreeze-constants makes it a variable again"
+        case Computed(node=node, op=op):
+            return f"computed by {node} ({op}), not a variable"
+        case _:
+            return "an input of its function, not a variable"

@@ -1,0 +1,81 @@
+"""Moving averages that are quantised before they are stored."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM
+from passes.batch_norm.layers import Layer
+from passes.batch_norm.sites import STATISTICS
+from passes.quantization.custom import Quantizer
+from passes.quantization.schemes import Log, Scheme
+from rewriter import ops
+from rewriter.dataflow import origins
+from rewriter.edit import Edit, Note, Replace, Rewire
+from rewriter.expr import Expr, Use, op, ordered
+from rewriter.ir import Edge, Model, Value
+
+ASSIGN = "AssignVariableOp"
+BY_DIFFERENCE = {"AssignSubVariableOp": "Sub", "AssignAddVariableOp": "AddV2"}
+
+
+def assigning(model: Model, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Of what updates averages, by (graph, node), that which assigns the moving one: the last, and others like it."""
+
+    def target(graph: str, node: str) -> object:
+        return origins(model, graph, model.graphs[graph].nodes[node].inputs[0])
+
+    return [each for each in found if target(*each) == target(*found[-1])]
+
+
+def stored(model: Model, graph: str, node: str) -> tuple[Expr, Callable[[Expr], Iterator[Edit]]]:
+    """What an op assigns to a variable, and the edits that let it assign something else."""
+    assign = model.graphs[graph].nodes[node]
+    resource, given = assign.inputs
+    value = Use(ops.output_dtype(model, model.graphs[graph], given), given)
+    if assign.op == ASSIGN:
+        return value, lambda quantized: iter([Rewire(Edge(graph, node, 1), quantized, node)])
+    held = Use("resource", resource)
+    # What the assignment waits for, such as another assignment to the same variable, the read has to wait for too.
+    before = [Use("", Value(name)) for name in assign.after]
+    old = ordered(op("ReadVariableOp", held, dtype=ops.Dtype(value.dtype)), before)
+    new = op(BY_DIFFERENCE[assign.op], old, value)
+    return new, lambda quantized: iter([Replace(graph, node, op(ASSIGN, held, quantized))])
+
+
+def storable(model: Model, graph: str, node: str) -> bool:
+    """Whether what an op assigns can be quantised."""
+    return model.graphs[graph].nodes[node].op in (ASSIGN, *BY_DIFFERENCE)
+
+
+def dead_zone(
+    found: Sequence[Layer], quantizers: Mapping[str, Sequence[Quantizer | None]], limits: Mapping[str, np.ndarray]
+) -> Iterator[Note]:
+    """How far a batch's statistic has to be from a stored average that is rounded to nearest, to move it.
+
+    Half a step / (1 - momentum), at first; for a scheme whose steps grow with the value, at the greatest value.
+    """
+    for role in STATISTICS:
+        zones: dict[str, float] = {}
+        for layer, quantizer in zip(found, quantizers[role], strict=True):
+            if isinstance(quantizer, Scheme) and quantizer.rounding == "nearest":
+                factor = layer.batch_norms[0].factor or 1 - DEFAULT_MOMENTUM
+                zones[layer.name] = _widest_step(quantizer, *limits[role][layer.number]) / 2 / factor
+        if zones:
+            name = max(zones, key=zones.__getitem__)
+            yield Note(
+                f"a stored {role} stands still while a batch's is nearer to it than half a step / (1 - momentum), "
+                f"which is up to {zones[name]:.3g} (in {name}); with stochastic rounding it moves on average"
+            )
+
+
+def _widest_step(scheme: Scheme, low: float, high: float) -> float:
+    bottom, top = scheme.codes(scheme.bits)
+    if isinstance(scheme, Log):
+        return math.exp(high) - math.exp(high - (high - low) / top)
+    if scheme.has_low:
+        return (high - low) / top
+    return max(high / top, low / bottom)

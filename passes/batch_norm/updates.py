@@ -1,0 +1,289 @@
+"""How a batch's statistics enter moving averages, in every form that TensorFlow's libraries write.
+
+- the kernel's own: its output is assigned;
+- ``AssignSub(m, (m - b) * (1 - d))``, ``Assign(m, d * m + (1 - d) * b)``, and what is equal to them, on
+  resources and on references, inside branches of If and behind Switch and Merge;
+- zero-debiased: a biased average is kept so, read again, and the moving average assigned from it.
+
+They have in common that a statistic passes through elementwise ops into an assignment, beside the batch norm that it
+normalises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from rewriter import ops
+from rewriter.dataflow import VariableKey, call_graph, consumers, following, origins
+from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+from rewriter.pattern import origin
+from rewriter.sweep import FED, held
+
+ARITHMETIC = frozenset({"Add", "AddV2", "Div", "Mul", "Neg", "Pow", "RealDiv", "Sub"})
+READS = frozenset({"Identity", "ReadVariableOp"})
+ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply")
+"""Beginnings of the names of ops that change the variable that is their first input."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What becomes of one statistic.
+
+    Attributes:
+        edges: where it enters the arithmetic of an average, or an assignment.
+        runs: (graph, node) of what assigns, or calls what assigns, in the outermost graph that was met.
+        targets: what is assigned, as (graph, resource or reference), the moving average last.
+        assigns: (graph, node) of what assigns, in the order of the targets.
+        weight: the constant with which the statistic enters; None where it is not one.
+        proxies: (graph, node) of the quantisers on the way.
+    """
+
+    edges: tuple[Edge, ...] = ()
+    runs: tuple[tuple[str, str], ...] = ()
+    targets: tuple[tuple[str, Value], ...] = ()
+    assigns: tuple[tuple[str, str], ...] = ()
+    weight: float | None = None
+    proxies: tuple[tuple[str, str], ...] = ()
+
+
+class _Reached(NamedTuple):
+    """An assignment that a statistic reaches: where it entered, who runs it, what is assigned, and by which node."""
+
+    entered: Edge
+    run: tuple[str, str]
+    target: tuple[str, Value]
+    assign: tuple[str, str]
+
+
+Calls = tuple[tuple[str, str], ...]
+"""The calls, as (graph, node), that lead from the statistic's graph to where the walk is."""
+
+
+def update(
+    model: Model, graph: Graph, statistic: Value, calls: Calls = (), normalising: frozenset[Edge] = frozenset()
+) -> Update:
+    """What becomes of a statistic that a graph computes, when it is called so.
+
+    The edges in `normalising` are those by which it enters the batch norm itself.
+    """
+    walk = _Walk(model, normalising)
+    found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, calls)))
+    edges = tuple(dict.fromkeys(r.entered for r in found))
+    weights = [w for w in (_weight(model, e) for e in edges) if w is not None]
+    return Update(
+        edges,
+        tuple(dict.fromkeys(r.run for r in found)),
+        tuple(dict.fromkeys(r.target for r in found)),
+        tuple(dict.fromkeys(r.assign for r in found)),
+        weights[0] if weights else None,
+        tuple(walk.proxies),
+    )
+
+
+def averaged(model: Model, graph: Graph, value: Value) -> bool:
+    """Whether a value is computed from a moving average by arithmetic alone."""
+    waiting, seen = [value], set[Value]()
+    while waiting:
+        found = origin(graph, waiting.pop())
+        if found in seen:
+            continue
+        seen.add(found)
+        node = graph.nodes[found.node]
+        if node.op in ARITHMETIC or node.op in ("Maximum", "Minimum"):
+            waiting += node.inputs
+        elif any(isinstance(o, VariableKey) for o in origins(model, graph.name, found)):
+            return True
+    return False
+
+
+def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
+    """Whether the value used at an edge enters an average there."""
+    user = graph.nodes[edge.node]
+    if user.op.startswith("Assign"):
+        return True
+    return user.op in ARITHMETIC and any(_Walk(model).from_value(graph, Value(user.name), edge, ()))
+
+
+def updates_of(model: Model, key: str) -> Iterator[tuple[str, str]]:
+    """(graph, node) of the assignments of a variable from inputs or variables, but for initial and restored values."""
+    for graph in model.graphs.values():
+        for node in graph.nodes.values():
+            assigns = node.op.startswith(ASSIGNING) and VariableKey(key) in origins(model, graph.name, node.inputs[0])
+            if assigns and any(_from_data(graph, value.node) for value in node.inputs[1:]):
+                yield graph.name, node.name
+
+
+def _from_data(graph: Graph, start: str) -> bool:
+    """Return whether a value is computed from what is fed or from a variable, and not read from a file."""
+    waiting, seen, given = [start], set[str](), False
+    while waiting:
+        node = graph.nodes[waiting.pop()]
+        if node.name not in seen:
+            seen.add(node.name)
+            if node.op.startswith("Restore"):
+                return False
+            given |= node.op in FED or node.op == "ReadVariableOp"
+            waiting += [v.node for v in node.inputs]
+    return given
+
+
+def shown(graph: Graph, user: Node, position: int) -> bool:
+    """Whether a node's outputs are what comes in here, perhaps in another shape or dtype."""
+    return position == 0 and (user.op in ("Cast", "Identity", "Switch") or ops.viewed(graph, user) is not None)
+
+
+def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int] = ()) -> bool:
+    """Whether the value used at an edge enters averages there, and nothing else but results that are `unused`."""
+    user = graph.nodes.get(edge.node)
+    if user is None:
+        return edge.position in unused or _callers_only_assign(model, graph, edge.position)
+    if user.op.startswith("Assign"):
+        return True
+    uses = model.analysis_of(graph, consumers)
+    outputs = [Value(user.name, port) for port in range(ops.output_count(model, user))]
+    chosen = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
+    if chosen or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
+        after = [e for value in outputs for e in uses.get(value, ())]
+        return bool(after) and all(only_assigned(model, graph, e, unused) for e in after)
+    form = ops.call_form(model, user)
+    if form is None or form.carried or edge.position < form.first:
+        return False
+    inner = []
+    for name in ops.callees(model, user):
+        callee = model.graphs[name]
+        argument = Value(callee.arguments[edge.position - form.first])
+        inner += [(callee, e) for e in model.analysis_of(callee, consumers).get(argument, ())]
+    ignored = [
+        value.port
+        for value in outputs
+        if _nothing_uses(model, graph, value)
+        or (value in uses and all(only_assigned(model, graph, e, unused) for e in uses[value]))
+    ]
+    return bool(inner) and all(only_assigned(model, callee, e, ignored) for callee, e in inner)
+
+
+def _callers_only_assign(model: Model, graph: Graph, position: int) -> bool:
+    """Return whether a result of a function enters averages wherever it is called, and nothing else."""
+    found = model.analysis(call_graph).callers.get(graph.name, ())
+    edges = [
+        (outer, edge)
+        for outer, value in ((model.graphs[call.graph], Value(call.node, position)) for call in found)
+        for edge in model.analysis_of(outer, consumers).get(value, ())
+    ]
+    own = graph.name in model.entries or graph.name == MAIN
+    return bool(edges) and not own and all(only_assigned(model, outer, edge) for outer, edge in edges)
+
+
+def _nothing_uses(model: Model, graph: Graph, value: Value) -> bool:
+    """Whether a value, as the intermediate results that TensorFlow keeps for gradients, is only passed on to no one."""
+    if graph.name == MAIN and value.node in model.analysis(held):
+        return False
+    users = model.analysis_of(graph, consumers).get(value, ())
+    return all(
+        e.node and graph.nodes[e.node].op == "Identity" and _nothing_uses(model, graph, Value(e.node)) for e in users
+    )
+
+
+@dataclass
+class _Walk:
+    """Forward from a statistic to assignments."""
+
+    model: Model
+    normalising: frozenset[Edge] = frozenset()
+    proxies: dict[tuple[str, str], None] = field(default_factory=dict)
+    seen: set[tuple[str, Value, Edge | None, Calls]] = field(default_factory=set)
+
+    def from_value(self, graph: Graph, value: Value, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        if (graph.name, value, entered, calls) in self.seen:
+            return
+        self.seen.add((graph.name, value, entered, calls))
+        for edge in self.model.analysis_of(graph, consumers).get(value, ()):
+            user = graph.nodes.get(edge.node)
+            if edge in self.normalising:
+                continue
+            if user is None:
+                yield from self._returned(graph, edge, entered, calls)
+            elif user.op.startswith("Assign"):
+                run = calls[0] if calls else (graph.name, user.name)
+                yield _Reached(entered or edge, run, (graph.name, user.inputs[0]), (graph.name, user.name))
+                yield from self._read_again(graph, user, entered or edge, calls)
+            elif ops.PROXY in user.attrs:
+                if edge.position == len(user.inputs) - 1:
+                    self.proxies[graph.name, user.name] = None
+                    yield from self.from_value(graph, Value(user.name), entered or edge, calls)
+            elif user.op in ARITHMETIC:
+                yield from self.from_value(graph, Value(user.name), entered or edge, calls)
+            elif self._passes(graph, user, edge.position):
+                for port in range(2 if user.op in ("Switch", "RefSwitch") else 1):
+                    yield from self.from_value(graph, Value(user.name, port), entered, calls)
+            else:
+                yield from self._into(graph, user, edge.position, entered, calls)
+
+    @staticmethod
+    def _passes(graph: Graph, node: Node, position: int) -> bool:
+        """Whether a node's first output is what comes in here, perhaps in another shape or dtype."""
+        if node.op in ops.FORWARDS or ops.viewed(graph, node) is not None:
+            return position == 0
+        return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
+
+    def _returned(self, graph: Graph, edge: Edge, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        """What becomes of a result: where the function was called, or wherever it is called."""
+        found = self.model.analysis(call_graph).callers.get(graph.name, ())
+        above = [calls[-1]] if calls else [(c.graph, c.node) for c in found]
+        for outer, call in above:
+            yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, calls[:-1])
+
+    def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        form = ops.call_form(self.model, call)
+        if form is not None and not form.carried and position >= form.first:
+            for name in ops.callees(self.model, call):
+                callee = self.model.graphs[name]
+                argument = Value(callee.arguments[position - form.first])
+                yield from self.from_value(callee, argument, entered, (*calls, (graph.name, call.name)))
+
+    def _read_again(self, graph: Graph, assign: Node, entered: Edge, calls: Calls) -> Iterator[_Reached]:
+        """Further assignments from what the variable holds after this one."""
+        holder = origin(graph, assign.inputs[0])
+        yield from self.from_value(graph, Value(assign.name), entered, calls)
+        for node in self.model.analysis_of(graph, following).get(assign.name, ()):
+            if node.op in READS and origin(graph, node.inputs[0]) == holder:
+                yield from self.from_value(graph, Value(node.name), entered, calls)
+
+
+def _weight(model: Model, entered: Edge) -> float | None:
+    """The constant factor that a statistic gets on the way to an assignment."""
+    graph = model.graphs[entered.graph]
+    edge = entered
+    for _ in range(5):  # quantised, (m - b), times a correction, times the weight: no form is longer
+        user = graph.nodes.get(edge.node)
+        passed = user is not None and (ops.PROXY in user.attrs or user.op in ops.FORWARDS)
+        if user is None or not (passed or user.op in ARITHMETIC):
+            return None
+        if user.op == "Mul":
+            constant = scalar(graph, user.inputs[1 - edge.position])
+            if constant is not None:
+                return constant
+        uses = model.analysis_of(graph, consumers).get(Value(user.name), ())
+        if not uses:
+            return None
+        edge = uses[0]
+    return None
+
+
+def scalar(graph: Graph, value: Value) -> float | None:
+    """The number that a graph computes from constants; None where it does not, or not a single one."""
+    found = origin(graph, value)
+    node = graph.nodes[found.node]
+    array = ops.constant_of(graph, found)
+    if array is not None:
+        real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # which NumPy knows as raw bytes
+        return float(array.reshape(())) if array.size == 1 and real else None
+    if node.op == "Sub":
+        left, right = (scalar(graph, v) for v in node.inputs)
+        # TensorFlow's libraries write 1 - decay in float32.
+        return None if left is None or right is None else float(np.float32(left) - np.float32(right))
+    return None

@@ -1,0 +1,130 @@
+"""The ways in which graphs run when a function is called, or a signature computed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from passes.control_flow.predicates import assumption, switches
+from rewriter import ops
+from rewriter.dataflow import Argument, Captured, Origin, VariableKey, follow
+from rewriter.effects import has_effect
+from rewriter.ir import MAIN, Entry, Graph, Model, Node, Signature, Value
+from rewriter.liveness import Assumption
+
+NOTHING: Mapping[str, bool] = {}
+
+
+class Invocation(NamedTuple):
+    """One way in which a graph runs.
+
+    Attributes:
+        assumed: the graph, with the booleans that are known.
+        arguments: where its arguments come from; None for what the outermost caller gives, or what is not known.
+        needed: the nodes that run.
+        certain: whether it runs whenever the outermost function does.
+    """
+
+    assumed: Assumption
+    arguments: tuple[Origin | None, ...]
+    needed: Collection[str]
+    certain: bool
+
+    @property
+    def graph(self) -> Graph:
+        """The graph that runs."""
+        return self.assumed.graph
+
+    def origin(self, value: Value) -> Origin | None:
+        """The origin of a value in this invocation."""
+        found = follow(self.assumed.model, self.graph, value)
+        return self.arguments[found.position] if isinstance(found, Argument) else found
+
+    def always(self, node: str) -> bool:
+        """Return whether a node runs in every such run, whatever Switches choose that are not decided."""
+        if not self.certain:
+            return False
+        model, graph = self.assumed.model, self.graph
+        deciding = (
+            predicate
+            for predicate in model.analysis_of(graph, switches)
+            if graph.nodes[predicate.node].op != "LoopCond" and self.assumed.known(predicate) is None
+        )
+        return all(assumption(model, graph, p, value).runs(node) for p in deciding for value in (True, False))
+
+
+def of_signature(model: Model, signature: Signature) -> list[Invocation]:
+    """The invocations when the main graph computes a signature."""
+    return list(_Walk(model).graph(MAIN, [v.node for v in signature.fetches], (), {}, certain=True))
+
+
+def of_entry(
+    model: Model, entry: Entry, known: Mapping[str, bool] = NOTHING, ignored: Collection[str] = ()
+) -> list[Invocation]:
+    """The invocations when a concrete function is called, with some booleans known and some functions left out."""
+    captured = (VariableKey(c) if isinstance(c, str) else Captured(c) for c in entry.captures)
+    arguments = (*(None for _ in entry.inputs), *captured)
+    values = {Value(name): value for name, value in known.items()}
+    return list(_Walk(model, ignored).function(entry.function, arguments, values, certain=True))
+
+
+@dataclass
+class _Walk:
+    """Each way of running a graph is met once."""
+
+    model: Model
+    ignored: Collection[str] = ()
+    seen: set[object] = field(default_factory=set)
+
+    def function(
+        self, name: str, arguments: tuple[Origin | None, ...], known: Mapping[Value, bool], *, certain: bool
+    ) -> Iterator[Invocation]:
+        graph = self.model.graphs[name]
+        roots = [*(r.value.node for r in graph.results), *(e.node for e in graph.effects)]
+        if not graph.effects:  # as older releases wrote functions: what has an effect runs
+            roots += [n.name for n in graph.nodes.values() if has_effect(self.model, n)]
+        yield from self.graph(name, roots, arguments, known, certain=certain)
+
+    def graph(
+        self,
+        name: str,
+        roots: list[str],
+        arguments: tuple[Origin | None, ...],
+        known: Mapping[Value, bool],
+        *,
+        certain: bool,
+    ) -> Iterator[Invocation]:
+        key = (name, arguments, frozenset(known.items()), certain)
+        if key in self.seen:
+            return
+        self.seen.add(key)
+        assumed = Assumption(self.model, self.model.graphs[name], known)
+        here = Invocation(assumed, arguments, assumed.needed(roots), certain)
+        yield here
+        for node_name in here.needed:
+            yield from self._called(here, here.graph.nodes[node_name])
+
+    def _called(self, here: Invocation, call: Node) -> Iterator[Invocation]:
+        form = ops.call_form(self.model, call)
+        if form is None:
+            return
+        taken = [name for name in here.assumed.taken(call) if name not in self.ignored]
+        passed = call.inputs[form.first :]
+        arguments = tuple(
+            None if form.carried and not self._kept(call, i) else here.origin(v) for i, v in enumerate(passed)
+        )
+        certain = (len(taken) == 1 or form.carried) and here.always(call.name)
+        for name in taken:
+            inner = zip(self.model.graphs[name].arguments, passed, strict=True)
+            known = {Value(a): b for a, v in inner if (b := self._boolean(here, v)) is not None and not form.carried}
+            yield from self.function(name, arguments, known, certain=certain)
+
+    def _kept(self, loop: Node, position: int) -> bool:
+        """Return whether a loop's body returns one of its values as it was given."""
+        body = self.model.graphs[ops.callees(self.model, loop)[-1]]
+        return follow(self.model, body, body.results[position].value) == Argument(body.name, position)
+
+    def _boolean(self, here: Invocation, value: Value) -> bool | None:
+        boolean = ops.output_dtype(self.model, here.graph, value) == "bool"
+        return here.assumed.known(value) if boolean else None

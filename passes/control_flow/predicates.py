@@ -1,0 +1,118 @@
+"""What a graph chooses by while it runs, and what that leaves to choose."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+from rewriter import ops
+from rewriter.dataflow import consumers, following
+from rewriter.ir import Graph, Model, Node, Value
+from rewriter.liveness import SWITCHES, Assumption
+from rewriter.pattern import way
+
+
+class Choice(NamedTuple):
+    """A Merge, the boolean that decides what it passes on, and its inputs for True and for False."""
+
+    predicate: Value
+    then: Value
+    otherwise: Value
+
+
+def assumption(model: Model, graph: Graph, predicate: Value, value: bool) -> Assumption:
+    """The graph, with a boolean that is assumed to have a value."""
+    memo = model.analysis(_assumptions)
+    key = (graph.name, predicate, value)
+    if key not in memo:
+        memo[key] = Assumption(model, graph, {predicate: value})
+    return memo[key]
+
+
+def _assumptions(_: Model) -> dict[tuple[str, Value, bool], Assumption]:
+    """What was assumed already."""
+    return {}
+
+
+def choice(model: Model, graph: Graph, merge: Node) -> Choice | None:
+    """What decides a Merge; None where that is not a single boolean."""
+    for predicate in dict.fromkeys(_predicates(graph, merge)):
+        then, otherwise = (assumption(model, graph, predicate, v).chosen(merge) for v in (True, False))
+        if then is not None and otherwise is not None and then != otherwise:
+            return Choice(predicate, then, otherwise)
+    return None
+
+
+def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
+    """The booleans of the Switches before a Merge, the nearest first."""
+    waiting, seen = [v.node for v in merge.inputs], set[str]()
+    while waiting:
+        name = waiting.pop(0)
+        if name in seen:
+            continue
+        seen.add(name)
+        node = graph.nodes[name]
+        if node.op in SWITCHES:
+            yield decided_by(graph, node.inputs[1])
+        else:
+            waiting += [*(v.node for v in node.inputs), *node.after]
+
+
+def decided_by(graph: Graph, predicate: Value) -> Value:
+    """The boolean that a predicate passes on. Two reads of one variable may differ."""
+    while graph.nodes[predicate.node].op == "Identity":
+        predicate = graph.nodes[predicate.node].inputs[0]
+    return predicate
+
+
+def switches(_: Model, graph: Graph) -> Mapping[Value, frozenset[str]]:
+    """The Switches of a graph, by the boolean that decides them (to be memoised)."""
+    found: dict[Value, set[str]] = {}
+    for node in graph.nodes.values():
+        if node.op == "Switch":
+            found.setdefault(decided_by(graph, node.inputs[1]), set()).add(node.name)
+    return {predicate: frozenset(names) for predicate, names in found.items()}
+
+
+def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
+    """The Switches that a value passes on its way: what decides, and for which value it is passed on.
+
+    A constant decides nothing while the graph runs.
+    """
+    passed = [v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES]
+    found = {(decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed}
+    return frozenset(gate for gate in found if ops.constant_of(graph, gate[0]) is None)
+
+
+def gated(model: Model, graph: Graph, gate: tuple[Value, bool], values: Iterable[Value]) -> bool:
+    """Whether one of some values is computed only where a boolean has a value."""
+    predicate, on = gate
+    return not assumption(model, graph, predicate, not on).dead.isdisjoint(values)
+
+
+def leads_to(
+    model: Model,
+    graph: Graph,
+    starts: Iterable[str],
+    ends: Container[str],
+    before: Mapping[str, Iterable[str]] = MappingProxyType({}),
+) -> bool:
+    """Whether one of some nodes has to run before one of others; `before` has more of what runs after a node."""
+    return any(name in ends for name in reached(model, graph, starts, before))
+
+
+def reached(
+    model: Model, graph: Graph, starts: Iterable[str], before: Mapping[str, Iterable[str]] = MappingProxyType({})
+) -> Iterator[str]:
+    """Some nodes, and all that have to run after one of them; `before` has more of what runs after a node."""
+    uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
+    waiting, seen = list(starts), set[str]()
+    while waiting:
+        name = waiting.pop()
+        if name not in seen and name:
+            seen.add(name)
+            yield name
+            count = ops.output_count(model, graph.nodes[name])
+            waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
+            waiting += [*(node.name for node in followers.get(name, ())), *before.get(name, ())]

@@ -1,0 +1,47 @@
+"""Choices whose outcome the graph itself fixes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rewriter import ops
+from rewriter.dataflow import consumers
+from rewriter.edit import Edit, Inline, Keep, Note, Rewire
+from rewriter.expr import Use
+from rewriter.ir import MAIN, Model, Value
+from rewriter.liveness import BRANCHES, SWITCHES, Assumption
+
+
+@dataclass(frozen=True)
+class SettleChoices:
+    """Use what is chosen in place of the choice, where a constant decides it, and drop what nothing needs then.
+
+    A function that TensorFlow made of a TensorFlow 1 graph has the mode as a placeholder that nobody can feed: its
+    default decides, and what only training needs has no use.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Settled merges, selections and conditionals of functions; those of the main graph can be fed."""
+        if not model.object_based:
+            return
+        settled = False
+        for name, graph in model.graphs.items():
+            assumed = Assumption(model, graph, {})
+            for node in graph.nodes.values() if name != MAIN else ():
+                if node.op in BRANCHES and assumed.known(node.inputs[0]) is not None:
+                    settled = True
+                    yield Inline(name, node.name, assumed.taken(node)[0])
+                for port in range(2 if node.op in SWITCHES else 1):
+                    value = assumed.settled(Value(node.name, port))
+                    if value.node != node.name:
+                        chosen = Use(ops.output_dtype(model, graph, value), value)
+                        for edge in model.analysis_of(graph, consumers).get(Value(node.name, port), ()):
+                            settled = True
+                            yield Rewire(edge, chosen, node.name)
+        if settled:
+            yield Note(
+                "its functions choose their mode by a constant; what it chooses stays, and kernels that could not be "
+                "merged may be, so that outputs may differ in the last bit"
+            )
+            yield Keep(tuple(model.entries))

@@ -1,0 +1,177 @@
+"""Batch norms as part of the convolution before them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from passes.batch_norm.sites import Site, sites
+from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from rewriter import ops
+from rewriter.dataflow import consumers
+from rewriter.edit import Assign, Edit, Keep, Rewire, Skip
+from rewriter.evaluation import evaluated
+from rewriter.expr import Expr, Use, op
+from rewriter.ir import Edge, Error, Graph, Model, Node, Value
+from rewriter.prune import needed_without
+from rewriter.terms import Term, Terms
+
+CONVOLUTIONS = frozenset({"Conv2D", "DepthwiseConv2dNative"})
+FILTER, BIAS = "filter", "bias"
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm:
+    """Scale the filters of a convolution by gamma / sqrt(variance + epsilon), and add the rest as a bias.
+
+    For y = gamma (conv(x, w) + b - mean) / sqrt(variance + epsilon) + beta and s = gamma / sqrt(variance + epsilon):
+    y = conv(x, w s) + (b - mean) s + beta. Computed in float64 and stored in float32, so results differ by rounding.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Every batch norm in inference that follows a convolution; a `Skip` with the reason for the others."""
+        folds, skips = model.analysis(_chosen)
+        yield from skips
+        yield from (Assign(key, value) for key, value in _assigned(folds).items())
+        for fold in folds:
+            yield from fold.edits(model)
+        if folds:
+            yield Keep(tuple(model.entries))
+
+
+def folded(model: Model) -> list[tuple[str, str]]:
+    """(graph, node) of the batch norms that become part of a convolution."""
+    return [(fold.site.graph, fold.site.node) for fold in model.analysis(_chosen)[0]]
+
+
+class _Fold(NamedTuple):
+    """A batch norm that can go into the convolution before it.
+
+    Attributes:
+        edges: the inputs that filters, a bias and the batch norm's parameters are.
+        sums: the node whose sum is the result: the convolution, or what adds its bias.
+        bias: the input of `site` or `sums` that the new bias takes the place of, by its name.
+        values: what the filters' and the bias's variables are to hold, on every way to the function.
+    """
+
+    site: Site
+    edges: tuple[Edge, ...]
+    sums: str
+    bias: str
+    values: tuple[tuple[str, np.ndarray], ...]
+
+    def edits(self, model: Model) -> Iterator[Edit]:
+        """Use the sum in place of the batch norm."""
+        graph = model.graphs[self.site.graph]
+        node = graph.nodes[self.site.node]
+        dtype = ops.output_dtype(model, graph, Value(self.sums))
+        made: Expr = Use(dtype, Value(self.sums))
+        if self.bias != BIAS:
+            held = Use(dtype, node.inputs[1 + ROLES.index(self.bias)])
+            made = op("BiasAdd", made, held, data_format=ops.get(model, node, "data_format"))
+        for edge in model.analysis_of(graph, consumers).get(Value(self.site.node), ()):
+            yield Rewire(edge, made, f"{self.site.node}/folded")
+
+
+def _chosen(model: Model) -> tuple[tuple[_Fold, ...], tuple[Skip, ...]]:
+    """What can be folded, and what not and why."""
+    folds: list[_Fold] = []
+    skips: list[Skip] = []
+    terms = Terms(model)
+    for site in model.analysis(sites):
+        try:
+            folds.append(_fold(model, terms, site))
+        except Error as e:
+            skips.append(Skip(site.graph, site.node, str(e)))
+    while True:
+        # What is used elsewhere as well has to stay as it is.
+        needed = needed_without(model, (edge for fold in folds for edge in fold.edges))
+        found = [f for f in folds if any(key in needed for key, _ in f.values)] or _clashing(folds)
+        if not found:
+            return tuple(folds), tuple(skips)
+        folds = [f for f in folds if f not in found]
+        reason = "the convolution's filters, or the variable for its bias, are used elsewhere as well"
+        skips += [Skip(f.site.graph, f.site.node, reason) for f in found]
+
+
+def _assigned(folds: Iterable[_Fold]) -> Mapping[str, np.ndarray]:
+    return {key: value for fold in folds for key, value in fold.values}
+
+
+def _clashing(folds: list[_Fold]) -> list[_Fold]:
+    """Those that want to store different values in one variable."""
+    values = _assigned(folds)
+    wrong = {key for fold in folds for key, value in fold.values if value.tobytes() != values[key].tobytes()}
+    return [fold for fold in folds if any(key in wrong for key, _ in fold.values)]
+
+
+def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
+    graph = model.graphs[site.graph]
+    node = graph.nodes[site.node]
+    if site.kind != "fused" or site.training:
+        raise Error("it is computed in single ops, or trains")
+    convolution, adding = _before(model, graph, node)
+    sums = adding or convolution
+    held = {FILTER: convolution.inputs[1], **{role: node.inputs[1 + i] for i, role in enumerate(ROLES)}}
+    if adding:
+        held[BIAS] = adding.inputs[1]
+    values: list[tuple[str, np.ndarray]] = []
+    stores = BIAS if adding else ""
+    for way in terms.ways(graph.name, list(held.values())):
+        found = {name: terms.on(graph.name, value, way) for name, value in held.items()}
+        stores = stores or next((r for r in (BETA, MEAN, VARIANCE) if found[r].variable), "")
+        for name in (FILTER, stores):
+            if not name or not found[name].variable:
+                raise Error("the convolution's filters, or everything a bias could be stored in, are no variables")
+        values += _values(model, found, stores, site.epsilon, convolution.op)
+    edges = [Edge(graph.name, convolution.name, 1), *(Edge(graph.name, node.name, 1 + i) for i in range(len(ROLES)))]
+    edges += [Edge(graph.name, adding.name, 1)] if adding else []
+    return _Fold(site, tuple(edges), sums.name, stores, tuple(values))
+
+
+def _before(model: Model, graph: Graph, node: Node) -> tuple[Node, Node | None]:
+    """The convolution before a batch norm, and the node that adds its bias."""
+    found = _made(model, graph, node)
+    adding = found if found.op == "BiasAdd" else None
+    if adding:
+        found = _made(model, graph, adding)
+    if found.op not in CONVOLUTIONS:
+        raise Error(f"what it normalises comes from {found.op}, and not from a convolution")
+    if len({ops.get(model, n, "data_format") for n in (found, node, adding) if n}) > 1:
+        raise Error("its data format is not that of the convolution before it")
+    if any(ops.output_dtype(model, graph, Value(n.name)) != "float32" for n in (found, node)):
+        raise Error("only convolutions in float32 are folded")
+    return found, adding
+
+
+def _made(model: Model, graph: Graph, node: Node) -> Node:
+    """What makes the first input of a node, and is used for nothing else."""
+    while True:
+        value = node.inputs[0]
+        node = graph.nodes[value.node]
+        if len(model.analysis_of(graph, consumers)[value]) > 1 and node.op in CONVOLUTIONS | {"BiasAdd", "Identity"}:
+            raise Error("what the convolution before it gives is used elsewhere as well")
+        if node.op != "Identity":
+            return node
+
+
+def _values(
+    model: Model, found: Mapping[str, Term], stores: str, epsilon: float, kind: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """What the filters and the bias become."""
+    names = list(found)
+    made = dict(zip(names, evaluated(model, [found[n] for n in names], {}, trust=False), strict=True))
+    wide = {name: np.asarray(value, np.float64) for name, value in made.items()}
+    with np.errstate(all="ignore"):
+        scale = wide[GAMMA] / np.sqrt(wide[VARIANCE] + np.float64(epsilon))
+        bias = (wide.get(BIAS, np.float64(0)) - wide[MEAN]) * scale + wide[BETA]
+        filters = wide[FILTER] * (scale if kind == "Conv2D" else scale.reshape(wide[FILTER].shape[2:]))
+    if not (np.isfinite(filters).all() and np.isfinite(bias).all()):
+        raise Error("its scale is not finite")
+    for name, value in ((FILTER, filters), (stores, bias)):
+        key = found[name].variable
+        yield key, value.astype(np.float32).reshape(np.shape(model.value_of(key)))

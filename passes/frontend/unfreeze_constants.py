@@ -1,0 +1,81 @@
+"""Frozen models: batch norms' parameters that are constants become variables again."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+import numpy as np
+
+from passes.batch_norm.sites import Site, sites
+from passes.roles import BETA, GAMMA, ROLES
+from rewriter import ops
+from rewriter.choices import leaves
+from rewriter.dataflow import Captured, Constant, Origin
+from rewriter.edit import AddVariable, Edit, Note, Rewire
+from rewriter.expr import read
+from rewriter.ir import MAIN, Model, Value, Variable, unused
+
+ABSENT = {GAMMA: 1.0, BETA: 0.0}
+"""What stands for a scale or a centre that a layer was made without."""
+
+
+@dataclass(frozen=True)
+class UnfreezeConstants:
+    """Make variables of the constants that a batch norm normalises with, with the constants' values.
+
+    Constants of one name and content, as several functions hold them, become one variable. A gamma of ones and
+    a beta of zeros stay constants: training leaves none exactly so, layers without scale or centre have them.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """A variable for each constant, and its value wherever the constant was a parameter."""
+        made: dict[tuple[str, bytes], Variable] = {}
+        for site in model.analysis(sites):
+            if site.inference and any(isinstance(o, Constant | Captured) for b in site.origins for o in b[2:]):
+                yield from _unfrozen(model, site, made)
+        if made:
+            yield Note(f"{len(made)} constants are variables again: {', '.join(v.name for v in made.values())}")
+
+
+def _unfrozen(model: Model, site: Site, made: dict[tuple[str, bytes], Variable]) -> Iterator[Edit]:
+    for index, role in enumerate(ROLES):
+        origin, *others = {b[index] for b in site.origins}
+        value = None if others else _value(model, origin)
+        if value is None or value.ndim != 1 or not value.size or np.all(value == ABSENT.get(role)):
+            continue
+        key = str(origin), value.tobytes()
+        if isinstance(origin, Constant):
+            key = origin.node, value.tobytes()
+        if key not in made:
+            made[key] = _variable(model, site, role, value, {v.name for v in made.values()})
+            yield AddVariable(made[key])
+        for edge in site.inputs[role]:
+            used = model.graphs[edge.graph].nodes[edge.node].inputs[edge.position]
+            yield from (Rewire(leaf.edge, read(made[key]), site.node) for leaf in leaves(model, edge, used))
+
+
+def _value(model: Model, origin: Origin | None) -> np.ndarray | None:
+    match origin:
+        case Constant(graph, node):
+            return ops.constant_of(model.graphs[graph], Value(node))
+        case Captured(number) if number in model.constants:
+            return ops.constant_of(model.graphs[MAIN], Value(model.constants[number]))
+        case _:
+            return None
+
+
+def _variable(model: Model, site: Site, role: str, value: np.ndarray, taken: set[str]) -> Variable:
+    scope = PurePosixPath(site.node).parent
+    name = unused(str(scope / role), taken | {v.name for v in model.variables.values()})
+    return Variable(
+        model.new_key(f"quantization/unfrozen/{name}") if model.object_based else name,
+        name,
+        value.dtype.name,
+        value.shape,
+        trainable=role in ABSENT,
+        path="quantization.unfrozen." + re.sub(r"\W", "_", name),
+        initial=value,
+    )

@@ -1,0 +1,154 @@
+"""TensorFlow 1's reference variables become resource variables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rewriter import ops
+from rewriter.dataflow import REFERENCES, consumers
+from rewriter.edit import Edit, Note, Refetch, Replace, Rewire, RunAfter
+from rewriter.expr import Apply, Use, op, ordered
+from rewriter.ir import MAIN, Attrs, Edge, Graph, Model, Node, Value
+
+RESOURCE_OPS: Mapping[str, str] = {
+    "Assign": "AssignVariableOp",
+    "AssignAdd": "AssignAddVariableOp",
+    "AssignSub": "AssignSubVariableOp",
+    "CountUpTo": "ResourceCountUpTo",
+    "Identity": "ReadVariableOp",
+    "IsVariableInitialized": "VarIsInitializedOp",
+}
+"""What takes the place of an op that is given a reference; further ones are named Resource<op>."""
+
+FORWARDS: Mapping[str, str] = {
+    "RefEnter": "Enter",
+    "RefIdentity": "Identity",
+    "RefMerge": "Merge",
+    "RefSwitch": "Switch",
+}
+"""Ops that pass a reference on."""
+
+
+@dataclass(frozen=True)
+class UpgradeReferences:
+    """Turn every reference variable (``VariableV2``) into a resource variable of the same name.
+
+    ``tf.saved_model.load`` neither lists reference variables nor gives them gradients. Every op that reads or
+    changes one is replaced by its twin for resources, in place and under its name; where a value is used that
+    an assignment gives, the variable is read after the assignment.
+
+    Attributes:
+        keep: leave them as they are, and say what that means.
+    """
+
+    keep: bool = False
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Nothing where there is no reference variable."""
+        main = model.graphs[MAIN]
+        variables = [n for n in main.nodes.values() if n.op in REFERENCES]
+        if self.keep:
+            if variables:
+                yield Note(f"{len(variables)} reference variables are kept: the result trains in V1 sessions only")
+            return
+        work = _Work(model, main)
+        for node in variables:
+            yield Replace(MAIN, node.name, Apply("resource", "VarHandleOp", (), _handle_attrs(node)))
+            yield from work.uses(Value(node.name), Value(node.name))
+        if variables:
+            yield Note(
+                f"{len(variables)} reference variables are resource variables now, so that they can be trained "
+                "after tf.saved_model.load"
+            )
+
+
+def _handle_attrs(node: Node) -> Attrs:
+    name = ops.attribute(node, "shared_name").s
+    kept = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
+    return {**kept, "shared_name": ops.attr(name or node.name)}
+
+
+@dataclass
+class _Work:
+    """Follows each reference to its uses.
+
+    Attributes:
+        replaced: the nodes that are replaced already; one that takes several references is met once for each.
+    """
+
+    model: Model
+    graph: Graph
+    replaced: set[str] = field(default_factory=set)
+
+    def uses(self, reference: Value, handle: Value) -> Iterator[Edit]:
+        """Edits for what uses a reference that is `handle` now."""
+        yield from self._fetches(reference, self._read(handle, reference))
+        for edge in self.model.analysis_of(self.graph, consumers).get(reference, ()):
+            user = self.graph.nodes[edge.node]
+            if user.op in FORWARDS and not (user.op == "RefSwitch" and edge.position):
+                yield from self._replace(user, FORWARDS[user.op], {"T": ops.dtype_attr("resource")})
+                for port in range(2 if user.op == "RefSwitch" else 1):
+                    yield from self.uses(Value(user.name, port), Value(user.name, port))
+            elif self._takes_reference(user, edge.position):
+                yield from self._replace(user, self._twin(user.op), {})
+                if ops.op_def(self.model, user.op).output_arg[0].is_ref:
+                    yield from self._after(user, handle)
+            else:
+                yield Rewire(edge, self._read(handle, reference), f"{handle.node}/value")
+
+    def _twin(self, name: str) -> str:
+        if name in RESOURCE_OPS:
+            return RESOURCE_OPS[name]
+        return name.replace("SparseApply", "ResourceSparseApply") if "SparseApply" in name else f"Resource{name}"
+
+    def _takes_reference(self, user: Node, position: int) -> bool:
+        """Whether an op refers to the variable at this input, rather than take its value."""
+        if user.op == "Identity":
+            return True
+        definition = ops.op_def(self.model, user.op)
+        named = list(ops.argument_counts(definition.input_arg, user.attrs, ops.defaults(definition)))
+        at = [arg for arg, (_, count) in zip(definition.input_arg, named, strict=True) for _ in range(count)]
+        return bool(at[position].is_ref)
+
+    def _replace(self, user: Node, twin: str, given: Mapping[str, Any]) -> Iterator[Edit]:
+        if user.name in self.replaced:
+            return
+        self.replaced.add(user.name)
+        known = {a.name for a in ops.op_def(self.model, twin).attr}
+        attrs = {k: v for k, v in user.attrs.items() if k in known or k == "_class"}
+        own = [a.name for a in ops.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
+        if "dtype" in known and own:
+            attrs["dtype"] = ops.attribute(user, own[0])
+        inputs = tuple(Use("", v) for v in user.inputs)
+        yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **given}))
+
+    def _after(self, assign: Node, handle: Value) -> Iterator[Edit]:
+        """What used the reference that an assignment gives reads the variable after it."""
+        given = Value(assign.name)
+        yield from self._fetches(given, ordered(self._read(handle, given), [Use("", given)]))
+        for edge in self.model.analysis_of(self.graph, consumers).get(Value(assign.name), ()):
+            user = self.graph.nodes[edge.node]
+            if user.op in FORWARDS or (user.op != "Identity" and self._takes_reference(user, edge.position)):
+                yield RunAfter(MAIN, user.name, (assign.name,))
+                yield from self._again(user, edge, handle)
+            else:
+                value = self._read(handle, Value(assign.name))
+                yield Rewire(edge, ordered(value, [Use("", Value(assign.name))]), f"{assign.name}/value")
+
+    def _fetches(self, reference: Value, value: Apply) -> Iterator[Edit]:
+        """Outputs of signatures that are references."""
+        for signature in self.model.signatures.values():
+            for position, fetched in enumerate(signature.fetches):
+                if fetched == reference:
+                    yield Refetch(signature.name, position, value, f"{reference.node}/value")
+
+    def _again(self, user: Node, edge: Edge, handle: Value) -> Iterator[Edit]:
+        yield from self._replace(user, FORWARDS.get(user.op) or self._twin(user.op), {})
+        yield Rewire(edge, Use("resource", handle), user.name)
+        yield from self._after(user, handle)
+
+    def _read(self, handle: Value, reference: Value) -> Apply:
+        dtype = ops.output_dtype(self.model, self.graph, reference)
+        return op("ReadVariableOp", Use("resource", handle), dtype=ops.Dtype(dtype))

@@ -1,0 +1,5 @@
+"""Passes that let one fused kernel compute a batch norm, in the mode that is used and only there.
+
+`fuse_batch_norm` is the pass itself; `fusable` says which single ops it may replace. `select_to_branch` and
+`merge_choices` prepare for it, `choose_branch` lets kernels run only where their output is used.
+"""

@@ -1,0 +1,66 @@
+"""The uses of a batch's statistics, and what the fused kernel's stand for there."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from passes.batch_norm.updates import only_assigned, shown
+from passes.fusing.fusable import Fusable
+from rewriter import ops
+from rewriter.dataflow import consumers
+from rewriter.edit import Edit, Rewire
+from rewriter.expr import Expr, array, op
+from rewriter.ir import Edge, Graph, Model, Node, Value
+from rewriter.shapes import Shape, shape_of
+
+
+def final_uses(
+    model: Model, graph: Graph, value: Value, precise: Collection[str], switches: Collection[str] = ()
+) -> Iterator[tuple[Edge, Value]]:
+    """Where a value is used, after changes of its shape and dtype: the use, and the value used there.
+
+    A cast to a dtype that is not `precise` is a use, and so is a Switch that is not among `switches`.
+    """
+    waiting = [value]
+    while waiting:
+        used = waiting.pop()
+        for edge in model.analysis_of(graph, consumers).get(used, ()):
+            user = graph.nodes.get(edge.node)
+            if user is None or not shown(graph, user, edge.position) or _ends(model, graph, user, precise, switches):
+                yield edge, used
+            else:
+                waiting += [Value(user.name, port) for port in range(2 if user.op == "Switch" else 1)]
+
+
+def _ends(model: Model, graph: Graph, user: Node, precise: Collection[str], switches: Collection[str]) -> bool:
+    """Whether a node that passes a value on means something of its own."""
+    rounds = user.op == "Cast" and ops.output_dtype(model, graph, Value(user.name)) not in precise
+    return rounds or (user.op == "Switch" and user.name not in switches)
+
+
+def averages_of(
+    found: Fusable, value: Value, own: Collection[str], switches: Collection[str] = ()
+) -> Iterator[tuple[Edge, Value]]:
+    """The uses of a statistic in averages, outside of the nodes that compute it or normalise with it.
+
+    Where it is used for something else too, that may be differentiated, and the kernel's outputs may not.
+    """
+    for edge, used in final_uses(found.model, found.graph, value, found.precise, switches):
+        if edge.node not in own and only_assigned(found.model, found.graph, edge):
+            yield edge, used
+
+
+def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr) -> Iterator[Edit]:
+    """Let one use of a statistic take a vector, in the shape and dtype that are used there."""
+    shape = shape_of(model, graph, used)
+    if shape is not None and -1 not in shape:
+        dtype = ops.output_dtype(model, graph, used)
+        yield Rewire(edge, shaped(statistic, shape, dtype), used.node)
+
+
+def shaped(vector: Expr, shape: Shape, dtype: str) -> Expr:
+    """A vector in another shape and dtype."""
+    found = vector if len(shape) == 1 else op("Reshape", vector, array(np.array(shape, dtype=np.int32)))
+    return found if found.dtype == dtype else op("Cast", found, DstT=ops.Dtype(dtype))

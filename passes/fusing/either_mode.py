@@ -1,0 +1,97 @@
+"""A batch's statistics for averages that are updated whatever the mode is.
+
+In a TensorFlow 1 graph, updates lie in a collection, and run when a caller says so. Where a kernel is computed in a
+branch of ``If``, its statistics are there in training alone. An update that runs in inference too then gets them
+from a second conditional, which only updates need: it passes on what the branch computed, or computes it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from passes.batch_norm.kernel import Layout, sample
+from passes.batch_norm.sites import Site
+from passes.declined import DeclinedError
+from passes.roles import MEAN, VARIANCE
+from rewriter import ops
+from rewriter.edit import Define, Edit
+from rewriter.expr import Expr, Function, Use, cond, op, parameter
+from rewriter.ir import Graph, Model, Value
+from rewriter.shapes import Shape, shape_of
+
+
+@dataclass(frozen=True)
+class EitherMode:
+    """Conditionals that give one site's statistics in either mode.
+
+    Attributes:
+        predicate: the boolean that chooses the mode.
+        training: its value with which the kernel runs in its branch.
+        channels: the length of a statistic.
+        operands: by parameter, the value that it stands for, and its shape.
+        spares: by role, the statistic as it is computed in inference, from those parameters.
+    """
+
+    site: Site
+    predicate: Value
+    training: bool
+    channels: int
+    operands: Mapping[Use, tuple[Expr, Shape | None]]
+    spares: Mapping[str, Expr]
+    _functions: list[Function] = field(default_factory=list)
+    _made: dict[str, Expr] = field(default_factory=dict)
+
+    def statistic(self, role: str, computed: Expr) -> Expr:
+        """A batch's statistic, a float32 vector; `computed` is the vector that the branch for training gives."""
+        if role not in self._made:
+            name = re.sub(r"\W", "_", f"{self.site.graph}_{self.site.node}_{role}")
+            own = parameter("statistic", "float32")
+            parameters = (*self.operands, own)
+            shapes = (*(shape for _, shape in self.operands.values()), (self.channels,))
+            passed = Function(f"{name}_passed", parameters, shapes, (op("Identity", own),))
+            spare = Function(f"{name}_computed", parameters, shapes, (self.spares[role],))
+            self._functions.extend((passed, spare))
+            branches = (passed, spare) if self.training else (spare, passed)
+            given = computed if computed.dtype == own.dtype else op("Cast", computed, DstT=ops.Dtype(own.dtype))
+            inputs = [*(value for value, _ in self.operands.values()), given]
+            self._made[role] = cond(Use("bool", self.predicate), *branches, inputs)
+        return self._made[role]
+
+    def definitions(self) -> Iterator[Edit]:
+        """The branches of the conditionals that were asked for."""
+        yield from (Define(function) for function in self._functions)
+
+
+def channels_of(model: Model, graph: Graph, site: Site) -> int:
+    """The number of channels of a fused site, by its gamma.
+
+    Raises:
+        DeclinedError: it is not known before it runs.
+    """
+    scale = graph.nodes[site.node].inputs[1]
+    (size,) = shape_of(model, graph, scale) or (-1,)
+    if size < 0:
+        raise DeclinedError(f"the shape of {scale.node} is not known before it runs")
+    return size
+
+
+def kernel_statistics(model: Model, graph: Graph, site: Site, bring: Callable[[Value], Expr]) -> Mapping[str, Expr]:
+    """Statistics as a fused site's kernel gives them, by role, in single ops and without its y.
+
+    `bring` gives a value of the graph where the statistics are computed.
+
+    Raises:
+        DeclinedError: the number of its channels is not known.
+    """
+    node = graph.nodes[site.node]
+    x, _, _, *averages = node.inputs
+    channels = channels_of(model, graph, site)
+    used = bring(x)
+    mean, variance = Layout(ops.get(model, node, "data_format"), "same", channels).moments(used)
+    batch = {MEAN: mean, VARIANCE: sample(variance, used, channels)}
+    if not site.kernel_average:
+        return batch
+    held = dict(zip(batch, (bring(value) for value in averages), strict=True))
+    return {role: held[role] + (batch[role] - held[role]) * site.factor for role in batch}

@@ -1,0 +1,147 @@
+"""One conditional for mean and variance, where two choose them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from passes.batch_norm.sites import sites
+from passes.batch_norm.updates import ASSIGNING
+from passes.control_flow.branches import Branches, only_one
+from passes.control_flow.cones import moveable
+from passes.control_flow.predicates import decided_by, leads_to
+from passes.declined import DeclinedError
+from passes.roles import MEAN, VARIANCE
+from rewriter import ops
+from rewriter.dataflow import consumers, following
+from rewriter.edit import Edit, Rewire, Run, RunAfter, Skip, Sweep
+from rewriter.expr import Apply, Expr, Port, Use
+from rewriter.ir import ARG, Graph, Model, Value
+from rewriter.liveness import BRANCHES
+from rewriter.pattern import origin
+from rewriter.shapes import shape_of
+from rewriter.sweep import held
+
+MOVED = ("Const", "Identity", "NoOp", "ReadVariableOp")
+"""Ops of a branch that pass on what it is given, or read it."""
+
+
+@dataclass(frozen=True)
+class MergeChoices:
+    """Let one ``If`` choose a batch norm's mean and variance, where two choose by the same boolean.
+
+    `tf.compat.v1.layers` writes two. With one, the fused kernel can be computed where it chooses.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """One more result of the conditional that chooses the variance; a `Skip` where they cannot be one."""
+        extended: set[tuple[str, str]] = set()
+        merged: dict[str, dict[str, list[str]]] = {}
+        for site in model.analysis(sites):
+            graph = model.graphs[site.graph]
+            if site.kind != "decomposed" or site.mode != "both" or site.quantized:
+                continue
+            edges = [site.inputs[role][0] for role in (MEAN, VARIANCE)]
+            mean, variance = (origin(graph, graph.nodes[e.node].inputs[e.position]) for e in edges)
+            nodes = [graph.nodes[v.node] for v in (mean, variance)]
+            if nodes[0] == nodes[1] or any(node.op not in BRANCHES for node in nodes):
+                continue
+            first, second = (Branches(model, graph, node) for node in nodes)
+            found = _Merged(model, graph, mean, first, second, merged.setdefault(site.graph, {}))
+            try:
+                yield from only_one(list(found.edits()), extended)
+            except DeclinedError as e:
+                yield Skip(site.graph, site.node, str(e))
+
+
+@dataclass(frozen=True)
+class _Merged:
+    """What the first conditional chooses, chosen by the second.
+
+    Attributes:
+        merged: conditional -> those that it runs together with, as others of the graph were merged.
+        made: what stands for nodes of the first one's branches, by the predicate's value and the node.
+    """
+
+    model: Model
+    graph: Graph
+    value: Value
+    first: Branches
+    second: Branches
+    merged: dict[str, list[str]]
+    made: dict[tuple[bool, str], Apply] = field(default_factory=dict)
+
+    def edits(self) -> Iterator[Edit]:
+        """The second returns the value, and runs when both have run; the first is gone."""
+        first, second = self.first.node.name, self.second.node.name
+        predicates = {decided_by(self.graph, each.predicate) for each in (self.first, self.second)}
+        if len(predicates) > 1:
+            raise DeclinedError(f"{first} and {second}, which choose its statistics, do not choose by the same boolean")
+        ways = ((first, second), (second, first))
+        if any(leads_to(self.model, self.graph, [start], {end}, self.merged) for start, end in ways):
+            raise DeclinedError(f"{first} and {second}, which choose its statistics, run one after the other")
+        if not (self.first.own and self.second.own):
+            raise DeclinedError(
+                f"the branches of {first} or {second}, which choose its statistics, are called elsewhere"
+            )
+        then, otherwise = (self._moved(on, self.first.taken(on).results[self.value.port].value) for on in (True, False))
+        yield from self._effects()
+        shape = shape_of(self.model, self.graph, self.value)
+        port = len(self.second.taken(True).results)
+        yield from self.second.results({"mean": (then, otherwise)}, [shape], second)
+        for edge in self.model.analysis_of(self.graph, consumers).get(self.value, ()):
+            yield Rewire(edge, Use(then.dtype, Value(second, port)), second)
+        if self.first.node.after:
+            yield RunAfter(self.graph.name, second, self.first.node.after)
+        for node in self.model.analysis_of(self.graph, following).get(first, ()):
+            yield RunAfter(self.graph.name, node.name, (second,))
+        yield Sweep(self.graph.name, (first,), moved=True)
+        for name, other in ways:
+            self.merged.setdefault(name, []).append(other)
+
+    def _effects(self) -> Iterator[Edit]:
+        """The first one's effects in the second's branches.
+
+        Raises:
+            DeclinedError: it would still run, and have them again; or one is not known to happen.
+        """
+        first = self.first.node.name
+        for on in (True, False):
+            branch, other = self.first.taken(on), self.second.taken(on)
+            yield from (Run(other.name, self._node(on, effect.node), first) for effect in branch.effects)
+            acting = [n for n in branch.nodes.values() if n.op not in (*MOVED, ARG) and not moveable(n)]
+            for node in acting:
+                if (on, node.name) not in self.made:
+                    raise DeclinedError(f"nothing in a branch of {first} waits for {node.name} ({node.op})")
+            if acting and self._used_otherwise():
+                raise DeclinedError(f"{first}, which updates an average, gives more than its mean")
+
+    def _used_otherwise(self) -> bool:
+        """Whether something uses the first one, other than for the value."""
+        uses = self.model.analysis_of(self.graph, consumers)
+        ports = (Value(self.first.node.name, p) for p in range(len(self.first.taken(True).results)))
+        return any(uses.get(v) for v in ports if v != self.value) or self.first.node.name in self.model.analysis(held)
+
+    def _moved(self, on: bool, value: Value) -> Expr:
+        """A value of the first conditional's branch in the second's."""
+        branch = self.first.taken(on)
+        node = branch.nodes[value.node]
+        dtype = ops.output_dtype(self.model, branch, value)
+        if node.op == ARG:
+            return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
+        moved = self._node(on, value.node)
+        return Port(dtype, moved, value.port) if value.port else moved
+
+    def _node(self, on: bool, name: str) -> Apply:
+        """A node of the first conditional's branch in the second's, after what it runs after."""
+        branch = self.first.taken(on)
+        node = branch.nodes[name]
+        if not (node.op in MOVED or node.op.startswith(ASSIGNING) or moveable(node)):
+            raise DeclinedError(f"{node.name} ({node.op}), in a branch that gives a mean, has an effect")
+        if (on, node.name) not in self.made:
+            attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
+            first = ops.output_dtype(self.model, branch, Value(name)) if ops.output_count(self.model, node) else ""
+            inputs = tuple(self._moved(on, v) for v in node.inputs)
+            after = tuple(self._node(on, n) for n in node.after if branch.nodes[n].op != ARG)
+            self.made[on, node.name] = Apply(first, node.op, inputs, attrs, after=after)
+        return self.made[on, node.name]

@@ -1,0 +1,107 @@
+"""A conditional in place of `tf.where`, where that chooses between the modes of a batch norm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from passes.batch_norm.decomposed import INPUT
+from passes.batch_norm.sites import Site, sites
+from passes.control_flow.cones import cone
+from passes.fusing.fusable import origin_of_x, used
+from passes.roles import MEAN, VARIANCE
+from rewriter import ops
+from rewriter.edit import Define, Edit, Replace
+from rewriter.expr import Apply, Function, Use, cond, merge, op, parameter, switch
+from rewriter.frames import loop_frames
+from rewriter.ir import MAIN, Graph, Model, Node, Value
+from rewriter.liveness import SELECTS
+from rewriter.pattern import origin
+from rewriter.shapes import Shape, shape_of
+
+
+@dataclass(frozen=True)
+class SelectToBranch:
+    """Let a conditional choose mean and variance, or the output, of a batch norm where ``Select`` does.
+
+    ``Select`` computes both of what it chooses from. The passes that follow move the batch norm to where it is
+    chosen, so that one mode runs. In a main graph the conditional is Switch and Merge, which a TensorFlow 1 session
+    can differentiate; in a function it is ``If``.
+    """
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """A conditional for each ``Select`` on a single boolean whose choices are of one shape."""
+        for name, nodes in _selects(model).items():
+            graph = model.graphs[name]
+            for node in nodes.values():
+                yield from (_merged if name == MAIN else _branched)(model, graph, node)
+
+
+def _selects(model: Model) -> dict[str, dict[str, Node]]:
+    """Graph -> the nodes that choose between modes of batch norms."""
+    found: dict[str, dict[str, Node]] = {}
+    for site in model.analysis(sites):
+        graph = model.graphs[site.graph]
+        if not site.quantized and INPUT in site.inputs and site.node not in model.analysis_of(graph, loop_frames):
+            for node in _choosing(model, graph, site):
+                if _convertible(model, graph, node):
+                    found.setdefault(site.graph, {})[node.name] = node
+    return found
+
+
+def _choosing(model: Model, graph: Graph, site: Site) -> Iterator[Node]:
+    """The nodes that choose a site's statistics or, where it has one mode, its output."""
+    if site.mode == "both":
+        names = [origin(graph, used(graph, site.inputs[role][0])).node for role in (MEAN, VARIANCE)]
+    else:
+        names = [name for name in cone(model, graph, Value(site.node)).others if name]
+    yield from (graph.nodes[name] for name in names if graph.nodes[name].op in SELECTS)
+
+
+def _convertible(model: Model, graph: Graph, node: Node) -> bool:
+    """Return whether a node chooses one of two whole values: ``Select`` may also broadcast, or choose by element."""
+    predicate, then, otherwise = node.inputs
+    shapes = [shape_of(model, graph, value) for value in (then, otherwise)]
+    if shape_of(model, graph, predicate) != () or shapes[0] is None or shapes[0] != shapes[1]:
+        return False
+    return -1 not in shapes[0] or len({_normalised(model, graph, value) for value in (then, otherwise)}) == 1
+
+
+def _normalised(model: Model, graph: Graph, value: Value) -> Value | None:
+    """The input of the batch norm before a value; both have one shape."""
+    ends = {s.node: s for s in model.analysis(sites) if s.graph == graph.name and INPUT in s.inputs}
+    site = ends.get(origin(graph, value, shaped=True).node)
+    return None if site is None else origin_of_x(graph, used(graph, site.inputs[INPUT][0]))
+
+
+def _merged(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:
+    predicate, then, otherwise = _operands(model, graph, node)
+    chosen = merge(switch(otherwise, predicate)[0], switch(then, predicate)[1])
+    shape = shape_of(model, graph, node.inputs[1])
+    yield _replaced(graph, node, chosen, [shape, ()])
+
+
+def _branched(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:
+    predicate, *choices = _operands(model, graph, node)
+    shape = shape_of(model, graph, node.inputs[1])
+    parameters = tuple(
+        parameter(name, choice.dtype) for name, choice in zip(("then", "otherwise"), choices, strict=True)
+    )
+    name = re.sub(r"\W", "_", f"{graph.name}_{node.name}")
+    branches = [
+        Function(f"{name}_{each.value.node}", parameters, (shape, shape), (op("Identity", each),))
+        for each in parameters
+    ]
+    yield from (Define(branch) for branch in branches)
+    yield _replaced(graph, node, cond(predicate, branches[0], branches[1], choices), [shape])
+
+
+def _operands(model: Model, graph: Graph, node: Node) -> tuple[Use, ...]:
+    return tuple(Use(ops.output_dtype(model, graph, value), value) for value in node.inputs)
+
+
+def _replaced(graph: Graph, node: Node, chosen: Apply, shapes: list[Shape | None]) -> Replace:
+    """The conditional under the node's name, with its outputs' shapes, which the passes that follow read."""
+    attrs = {**chosen.attrs, "_output_shapes": ops.shapes_attr(shapes)}
+    return Replace(graph.name, node.name, replace(chosen, attrs=attrs))

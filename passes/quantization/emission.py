@@ -1,0 +1,144 @@
+"""Quantised vectors as expressions: alone, in stacks or all together, tagged so that inspection needs no log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from passes.quantization.batched import GENERAL, layout, way
+from passes.quantization.controls import Controls, taken
+from passes.quantization.custom import Traced
+from passes.quantization.grouping import Group, Piped, Together, Vector
+from passes.quantization.quantizer_marks import TAG
+from passes.quantization.quantizers import Kind, observing, piped, quantizing, row
+from passes.quantization.ranges import Dynamic
+from passes.quantization.schemes import FLOAT
+from rewriter import ops
+from rewriter.edit import Edit, Run, RunAfter
+from rewriter.expr import Apply, Expr, Function, Port, array, case, constant, handle, op
+from rewriter.ir import MAIN, Model, unused
+from rewriter.ops import Dtype
+
+
+class Placing:
+    """Makes what stands for vectors.
+
+    Attributes:
+        functions: what quantises; vectors of one kind share a function.
+        made: what stands for each vector, quantised.
+    """
+
+    def __init__(self, model: Model, controls: Controls, traced: Traced) -> None:
+        self.model = model
+        self.controls = controls
+        self.traced = traced
+        self.functions: dict[tuple[Any, ...], Function] = {}
+        self.made: dict[Vector, Expr] = {}
+
+    def place(self, group: Group | Together) -> Iterator[Edit]:
+        """Make what stands for each vector of a group; the edits are what has to run besides."""
+        if isinstance(group, Together):
+            self._place_together(group.vectors)
+            return
+        first, kind = group[0], group[0].kind
+        count = len(group) if len(group) > 1 else 0
+        places = [self.controls.row(v.role, v.layer) for v in group]
+        value = _stacked(group, kind) if count else first.value
+        told: list[Expr] = [
+            self.controls.amount,
+            taken(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
+        ]
+        if isinstance(kind, Piped):
+            function = self._function(piped, self.traced.names[kind.wanted], kind.wanted.size, kind.dtype)
+            self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
+            return
+        if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
+            limits = taken(self.controls.limits, np.array(places if count else places[0]))
+            if kind.observed:
+                limits = self._call(self._function(observing, kind.observing, count), value, limits, name="observed")
+                yield from self._keep(group, limits)
+            told.append(limits)
+        if kind.stochastic:
+            told.append(self._noise(op("Shape", value), first))
+        function = self._function(quantizing, kind.plain, count)
+        if not count:
+            name = first.role if self.model.object_based else "quantized"
+            self.made[first] = self._call(function, *told, value, name=name, **{TAG: first.tag})
+            return
+        quantized = function(*told, value, name="quantized")
+        attrs = {
+            "num": ops.attr(count),
+            "T": ops.dtype_attr(kind.dtype),
+            "_output_shapes": ops.shapes_attr([(kind.size or 0,)] * count),
+        }
+        unstacked = Apply(kind.dtype, "Unpack", (quantized,), attrs)
+        self._stand([Port(kind.dtype, unstacked, port) for port in range(count)], group)
+
+    def _place_together(self, vectors: Sequence[Vector]) -> None:
+        """Make what stands for vectors of one graph whose ranges follow their values."""
+        kinds = tuple(v.kind for v in vectors if isinstance(v.kind, Kind))
+        bits, noise = [], []
+        for each in layout(kinds):
+            own = [vectors[i] for i in each.places]
+            places = [self.controls.row(v.role, v.layer) for v in own]
+            # int64, as a function's int32 arguments are taken to be in the host's memory, and a GPU's Case copies none.
+            bits.append(op("Cast", taken(self.controls.bits, np.reshape(places, (-1, 1))), DstT=Dtype("int64")))
+            if each.arithmetic.stochastic:
+                noise.append(self._noise(array(np.array(each.shape, np.int32)), own[0]))
+        told = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
+        ways = [self._function(way, kinds, i) for i in range(GENERAL + 1)]
+        first = case(self.controls.how, ways, told, "quantized", **{ops.GENERAL: GENERAL})
+        self._stand([Port(v.value.dtype, first, i) for i, v in enumerate(vectors)], vectors)
+
+    def _stand(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
+        """Let each stand for a vector."""
+        for value, vector in zip(quantized, vectors, strict=True):
+            if not isinstance(vector.kind, Kind) or vector.kind.size is None:
+                raise AssertionError("what is a row of others has a known size")
+            stands = self._function(row, vector.kind.size, vector.kind.dtype)
+            self.made[vector] = stands(value, vector.value, name=vector.role, **{TAG: vector.tag})
+
+    def _keep(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
+        """Store moved limits, when all that a call does is done."""
+        for role in dict.fromkeys(v.role for v in group):
+            own = [i for i, v in enumerate(group) if v.role == role]
+            layers_of_role = array(np.array([group[i].layer for i in own], np.int32))
+            moved = limits if len(own) == len(group) else taken(limits, np.array(own))
+            if len(group) == 1:
+                moved = op("Reshape", moved, array(np.array([1, 2], np.int32)))
+            update = op("ResourceScatterUpdate", handle(self.controls.ranges(role)), layers_of_role, moved)
+            if group[0].graph != MAIN:
+                yield Run(group[0].graph, update, f"quantization/range/{role}", last=True)
+            else:
+                # In the main graph nothing runs but what a signature needs, such as the update of an average.
+                yield RunAfter(MAIN, group[0].run, (update,), f"quantization/range/{role}")
+
+    def _noise(self, shape: Expr, first: Vector) -> Expr:
+        """Random numbers that follow from the step and from what they are for."""
+        place = 2 * self.controls.row(first.role, first.layer) + first.statistic
+        counter = array(np.array([0, place], np.uint64))  # the first counts on with each four numbers
+        return op(
+            "StatelessRandomUniformV2", shape, self.controls.key, counter, constant(1, "int32"), dtype=Dtype(FLOAT)
+        )
+
+    def _call(self, function: Function, *inputs: Expr, name: str, **tags: str) -> Expr:
+        """A call, or in TensorFlow 1's format, where nothing differentiates through one, what is called."""
+        return (function if self.model.object_based else function.inlined)(*inputs, name=name, **tags)
+
+    def _function(self, make: Callable[..., Function], *arguments: Any) -> Function:
+        if (make, arguments) not in self.functions:
+            function = make(*arguments)
+            taken = {*self.model.graphs, *(known.name for known in self.functions.values())}
+            self.functions[make, arguments] = replace(function, name=unused(function.name, taken))
+        return self.functions[make, arguments]
+
+
+def _stacked(group: Group, kind: Kind | Piped) -> Expr:
+    """The vectors as rows."""
+    attrs = {"N": ops.attr(len(group)), "T": ops.dtype_attr(kind.dtype)}
+    if isinstance(kind, Kind):
+        attrs["_output_shapes"] = ops.shapes_attr([(len(group), kind.size or 0)])
+    return Apply(kind.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")

@@ -1,0 +1,321 @@
+"""Quantisers: how one role's values are rounded to few levels, as functions that TensorFlow runs.
+
+A function works on a vector [C], or on several at once, [R, C], each with limits and a width of its own. What it
+is told besides the values, in this order:
+
+- amount: float32 scalar, how much of the quantised value there is in the result; 0: the value itself, bit for bit;
+- bits: int32 [1] or [R, 1], the width in force, 0 to 16; 0: the value itself, bit for bit;
+- limits: float32 [2] or [R, 2], unless the range is dynamic;
+- noise: float32 like the values, from 0 to 1, 1 excluded, where rounding is stochastic.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from passes.quantization.node_marks import CODE, WIDTH, part
+from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
+from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
+from rewriter.expr import (
+    Apply,
+    Expr,
+    Function,
+    Port,
+    Shape,
+    array,
+    concat,
+    constant,
+    op,
+    parameter,
+    select,
+    stop_gradient,
+)
+from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What tells one quantising function from another.
+
+    Attributes:
+        scheme: its options; the width is no part of the function.
+        epsilon: that of the batch norm.
+        size: the number of channels, where it is known.
+        dtype: the values' dtype; they are quantised in float32.
+        training: whether it is used in training; says something only where that makes a difference.
+    """
+
+    scheme: Scheme
+    epsilon: float
+    size: int | None
+    dtype: str = FLOAT
+    training: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether it is told random numbers."""
+        return self.training and self.scheme.rounding == "stochastic"
+
+    def shape(self, rows: int) -> Shape:
+        """The shape of a vector, for no rows, or of that many of them; None where the size is not known."""
+        return None if self.size is None else (rows, self.size) if rows else (self.size,)
+
+    @property
+    def observed(self) -> bool:
+        """Whether its range follows what it quantises, in variables."""
+        return self.training and isinstance(self.scheme.range, Ema)
+
+    @property
+    def usual(self) -> Kind:
+        """The same for all that may be quantised together."""
+        range_ = Fixed(0, 1) if isinstance(self.scheme.range, Fixed) else self.scheme.range
+        if isinstance(range_, Ema) and not self.observed:
+            range_ = Ema()
+        scheme = replace(self.scheme, bits=8, range=range_, narrow_range=self.scheme.narrow)
+        return replace(self, scheme=scheme, training=self.stochastic or self.observed)
+
+    @property
+    def plain(self) -> Kind:
+        """The same for all whose function is the same: how limits come about is not part of it."""
+        scheme = self.usual.scheme
+        range_ = Ema() if isinstance(scheme.range, Ema) else scheme.range
+        rounding: Rounding = "stochastic" if self.stochastic else "nearest"
+        return replace(self, scheme=replace(scheme, range=range_, rounding=rounding), training=self.stochastic)
+
+    @property
+    def observing(self) -> Kind:
+        """The same for all whose limits move in the same way."""
+        scheme = replace(self.usual.scheme, rounding="nearest", narrow_range=None)
+        return replace(self, scheme=scheme, training=True)
+
+
+def quantizing(kind: Kind, rows: int = 0) -> Function:
+    """The function of a kind: (amount, bits, limits?, noise?, value) -> value.
+
+    The result is q a + v (1 - a) for the quantised value q and the amount a. It is ``sg(q a + v (1 - a)) + (v -
+    sg(v))``, which is exact with gradient 1; where codes are clipped, the gradient is 1 - a. What is selected is
+    the result, so that switched off the value itself passes, bit for bit.
+
+    Args:
+        kind: the scheme and the values.
+        rows: how many vectors the value holds, each in a row of its own; 0 for a single vector.
+    """
+    scheme = kind.scheme
+    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", kind.dtype)
+    told = [amount, bits]
+    shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
+    given = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
+    noise = parameter("noise", FLOAT) if kind.stochastic else None
+    shape = kind.shape(rows)
+    if given is not None:
+        told.append(given)
+        shapes.append((rows, 2) if rows else (2,))
+    if noise is not None:
+        told.append(noise)
+        shapes.append(shape)
+    values = Values(kind, value, shape)
+    acting = (op("Greater", amount, 0.0)) & wide(bits)
+    result = select(acting & values.defined, _Differentiable(values, bits, given, noise).through(amount), value)
+    name = "_".join(
+        [
+            f"bnqat_{scheme.name}_{scheme.range.name}",
+            *(["narrow"] if scheme.narrow and not scheme.usually_narrow else []),
+            *(["full"] if scheme.usually_narrow and not scheme.narrow else []),
+            *(["stochastic"] if kind.stochastic else []),
+            f"epsilon_{kind.epsilon:.9g}",
+            *([] if kind.size is None else [f"{kind.size}_channels"]),
+            *([] if kind.dtype == FLOAT else [kind.dtype]),
+            *([f"{rows}_rows"] if rows else []),
+        ]
+    )
+    return Function(re.sub(r"\W", "_", name), (*told, value), (*shapes, shape), (result,))
+
+
+def piped(graph: str, size: int, dtype: str) -> Function:
+    """The function of a pipeline that is a graph: (amount, bits, value) -> value; its gradient is its own."""
+    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", dtype)
+    raw = cast(value, FLOAT)
+    attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
+    attrs["_output_shapes"] = shapes_attr([(size,)])
+    acting = (op("Greater", amount, 0.0)) & wide(bits)
+    # While it does not act, no gradient goes back through it: one that is not finite would be multiplied with 0.
+    given = select(acting, raw, stop_gradient(raw))
+    made = Apply(FLOAT, "PartitionedCall", (given,), attrs, "pipeline")
+    blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
+    result = select(acting, cast(blend, dtype), value)
+    name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
+    return Function(name, (amount, bits, value), ((), (1,), (size,)), (result,))
+
+
+class Values:
+    """A vector [C] or a stack [R, C] of a kind, before the levels are known.
+
+    Attributes:
+        raw: as float32.
+        defined: which of them are quantised.
+        coordinate: where they lie.
+    """
+
+    def __init__(self, kind: Kind, value: Expr, shape: Shape) -> None:
+        self.kind = kind
+        self.value = value
+        self.shape = shape
+        self.raw = cast(value, FLOAT)
+        self.defined = kind.scheme.defined(self.raw)
+        self.coordinate = kind.scheme.coordinate(self.raw, kind.epsilon)
+
+    def seen(self) -> Limits:
+        """The least and the greatest that count."""
+        return self.kind.scheme.seen(self.raw, self.defined, self.shape)
+
+
+class OnGrid:
+    """Values on the levels of a grid, float32 in `value`."""
+
+    def __init__(self, values: Values, grid: Grid, noise: Expr | None) -> None:
+        scheme = values.kind.scheme
+        self.values = values
+        self.grid = grid
+        self.position = grid.position(values.coordinate)
+        code = _rounded(self.position, noise)
+        if grid.zero is not None:
+            code = code + grid.zero
+        bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
+        kept = part(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
+        self.inside = op("Equal", kept, code)
+        self.steps = kept if grid.zero is None else kept - grid.zero
+        self.value = scheme.value(grid.level(self.steps), values.kind.epsilon)
+
+    def blend(self, amount: Expr) -> Expr:
+        """The quantised value, as much as there is to be of it, in the values' own dtype."""
+        rest = constant(1.0, FLOAT) - amount
+        return cast(self.value * amount + self.values.raw * rest, self.values.value.dtype)
+
+
+class _Differentiable(OnGrid):
+    """The same with limits and gradients."""
+
+    def __init__(self, values: Values, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
+        scheme = values.kind.scheme
+        self.bits = bits
+        self.limits = _split(given) if given is not None else scheme.range_of(values.seen(), values.kind.epsilon)
+        limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
+        super().__init__(values, scheme.grid(limits, bits), noise)
+
+    def through(self, amount: Expr) -> Expr:
+        """The quantised value, as much as there is to be of it, with its gradients."""
+        value = self.values.value
+        rest = constant(1.0, FLOAT) - amount
+        blend = stop_gradient(self.blend(amount))
+        passed = value - stop_gradient(value)
+        if isinstance(self.values.kind.scheme.range, Dynamic):
+            return blend + passed  # nothing is clipped
+        passed = passed * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
+        if not isinstance(self.values.kind.scheme.range, Learned):
+            return blend + passed
+        return blend + passed + cast(self._of_limits(amount), value.dtype)
+
+    def _of_limits(self, amount: Expr) -> Expr:
+        """Zeros, with the gradient of the quantised value for the limits."""
+        kind = self.values.kind
+        scheme, size = kind.scheme, kind.size
+        if size is None:
+            raise AssertionError("a learned range is for vectors of known size")
+        inside = cast(self.inside, scheme.dtype)
+        rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
+        of_high = (self.steps - rounded) * self.grid.reciprocal
+        slope = scheme.slope(self.value, kind.epsilon)
+        factor = scheme.step_gradient_factor(self.bits, size) * amount
+        factor = factor if slope is None else factor * slope
+        result = _zero(self.limits.high) * self._gradient(of_high, factor)
+        if scheme.has_low:
+            of_low = constant(1.0, scheme.dtype) - inside - of_high
+            result = result + _zero(self.limits.low) * self._gradient(of_low, factor)
+        return result
+
+    def _gradient(self, slope: Expr, factor: Expr) -> Expr:
+        """What the gradient is multiplied with; 0 where no value is quantised."""
+        return stop_gradient(select(self.values.defined, cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
+
+
+def wide(bits: Expr) -> Expr:
+    """Which widths are in force at all."""
+    return part(WIDTH, op("Greater", bits, 0))
+
+
+def _zero(value: Expr) -> Expr:
+    """0, with gradient 1."""
+    return value - stop_gradient(value)
+
+
+def _rounded(position: Expr, noise: Expr | None) -> Expr:
+    if noise is None:
+        return op("Round", position)
+    below = op("Floor", position)
+    up = op("Less", cast(noise, position.dtype), position - below)
+    return below + cast(up, position.dtype)
+
+
+def cast(value: Expr, dtype: str) -> Expr:
+    """The value in a dtype."""
+    return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))
+
+
+def _split(limits: Expr) -> Limits:
+    """The two limits in [..., 2], each [..., 1]."""
+    attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
+    low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
+    return Limits(low, Port(limits.dtype, low, 1))
+
+
+def observing(kind: Kind, rows: int = 0) -> Function:
+    """A function (value, limits) -> limits: moved towards the least and greatest value, as `Ema` says.
+
+    Limits are float32 [2], or [R, 2]. Where no value counts, they stay.
+    """
+    scheme = kind.scheme
+    if not isinstance(scheme.range, Ema):
+        raise AssertionError("only moving averages are moved")
+    value, old = parameter("value", kind.dtype), parameter("limits", FLOAT)
+    shape = kind.shape(rows)
+    values = Values(kind, value, shape)
+    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), kind.epsilon))
+    seen = concat((low, high), -1)
+    counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
+    momentum = np.float32(scheme.range.momentum)
+    new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)
+    name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{kind.epsilon:.9g}"
+    name += ("" if kind.size is None else f"_{kind.size}_channels") + ("" if kind.dtype == FLOAT else f"_{kind.dtype}")
+    name += f"_{rows}_rows" if rows else ""
+    shapes = (shape, (rows, 2) if rows else (2,))
+    return Function(re.sub(r"\W", "_", name), (value, old), shapes, (select(counted, new, old),))
+
+
+def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | None) -> Expr:
+    """The limits [L, 2] of learned scales [L] and low limits [L]; None among the schemes for what has none.
+
+    scale counts as max(|scale|, TINY), for the width that a scheme starts with.
+    """
+    bottoms, tops, lows = np.zeros(len(schemes), np.float32), np.zeros(len(schemes), np.float32), []
+    for index, scheme in enumerate(schemes):
+        lows.append(scheme is not None and scheme.has_low)
+        if scheme is not None:
+            bottoms[index], tops[index] = scheme.codes(scheme.bits)
+    size = op("Maximum", op("Abs", scale), TINY)
+    limits = [size * array(bottoms), size * array(tops)]
+    if low is not None:
+        held = low * array(np.array(lows, np.float32))
+        limits = [held + limit for limit in limits]
+    attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "axis": attr(1)}
+    return Apply(FLOAT, "Pack", tuple(limits), attrs)
+
+
+def row(size: int, dtype: str) -> Function:
+    """A function (quantised, value) -> quantised: which vector a row of quantised ones stands for."""
+    quantized, value = parameter("quantized", dtype), parameter("value", dtype)
+    name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
+    return Function(name, (quantized, value), ((size,), (size,)), (op("Identity", quantized),))

@@ -1,0 +1,100 @@
+"""A second phase of training, in which the moving statistics are used and no longer updated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from passes.batch_norm.entries import FROZEN, TRAIN, TRAIN_SIGNATURE
+from passes.batch_norm.moving_statistics import normalise_with_moving
+from passes.batch_norm.sites import Site, sites
+from passes.quantization.controls import control, step
+from rewriter.dataflow import VariableKey, call_graph, origins
+from rewriter.edit import AddVariable, Clone, Dispatch, Edit
+from rewriter.expr import per_call, read
+from rewriter.ir import Error, Model
+
+
+@dataclass(frozen=True)
+class FreezeStatistics:
+    """Let training normalise with the moving statistics, from the step on that `quantization.freeze_step` holds.
+
+    Of the training function there are two then, one branch at its root chooses, and only the chosen one runs: with
+    the batch's statistics, which enter the moving averages; or with the moving statistics as serving has them,
+    quantised if they are there. Everything else in them is the same, dropout and the count of steps included.
+
+    Attributes:
+        freeze_step: the first step of the second phase, the variable's initial value; None: there is no such phase.
+
+    Raises:
+        Error: it is negative or beyond int64.
+    """
+
+    freeze_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.freeze_step is not None and not 0 <= self.freeze_step < 2**63:
+            raise Error(f"freeze_step {self.freeze_step}: it is a number of steps, 0 or more, that fits in an int64")
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Nothing where no freeze step is wanted, or the model has one already.
+
+        Raises:
+            Error: there is no training function whose statistics could be frozen; the message says why.
+        """
+        if self.freeze_step is None:
+            return
+        limit = control(model, "freeze_step", self.freeze_step)
+        if limit.key in model.variables:
+            return
+        tops = [name for name in (TRAIN, TRAIN_SIGNATURE) if name in model.graphs]
+        if not tops:
+            raise Error(
+                "there is no training function with two phases to make: a freeze step needs a model in TensorFlow 2's "
+                "format, and the pass derive-training"
+            )
+        yield AddVariable(limit)
+        calls = model.analysis(call_graph)
+        # A signature may call the function; then the branch is in the function alone.
+        tops = [name for name in tops if calls.reached(name).isdisjoint(set(tops) - {name})]
+        reached = set().union(*(calls.reached(name) for name in tops))
+        # A function that two others run in a conditional or a loop cannot be differentiated in both.
+        names = {name: f"{name}{FROZEN}" for name in sorted(reached)}
+        for name, copy in names.items():
+            yield Clone(name, copy, names)
+        second = per_call("statistics_frozen", read(step(model)) >= read(limit))
+        for top in tops:
+            yield Clone(top, f"{top}_learning")
+            yield Dispatch(top, second, names[top], f"{top}_learning")
+        found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
+        _refuse(model, found, reached)
+        for site in found:
+            yield from normalise_with_moving(model, site, names)
+
+
+def _refuse(model: Model, found: Iterable[Site], reached: Iterable[str]) -> None:
+    """Refuse training whose statistics cannot be frozen.
+
+    Raises:
+        Error: it cannot; the message says why.
+    """
+    for site in found:
+        if site.mode == "both":
+            raise Error(
+                f"statistics of {site.node} cannot be frozen: it chooses its mode while it runs; --freeze-step needs "
+                "fusing, without --no-fuse"
+            )
+        if site.quantized:
+            raise Error("the model is quantised already; statistics are frozen before: rewrite the float model")
+    for name in sorted(reached):
+        graph = model.graphs[name]
+        for node in graph.nodes.values():
+            trains = node.op.startswith("Assign") and any(
+                isinstance(o, VariableKey) and model.variables[o.key].trainable
+                for o in origins(model, name, node.inputs[0])
+            )
+            if trains or node.op.startswith("FusedBatchNormGrad"):
+                raise Error(
+                    f"statistics cannot be frozen in a training function that holds its own gradients ({node.name} in "
+                    f"{name}): they are those of batch statistics; leave --freeze-step away"
+                )

@@ -1,0 +1,212 @@
+"""Training clones of functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import compress
+from typing import NamedTuple
+
+from passes.batch_norm.entries import HINT, running_from
+from passes.batch_norm.layers import layers_of_sites
+from passes.batch_norm.moving_statistics import normalise_with_moving
+from passes.batch_norm.sites import Site, sites
+from passes.frontend.split_modes import bodies
+from passes.training.frozen_layers import frozen_layers
+from passes.training.options import TrainingOptions
+from passes.training.outputs import InnerOutputs
+from passes.training.site_training import Training, averages, own_updates
+from rewriter import ops
+from rewriter.dataflow import call_graph
+from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
+from rewriter.expr import Apply, Use, op
+from rewriter.ir import ARG, Error, Model, Value
+
+PREFIX = "__inference_bnqat_"
+"""Prefix of the names of training functions."""
+
+
+def derived_sites(model: Model, functions: Iterable[str], options: TrainingOptions) -> list[Site]:
+    """The sites in inference mode that functions need, and that are to train in copies of them.
+
+    Raises:
+        Error: there is none in inference mode; or rules contradict each other.
+    """
+    reached = set().union(*(model.analysis(call_graph).reached(f) for f in functions))
+    found = [s for s in model.analysis(sites) if s.graph in reached and s.mode == "inference"]
+    if not found:
+        raise Error(
+            "no training function can be derived: serving chooses the mode of its batch norms, and a constant "
+            f"chooses inference; without --no-fuse each mode becomes a function{HINT}"
+        )
+    return to_train(model, found, options)
+
+
+def to_train(model: Model, found: list[Site], options: TrainingOptions) -> list[Site]:
+    """Of sites in inference mode, those that are to train.
+
+    Raises:
+        Error: rules contradict each other.
+    """
+    left = model.analysis(frozen_layers)
+    layer_of = model.analysis(layers_of_sites)
+    wanted = {
+        layer.number: options.trains(model, layer, any(bn.name not in left for bn in layer.batch_norms))
+        for layer in (layer_of[s.graph, s.node] for s in found)
+    }
+    return [s for s in found if wanted[layer_of[s.graph, s.node].number]]
+
+
+class Switched(NamedTuple):
+    """The sites of a function whose mode is another one in training.
+
+    Attributes:
+        trained: sites in inference mode that are to train.
+        frozen: sites in training mode that are not to.
+    """
+
+    trained: list[Site]
+    frozen: list[Site]
+
+
+def switched_sites(model: Model, function: str, options: TrainingOptions) -> Switched:
+    """The sites of a source's training function whose mode is to be another one.
+
+    Raises:
+        Error: one that is to be left frozen chooses its mode while it runs; or rules contradict each other.
+    """
+    layer_of = model.analysis(layers_of_sites)
+    running = running_from(model, function)
+    found = [s for s in model.analysis(sites) if s.graph in running and not s.reason]
+    training = {layer_of[s.graph, s.node].number for s in found if s.training}
+    switched = Switched([], [])
+    for site in found:
+        layer = layer_of[site.graph, site.node]
+        trains = layer.number in training
+        wanted = options.trains(model, layer, trains)
+        if site.training and not wanted:
+            if site.mode == "both":
+                raise Error(
+                    f"{site.node} cannot be left frozen in train: it chooses its mode while it runs; leave "
+                    "--train-batch-norm away, or --no-fuse"
+                )
+            switched.frozen.append(site)
+        elif wanted and not trains:
+            switched.trained.append(site)
+    return switched
+
+
+class FunctionClones:
+    """Training clones of functions, and of all that they call on the way to what is to be another in training.
+
+    Attributes:
+        tops: the functions to clone, by the name of the clone; each with the order of its inputs and outputs.
+        cloned: the graphs to clone; those that others of them call have a name in `names`.
+        trained: sites that are in training mode in the clones.
+        left: those that were to be in training mode, and cannot.
+        frozen: sites that are in inference mode there.
+        updating: the graphs that update moving averages, and those that call them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        tops: Mapping[str, Clone],
+        options: TrainingOptions,
+        switched: Switched,
+        outputs: InnerOutputs,
+    ) -> None:
+        trained, frozen = switched
+        self.model = model
+        self.options = options
+        self.calls = model.analysis(call_graph)
+        self.tops = tops
+        self.outputs = outputs
+        self.frozen = frozen
+        trainable = [bool(not s.reason and averages(model, s)) for s in trained]
+        self.trained = list(compress(trained, trainable))
+        self.left = list(compress(trained, (not each for each in trainable)))
+        functions = {top.graph for top in tops.values()}
+        reached = set().union(*(self.calls.reached(f) for f in functions))
+        changed = {s.graph for s in trained} | set(outputs.graphs)
+        changed |= {g for s in frozen for g in _graphs_of(s)}
+        updating = {s.graph for s in self.trained}
+        self.updating = updating.union(*(self.calls.reaching(g) for g in updating))
+        self.cloned = changed.union(*(self.calls.reaching(g) for g in changed)) & reached
+        called = {c.callee for g in self.cloned for c in self.calls.calls.get(g, [])} & self.cloned
+        self.names = {g: f"{g}_train" for g in called}
+        for name, top in tops.items():
+            if top.graph in called and not (top.inputs or top.outputs or outputs):
+                self.names[top.graph] = name
+
+    def edits(self) -> Iterator[Edit]:
+        """Clones, sites in their new mode, updates of moving statistics, and what is returned besides.
+
+        Raises:
+            Error: no site can be trained, or the order of two updates is not known.
+        """
+        if self.left and not self.trained:
+            reason = self.left[0].reason or "its moving statistics are read in another function"
+            raise Error(f"no training function can be derived: {self.left[0].node} cannot be trained: {reason}{HINT}")
+        clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
+        for name, top in self.tops.items():
+            own = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
+            names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own}
+            clones |= {names[body]: Clone(body, names[body], names) for body in own}
+            clones[name] = Clone(top.graph, name, names, top.inputs, top.outputs)
+        for name, clone in sorted(clones.items()):
+            yield clone
+            yield from self._train(clone.graph, name)
+            yield from self._freeze(clone.graph, name)
+            yield from self._order_calls(clone.graph, name)
+        yield from self.outputs.edits(clones, self.names)
+
+    def _train(self, graph: str, target: str) -> Iterator[Edit]:
+        training = Training(self.model, target, str, self.options)
+        for site in self.trained:
+            if site.graph == graph:
+                yield from training.edits(site)
+        source = self.model.graphs[graph]
+        for node in own_updates(source, training.updates, source.nodes) if training.updates else ():
+            yield Replace(target, node, Apply("", "NoOp", ()))
+        for holder, value in training.updates.items():
+            yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
+
+    def _freeze(self, graph: str, target: str) -> Iterator[Edit]:
+        """The part of the edits that concerns this clone."""
+        names = {**{g: "" for s in self.frozen for g in _graphs_of(s)}, **self.names, graph: target}
+        for site in self.frozen:
+            if graph in _graphs_of(site):
+                for edit in normalise_with_moving(self.model, site, names):
+                    if _edited(edit) == target:
+                        yield edit
+
+    def _order_calls(self, graph: str, target: str) -> Iterator[Edit]:
+        """Calls that update the same variables run one after the other, in the order of the graph."""
+        nodes = self.model.graphs[graph].nodes
+        inline = {a.holder for s in self.trained if s.graph == graph for a in averages(self.model, s).values()}
+        last: dict[Value, str] = {}
+        for name in dict.fromkeys(c.node for c in self.calls.calls.get(graph, []) if c.callee in self.updating):
+            resources = [v for v in nodes[name].inputs if self._is_resource(graph, v)]
+            if inline & set(resources):
+                raise Error(
+                    f"no training function can be derived: {graph} computes a batch norm itself and again in a "
+                    f"function that it calls, so the order of the updates is not known{HINT}"
+                )
+            before = tuple(dict.fromkeys(last[v] for v in resources if v in last))
+            if before:
+                yield RunAfter(target, name, before)
+            last.update(dict.fromkeys(resources, name))
+
+    def _is_resource(self, graph: str, value: Value) -> bool:
+        node = self.model.graphs[graph].nodes[value.node]
+        return node.op == ARG and ops.argument_dtype(node) == "resource"
+
+
+def _graphs_of(site: Site) -> set[str]:
+    """The graphs that hold a site in training mode: its op, what brings it its statistics, and its updates."""
+    statistics = [e.graph for edges in site.inputs.values() for e in edges]
+    return {site.graph, *statistics, *(g for found in site.assigns.values() for g, _ in found)}
+
+
+def _edited(edit: Edit) -> str:
+    return edit.edge.graph if isinstance(edit, Rewire) else edit.graph if isinstance(edit, Replace | SetAttr) else ""

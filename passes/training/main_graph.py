@@ -1,0 +1,327 @@
+"""Training in TensorFlow 1's format: a copy of the part of the main graph that differs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.layers import layers_of_sites
+from passes.batch_norm.sites import STATISTICS, Site, sites
+from passes.batch_norm.updates import updates_of
+from passes.quantization.controls import increment
+from passes.training.frozen_layers import counted
+from passes.training.functions import to_train
+from passes.training.notes import derived, frozen
+from passes.training.options import TrainingOptions
+from passes.training.outputs import inner_tensor, refuse_taken
+from passes.training.site_training import Training, averages, own_updates
+from rewriter import ops
+from rewriter.dataflow import REFERENCES, call_graph
+from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Replace, Rewire, RunAfter
+from rewriter.expr import Apply, Expr, Use, constant, op, ordered
+from rewriter.frames import Frame, loop_frames
+from rewriter.ir import MAIN, Edge, Error, Graph, Model, Signature, Spec, Value, unused
+from rewriter.liveness import Assumption
+from rewriter.shapes import shape_of
+
+PREFIX = "train"
+SHOWN = 4
+"""Nodes that a note names."""
+COUNT = "quantization/step"
+TRAIN_OP = "train_op"
+"""Collection of the op that makes a training step of the source."""
+
+
+@dataclass
+class MainGraphTraining:
+    """The signature `train`: the default signature with batch norms in training mode, their updates and the count.
+
+    Where the graph itself chooses its mode by a placeholder, `train` is the graph with that placeholder at the
+    value for which batch norms train; else their mode is changed. Only nodes that this concerns are copied.
+    """
+
+    model: Model
+    options: TrainingOptions
+    outputs: Mapping[str, str]
+
+    def __post_init__(self) -> None:
+        self.graph: Graph = self.model.graphs[MAIN]
+        self.sites = [s for s in self.model.analysis(sites) if not s.reason]
+        self.count = increment(self.model)
+
+    def edits(self) -> Iterator[Edit]:
+        """A copy of what differs in training, its updates, and a signature for it; a note where there is none."""
+        yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
+        signature = self._signature()
+        if signature is None:
+            yield Note("no signature computes a batch norm, so there is no signature 'train'")
+            return
+        if "train" in self.model.signatures:
+            yield Note("the source has a signature 'train' of its own, which is kept and counts no steps")
+            return
+        mode = self._mode(signature)
+        running = self._running(signature, mode)
+        own = [s for s in running if trains(s, mode)]
+        changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
+        if self._undecided(running, mode):
+            yield Note(
+                "there is no signature 'train': what chooses between training and inference is not a single boolean "
+                "placeholder"
+            )
+            return
+        if not changed and not own:
+            yield Note(
+                f"there is no signature 'train': the batch norms that the signature {signature.name} needs are "
+                "computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
+            )
+            return
+        if own:
+            self._refuse_freezing(own)
+            yield Note(_described(mode))
+        trained = self._to_train(changed, own)
+        kept = {key for s in (*own, *trained) for key in s.variables}
+        left = [
+            bn.name
+            for bn in self.model.analysis(batch_norms)
+            if any(not s.variables & kept for s in bn.sites if s in running)
+        ]
+        yield from frozen(self.model, left, self.options)
+        self.count = counted(self.model, left)
+        yield from self._copy(signature, mode, trained, own)
+
+    def _refuse_freezing(self, own: list[Site]) -> None:
+        """Refuse to freeze what the graph itself trains.
+
+        Raises:
+            Error: an option says so.
+        """
+        layer_of = self.model.analysis(layers_of_sites)
+        for site in own:
+            if not self.options.trains(self.model, layer_of[site.graph, site.node], source=True):
+                raise Error(
+                    f"{site.node} cannot be left frozen: in TensorFlow 1's format train is the source's own graph, "
+                    "which trains it; leave --train-batch-norm away"
+                )
+
+    def _to_train(self, found: list[Site], own: list[Site]) -> list[Site]:
+        """Of sites in inference mode, those that train beside those that the graph itself trains, if there are any."""
+        if not own:
+            return to_train(self.model, found, self.options)
+        layer_of = self.model.analysis(layers_of_sites)
+        return [s for s in found if self.options.trains(self.model, layer_of[s.graph, s.node], source=False)]
+
+    @staticmethod
+    def _undecided(running: list[Site], mode: Assumption) -> bool:
+        """Whether some batch norm may train or not, as far as the assumption says."""
+        training = set().union(*(_keys(s) for s in running if trains(s, mode)))
+        others = [s for s in running if not trains(s, mode)]
+        return any(s.mode == "both" or training & _keys(s) for s in others)
+
+    def _trainable(self, site: Site) -> bool:
+        """Whether its averages can be updated; a reference cannot be read in every round of a loop."""
+        held = averages(self.model, site)
+        looped = site.node in self.model.analysis_of(self.graph, loop_frames)
+        return bool(held) and not (
+            looped and any(self.graph.nodes[a.holder.node].op in REFERENCES for a in held.values())
+        )
+
+    def _signature(self) -> Signature | None:
+        """The signature to train: the default one if it computes a batch norm, else the first that does."""
+        whole = Assumption(self.model, self.graph, {})
+        found = [s for s in self.model.signatures.values() if self._running(s, whole)]
+        return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+    def _running(self, signature: Signature, mode: Assumption) -> list[Site]:
+        """The sites that a signature needs."""
+        needed = mode.needed(v.node for v in signature.fetches)
+        called = mode.called(needed)
+        return [s for s in self.sites if (s.node in needed if s.graph == MAIN else s.graph in called)]
+
+    def _mode(self, signature: Signature) -> Assumption:
+        """The assumption under which most of a signature's batch norms train; an empty one where none helps."""
+        needed = Assumption(self.model, self.graph, {}).needed(v.node for v in signature.fetches)
+        values: dict[Value, bool] = {}
+        for name in needed:
+            node = self.graph.nodes[name]
+            if node.op in ("Placeholder", "PlaceholderWithDefault") and ops.get(self.model, node, "dtype") == "bool":
+                counts = [self._training(signature, {**values, Value(name): value}) for value in (False, True)]
+                if counts[0] != counts[1]:
+                    values[Value(name)] = counts[1] > counts[0]
+        return Assumption(self.model, self.graph, values)
+
+    def _training(self, signature: Signature, values: Mapping[Value, bool]) -> int:
+        assumed = Assumption(self.model, self.graph, values)
+        running = self._running(signature, assumed)
+        return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
+
+    def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
+        linked = [r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)]
+        unlinked = self._unlinked(own, mode)
+        if unlinked:
+            yield Note(
+                f"{', '.join(unlinked[:SHOWN])} update moving averages with statistics computed apart from the batch "
+                "norm; where they are not those of what its kernel takes, they stay float"
+            )
+        runs = tuple(dict.fromkeys([*linked, *unlinked]))
+        inner = [inner_tensor(self.model, MAIN, *pair) for pair in sorted(self.outputs.items())]
+        refuse_taken(inner, signature.outputs)
+        fetched_values = [*signature.fetches, *(tensor.value for tensor in inner)]
+        needed = mode.needed([*(v.node for v in fetched_values), *runs])
+        frame_of = self.model.analysis_of(self.graph, loop_frames)
+        looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
+        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
+        held = {average.holder for s in changed for average in averages(self.model, s).values()}
+        served = list(own_updates(self.graph, held, needed))
+        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *served]
+        copied = _Copied(self.graph, mode, needed, differing, frame_of)
+        prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
+        yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
+
+        def name(node: str) -> str:
+            return f"{prefix}/{node}" if node in copied.names else node
+
+        for node_name in copied.names:
+            for position, used in enumerate(self.graph.nodes[node_name].inputs):
+                placeholder = copied.resolved(used)
+                if placeholder in mode.values:
+                    known = constant(mode.values[placeholder], "bool")
+                    yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
+        yield from (Replace(MAIN, name(node), Apply("", "NoOp", ())) for node in served)
+        training = Training(self.model, MAIN, name, self.options, copied.resolved)
+        for site in changed:
+            yield from training.edits(site)
+        updates: list[Expr] = []
+        for run in runs:
+            rounds = self._rounds(run, copied)
+            yield from (RunAfter(MAIN, name(n), (name(run),)) for n in rounds)
+            updates += [] if rounds else [Use("", Value(name(run)))]
+        for holder, value in training.updates.items():
+            update = self._assign(name, holder, value)
+            rounds = self._rounds(training.after[holder].node, copied)
+            # Nothing outside waits for what runs in a loop, but every next round does.
+            yield from (RunAfter(MAIN, name(n), (update,), f"{prefix}/{holder.node}") for n in rounds)
+            updates += [] if rounds else [update]
+        last = [*updates, self.count]
+        fetches = []
+        for fetched in fetched_values:
+            chosen = copied.resolved(fetched)
+            dtype = ops.output_dtype(self.model, self.graph, fetched)
+            fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
+        added = tuple(tensor.spec for tensor in inner)
+        feeds = tuple(self._further_inputs(signature, mode, needed))
+        if feeds:
+            names = ", ".join(spec.name for spec, _ in feeds)
+            yield Note(f"the signature train also takes {names}, which its updates of the moving averages need")
+        yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added, feeds))
+        if not own:
+            yield from derived(self.model, changed, [], self.options)
+
+    def _unlinked(self, own: list[Site], mode: Assumption) -> list[str]:
+        """The nodes that update averages of sites otherwise than with the statistics of these, as known so far."""
+        norms = [bn for bn in self.model.analysis(batch_norms) if any(s in own and not s.runs for s in bn.sites)]
+        keys = {bn.variables[role] for bn in norms for role in STATISTICS if role in bn.variables}
+        found = (self._outermost(*update) for key in sorted(keys) for update in updates_of(self.model, key))
+        return [node for node in dict.fromkeys(found) if mode.runs(node)]
+
+    def _outermost(self, graph: str, node: str) -> str:
+        """The node of the main graph by which a node of a function runs."""
+        callers = self.model.analysis(call_graph).callers
+        while graph != MAIN:
+            graph, node, *_ = callers[graph][0]
+        return node
+
+    def _further_inputs(
+        self, signature: Signature, mode: Assumption, needed: Iterable[str]
+    ) -> Iterator[tuple[Spec, Value]]:
+        """The placeholders that training needs and the signature does not feed, as a momentum may be one."""
+        given = {v.node for v in (*signature.feeds, *mode.values)}
+        names = set(signature.inputs)
+        for node in needed:
+            if self.graph.nodes[node].op == "Placeholder" and node not in given:
+                value = Value(node)
+                name = unused(re.sub(r"\W", "_", node), names)
+                names.add(name)
+                dtype = ops.output_dtype(self.model, self.graph, value)
+                yield Spec(name, dtype, shape_of(self.model, self.graph, value)), value
+
+    def _rounds(self, inside: str, copied: _Copied) -> list[str]:
+        """The ends of the rounds of the loop that a node lies in."""
+        frame_of = copied.frame_of
+        if inside not in frame_of:
+            return []
+        ends = [n for n in copied.needed if self.graph.nodes[n].op == "NextIteration"]
+        return [n for n in ends if frame_of[n] == frame_of[inside]]
+
+    def _assign(self, name: Callable[[str], str], holder: Value, value: Expr) -> Expr:
+        held = Value(name(holder.node), holder.port)
+        if self.graph.nodes[holder.node].op in REFERENCES:
+            return op("Assign", Use(value.dtype, held), value)
+        return op("AssignVariableOp", Use("resource", held), value)
+
+
+def _keys(site: Site) -> set[str]:
+    """The variables of a site."""
+    return {key for keys in site.variables for key in keys if key is not None}
+
+
+def trains(site: Site, mode: Assumption) -> bool:
+    """Whether a site normalises with the batch's statistics under an assumption."""
+    if site.mode != "both":
+        return site.mode == "training"
+    return not any(mode.passes(edge) for edge in site.parameters.get("moving_mean", ()))
+
+
+def _described(mode: Assumption) -> str:
+    if not mode.values:
+        return "train is the source's own graph, which is in training mode"
+    values = ", ".join(f"{placeholder.node} = {value}" for placeholder, value in sorted(mode.values.items()))
+    return f"train is the source's own graph with {values}"
+
+
+@dataclass
+class _Copied:
+    """Which nodes differ in training: sites whose mode changes, what needs a placeholder that has a value, and so on.
+
+    Attributes:
+        names: the nodes to copy.
+        instead: what stands for an output of a node that only chooses.
+    """
+
+    graph: Graph
+    mode: Assumption
+    needed: Mapping[str, None]
+    changed: list[str]
+    frame_of: Mapping[str, Frame]
+    instead: dict[Value, Value] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        users: dict[str, list[str]] = {}
+        for name in self.needed:
+            node = self.graph.nodes[name]
+            for source in (*(v.node for v in node.inputs), *node.after):
+                users.setdefault(source, []).append(name)
+        for name in self.needed:
+            chosen = self.mode.chosen(self.graph.nodes[name])
+            if chosen is not None:
+                self.instead.update({Value(name, port): chosen for port in range(2)})
+        loops: dict[str, list[str]] = {}  # a loop is copied whole
+        for name, frame in self.frame_of.items():
+            loops.setdefault(frame[0], []).append(name)
+        waiting = [*self.changed, *(v.node for v in (*self.mode.values, *self.instead))]
+        found = set(self.changed)
+        while waiting:
+            for user in users.get(waiting.pop(), ()):
+                for name in loops.get(self.frame_of.get(user, ("",))[0], (user,)):
+                    if name not in found:
+                        found.add(name)
+                        waiting.append(name)
+        choosing = {v.node for v in self.instead}
+        self.names = tuple(n for n in self.graph.nodes if n in found and n in self.needed and n not in choosing)
+
+    def resolved(self, value: Value) -> Value:
+        """What a value is, where choices are known."""
+        while value in self.instead:
+            value = self.instead[value]
+        return value

@@ -1,0 +1,92 @@
+"""Notes on a training function for its user."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM
+from passes.batch_norm.layers import layers_of_sites
+from passes.batch_norm.sites import Site
+from passes.training.frozen_layers import frozen_layers
+from passes.training.options import TrainingOptions, factors
+from rewriter.edit import Note
+from rewriter.ir import Model
+
+SHOWN = 3
+
+
+def derived(model: Model, trained: Sequence[Site], left: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:
+    """Notes on training that was derived from serving; sites in `left` could not be put into training mode."""
+    text = "train is derived from serving: dropout and regularisers of the original are absent"
+    layer_of = model.analysis(layers_of_sites)
+    layers = {layer_of[s.graph, s.node].number: layer_of[s.graph, s.node] for s in trained}
+    unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
+    if any(options.chosen(model, layer) == "as-source" for layer in unsaid):
+        text += "; that batch norms train is assumed (--train-batch-norm says otherwise)"
+    yield Note(text + _assumed(model, trained, options))
+    if left:
+        yield Note(
+            f"{len(left)} sites stay in inference mode in train, as another function reads their moving statistics"
+        )
+    if any(len(factors(model, s)) > 1 for s in trained):
+        yield Note("a function is shared by batch norms of different momentum; train uses that of the first")
+    ruled = [
+        s
+        for s in trained
+        if factors(model, s) and any(r.momentum is not None for r in options.matching(model, layer_of[s.graph, s.node]))
+    ]
+    if ruled:
+        yield Note(f"the momentum given for {_listed(_names(model, ruled))} has no influence: the source's own is used")
+
+
+def unfrozen(model: Model, trained: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:
+    """Notes on sites that train beside those of the source's training function; there may be none."""
+    given = options.momentum is not None or any(rule.momentum is not None for rule in options.rules)
+    if trained:
+        names = _listed(_names(model, trained))
+        yield Note(f"train also trains what the source leaves frozen: {names}{_assumed(model, trained, options)}")
+    elif given:
+        yield Note("the momentum given has no influence: the training trace has its own")
+
+
+def _assumed(model: Model, trained: Sequence[Site], options: TrainingOptions) -> str:
+    """The momentum that is assumed for sites; empty where none is."""
+    momenta = [(site, options.momentum_of(model, site)) for site in trained]
+    assumed = [(site, f"{m.value:.6g}") for site, m in momenta if m.whose == "assumed"]
+    if not assumed:
+        return ""
+    value = assumed[0][1]  # one for all: the default, or what the other batch norms agree on
+    why = "" if value == str(DEFAULT_MOMENTUM) else ", which the source's other batch norms have,"
+    names = _names(model, [site for site, _ in assumed])
+    which = f" for {_listed(names)}" if len(names) < len(_names(model, trained)) else ""
+    return f"; momentum {value}{why} is assumed{which} (--momentum sets it)"
+
+
+def frozen(model: Model, left: Collection[str], options: TrainingOptions) -> Iterator[Note]:
+    """Notes on the batch norms, by name, that stay frozen in training."""
+    source = model.analysis(frozen_layers)
+    reasons: dict[str, list[str]] = {}
+    layer_of = {bn.name: layer for layer in model.analysis(layers_of_sites).values() for bn in layer.batch_norms}
+    for name in left:
+        layer = layer_of[name]
+        if name in source and options.chosen(model, layer) == "as-source":
+            why = f"as {source[name]}; --train-batch-norm all trains them"
+        elif any(rule.train_batch_norm is not None for rule in options.matching(model, layer)):
+            why = "as a rule says"
+        else:
+            why = "as --train-batch-norm says"
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        count = f"{len(names)} batch norms stay" if len(names) > 1 else "1 batch norm stays"
+        yield Note(f"{count} frozen in train, {why}: {_listed(names)}")
+
+
+def _names(model: Model, sites: Collection[Site]) -> list[str]:
+    layer_of = model.analysis(layers_of_sites)
+    return list(dict.fromkeys(layer_of[s.graph, s.node].name for s in sites))
+
+
+def _listed(names: Sequence[str]) -> str:
+    """As "a, b, c and 4 more"."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more

@@ -1,0 +1,153 @@
+"""Options of training functions for each layer: whether a batch norm trains, and with which momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, TypeVar, get_args
+
+from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM, batch_norms
+from passes.batch_norm.choice import Match, unmatched
+from passes.batch_norm.layers import Layer, layers, layers_of_sites
+from passes.batch_norm.sites import Site
+from rewriter.ir import Error, Model
+
+MOMENTUM = "_bnqat_momentum"
+"""Attribute of a site that training was derived for: whose its momentum is, "source", "given" or "assumed"."""
+
+Trained = Literal["as-source", "all", "none"]
+"""The batch norms that train: those that the source trains, all, or none."""
+
+T = TypeVar("T")
+
+
+class Momentum(NamedTuple):
+    """A momentum, and whose it is: the source's, given, or assumed."""
+
+    value: float
+    whose: Literal["source", "given", "assumed"]
+
+    @property
+    def factor(self) -> float:
+        """The weight of the batch's statistics."""
+        return 1 - self.value
+
+
+@dataclass(frozen=True)
+class TrainingRule(Match):
+    """Other options of training for some layers; None is as elsewhere.
+
+    Raises:
+        Error: an option is out of range.
+    """
+
+    momentum: float | None = None
+    train_batch_norm: Trained | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.momentum, self.train_batch_norm)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of training for all layers, and rules for some, of which the last that matches counts.
+
+    Attributes:
+        momentum: of moving averages where no training site of the source says it.
+
+    Raises:
+        Error: an option is out of range.
+    """
+
+    momentum: float | None = None
+    train_batch_norm: Trained = "as-source"
+    rules: tuple[TrainingRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check(self.momentum, self.train_batch_norm)
+
+    def refuse_unmatched(self, model: Model) -> None:
+        """Refuse a rule that is about no layer.
+
+        Raises:
+            Error: there is one.
+        """
+        rule = unmatched(model, self.rules, model.analysis(layers))
+        if rule is not None:
+            first = model.analysis(layers)[0].name
+            raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")
+
+    def trains(self, model: Model, layer: Layer, source: bool) -> bool:
+        """Return whether a layer is to train, where the source trains it or not.
+
+        Raises:
+            Error: rules say different things of batch norms that share a function.
+        """
+        option = self.chosen(model, layer)
+        return source if option == "as-source" else option == "all"
+
+    def chosen(self, model: Model, layer: Layer) -> Trained:
+        """The option `train_batch_norm` of a layer.
+
+        Raises:
+            Error: rules say different things of batch norms that share a function.
+        """
+        options = [(rule, rule.train_batch_norm) for rule in self.rules if rule.train_batch_norm is not None]
+        return _last(model, layer, options, "train_batch_norm") or self.train_batch_norm
+
+    def given(self, model: Model, layer: Layer) -> float | None:
+        """The momentum that is given for a layer; None where none is.
+
+        Raises:
+            Error: rules say different things of batch norms that share a function.
+        """
+        options = [(rule, rule.momentum) for rule in self.rules if rule.momentum is not None]
+        found = _last(model, layer, options, "momentum")
+        return self.momentum if found is None else found
+
+    def matching(self, model: Model, layer: Layer) -> list[TrainingRule]:
+        """The rules that are about a layer."""
+        return [rule for rule in self.rules if any(rule.matches(model, bn) for bn in layer.batch_norms)]
+
+    def momentum_of(self, model: Model, site: Site) -> Momentum:
+        """The momentum with which a site's moving averages are derived.
+
+        It is that of the batch norm's own training sites, else the given one, else the one that the training sites of
+        all other batch norms agree on, else 0.99.
+
+        Raises:
+            Error: rules say different things of batch norms that share a function.
+        """
+        own = factors(model, site)
+        if own:
+            return Momentum(1 - own[0], "source")
+        given = self.given(model, model.analysis(layers_of_sites)[site.graph, site.node])
+        if given is not None:
+            return Momentum(given, "given")
+        others = {bn.factor for bn in model.analysis(batch_norms)} - {None}
+        common = next((f for f in others if f is not None and len(others) == 1), 1 - DEFAULT_MOMENTUM)
+        return Momentum(1 - common, "assumed")
+
+
+def factors(model: Model, site: Site) -> list[float]:
+    """The weights of a batch's statistics that the model's training sites give the batch norms of a site."""
+    found = [bn.factor for bn in model.analysis(batch_norms) if site in bn.sites]
+    return list(dict.fromkeys(f for f in found if f is not None))
+
+
+def _check(momentum: float | None, trained: str | None) -> None:
+    if momentum is not None and not 0 <= momentum < 1:
+        raise Error(f"momentum {momentum}: it is at least 0 and less than 1")
+    if trained is not None and trained not in get_args(Trained):
+        raise Error(f"train_batch_norm {trained!r}: it is one of {', '.join(get_args(Trained))}")
+
+
+def _last(model: Model, layer: Layer, options: Iterable[tuple[Match, T]], name: str) -> T | None:
+    """The option of the last rule that matches a layer; None where none matches."""
+    found: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
+    for rule, value in options:
+        found |= {bn.name: value for bn in layer.batch_norms if rule.matches(model, bn)}
+    if len(set(found.values())) > 1:
+        raise Error(f"{', '.join(found)} share a function, so rules must give them the same {name}")
+    return next(iter(found.values()))

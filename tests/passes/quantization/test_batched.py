@@ -1,0 +1,142 @@
+"""What vectors become that are quantised together, against the reference and against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.deploy.quantized_values import quantized_values
+from passes.quantization.batched import GENERAL, WIDTH, layout, way
+from passes.quantization.quantizers import Kind
+from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
+from rewriter import evaluation, ops
+from rewriter.draft import define
+from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
+from rewriter.pipeline import Pipeline
+from rewriter.savedmodel.read import load
+from tests import reference
+
+EPSILON = 1e-3
+ON = 1
+SCHEMES = [
+    Affine(),
+    Affine(narrow_range=True),
+    Symmetric(),
+    Symmetric(narrow_range=False),
+    PowerOfTwo(),
+    PowerOfTwo(narrow_range=False),
+    Log(),
+    Log(narrow_range=True),
+]
+
+
+def vectors() -> list[np.ndarray]:
+    """Sizes around a block's, and values of every sort."""
+    rng = np.random.default_rng(0)
+    plain = [rng.normal(0.3, 1.5, n).astype(np.float32) for n in (1, 2, WIDTH - 1, WIDTH, WIDTH + 1, 3 * WIDTH)]
+    odd = rng.normal(0, 2, 40).astype(np.float32)
+    odd[[0, 7, 39]] = np.inf, np.nan, -np.inf
+    return [
+        *plain,
+        *(np.abs(v) for v in plain),
+        *(-np.abs(v) for v in plain),
+        odd,
+        np.zeros(5, np.float32),
+        np.full(9, 0.7, np.float32),
+        np.full(3, np.nan, np.float32),
+        np.full(6, 1e-40, np.float32),
+        np.array([-1.0, 2.0, 3e38], np.float32) / 4,
+    ]
+
+
+def computed(kinds: Sequence[Kind], index: int, bits: int, given: Sequence[np.ndarray], amount: float = 1) -> list[Any]:
+    """What one of the ways gives."""
+    graph = define(way(tuple(kinds), index))
+    counts = [len(row.places) for row in layout(kinds)]
+    told = [np.float32(amount), *(np.full((n, 1), bits, np.int64) for n in counts), *given]
+    feeds: dict[str, np.ndarray] = dict(zip(graph.arguments, map(np.asarray, told), strict=True))
+    nodes = {name: node if node.op != ARG else _placeholder(node, feeds[name]) for name, node in graph.nodes.items()}
+    return evaluation.run(Graph(MAIN, nodes), feeds, [result.value for result in graph.results])
+
+
+def _placeholder(node: Node, value: np.ndarray) -> Node:
+    return Node(node.name, "Placeholder", attrs={"dtype": node.attrs["T"], "shape": ops.shape_attr(np.shape(value))})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name} {s.narrow}")
+def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> None:
+    given = vectors()
+    kinds = [Kind(scheme, EPSILON, v.size).plain for v in given]
+    assert len(layout(kinds)) == 1
+    for bits in (2, 3, 5, 8, 11, 16):
+        on, partly = (computed(kinds, index, bits, given) for index in (ON, GENERAL))
+        for v, short, whole in zip(given, on, partly, strict=True):
+            wanted = reference.quantize(scheme.name, v, bits, EPSILON, narrow=scheme.narrow).value
+            np.testing.assert_array_equal(short, whole)
+            if scheme.name == "log":
+                known = reference.counted("log", v)
+                np.testing.assert_array_equal(short[~known], v[~known])
+                ulp = np.spacing(wanted[known] + np.float32(EPSILON))
+                assert (np.abs(short[known] - wanted[known]) <= ulp).all()
+            else:
+                np.testing.assert_array_equal(short, wanted)
+
+
+@pytest.mark.parametrize("dtype", ["half", "bfloat16", "float64"])
+def test_other_dtypes(dtype: str) -> None:
+    given = [v.astype(tf.as_dtype(dtype).as_numpy_dtype) for v in vectors()[:-2]]
+    kinds = [Kind(scheme, EPSILON, v.size, dtype).plain for scheme in (Affine(), Log()) for v in given]
+    on, partly = (computed(kinds, index, 4, [*given, *given]) for index in (ON, GENERAL))
+    for v, short, whole in zip([*given, *given], on, partly, strict=True):
+        assert short.dtype == v.dtype
+        np.testing.assert_array_equal(short.astype(np.float64), whole.astype(np.float64))
+    affine = reference.affine(np.asarray(given[5], np.float32), 4).astype(given[5].dtype)
+    np.testing.assert_array_equal(on[5], affine)
+
+
+def test_off_and_a_width_of_zero_and_an_amount_of_zero_give_the_same_bits() -> None:
+    given = [*vectors(), np.array([-0.0, 0.0], np.float32)]
+    kinds = [Kind(Affine(), EPSILON, v.size).plain for v in given]
+    for made in (computed(kinds, 0, 8, given), computed(kinds, GENERAL, 0, given)):
+        assert [m.tobytes() for m in made] == [v.tobytes() for v in given]
+
+
+def quantized(path: Path) -> Model:
+    return Pipeline([QuantizeBatchNorm()]).run(load(path))[0]
+
+
+def changed(model: Model, op: str, change: Callable[[Node], Node]) -> Model:
+    """A model with all nodes of an op changed."""
+    graphs = {}
+    for name, graph in model.graphs.items():
+        nodes = {n.name: change(n) if n.op == op else n for n in graph.nodes.values()}
+        graphs[name] = replace(graph, nodes=nodes)
+    return replace(model, graphs=graphs)
+
+
+def test_what_only_looks_like_a_quantizer_is_refused_in_a_sentence(model: Callable[[str], Path]) -> None:
+    """No value is read where bnqat would not have put it, and none of a size that was made up."""
+    whole = quantized(model("module"))
+    assert len(quantized_values(whole)) == 8
+    for wrong in ("x", 7, -1):
+        case = changed(whole, "StatelessCase", lambda n, w=wrong: n.with_attrs(**{ops.GENERAL: ops.attr(w)}))  # type: ignore[misc]
+        with pytest.raises(Error, match="rewrite the float model again"):
+            quantized_values(case)
+    huge = ops.attr(np.array([8], np.int32))
+    huge.tensor.tensor_shape.dim[0].size = 2**40
+    for sizes in (huge, ops.attr(np.array([], np.int32)), ops.attr(np.array(["a"], object)), ops.attr(np.array([3.5]))):
+        for op, position in (("SplitV", 1), ("Slice", 1), ("Slice", 2)):
+            graphs = {}
+            for name, graph in whole.graphs.items():
+                held = {n.inputs[position].node for n in graph.nodes.values() if n.op == op}
+                nodes = {n: g.with_attrs(value=sizes) if n in held else g for n, g in graph.nodes.items()}
+                graphs[name] = replace(graph, nodes=nodes)
+            with pytest.raises(Error, match="rewrite the float model again"):
+                quantized_values(replace(whole, graphs=graphs))
