@@ -61,7 +61,7 @@ def test_an_update_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.
     source = save_v1(tmp_path / "m", by_hand, training="placeholder", control_flow_v2=True)
     assert notes(bnqat.rewrite(source, tmp_path / "q")) == []
     monkeypatch.setattr(Branches, "serves", lambda *_: False)
-    monkeypatch.setattr("passes.sites.updates_beside", lambda *_: {})
+    monkeypatch.setattr("passes.batch_norm.sites.updates_beside", lambda *_: {})
     monkeypatch.setattr(MainGraphTraining, "_unlinked", lambda *_: [])
     with pytest.raises(bnqat.Error, match=r"train would leave norm_0/moving_mean as it is, which the source updates"):
         bnqat.rewrite(source, tmp_path / "lost")
