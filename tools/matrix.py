@@ -26,8 +26,8 @@ from tests.models.all import ALL
 REPOSITORY = Path(__file__).parents[1]
 TESTS = (
     "tests/rewriter",
-    "tests/passes/test_quantize_batch_norm.py",
-    "tests/passes/test_together.py",
+    "tests/passes/batch_norm/test_quantize_batch_norm.py",
+    "tests/passes/quantization/test_batched.py",
     "tests/test_corpus.py",
 )
 """What depends on the release: the format, its ops, and gradients."""
