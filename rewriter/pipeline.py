@@ -18,7 +18,8 @@ from rewriter.ir import Error, Model
 class Pass(Protocol):
     """A rewrite of a model. A frozen dataclass whose fields are its options does well.
 
-    A pass proposes edits and changes nothing; a model is valid before and after each pass.
+    A pass proposes edits and changes nothing; a model is valid before and after each pass. Its class may have a
+    `name`, which logs and messages use.
     """
 
     def edits(self, model: Model) -> Iterable[Edit]:
@@ -28,6 +29,11 @@ class Pass(Protocol):
             Error: the pass cannot do its work on this model; the message says why.
         """
         ...
+
+
+def pass_name(by: Pass) -> str:
+    """Return the name of a pass: that of its class where it has none of its own."""
+    return str(getattr(type(by), "name", type(by).__name__))
 
 
 @dataclass(frozen=True)
@@ -42,8 +48,8 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The name of the pass's class."""
-        return type(self.by).__name__
+        """The pass's name."""
+        return pass_name(self.by)
 
     @property
     def skipped(self) -> tuple[Skip, ...]:
@@ -75,7 +81,7 @@ class Pipeline:
         """
         steps = []
         for each in self.passes:
-            name = type(each).__name__
+            name = pass_name(each)
             start = time.perf_counter()
             edits = tuple(each.edits(model))
             after = apply(model, edits)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
@@ -52,6 +52,8 @@ class QuantizeBatchNorm:
     Raises:
         Error: an option is out of range, or options do not go together.
     """
+
+    name: ClassVar[str] = "quantize-batch-norm"
 
     gamma: Quantizer | None = field(default_factory=Affine)
     beta: Quantizer | None = field(default_factory=Affine)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rewriter import ops
 from rewriter.edit import Edit, Inline
@@ -18,6 +19,8 @@ class InlineBranches:
     A V1 session cannot differentiate an ``If`` that it loaded, as its gradient needs outputs that only a newly
     built one has; nor need it, where training is derived and the mode is known.
     """
+
+    name: ClassVar[str] = "inline-branches"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Nothing in a model with an object graph, whose functions can be differentiated."""

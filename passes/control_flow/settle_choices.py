@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from rewriter import ops
 from rewriter.dataflow import consumers
@@ -20,6 +21,8 @@ class SettleChoices:
     A function that TensorFlow made of a TensorFlow 1 graph has the mode as a placeholder that nobody can feed: its
     default decides, and what only training needs has no use.
     """
+
+    name: ClassVar[str] = "settle-choices"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Settled merges, selections and conditionals of functions; those of the main graph can be fed."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class BakeQuantizers:
     Attributes:
         trust: compute quantisers with whatever ops they have; else with such alone that are known to be harmless.
     """
+
+    name: ClassVar[str] = "bake-quantizers"
 
     trust: bool = False
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class FoldBatchNorm:
     y = conv(x, w s) + (b - mean) s + beta. Computed in float64 and stored in float32, so results differ by rounding.
     Source: Jacob et al. 2018, arXiv:1712.05877, section 3.2.
     """
+
+    name: ClassVar[str] = "fold-batch-norm"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Every batch norm in inference that follows a convolution; a `Skip` with the reason for the others."""

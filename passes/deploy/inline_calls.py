@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.sites import sites
 from rewriter.dataflow import call_graph
@@ -20,6 +21,8 @@ class InlineCalls:
     So a layer and what precedes it are in one graph, and a function that several layers share is there for each. Calls
     within the function are left, so the pass is to be run until it has no edits; functions do not call themselves.
     """
+
+    name: ClassVar[str] = "inline-calls"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Every call in what can run that leads to a batch norm, or returns what one normalises."""

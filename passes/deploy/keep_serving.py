@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.entries import running_from, trains
@@ -29,6 +30,8 @@ class KeepServing:
     Where a plain ``tf.saved_model.save`` left no signature, `serving_default` is made from the root's function `serve`,
     or from its call.
     """
+
+    name: ClassVar[str] = "keep-serving"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """What serves.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.sites import sites
 from passes.roles import MEAN, VARIANCE
@@ -29,6 +30,8 @@ class SplitModes:
     norm: neither mode pays for the other, and TensorFlow fuses a convolution with the batch norm after it. Where a
     constant decides, what it decides takes the conditional's place.
     """
+
+    name: ClassVar[str] = "split-modes"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Two copies of every function in which an argument decides how batch norms are computed; no other choices."""

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class UnfreezeConstants:
     Constants of one name and content, as several functions hold them, become one variable. A gamma of ones and
     a beta of zeros stay constants: training leaves none exactly so, layers without scale or centre have them.
     """
+
+    name: ClassVar[str] = "unfreeze-constants"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """A variable for each constant, and its value wherever the constant was a parameter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rewriter import ops
 from rewriter.dataflow import REFERENCES, consumers
@@ -42,6 +42,8 @@ class UpgradeReferences:
     Attributes:
         keep: leave them as they are, and say what that means.
     """
+
+    name: ClassVar[str] = "upgrade-references"
 
     keep: bool = False
 

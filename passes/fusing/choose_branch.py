@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
@@ -40,6 +41,8 @@ class ChooseBranch:
     Averages that are updated in one mode only stay so; where an update would run in the other mode too, the
     batch's statistics are still there for it.
     """
+
+    name: ClassVar[str] = "choose-branch"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Switches before a kernel, or a kernel in a branch; a `Skip` where a kernel has to run in both modes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.kernel import normalised
 from passes.batch_norm.sites import sites
@@ -25,6 +26,8 @@ class FuseBatchNorm:
     kernel's variance, which is corrected for a sample, is brought back to that of the population. Where a
     graph chooses between a batch's and the moving statistics while it runs, only one kernel runs.
     """
+
+    name: ClassVar[str] = "fuse-batch-norm"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """A kernel for each site in single ops, or a `Skip` with what stands in the way."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING
@@ -32,6 +33,8 @@ class MergeChoices:
 
     `tf.compat.v1.layers` writes two. With one, the fused kernel can be computed where it chooses.
     """
+
+    name: ClassVar[str] = "merge-choices"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """One more result of the conditional that chooses the variance; a `Skip` where they cannot be one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from passes.batch_norm.decomposed import INPUT
 from passes.batch_norm.sites import Site, sites
@@ -29,6 +30,8 @@ class SelectToBranch:
     chosen, so that one mode runs. In a main graph the conditional is Switch and Merge, which a TensorFlow 1 session
     can differentiate; in a function it is ``If``.
     """
+
+    name: ClassVar[str] = "select-to-branch"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """A conditional for each ``Select`` on a single boolean whose choices are of one shape."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.sites import STATISTICS
@@ -20,6 +21,8 @@ class AggregateStatistics:
     statistics drift apart, and only the first one's are saved. What a model asks for is kept. Trainable variables
     cannot be read in this way, and are left; so is a model in TensorFlow 1's format, which no strategy loads.
     """
+
+    name: ClassVar[str] = "aggregate-statistics"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """One for each moving statistic that a training function updates."""

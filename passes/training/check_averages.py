@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE, frozen, serving_entry
 from passes.batch_norm.sites import Site, sites
@@ -28,6 +28,8 @@ class CheckAverages:
     training function: the variables that are assigned whenever it runs. A batch norm that training leaves in
     inference mode needs no update.
     """
+
+    name: ClassVar[str] = "check-averages"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """A note where the source never updates an average, or does so under a condition of its own.

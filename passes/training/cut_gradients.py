@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import networkx as nx
 from tensorflow.python.framework import ops as registry
@@ -34,6 +35,8 @@ class CutGradients:
     Where no trainable variable precedes such an op, no variable's gradient is affected. Where some do, they get none
     by way of it, as nothing could give them one; the rest of the function can be differentiated.
     """
+
+    name: ClassVar[str] = "cut-gradients"
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Stops in the training functions and in what they call, and a note that names the ops."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.entries import (
     SERVE,
@@ -49,6 +50,8 @@ class DeriveTraining:
     Raises:
         Error: an option is out of range.
     """
+
+    name: ClassVar[str] = "derive-training"
 
     momentum: float | None = None
     train_batch_norm: Trained = "as-source"

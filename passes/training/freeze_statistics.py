@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from passes.batch_norm.entries import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.batch_norm.moving_statistics import normalise_with_moving
@@ -29,6 +30,8 @@ class FreezeStatistics:
     Raises:
         Error: it is negative or beyond int64.
     """
+
+    name: ClassVar[str] = "freeze-statistics"
 
     freeze_step: int | None = None
 

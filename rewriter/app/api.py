@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
 from passes.quantization.custom import Function
-from rewriter.app.lineup import lineup
+from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
@@ -118,10 +118,8 @@ def rewrite(
         config: a TOML file with options, or what one would hold; what is given beside it counts.
         tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
             given. The others are kept as they are.
-        passes: passes to run instead of the default ones, as objects or by name: ``upgrade-references``,
-            ``unfreeze-constants``, ``split-modes``, ``select-to-branch``, ``merge-choices``, ``fuse-batch-norm``,
-            ``choose-branch``, ``derive-training``, ``aggregate-statistics``, ``inline-branches``,
-            ``cut-gradients``, ``freeze-statistics``, ``quantize-batch-norm``, ``check-averages``, or ``module:Class``.
+        passes: passes to run instead of the default ones, as objects, by name (those of `passes.PASSES`; the default
+            ones are `passes.REWRITE`), or as ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.
@@ -132,7 +130,7 @@ def rewrite(
     """
     given = {name: value for name, value in locals().items() if name in (*OF_QUANTIZER, *Settings.model_fields)}
     options = settings(config, given)
-    chosen = lineup(options, passes)
+    chosen = pass_list(options, passes)
     target = Path(target)
     if not dry_run:
         refuse_overlap(Path(source), target)

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from passes import FINALIZE, REWRITE
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
 from rewriter.app.guard import Commands, after, one_line, progress, refuse_files, write_file
-from rewriter.app.names import OPTIONS_OF, PASSES
+from rewriter.app.names import OPTIONS_OF
 from rewriter.app.options import (
     BITS,
     NARROW,
@@ -24,6 +25,7 @@ from rewriter.app.options import (
     TAGS,
     TRAIN_BATCH_NORM,
     TRAIN_OUTPUTS,
+    VERBOSE,
 )
 from rewriter.app.show import show_rewrite
 from rewriter.app.waiting import waiting
@@ -40,7 +42,7 @@ def main() -> None:
     """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
     Nothing in a model is executed, but by `sensitivity`, `verify` and `finalize --inputs`, and quantisers by
-    `finalize`. Results go to stdout, progress to stderr. Exit code 0: done; 1: a claim of `verify` failed, or
+    `finalize`. Results go to stdout, errors to stderr. Exit code 0: done; 1: a claim of `verify` failed, or
     `diff --exit-code` found differences; 2: wrong usage, unreadable input or nothing to rewrite.
     """
 
@@ -99,10 +101,11 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
 @TAGS
 @click.option(
     "--passes",
-    help="Passes to run instead of the default ones, in this order, comma-separated: "
-    f"{', '.join(PASSES)}, or your own as module:Class.",
+    help=f"Passes to run instead of the default ones, which are {', '.join(REWRITE)}; comma-separated, in this order: "
+    f"these, those of finalize ({', '.join(FINALIZE)}), or your own as module:Class.",
 )
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
+@VERBOSE
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
 @click.option(
     "--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write a page that shows what changed."
@@ -111,11 +114,13 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
 )
 def rewrite(
+    *,
     source: Path | None,
     target: Path | None,
     passes: str | None,
     report_file: Path | None,
     page: Path | None,
+    verbose: bool,
     **options: Any,
 ) -> None:
     """Write SRC to DST with switchable quantisers on every batch norm, ready to be fine-tuned."""
@@ -146,7 +151,7 @@ def rewrite(
         from rewriter.app import api
 
         with waiting(f"rewriting {source}"):
-            report = api.rewrite(source, target, passes=names, observers=[progress], **options)
+            report = api.rewrite(source, target, passes=names, observers=[progress] if verbose else [], **options)
         written = None if options["dry_run"] else target
         done = "nothing" if written is None else str(written)
         with after(done):

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from rewriter.app.guard import after, check_parameters, one_line, progress, refuse_files, write_file
-from rewriter.app.options import TAGS
+from rewriter.app.options import TAGS, VERBOSE
 from rewriter.app.show import show_finalized
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
@@ -34,6 +34,7 @@ from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require
 @click.option("--trust", is_flag=True, help="Compute quantisers with ops that are not known to be harmless.")
 @TAGS
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
+@VERBOSE
 @click.option("--overwrite", is_flag=True, help="Replace DST if it is a SavedModel.")
 @click.option(
     "--report", "report_file", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as JSON."
@@ -48,6 +49,7 @@ def finalize(
     trust: bool,
     tags: list[str] | None,
     dry_run: bool,
+    verbose: bool,
     overwrite: bool,
     report_file: Path | None,
 ) -> None:
@@ -85,7 +87,7 @@ def finalize(
                 tags=tags,
                 overwrite=overwrite,
                 dry_run=dry_run,
-                observers=[progress],
+                observers=[progress] if verbose else [],
             )
         done = "nothing" if dry_run else str(target)
         with after(done):

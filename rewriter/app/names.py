@@ -1,26 +1,8 @@
-"""Names of passes and of their options, which can be had without importing TensorFlow."""
+"""Names of the passes' options, and of files, which can be had without importing TensorFlow."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-
-PASSES = (
-    "upgrade-references",
-    "unfreeze-constants",
-    "split-modes",
-    "select-to-branch",
-    "merge-choices",
-    "fuse-batch-norm",
-    "choose-branch",
-    "derive-training",
-    "aggregate-statistics",
-    "inline-branches",
-    "cut-gradients",
-    "freeze-statistics",
-    "quantize-batch-norm",
-    "check-averages",
-)
-"""By name; `rewriter.app.lineup` makes them, which takes TensorFlow."""
 
 OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(

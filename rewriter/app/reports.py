@@ -113,7 +113,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         notes=[note for step in steps for note in step.notes],
         other_changes=[],
         changes=[change for step in steps for change in _changes(step)],
-        options={type(p).__name__: repr(p) for p in (step.by for step in steps)},
+        options={step.name: repr(step.by) for step in steps},
         versions=versions(),
     )
 

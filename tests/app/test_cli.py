@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import tensorflow as tf
 
+from passes import REWRITE
 from tests import harness
 from tests.reliability.forks import Outcome, Server
 
@@ -29,7 +31,7 @@ def bnqat(forks: Server) -> Command:
 def assert_one_line(done: Outcome, text: str) -> None:
     assert done.code == 2, done.err
     assert done.out == ""
-    errors = [line for line in done.err.splitlines() if " edits in " not in line]
+    errors = done.err.splitlines()
     assert len(errors) == 1, done.err
     assert errors[0].startswith("bnqat: error: ")
     assert text in errors[0]
@@ -66,12 +68,22 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
     assert "2 batch norms at 10 sites" in table
 
 
+def test_passes_are_told_on_request(bnqat: Command, model: Paths, tmp_path: Path) -> None:
+    told = bnqat("rewrite", model("module"), tmp_path / "out", "-v").err.splitlines()
+    assert [line.partition(":")[0] for line in told] == [name for name in REWRITE if name != "unfreeze-constants"]
+    assert all(re.fullmatch(r"[a-z-]+: \d+ edits in \d+\.\d\d s", line) for line in told)
+    assert bnqat("finalize", tmp_path / "out", tmp_path / "quiet").err == ""
+    told = bnqat("finalize", tmp_path / "out", tmp_path / "final", "--fold", "--verbose").err.splitlines()
+    assert [line.partition(":")[0] for line in told][:2] == ["keep-serving", "bake-quantizers"]
+
+
 def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     report_file = tmp_path / "report.json"
     done = bnqat(
         "rewrite", model("module"), tmp_path / "out", "--bits", "gamma=4,moving_variance=6", "--report", report_file
     )
     assert done.code == 0, done.err
+    assert done.err == ""
     assert "2 of 2 batch-norm sites rewritten" in done.out
     assert "momentum 0.99 is assumed" in done.out
     report = json.loads(report_file.read_text())
@@ -215,7 +227,7 @@ def test_fusing_alone_and_not_at_all(bnqat: Command, model: Paths, tmp_path: Pat
         "2 sites in single ops became the fused kernel",
     ]
     left = bnqat("rewrite", model("form_float64"), tmp_path / "d")
-    assert "FuseBatchNorm left batchnorm/add_1 in " in left.out
+    assert "fuse-batch-norm left batchnorm/add_1 in " in left.out
     assert "it computes in float64, which the fused kernel does not have" in left.out
     off = bnqat("rewrite", model("keras3"), tmp_path / "q", "--no-fuse")
     assert "fused kernel" not in off.out

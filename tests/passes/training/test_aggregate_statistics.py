@@ -50,7 +50,7 @@ def test_after_a_rewrite_they_are_loaded_so_and_it_is_the_rewrites_own_change(re
     assert {c.name.partition("/.")[0] for c in own} == MOVING
     details = {(d.aspect, d.old, d.new) for c in own for d in c.details}
     assert details == {("synchronization", "AUTO", "ON_READ"), ("aggregation", "NONE", "MEAN")}
-    assert {c.by for c in own} == {("AggregateStatistics",)}
+    assert {c.by for c in own} == {("aggregate-statistics",)}
     assert found.verdict.other_changes == 0
 
 

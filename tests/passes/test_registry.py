@@ -1,0 +1,40 @@
+"""The registry names every pass there is, and each class bears its name."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import passes
+from passes import FINALIZE, PASSES, REWRITE, pass_class
+from rewriter.pipeline import Pass, load_pass, pass_name
+
+ROOT = Path(passes.__file__).parent
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_has_its_name(name: str) -> None:
+    made = pass_class(name)()
+    assert isinstance(made, Pass)
+    assert pass_name(made) == pass_class(name).name == name
+    assert PASSES[name].partition(":")[0].endswith(f".{name.replace('-', '_')}")
+
+
+def test_every_class_with_edits_is_registered() -> None:
+    files = [f for f in ROOT.rglob("*.py") if "    def edits(self, model: Model)" in f.read_text(encoding="utf-8")]
+    modules = {".".join(("passes", *f.relative_to(ROOT).with_suffix("").parts)) for f in files}
+    assert modules == {target.partition(":")[0] for target in PASSES.values()}
+    assert not REWRITE.keys() & FINALIZE.keys()
+
+
+def test_a_pass_without_a_name_is_called_as_its_class() -> None:
+    assert pass_name(load_pass("tests.rewriter.test_pipeline:Talks")) == "Talks"
+
+
+def test_names_are_known_without_tensorflow() -> None:
+    code = "import sys, passes; assert passes.PASSES; print('tensorflow' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent)
+    assert done.stdout.strip() == "False"
