@@ -56,18 +56,9 @@ from rewriter.ir import (
     unused,
 )
 from rewriter.lift import lift, make_stateful
-from rewriter.ops import (
-    Dtype,
-    Func,
-    argument_dtype,
-    attr,
-    attribute,
-    call_form_of,
-    dtype_attr,
-    shapes_attr,
-    text,
-    with_functions,
-)
+from rewriter.op_defs import argument_dtype, attribute
+from rewriter.ops import call_form_of
+from rewriter.protos import Dtype, Func, attr, dtype_attr, shapes_attr, text, with_functions
 from rewriter.prune import keep
 from rewriter.shapes import shape_of
 from rewriter.sweep import sweep

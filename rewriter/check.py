@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.ir import Error, Graph, Model, Node
 
 
@@ -57,7 +57,7 @@ def _input_problems(model: Model, graph: Graph, node: Node) -> Iterator[str]:
         source = graph.nodes.get(value.node)
         if source is None:
             yield f"{node.name} uses {value.node}, which does not exist"
-        elif value.port and value.port >= ops.output_count(model, source):
+        elif value.port and value.port >= op_defs.output_count(model, source):
             yield f"{node.name} uses output {value.port} of {value.node} ({source.op}), which has fewer"
     for name in node.after:
         if name not in graph.nodes:
@@ -69,7 +69,7 @@ def _call_problems(model: Model, node: Node) -> Iterator[str]:
     if form is None:
         return
     passed = len(node.inputs) - form.first
-    listed = passed if form.types is None else len(ops.attribute(node, form.types).list.type)
+    listed = passed if form.types is None else len(op_defs.attribute(node, form.types).list.type)
     if listed != passed:
         yield f"{node.name} passes {passed} inputs but {form.types} lists {listed}"
     for callee in ops.callees(model, node):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from rewriter import ops
+from rewriter import constants, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import ARG, Edge, Graph, Model, Node, Value
 
@@ -52,7 +52,7 @@ def _leaves(
     while value not in seen:
         node = graph.nodes[value.node]
         passed = ops.forwarded(node, value.port)
-        if node.op == "Cast" or ops.viewed(graph, node) is not None:
+        if node.op == "Cast" or constants.viewed(graph, node) is not None:
             edge = Edge(graph.name, node.name, 0)
             value = node.inputs[0]
         elif passed is not None:
@@ -102,5 +102,5 @@ def outside(model: Model, leaf: Leaf) -> Leaf:
     passed: Value | None = value
     while passed is not None:
         value, node = passed, outer.nodes[passed.node]
-        passed = ops.viewed(outer, node) or ops.forwarded(node, value.port)
+        passed = constants.viewed(outer, node) or ops.forwarded(node, value.port)
     return outside(model, leaf._replace(graph=outer.name, value=value))

@@ -11,7 +11,7 @@ from typing import Any
 
 from tensorflow.python.framework import dtypes as tf_dtypes
 
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.ir import ARG, Error, Graph, Model, Node, Value
 
 KINDS = {
@@ -66,7 +66,7 @@ class _Nodes:
                 expected = [callee.nodes[a].attrs["T"].type for a in callee.arguments if a in callee.nodes]
                 yield from self._input_problems(node, [(len(expected), tuple(expected))])
             else:
-                definition = ops.op_def(self.model, node.op)
+                definition = op_defs.op_def(self.model, node.op)
                 attrs, wrong = self._attributes_of(definition, node)
                 yield from wrong or self._input_problems(node, _runs(definition.input_arg, attrs))
                 yield from () if wrong else self._call_problems(node, _runs(definition.output_arg, attrs))
@@ -77,7 +77,7 @@ class _Nodes:
             yield f"its attribute _input_shapes is not one of {len(self.graph.arguments)} shapes"
         for result in self.graph.results:
             made = self._dtype(result.value) if result.value.node in self.graph.nodes else None
-            if made is not None and result.dtype and ops.dtype_name(made).removesuffix("_ref") != result.dtype:
+            if made is not None and result.dtype and protos.dtype_name(made).removesuffix("_ref") != result.dtype:
                 yield f"the result {result.name} is {result.dtype}, and {result.value.node} gives {_name(made)}"
 
     def _input_problems(self, node: Node, expected: list[tuple[int, tuple[int, ...]]]) -> Iterator[str]:
@@ -129,8 +129,8 @@ class _Nodes:
             return [(1, (node.attrs["T"].type,))] if "T" in node.attrs else []
         if node.op in self.model.graphs:
             results = self.model.graphs[node.op].results
-            return [(len(results), tuple(ops.dtype_number(r.dtype) if r.dtype else 0 for r in results))]
-        definition = ops.op_def(self.model, node.op)
+            return [(len(results), tuple(protos.dtype_number(r.dtype) if r.dtype else 0 for r in results))]
+        definition = op_defs.op_def(self.model, node.op)
         attrs, wrong = self._attributes_of(definition, node)
         return [] if wrong else _runs(definition.output_arg, attrs)
 
@@ -143,7 +143,7 @@ class _Nodes:
 def _attributes(definition: Any, node: Node) -> tuple[Mapping[str, Any], list[str]]:
     """A node's attributes with the defaults of its op, and what is wrong with them.
 
-    Where nothing is wrong, each attribute of the definition is there or has a default; `ops.attribute` relies on it.
+    If nothing is wrong, each attribute of the definition is there or has a default: `op_defs.attribute` relies on it.
     """
     attrs = dict(node.attrs)
     wrong = []
@@ -224,4 +224,4 @@ def _runs(arguments: Any, attrs: Mapping[str, Any]) -> list[tuple[int, tuple[int
 
 
 def _name(number: int) -> str:
-    return ops.dtype_name(number % 100)
+    return protos.dtype_name(number % 100)

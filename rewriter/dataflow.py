@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.ir import ARG, MAIN, Edge, Entry, Error, Graph, Model, Node, Value
 
 REFERENCES = ("VariableV2", "Variable")
@@ -144,10 +144,10 @@ def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
     found: list[Call] = []
     referred: set[str] = set()
     for node in graph.nodes.values():
-        if ops.refers_to_functions(node.op):
+        if op_defs.refers_to_functions(node.op):
             form = ops.call_form(model, node)
             if form is None:
-                referred.update(f for a in node.attrs.values() for f in ops.functions_in(a))
+                referred.update(f for a in node.attrs.values() for f in protos.functions_in(a))
             else:
                 found += [Call(graph.name, node.name, callee, form.first) for callee in ops.callees(model, node)]
     return found, referred
@@ -155,7 +155,7 @@ def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
 
 def gradient_kinds(graph: Graph) -> list[str]:
     """The kinds of the nodes that have gradients of their own, in the order of the nodes."""
-    return [ops.text(node.attrs[ops.GRADIENT].s) for node in graph.nodes.values() if ops.GRADIENT in node.attrs]
+    return [protos.text(node.attrs[ops.GRADIENT].s) for node in graph.nodes.values() if ops.GRADIENT in node.attrs]
 
 
 def captures(model: Model, graph: Graph) -> bool:
@@ -211,7 +211,7 @@ def _variables_of_handles(model: Model) -> Mapping[str, str]:
     found = {v.node: key for key, v in model.variables.items() if v.node}
     main = model.graphs[MAIN]
     for node in main.nodes.values():
-        shared = ops.text(ops.attribute(node, "shared_name").s) if node.op == "VarHandleOp" else ""
+        shared = protos.text(op_defs.attribute(node, "shared_name").s) if node.op == "VarHandleOp" else ""
         if shared in model.variables:
             found[node.name] = shared  # as new variables are made
     for call in model.analysis(call_graph).calls.get(MAIN, []):

@@ -11,7 +11,8 @@ from rewriter.effects import stateful
 from rewriter.expr import Apply, Expr, Function, Handle, Passed, PerCall, Port, Use, reads_of
 from rewriter.frames import ENTERS, Frame, frames
 from rewriter.ir import ARG, MAIN, Edge, Effect, Error, Graph, Names, Node, Result, Value, Variable
-from rewriter.ops import Dtype, attr, attribute, dtype_attr, more_shapes, shape_attr, shapes_attr
+from rewriter.op_defs import attribute
+from rewriter.protos import Dtype, attr, dtype_attr, more_shapes, shape_attr, shapes_attr
 
 INVALID_IN_NODE_NAMES = re.compile(r"[^A-Za-z0-9_.\\/>-]", re.ASCII)
 """A character that TensorFlow refuses in a node's name.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.ir import Graph, Model, Node
 
 HANDLES = ("VarHandleOp", "ReadVariableOp")
@@ -11,7 +11,7 @@ HANDLES = ("VarHandleOp", "ReadVariableOp")
 
 def stateful(node: Node) -> bool:
     """Return whether an op has an effect, by its definition; a call's is that of the function's ops."""
-    definition = ops.registered(node.op)
+    definition = op_defs.registered(node.op)
     return definition is not None and definition.is_stateful and node.op not in HANDLES
 
 

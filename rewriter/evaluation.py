@@ -8,9 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import op_defs, protos
+from rewriter.constants import LARGEST
 from rewriter.ir import MAIN, Attrs, Error, Graph, Model, Node, Value
-from rewriter.ops import LARGEST, dtype_attr, shape_attr
+from rewriter.protos import dtype_attr, shape_attr
 from rewriter.savedmodel.graphs import write_main
 from rewriter.savedmodel.write import library
 from rewriter.terms import PORT, UNKNOWN, VARIABLE, Term
@@ -123,7 +124,9 @@ class _Placing:
         if found.dtype.kind not in "biufc" and found.dtype.name != "bfloat16":
             raise Error(f"a quantiser computes by {op.op} what is no number")
         name = f"term_{len(self.nodes)}"
-        self.nodes[name] = Node(name, "Const", attrs={"value": ops.attr(found), "dtype": dtype_attr(found.dtype.name)})
+        self.nodes[name] = Node(
+            name, "Const", attrs={"value": protos.attr(found), "dtype": dtype_attr(found.dtype.name)}
+        )
         return Value(name)
 
     def _new(self, term: Term) -> Value:
@@ -135,7 +138,7 @@ class _Placing:
             return self._fed(np.asarray(self.model.value_of(term.inputs[0].of)))
         self._refuse(term)
         for value in term.attrs.values():
-            self.called.update(ops.functions_in(value))
+            self.called.update(protos.functions_in(value))
         inputs = tuple(self._placed[i] if i in self._placed else self._new(i) for i in term.inputs)
         name = f"term_{len(self.nodes)}"
         self.nodes[name] = Node(name, term.op, inputs, attrs=_public(term))
@@ -148,7 +151,7 @@ class _Placing:
             Error: it is one.
         """
         if term.op == "Const" and not self.trust:
-            sizes = [dim.size for dim in ops.attribute(term, "value").tensor.tensor_shape.dim]
+            sizes = [dim.size for dim in op_defs.attribute(term, "value").tensor.tensor_shape.dim]
             if math.prod(sizes) > LARGEST:
                 raise Error(
                     f"a quantiser has a constant of {math.prod(sizes)} elements; --trust computes it all the same"

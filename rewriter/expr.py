@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import Error, Value, Variable
 
 
@@ -124,7 +124,7 @@ Operand = Expr | bool | int | float
 @cache
 def _constant(kind: str, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  1 and True are equal keys
     array = np.asarray(value, dtype=dtype)
-    attrs = {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(array)}
+    attrs = {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(array)}
     return Apply(dtype, "Const", (), attrs)
 
 
@@ -137,15 +137,15 @@ def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
 def array(value: np.ndarray) -> Apply:
     """A constant array; of strings, where its elements are bytes."""
     dtype = "string" if value.dtype == object else value.dtype.name
-    return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": ops.attr(value)})
+    return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(value)})
 
 
 @cache
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
     """A constant array with one value in all places, which is stored once; equal ones are one expression."""
-    proto = ops.attr(np.full((1,), value, dtype))
-    proto.tensor.tensor_shape.CopyFrom(ops.shape_attr(shape).shape)
-    return Apply(dtype, "Const", (), {"dtype": ops.attr(ops.Dtype(dtype)), "value": proto})
+    proto = protos.attr(np.full((1,), value, dtype))
+    proto.tensor.tensor_shape.CopyFrom(protos.shape_attr(shape).shape)
+    return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": proto})
 
 
 def per_call(label: str, inner: Expr, shape: tuple[int, ...] = ()) -> PerCall:
@@ -162,7 +162,7 @@ def handle(variable: Variable) -> Handle:
 @cache
 def read(variable: Variable) -> Expr:
     """The variable's value, read once per graph."""
-    attrs = {"dtype": ops.attr(ops.Dtype(variable.dtype))}
+    attrs = {"dtype": protos.attr(protos.Dtype(variable.dtype))}
     return Apply(variable.dtype, "ReadVariableOp", (handle(variable),), attrs)
 
 
@@ -174,16 +174,16 @@ def op(name: str, *inputs: Operand, **attrs: Any) -> Apply:
     Raises:
         Error: no such op, or the wrong number of inputs.
     """
-    definition = ops.registered(name)
+    definition = op_defs.registered(name)
     if definition is None or len(definition.input_arg) != len(inputs):
         raise Error(f"no op {name} with {len(inputs)} inputs")
     like = next(i.dtype for i in inputs if isinstance(i, Expr))
     operands = tuple(i if isinstance(i, Expr) else constant(i, like) for i in inputs)
-    protos = {k: ops.attr(v) for k, v in attrs.items()}
+    values = {k: protos.attr(v) for k, v in attrs.items()}
     for arg, operand in zip(definition.input_arg, operands, strict=True):
         if arg.type_attr:
-            protos[arg.type_attr] = ops.dtype_attr(operand.dtype)
-    return Apply(_result_dtype(definition, protos), name, operands, protos)
+            values[arg.type_attr] = protos.dtype_attr(operand.dtype)
+    return Apply(_result_dtype(definition, values), name, operands, values)
 
 
 def ordered(value: Apply, after: Iterable[Expr]) -> Apply:
@@ -196,11 +196,11 @@ def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
         return ""
     arg = definition.output_arg[0]
     if not arg.type_attr:
-        return ops.dtype_name(arg.type)
+        return protos.dtype_name(arg.type)
     if arg.type_attr in attrs:
-        return ops.dtype_name(attrs[arg.type_attr].type)
+        return protos.dtype_name(attrs[arg.type_attr].type)
     default = next(a.default_value for a in definition.attr if a.name == arg.type_attr)
-    return ops.dtype_name(default.type)
+    return protos.dtype_name(default.type)
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +224,7 @@ class Function:
 
     def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Apply:
         """A call of the function, with a name hint and attributes that start with an underscore."""
-        attrs = {**_call_attrs(self), **{k: ops.attr(v) for k, v in tags.items()}}
+        attrs = {**_call_attrs(self), **{k: protos.attr(v) for k, v in tags.items()}}
         return Apply(self.results[0].dtype, "PartitionedCall", inputs, attrs, name)
 
     def inlined(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
@@ -233,22 +233,22 @@ class Function:
         result = _inline(self.results[0], made)
         if not isinstance(result, Apply):
             return result
-        attrs = {**result.attrs, **{k: ops.attr(v) for k, v in tags.items()}}
+        attrs = {**result.attrs, **{k: protos.attr(v) for k, v in tags.items()}}
         return replace(result, attrs=attrs, name=name)
 
 
 @cache
 def _call_attrs(function: Function) -> Mapping[str, Any]:
-    attrs = {**_passed_attrs(function), "f": ops.attr(ops.Func(function.name))}
+    attrs = {**_passed_attrs(function), "f": protos.attr(protos.Func(function.name))}
     if None not in function.result_shapes:
-        attrs["_output_shapes"] = ops.shapes_attr(list(function.result_shapes))
+        attrs["_output_shapes"] = protos.shapes_attr(list(function.result_shapes))
     return attrs
 
 
 def _passed_attrs(function: Function) -> Mapping[str, Any]:
     return {
-        "Tin": ops.attr([ops.Dtype(p.dtype) for p in function.parameters]),
-        "Tout": ops.attr([ops.Dtype(r.dtype) for r in function.results]),
+        "Tin": protos.attr([protos.Dtype(p.dtype) for p in function.parameters]),
+        "Tout": protos.attr([protos.Dtype(r.dtype) for r in function.results]),
     }
 
 
@@ -260,9 +260,9 @@ def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name
     first = branches[0]
     attrs = {
         **_passed_attrs(first),
-        "branches": ops.attr([ops.Func(branch.name) for branch in branches]),
-        "output_shapes": ops.shapes_attr(list(first.result_shapes)),
-        **{k: ops.attr(v) for k, v in tags.items()},
+        "branches": protos.attr([protos.Func(branch.name) for branch in branches]),
+        "output_shapes": protos.shapes_attr(list(first.result_shapes)),
+        **{k: protos.attr(v) for k, v in tags.items()},
     }
     return Apply(first.results[0].dtype, "StatelessCase", (index, *inputs), attrs, name)
 
@@ -274,11 +274,11 @@ def cond(predicate: Expr, then: Function, otherwise: Function, inputs: Sequence[
     """
     attrs = {
         **_passed_attrs(then),
-        "Tcond": ops.dtype_attr("bool"),
-        "then_branch": ops.attr(ops.Func(then.name)),
-        "else_branch": ops.attr(ops.Func(otherwise.name)),
-        "output_shapes": ops.shapes_attr(list(then.result_shapes)),
-        "_lower_using_switch_merge": ops.attr(value=True),  # else the branches are not optimised
+        "Tcond": protos.dtype_attr("bool"),
+        "then_branch": protos.attr(protos.Func(then.name)),
+        "else_branch": protos.attr(protos.Func(otherwise.name)),
+        "output_shapes": protos.shapes_attr(list(then.result_shapes)),
+        "_lower_using_switch_merge": protos.attr(value=True),  # else the branches are not optimised
     }
     return Apply(then.results[0].dtype, "StatelessIf", (predicate, *inputs), attrs)
 
@@ -309,7 +309,11 @@ def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
 def concat(values: Sequence[Expr], axis: int = 0) -> Apply:
     """Tensors of one dtype, joined along an axis."""
     dtype = values[0].dtype
-    attrs = {"N": ops.attr(len(values)), "T": ops.dtype_attr(dtype), "Tidx": ops.dtype_attr("int32")}
+    attrs = {
+        "N": protos.attr(len(values)),
+        "T": protos.dtype_attr(dtype),
+        "Tidx": protos.dtype_attr("int32"),
+    }
     return Apply(dtype, "ConcatV2", (*values, constant(axis, "int32")), attrs)
 
 
@@ -321,7 +325,7 @@ def switch(value: Expr, predicate: Expr) -> tuple[Expr, Expr]:
 
 def merge(first: Expr, second: Expr) -> Apply:
     """Whichever of two values is computed."""
-    attrs = {"N": ops.attr(2), "T": ops.dtype_attr(first.dtype)}
+    attrs = {"N": protos.attr(2), "T": protos.dtype_attr(first.dtype)}
     return Apply(first.dtype, "Merge", (first, second), attrs)
 
 

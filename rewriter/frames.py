@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import Graph, Model, Node
 
 Frame = tuple[str, ...]
@@ -47,5 +47,5 @@ def of_node(node: Node, known: Mapping[str, Frame]) -> Frame:
     sources = (*(v.node for v in node.inputs), *node.after)
     deepest = max((known.get(name, ()) for name in sources), key=len, default=())
     if node.op in ENTERS:
-        return (*deepest, ops.text(ops.attribute(node, "frame_name").s))
+        return (*deepest, protos.text(op_defs.attribute(node, "frame_name").s))
     return deepest[:-1] if node.op in EXITS else deepest

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.dataflow import CallGraph, call_graph
 from rewriter.draft import Draft, Need
 from rewriter.expr import Handle, Passed, PerCall, handle, variables_of
@@ -109,12 +109,12 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
         passed = tuple(draft.place(n, scope) for n in needs)
         attrs: dict[str, Any] = {}
         if form.types is not None:
-            attrs[form.types] = ops.more_dtypes(ops.attribute(node, form.types), [n.dtype for n in needs])
+            attrs[form.types] = protos.more_dtypes(op_defs.attribute(node, form.types), [n.dtype for n in needs])
         if form.carried:
             _carry(called[-1], needs)
-            shapes = ops.attribute(node, "output_shapes")
+            shapes = op_defs.attribute(node, "output_shapes")
             if shapes.list.shape:
-                attrs["output_shapes"] = ops.more_shapes(shapes, [n.shape for n in needs])
+                attrs["output_shapes"] = protos.more_shapes(shapes, [n.shape for n in needs])
             attrs["_output_shapes"] = None
         draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *passed)))
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from rewriter import ops
+from rewriter import constants, op_defs, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 
@@ -33,7 +33,7 @@ class Assumption:
         if value in self.values:
             return self.values[value]
         node = self.graph.nodes[value.node]
-        array = ops.constant_of(self.graph, value)
+        array = constants.constant_of(self.graph, value)
         if array is not None:
             return bool(array.reshape(())) if array.size == 1 else None
         if node.op == "LogicalNot":
@@ -106,7 +106,7 @@ class Assumption:
             for name in users:
                 user = self.graph.nodes[name]
                 if user.op not in MERGES or all(v in found for v in user.inputs):
-                    waiting += [Value(name, port) for port in range(max(1, ops.output_count(self.model, user)))]
+                    waiting += [Value(name, port) for port in range(max(1, op_defs.output_count(self.model, user)))]
         return frozenset(found)
 
     def runs(self, name: str) -> bool:

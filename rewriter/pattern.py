@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from rewriter import ops
+from rewriter import constants, ops
 from rewriter.ir import Edge, Graph, Value
 
 COMMUTATIVE = frozenset({"Add", "AddV2", "Mul", "SquaredDifference"})
@@ -127,7 +127,7 @@ def way(graph: Graph, value: Value, *, shaped: bool = False, stop: Collection[st
     while passed is not None:
         yield passed
         found = graph.nodes[passed.node]
-        view = ops.viewed(graph, found)
+        view = constants.viewed(graph, found)
         if found.op in stop or (shaped and view is not None):
             return
         passed = view or ops.forwarded(found, passed.port)

@@ -14,7 +14,7 @@ from typing import Any
 import networkx as nx
 from tensorflow.core.framework import function_pb2
 
-from rewriter import ops
+from rewriter import ops, protos
 from rewriter.dataflow import call_graph, gradient_kinds, referred
 from rewriter.ir import ARG, MAIN, Edge, Entry, Graph, Model, Node, Value
 from rewriter.sweep import held, needed_by
@@ -229,7 +229,7 @@ class _Usage:
                 yield name
         beside = node.attrs.get("_class")
         if beside is not None:
-            names = (ops.text(s).removeprefix("loc:@") for s in beside.list.s)
+            names = (protos.text(s).removeprefix("loc:@") for s in beside.list.s)
             yield from (name for name in names if name in graph.nodes)
 
     def _agree(self, graph: Graph, live: Collection[str]) -> None:

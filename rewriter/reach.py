@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import Argument, Call, call_graph, follow
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Value
 from rewriter.savedmodel.graphs import tensors_of
@@ -97,7 +97,7 @@ def _reaching(model: Model) -> Iterator[Reach]:
 
 def _reached(node: Node) -> str:
     if node.op == "PrintV2":
-        return "files" if ops.attribute(node, "output_stream").s.startswith(b"file://") else ""
+        return "files" if op_defs.attribute(node, "output_stream").s.startswith(b"file://") else ""
     return REACHED.get(node.op, "")
 
 

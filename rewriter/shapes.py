@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import VariableKey, origins
 from rewriter.ir import ARG, Graph, Model, Node, Value
 
@@ -24,7 +24,7 @@ def shape_of(model: Model, graph: Graph, value: Value) -> Shape | None:
         if written is not None:
             return None if written.unknown_rank else tuple(d.size for d in written.dim)
         if node.op == "Const":
-            return tuple(d.size for d in ops.attribute(node, "value").tensor.tensor_shape.dim)
+            return tuple(d.size for d in op_defs.attribute(node, "value").tensor.tensor_shape.dim)
         if node.op == "ReadVariableOp":
             held = [o.key for o in origins(model, graph.name, value) if isinstance(o, VariableKey)]
             return model.variables[held[0]].shape if held else None

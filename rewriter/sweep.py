@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.edit import Sweep
 from rewriter.ir import ARG, MAIN, Graph, Model, Node
 
@@ -53,7 +53,7 @@ def needed_by(node: Node) -> Iterator[str]:
     yield from (v.node for v in node.inputs)
     yield from node.after
     if "_class" in node.attrs:
-        yield from (ops.text(s).removeprefix("loc:@") for s in node.attrs["_class"].list.s)
+        yield from (protos.text(s).removeprefix("loc:@") for s in node.attrs["_class"].list.s)
 
 
 def held(model: Model) -> frozenset[str]:
@@ -69,7 +69,7 @@ def _removable(model: Model, node: Node) -> bool:
     if called:
         inside = [inner for name in called for inner in model.graphs[name].nodes.values()]
         return all(inner.op == ARG or _removable(model, inner) for inner in inside)
-    definition = ops.registered(node.op)
+    definition = op_defs.registered(node.op)
     if node.op == "ReadVariableOp":
         return True  # stateful, but changes nothing
     return definition is not None and not definition.is_stateful and node.op not in FED

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rewriter import ops
+from rewriter import constants, ops
 from rewriter.dataflow import VARIABLES, VariableKey, call_graph, origins
 from rewriter.ir import ARG, MAIN, Attrs, Error, Graph, Model, Node, Value
 from rewriter.liveness import Assumption
@@ -55,7 +55,7 @@ class Term:
     def variable(self) -> str:
         """The key of the variable whose values these are, in this shape or another; "" where it is none's."""
         term = self
-        while term.op in ops.VIEWS:
+        while term.op in constants.VIEWS:
             term = term.inputs[0]
         return term.inputs[0].of if term.op == "ReadVariableOp" and term.inputs[0].op == VARIABLE else ""
 

@@ -23,7 +23,7 @@ import numpy as np
 from google.protobuf import text_format
 from tensorflow.core.framework import attr_value_pb2
 
-from rewriter import ops
+from rewriter import protos
 from rewriter.ir import ARG, Effect, Error, Graph, Node, Result, Value
 
 _NAME = r"[\w.\\/>^-]+"
@@ -47,7 +47,7 @@ def to_text(graph: Graph) -> str:
 
 
 def _argument(node: Node) -> str:
-    dtype = ops.dtype_name(node.attrs["T"].type) if "T" in node.attrs else "any"
+    dtype = protos.dtype_name(node.attrs["T"].type) if "T" in node.attrs else "any"
     rest = {k: v for k, v in node.attrs.items() if k != "T"}
     return f"{node.name}: {dtype}" + (f" {_attrs(rest)}" if rest else "")
 
@@ -82,7 +82,7 @@ def attr_text(value: Any) -> str:
     if kind == "s":
         return _quoted(value.s.decode("latin-1"))
     if kind == "type":
-        return ops.dtype_name(value.type)
+        return protos.dtype_name(value.type)
     if kind == "func" and not value.func.attr:
         return f"@{value.func.name}"
     return "proto " + _quoted(text_format.MessageToString(value, as_one_line=True))
@@ -142,7 +142,7 @@ def _parse_argument(text: str) -> Node:
     if found is None:
         raise Error(f"this is no argument: {text}")
     name, dtype, attrs = found.groups()
-    typed = {} if dtype == "any" else {"T": ops.attr(ops.Dtype(dtype))}
+    typed = {} if dtype == "any" else {"T": protos.attr(protos.Dtype(dtype))}
     return Node(name, ARG, attrs={**typed, **_parse_attrs(attrs or "")})
 
 
@@ -180,15 +180,15 @@ def _parse_attrs(text: str) -> dict[str, Any]:
 
 def _parse_attr(text: str) -> Any:
     if text in ("true", "false"):
-        return ops.attr(text == "true")
+        return protos.attr(text == "true")
     if text.startswith("@"):
-        return ops.attr(ops.Func(text[1:]))
+        return protos.attr(protos.Func(text[1:]))
     if text.startswith('"'):
-        return ops.attr(ast.literal_eval(text).encode("latin-1"))
+        return protos.attr(ast.literal_eval(text).encode("latin-1"))
     if text.startswith("proto "):
         return text_format.Parse(ast.literal_eval(text[6:]), attr_value_pb2.AttrValue())
     if re.fullmatch(r"-?\d+", text):
-        return ops.attr(int(text))
+        return protos.attr(int(text))
     if re.fullmatch(r"-?[\d.]+(e[+-]?\d+)?|-?inf|nan", text):
-        return ops.attr(float(text))
-    return ops.attr(ops.Dtype(text))
+        return protos.attr(float(text))
+    return protos.attr(protos.Dtype(text))

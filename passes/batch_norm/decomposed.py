@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from passes.batch_norm.updates import ARITHMETIC, scalar, update
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
-from rewriter import ops
+from rewriter import constants, ops
 from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, VariableKey, consumers, origins
 from rewriter.ir import Edge, Graph, Model, Node, Value
@@ -180,7 +180,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
                 if user.op in OPS:
                     found[user.name] = None
                     following.append(user.name)
-                elif user.op in ops.FORWARDS or ops.viewed(graph, user) is not None:
+                elif user.op in ops.FORWARDS or constants.viewed(graph, user) is not None:
                     waiting += [Value(user.name, 0), Value(user.name, 1)]
         level = following
     return list(found)
@@ -189,7 +189,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
 def _parameters(model: Model, graph: Graph, match: Match) -> bool:
     """Whether what matched gamma and beta is something that the model holds, with one element for each channel."""
     values = [match[role].value for role in (GAMMA, BETA) if role in match]
-    constants = [ops.constant_of(graph, value) for value in values]
+    constants = [constants.constant_of(graph, value) for value in values]
     found = {o for value in values for o in origins(model, graph.name, value)}
     plain = any(c is not None and not c.ndim for c in constants)
     held = all(isinstance(o, VariableKey | Constant | Captured) for o in found)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.sites import Site, sites
 from passes.roles import MEAN
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
 from rewriter.liveness import Assumption
@@ -114,7 +114,7 @@ def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
 
 
 def _boolean(model: Model, graph: Graph, value: Value) -> bool:
-    return ops.output_dtype(model, graph, value) == "bool"
+    return op_defs.output_dtype(model, graph, value) == "bool"
 
 
 def training_trace(model: Model, serving: Entry) -> Entry | None:

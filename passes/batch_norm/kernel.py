@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from rewriter import ops
+from rewriter import protos
 from rewriter.expr import Apply, Expr, Port, array, constant, op
 from rewriter.shapes import Shape
 
@@ -50,7 +50,7 @@ class Layout:
     def moments(self, x: Expr) -> tuple[Expr, Expr]:
         """Mean and population variance of each channel of x in single ops: float32 vectors."""
         seen = self.seen(x)
-        wide = seen if seen.dtype == "float32" else op("Cast", seen, DstT=ops.Dtype("float32"))
+        wide = seen if seen.dtype == "float32" else op("Cast", seen, DstT=protos.Dtype("float32"))
         axes = array(np.array([i for i, axis in enumerate(self.data_format) if axis != "C"], dtype=np.int32))
         mean = op("Mean", wide, axes, keep_dims=True)
         variance = op("Mean", op("SquaredDifference", wide, mean), axes)
@@ -111,7 +111,7 @@ def normalised(x: Expr, vectors: Mapping[str, Expr], layout: Layout, epsilon: fl
 
 def sample(variance: Expr, x: Expr, channels: int) -> Expr:
     """The batch's variance with the correction that the kernel makes: the inverse of `population`."""
-    elements = op("Cast", op("Size", x, out_type=ops.Dtype("int64")), DstT=ops.Dtype("float32"))
+    elements = op("Cast", op("Size", x, out_type=protos.Dtype("int64")), DstT=protos.Dtype("float32"))
     count = elements / constant(float(channels), "float32")
     return variance * (count / op("Maximum", count - 1.0, 1.0))
 
@@ -121,7 +121,7 @@ def population(corrected: Expr, x: Expr, channels: int) -> Expr:
 
     The kernel's output is the population's variance times n / (n - 1), where a channel has n elements of x.
     """
-    elements = op("Cast", op("Size", x, out_type=ops.Dtype("int64")), DstT=ops.Dtype("float32"))
+    elements = op("Cast", op("Size", x, out_type=protos.Dtype("int64")), DstT=protos.Dtype("float32"))
     rest = constant(1.0, "float32") - constant(float(channels), "float32") / elements
     product = op("Mul", corrected, rest)
-    return replace(product, attrs={**product.attrs, "_output_shapes": ops.shapes_attr([(channels,)])})
+    return replace(product, attrs={**product.attrs, "_output_shapes": protos.shapes_attr([(channels,)])})

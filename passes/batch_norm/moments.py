@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import constants
 from rewriter.ir import ARG, Edge, Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin
 from rewriter.shapes import Shape, shape_of
@@ -105,7 +105,7 @@ def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match |
 
 
 def _axes(graph: Graph, capture: Capture, shape: Shape | None) -> frozenset[int] | None:
-    held = ops.constant_of(graph, origin(graph, capture.value))
+    held = constants.constant_of(graph, origin(graph, capture.value))
     if held is None or shape is None:
         return None
     return frozenset(int(axis) % len(shape) for axis in np.ravel(held))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from passes.batch_norm.sites import STATISTICS, Site
 from passes.roles import ROLES
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.edit import Edit, Replace, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, op, read
 from rewriter.ir import Error, Model, Node
@@ -27,8 +27,8 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
         for edge in site.inputs[role]:
             graph = model.graphs[edge.graph]
             used = graph.nodes[edge.node].inputs[edge.position]
-            batch = Use(ops.output_dtype(model, graph, used), used)
-            value = average if average.dtype == batch.dtype else op("Cast", average, DstT=ops.Dtype(batch.dtype))
+            batch = Use(op_defs.output_dtype(model, graph, used), used)
+            value = average if average.dtype == batch.dtype else op("Cast", average, DstT=protos.Dtype(batch.dtype))
             if site.kind == "decomposed":
                 value = op("Reshape", value, op("Shape", batch))
             yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
@@ -36,7 +36,7 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
             if name in names:
                 yield Replace(names[name], node, Apply("", "NoOp", ()))
     if site.kind == "fused":
-        yield SetAttr(names[site.graph], site.node, "is_training", ops.attr(value=False))
+        yield SetAttr(names[site.graph], site.node, "is_training", protos.attr(value=False))
         yield SetAttr(names[site.graph], site.node, "exponential_avg_factor", None)
 
 
@@ -45,11 +45,11 @@ def _average(model: Model, site: Site, role: str) -> Expr | None:
     for graph, node in reversed(site.assigns[role]):
         if graph == site.graph:
             assign = model.graphs[graph].nodes[node]
-            return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=ops.Dtype(_dtype(assign)))
+            return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=protos.Dtype(_dtype(assign)))
     keys = {keys[ROLES.index(role)] for keys in site.variables}
     key = keys.pop()
     return None if keys or key is None else read(model.variables[key])
 
 
 def _dtype(assign: Node) -> str:
-    return ops.dtype_name(ops.attribute(assign, "dtype").type)
+    return protos.dtype_name(op_defs.attribute(assign, "dtype").type)

@@ -24,7 +24,7 @@ from passes.quantization.quantizers import Kind
 from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
 from passes.quantization.schemes import Affine, Log, Scheme
 from passes.roles import BETA, GAMMA, ROLES, VARIANCE
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import call_graph
 from rewriter.edit import AddVariable, Define, Edit, Import, Rewire, RunAfter, SetAttr, Skip
 from rewriter.expr import Expr, Use, read
@@ -254,7 +254,7 @@ class _Work:
         graph = self.model.graphs[edge.graph]
         value = graph.nodes[edge.node].inputs[edge.position] if edge.node else graph.results[edge.position].value
         if (edge.graph, value) not in self.values:
-            self.values[edge.graph, value] = Use(ops.output_dtype(self.model, graph, value), value)
+            self.values[edge.graph, value] = Use(op_defs.output_dtype(self.model, graph, value), value)
         return self.values[edge.graph, value]
 
     def _vector(self, site: Site, role: str, graph: str, value: Expr, *, statistic: bool) -> Vector | None:

@@ -14,7 +14,7 @@ from passes.batch_norm.updates import Update, assigned, averaged, update
 from passes.batch_norm.updates_beside import updates_beside
 from passes.quantization.quantizer_marks import tag_of
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.choices import Leaf, leaves, outside
 from rewriter.dataflow import (
     Captured,
@@ -177,11 +177,11 @@ class _Fused:
     interior: tuple[str, ...] = ()
 
     def __init__(self, model: Model, graph: Graph, node: Node) -> None:
-        get = partial(ops.get, model, node)
+        get = partial(op_defs.get, model, node)
         self.node = node.name
         self.epsilon = float(np.float32(get("epsilon")))
         # The two older ops keep no average of their own.
-        averages = any(a.name == "exponential_avg_factor" for a in ops.op_def(model, node.op).attr)
+        averages = any(a.name == "exponential_avg_factor" for a in op_defs.op_def(model, node.op).attr)
         self.factor = float(np.float32(get("exponential_avg_factor"))) if averages else 1.0
         self.training = bool(get("is_training"))
         self.inputs = {name: (Edge(graph.name, node.name, position),) for position, name in enumerate((INPUT, *ROLES))}
@@ -372,7 +372,7 @@ def _after_batch_norms(model: Model) -> Callable[[str], frozenset[str]]:
             for edge in uses.get(waiting.pop(), ()):
                 if edge.node and edge.node not in found:
                     found.add(edge.node)
-                    count = ops.output_count(model, graph.nodes[edge.node])
+                    count = op_defs.output_count(model, graph.nodes[edge.node])
                     waiting += [Value(edge.node, port) for port in range(count)]
         return frozenset(found)
 

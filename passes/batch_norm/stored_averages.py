@@ -12,7 +12,7 @@ from passes.batch_norm.layers import Layer
 from passes.batch_norm.sites import STATISTICS
 from passes.quantization.custom import Quantizer
 from passes.quantization.schemes import Log, Scheme
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.dataflow import origins
 from rewriter.edit import Edit, Note, Replace, Rewire
 from rewriter.expr import Expr, Use, op, ordered
@@ -35,13 +35,13 @@ def stored(model: Model, graph: str, node: str) -> tuple[Expr, Callable[[Expr], 
     """What an op assigns to a variable, and the edits that let it assign something else."""
     assign = model.graphs[graph].nodes[node]
     resource, given = assign.inputs
-    value = Use(ops.output_dtype(model, model.graphs[graph], given), given)
+    value = Use(op_defs.output_dtype(model, model.graphs[graph], given), given)
     if assign.op == ASSIGN:
         return value, lambda quantized: iter([Rewire(Edge(graph, node, 1), quantized, node)])
     held = Use("resource", resource)
     # What the assignment waits for, such as another assignment to the same variable, the read has to wait for too.
     before = [Use("", Value(name)) for name in assign.after]
-    old = ordered(op("ReadVariableOp", held, dtype=ops.Dtype(value.dtype)), before)
+    old = ordered(op("ReadVariableOp", held, dtype=protos.Dtype(value.dtype)), before)
     new = op(BY_DIFFERENCE[assign.op], old, value)
     return new, lambda quantized: iter([Replace(graph, node, op(ASSIGN, held, quantized))])
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import constants, op_defs, ops
 from rewriter.dataflow import VariableKey, call_graph, consumers, following, origins
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
@@ -133,7 +133,7 @@ def _from_data(graph: Graph, start: str) -> bool:
 
 def shown(graph: Graph, user: Node, position: int) -> bool:
     """Whether a node's outputs are what comes in here, perhaps in another shape or dtype."""
-    return position == 0 and (user.op in ("Cast", "Identity", "Switch") or ops.viewed(graph, user) is not None)
+    return position == 0 and (user.op in ("Cast", "Identity", "Switch") or constants.viewed(graph, user) is not None)
 
 
 def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int] = ()) -> bool:
@@ -144,7 +144,7 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
     if user.op.startswith("Assign"):
         return True
     uses = model.analysis_of(graph, consumers)
-    outputs = [Value(user.name, port) for port in range(ops.output_count(model, user))]
+    outputs = [Value(user.name, port) for port in range(op_defs.output_count(model, user))]
     chosen = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
     if chosen or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
         after = [e for value in outputs for e in uses.get(value, ())]
@@ -226,7 +226,7 @@ class _Walk:
     @staticmethod
     def _passes(graph: Graph, node: Node, position: int) -> bool:
         """Whether a node's first output is what comes in here, perhaps in another shape or dtype."""
-        if node.op in ops.FORWARDS or ops.viewed(graph, node) is not None:
+        if node.op in ops.FORWARDS or constants.viewed(graph, node) is not None:
             return position == 0
         return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
 
@@ -278,7 +278,7 @@ def scalar(graph: Graph, value: Value) -> float | None:
     """The number that a graph computes from constants; None where it does not, or not a single one."""
     found = origin(graph, value)
     node = graph.nodes[found.node]
-    array = ops.constant_of(graph, found)
+    array = constants.constant_of(graph, found)
     if array is not None:
         real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # which NumPy knows as raw bytes
         return float(array.reshape(())) if array.size == 1 and real else None

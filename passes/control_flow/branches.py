@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from passes.control_flow.predicates import decided_by, leads_to
 from passes.declined import DeclinedError
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.dataflow import call_graph, consumers
 from rewriter.edit import AddResult, Edit, SetAttr
 from rewriter.effects import effects_before
@@ -100,11 +100,14 @@ class Branches:
             yield AddResult(self.taken(False).name, name, otherwise, scope)
         dtypes = [then.dtype for then, _ in added.values()]
         yield SetAttr(
-            self.graph.name, self.node.name, "Tout", ops.more_dtypes(ops.attribute(self.node, "Tout"), dtypes)
+            self.graph.name,
+            self.node.name,
+            "Tout",
+            protos.more_dtypes(op_defs.attribute(self.node, "Tout"), dtypes),
         )
         for name, known in sorted(self.node.attrs.items()):
             if name in ("output_shapes", "_output_shapes") and known.list.shape:
-                yield SetAttr(self.graph.name, self.node.name, name, ops.more_shapes(known, shapes))
+                yield SetAttr(self.graph.name, self.node.name, name, protos.more_shapes(known, shapes))
 
 
 def only_one(edits: list[Edit], extended: set[tuple[str, str]]) -> list[Edit]:

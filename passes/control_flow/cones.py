@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from passes.control_flow.branches import FIRST
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import consumers, following
 from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
 from rewriter.liveness import BRANCHES, SWITCHES
@@ -52,7 +52,7 @@ def cone(model: Model, graph: Graph, start: Value) -> Cone:
                 others[edge.node] = None
             elif user.name not in found:
                 found[user.name] = None
-                waiting += [Value(user.name, port) for port in range(ops.output_count(model, user))]
+                waiting += [Value(user.name, port) for port in range(op_defs.output_count(model, user))]
     return Cone((start.node, *found), tuple(ends), tuple(others))
 
 
@@ -62,7 +62,7 @@ def _chooses(node: Node, edge: Edge) -> bool:
 
 def moveable(node: Node) -> bool:
     """Whether it makes no difference when a node runs."""
-    definition = ops.registered(node.op)
+    definition = op_defs.registered(node.op)
     if definition is None or definition.is_stateful or node.op in ops.CALLS or node.op in (*ops.CHOICES, *SWITCHES):
         return False
     return not any(arg.is_ref for arg in definition.input_arg)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from passes.control_flow.predicates import assumption, switches
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import Argument, Captured, Origin, VariableKey, follow
 from rewriter.effects import has_effect
 from rewriter.ir import MAIN, Entry, Graph, Model, Node, Signature, Value
@@ -126,5 +126,5 @@ class _Walk:
         return follow(self.model, body, body.results[position].value) == Argument(body.name, position)
 
     def _boolean(self, here: Invocation, value: Value) -> bool | None:
-        boolean = ops.output_dtype(self.model, here.graph, value) == "bool"
+        boolean = op_defs.output_dtype(self.model, here.graph, value) == "bool"
         return here.assumed.known(value) if boolean else None

@@ -6,7 +6,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from rewriter import ops
+from rewriter import constants, op_defs
 from rewriter.dataflow import consumers, following
 from rewriter.ir import Graph, Model, Node, Value
 from rewriter.liveness import SWITCHES, Assumption
@@ -82,7 +82,7 @@ def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
     """
     passed = [v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES]
     found = {(decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed}
-    return frozenset(gate for gate in found if ops.constant_of(graph, gate[0]) is None)
+    return frozenset(gate for gate in found if constants.constant_of(graph, gate[0]) is None)
 
 
 def gated(model: Model, graph: Graph, gate: tuple[Value, bool], values: Iterable[Value]) -> bool:
@@ -113,6 +113,6 @@ def reached(
         if name not in seen and name:
             seen.add(name)
             yield name
-            count = ops.output_count(model, graph.nodes[name])
+            count = op_defs.output_count(model, graph.nodes[name])
             waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]
             waiting += [*(node.name for node in followers.get(name, ())), *before.get(name, ())]

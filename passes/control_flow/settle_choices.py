@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import consumers
 from rewriter.edit import Edit, Inline, Keep, Note, Rewire
 from rewriter.expr import Use
@@ -38,7 +38,7 @@ class SettleChoices:
                 for port in range(2 if node.op in SWITCHES else 1):
                     value = assumed.settled(Value(node.name, port))
                     if value.node != node.name:
-                        chosen = Use(ops.output_dtype(model, graph, value), value)
+                        chosen = Use(op_defs.output_dtype(model, graph, value), value)
                         for edge in model.analysis_of(graph, consumers).get(Value(node.name, port), ()):
                             settled = True
                             yield Rewire(edge, chosen, node.name)

@@ -11,7 +11,7 @@ import numpy as np
 
 from passes.deploy.quantized_values import Quantized, quantized_values, tagged, trusted_values
 from passes.quantization.quantizer_marks import TAG
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import consumers
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire
 from rewriter.expr import Expr, Use, read
@@ -136,4 +136,4 @@ def _raw(model: Model, graph: Graph, node: str) -> Expr:
     value = Value(node)
     while TAG in graph.nodes[value.node].attrs:
         value = graph.nodes[value.node].inputs[-1]
-    return Use(ops.output_dtype(model, graph, value), value)
+    return Use(op_defs.output_dtype(model, graph, value), value)

@@ -10,7 +10,7 @@ import numpy as np
 
 from passes.batch_norm.sites import Site, sites
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import consumers
 from rewriter.edit import Assign, Edit, Keep, Rewire, Skip
 from rewriter.evaluation import evaluated
@@ -70,11 +70,11 @@ class _Fold(NamedTuple):
         """Use the sum in place of the batch norm."""
         graph = model.graphs[self.site.graph]
         node = graph.nodes[self.site.node]
-        dtype = ops.output_dtype(model, graph, Value(self.sums))
+        dtype = op_defs.output_dtype(model, graph, Value(self.sums))
         made: Expr = Use(dtype, Value(self.sums))
         if self.bias != BIAS:
             held = Use(dtype, node.inputs[1 + ROLES.index(self.bias)])
-            made = op("BiasAdd", made, held, data_format=ops.get(model, node, "data_format"))
+            made = op("BiasAdd", made, held, data_format=op_defs.get(model, node, "data_format"))
         for edge in model.analysis_of(graph, consumers).get(Value(self.site.node), ()):
             yield Rewire(edge, made, f"{self.site.node}/folded")
 
@@ -143,9 +143,9 @@ def _before(model: Model, graph: Graph, node: Node) -> tuple[Node, Node | None]:
         found = _made(model, graph, adding)
     if found.op not in CONVOLUTIONS:
         raise Error(f"what it normalises comes from {found.op}, and not from a convolution")
-    if len({ops.get(model, n, "data_format") for n in (found, node, adding) if n}) > 1:
+    if len({op_defs.get(model, n, "data_format") for n in (found, node, adding) if n}) > 1:
         raise Error("its data format is not that of the convolution before it")
-    if any(ops.output_dtype(model, graph, Value(n.name)) != "float32" for n in (found, node)):
+    if any(op_defs.output_dtype(model, graph, Value(n.name)) != "float32" for n in (found, node)):
         raise Error("only convolutions in float32 are folded")
     return found, adding
 

@@ -13,11 +13,11 @@ from tensorflow.python.framework import tensor_util
 from passes.batch_norm.entries import running_from
 from passes.quantization.node_marks import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.quantization.quantizer_marks import TAG, tag_of
-from rewriter import ops
+from rewriter import op_defs, ops, protos
+from rewriter.constants import LARGEST
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
-from rewriter.ops import LARGEST
 from rewriter.terms import PORT, Bound, Term, Terms, cone
 
 WHOLE = (types_pb2.DT_INT32, types_pb2.DT_INT64)
@@ -214,7 +214,7 @@ def _numbers(term: Term, position: int, where: str) -> np.ndarray:
         Error: it is none.
     """
     given = term.inputs[position] if position < len(term.inputs) else term
-    tensor = ops.attribute(given, "value").tensor if given.op == "Const" else None
+    tensor = op_defs.attribute(given, "value").tensor if given.op == "Const" else None
     if tensor is None or tensor.dtype not in WHOLE or math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
         raise unknown(where)
     try:
@@ -255,4 +255,4 @@ def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 def _part(term: Term) -> str:
     found = term.attrs.get(ops.PART)
-    return "" if found is None else ops.text(found.s)
+    return "" if found is None else protos.text(found.s)

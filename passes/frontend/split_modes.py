@@ -8,13 +8,13 @@ from typing import ClassVar
 
 from passes.batch_norm.sites import sites
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep
 from rewriter.expr import Use, constant
 from rewriter.ir import MAIN, Graph, Model, Value
 from rewriter.liveness import BRANCHES, MERGES, SELECTS, Assumption
-from rewriter.ops import argument_dtype
+from rewriter.op_defs import argument_dtype
 from rewriter.pattern import origin
 from rewriter.shapes import shape_of
 
@@ -136,7 +136,7 @@ def _settled(model: Model, graph: Graph, name: str, known: Assumption) -> Iterat
         node = graph.nodes[each]
         if node.op not in BRANCHES:
             taken = known.settled(Value(each))
-            dtype = ops.output_dtype(model, graph, taken)
+            dtype = op_defs.output_dtype(model, graph, taken)
             shapes = {shape_of(model, graph, v) for v in (taken, Value(each))}
             same = len(shapes) == 1 and None not in shapes  # else it is broadcast
             for edge in uses.get(Value(each), ()) if same else ():

@@ -12,7 +12,7 @@ import numpy as np
 
 from passes.batch_norm.sites import Site, sites
 from passes.roles import BETA, GAMMA, ROLES
-from rewriter import ops
+from rewriter import constants
 from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, Origin
 from rewriter.edit import AddVariable, Edit, Note, Rewire
@@ -63,9 +63,9 @@ def _unfrozen(model: Model, site: Site, made: dict[tuple[str, bytes], Variable])
 def _value(model: Model, origin: Origin | None) -> np.ndarray | None:
     match origin:
         case Constant(graph, node):
-            return ops.constant_of(model.graphs[graph], Value(node))
+            return constants.constant_of(model.graphs[graph], Value(node))
         case Captured(number) if number in model.constants:
-            return ops.constant_of(model.graphs[MAIN], Value(model.constants[number]))
+            return constants.constant_of(model.graphs[MAIN], Value(model.constants[number]))
         case _:
             return None
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.dataflow import REFERENCES, consumers
 from rewriter.edit import Edit, Note, Refetch, Replace, Rewire, RunAfter
 from rewriter.expr import Apply, Use, op, ordered
@@ -67,9 +67,9 @@ class UpgradeReferences:
 
 
 def _handle_attrs(node: Node) -> Attrs:
-    name = ops.attribute(node, "shared_name").s
+    name = op_defs.attribute(node, "shared_name").s
     kept = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
-    return {**kept, "shared_name": ops.attr(name or node.name)}
+    return {**kept, "shared_name": protos.attr(name or node.name)}
 
 
 @dataclass
@@ -90,12 +90,12 @@ class _Work:
         for edge in self.model.analysis_of(self.graph, consumers).get(reference, ()):
             user = self.graph.nodes[edge.node]
             if user.op in FORWARDS and not (user.op == "RefSwitch" and edge.position):
-                yield from self._replace(user, FORWARDS[user.op], {"T": ops.dtype_attr("resource")})
+                yield from self._replace(user, FORWARDS[user.op], {"T": protos.dtype_attr("resource")})
                 for port in range(2 if user.op == "RefSwitch" else 1):
                     yield from self.uses(Value(user.name, port), Value(user.name, port))
             elif self._takes_reference(user, edge.position):
                 yield from self._replace(user, self._twin(user.op), {})
-                if ops.op_def(self.model, user.op).output_arg[0].is_ref:
+                if op_defs.op_def(self.model, user.op).output_arg[0].is_ref:
                     yield from self._after(user, handle)
             else:
                 yield Rewire(edge, self._read(handle, reference), f"{handle.node}/value")
@@ -109,8 +109,8 @@ class _Work:
         """Whether an op refers to the variable at this input, rather than take its value."""
         if user.op == "Identity":
             return True
-        definition = ops.op_def(self.model, user.op)
-        named = list(ops.argument_counts(definition.input_arg, user.attrs, ops.defaults(definition)))
+        definition = op_defs.op_def(self.model, user.op)
+        named = list(op_defs.argument_counts(definition.input_arg, user.attrs, op_defs.defaults(definition)))
         at = [arg for arg, (_, count) in zip(definition.input_arg, named, strict=True) for _ in range(count)]
         return bool(at[position].is_ref)
 
@@ -118,11 +118,11 @@ class _Work:
         if user.name in self.replaced:
             return
         self.replaced.add(user.name)
-        known = {a.name for a in ops.op_def(self.model, twin).attr}
+        known = {a.name for a in op_defs.op_def(self.model, twin).attr}
         attrs = {k: v for k, v in user.attrs.items() if k in known or k == "_class"}
-        own = [a.name for a in ops.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
+        own = [a.name for a in op_defs.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
         if "dtype" in known and own:
-            attrs["dtype"] = ops.attribute(user, own[0])
+            attrs["dtype"] = op_defs.attribute(user, own[0])
         inputs = tuple(Use("", v) for v in user.inputs)
         yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **given}))
 
@@ -152,5 +152,5 @@ class _Work:
         yield from self._after(user, handle)
 
     def _read(self, handle: Value, reference: Value) -> Apply:
-        dtype = ops.output_dtype(self.model, self.graph, reference)
-        return op("ReadVariableOp", Use("resource", handle), dtype=ops.Dtype(dtype))
+        dtype = op_defs.output_dtype(self.model, self.graph, reference)
+        return op("ReadVariableOp", Use("resource", handle), dtype=protos.Dtype(dtype))

@@ -8,7 +8,7 @@ import numpy as np
 
 from passes.batch_norm.updates import only_assigned, shown
 from passes.fusing.fusable import Fusable
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.dataflow import consumers
 from rewriter.edit import Edit, Rewire
 from rewriter.expr import Expr, array, op
@@ -36,7 +36,7 @@ def final_uses(
 
 def _ends(model: Model, graph: Graph, user: Node, precise: Collection[str], switches: Collection[str]) -> bool:
     """Whether a node that passes a value on means something of its own."""
-    rounds = user.op == "Cast" and ops.output_dtype(model, graph, Value(user.name)) not in precise
+    rounds = user.op == "Cast" and op_defs.output_dtype(model, graph, Value(user.name)) not in precise
     return rounds or (user.op == "Switch" and user.name not in switches)
 
 
@@ -56,11 +56,11 @@ def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr
     """Let one use of a statistic take a vector, in the shape and dtype that are used there."""
     shape = shape_of(model, graph, used)
     if shape is not None and -1 not in shape:
-        dtype = ops.output_dtype(model, graph, used)
+        dtype = op_defs.output_dtype(model, graph, used)
         yield Rewire(edge, shaped(statistic, shape, dtype), used.node)
 
 
 def shaped(vector: Expr, shape: Shape, dtype: str) -> Expr:
     """A vector in another shape and dtype."""
     found = vector if len(shape) == 1 else op("Reshape", vector, array(np.array(shape, dtype=np.int32)))
-    return found if found.dtype == dtype else op("Cast", found, DstT=ops.Dtype(dtype))
+    return found if found.dtype == dtype else op("Cast", found, DstT=protos.Dtype(dtype))

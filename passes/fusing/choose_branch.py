@@ -16,7 +16,7 @@ from passes.control_flow.cones import Cone, cone
 from passes.control_flow.predicates import assumption, decided_by, leads_to
 from passes.declined import DeclinedError
 from passes.fusing.either_mode import EitherMode, channels_of, kernel_statistics
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import consumers
 from rewriter.edit import Edit, Rewire, RunAfter, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use, array, merge, parameter, switch
@@ -127,7 +127,7 @@ class _Switched:
         return not assumption(self.model, self.graph, self.predicate, not on).runs(name)
 
     def _switched(self, value: Value, on: bool) -> Expr:
-        used = Use(ops.output_dtype(self.model, self.graph, value), value)
+        used = Use(op_defs.output_dtype(self.model, self.graph, value), value)
         if self.graph.nodes[value.node].op == "Const":
             return used
         if value not in self.made:
@@ -167,7 +167,7 @@ class _Moved:
             if edge.node == self.branches.node.name:
                 yield from self._inside(edge, value)
             else:
-                dtype = ops.output_dtype(self.model, self.graph, value)
+                dtype = op_defs.output_dtype(self.model, self.graph, value)
                 yield Rewire(edge, Use(dtype, self._returned(value, returned)), self.site.node)
         if returned:
             yield from self._results(list(returned))
@@ -241,13 +241,13 @@ class _Moved:
             node = self.graph.nodes[name]
             inputs = tuple(self._value(v) for v in node.inputs)
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
-            dtype = ops.output_dtype(self.model, self.graph, Value(name))
+            dtype = op_defs.output_dtype(self.model, self.graph, Value(name))
             self.made[name] = Apply(dtype, node.op, inputs, attrs)
         return self.made[name]
 
     def _value(self, value: Value) -> Expr:
         """A value of the graph in the branch."""
-        dtype = ops.output_dtype(self.model, self.graph, value)
+        dtype = op_defs.output_dtype(self.model, self.graph, value)
         node = self.graph.nodes[value.node]
         if node.name in self.nodes:
             return Port(dtype, self._moved(node.name), value.port)
@@ -277,4 +277,4 @@ class _Moved:
         return array(np.zeros(size, self._dtype(value)))
 
     def _dtype(self, value: Value) -> str:
-        return ops.output_dtype(self.model, self.graph, value)
+        return op_defs.output_dtype(self.model, self.graph, value)

@@ -15,7 +15,7 @@ from passes.batch_norm.kernel import Layout, sample
 from passes.batch_norm.sites import Site
 from passes.declined import DeclinedError
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.edit import Define, Edit
 from rewriter.expr import Expr, Function, Use, cond, op, parameter
 from rewriter.ir import Graph, Model, Value
@@ -54,7 +54,7 @@ class EitherMode:
             spare = Function(f"{name}_computed", parameters, shapes, (self.spares[role],))
             self._functions.extend((passed, spare))
             branches = (passed, spare) if self.training else (spare, passed)
-            given = computed if computed.dtype == own.dtype else op("Cast", computed, DstT=ops.Dtype(own.dtype))
+            given = computed if computed.dtype == own.dtype else op("Cast", computed, DstT=protos.Dtype(own.dtype))
             inputs = [*(value for value, _ in self.operands.values()), given]
             self._made[role] = cond(Use("bool", self.predicate), *branches, inputs)
         return self._made[role]
@@ -89,7 +89,7 @@ def kernel_statistics(model: Model, graph: Graph, site: Site, bring: Callable[[V
     x, _, _, *averages = node.inputs
     channels = channels_of(model, graph, site)
     used = bring(x)
-    mean, variance = Layout(ops.get(model, node, "data_format"), "same", channels).moments(used)
+    mean, variance = Layout(op_defs.get(model, node, "data_format"), "same", channels).moments(used)
     batch = {MEAN: mean, VARIANCE: sample(variance, used, channels)}
     if not site.kernel_average:
         return batch

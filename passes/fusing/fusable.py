@@ -14,7 +14,7 @@ from passes.batch_norm.sites import Site, sites
 from passes.control_flow.predicates import gated, gates, leads_to
 from passes.declined import DeclinedError
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
-from rewriter import ops
+from rewriter import constants, op_defs, protos
 from rewriter.dataflow import Argument, Computed, VariableKey, consumers, origins
 from rewriter.edit import Replace
 from rewriter.expr import Apply, Expr, Use, array, op, ordered
@@ -118,7 +118,7 @@ class Fusable:
             DeclinedError: it does not hold one number for each channel.
         """
         node = graph.nodes[value.node]
-        while node.op == "Cast" or ops.viewed(graph, node) is not None:
+        while node.op == "Cast" or constants.viewed(graph, node) is not None:
             require_precise(graph, [node.name], self.precise)
             value = node.inputs[0]
             node = graph.nodes[value.node]
@@ -130,11 +130,11 @@ class Fusable:
             raise DeclinedError(f"{value.node} has {known}, and x has {self.layout.channels} channels")
         if len(shape) != 1:
             found = op("Reshape", found, array(np.array([self.layout.channels], dtype=np.int32)))
-        return found if dtype == "float32" else op("Cast", found, DstT=ops.Dtype("float32"))
+        return found if dtype == "float32" else op("Cast", found, DstT=protos.Dtype("float32"))
 
     def dtype(self, graph: Graph, value: Value) -> str:
         """A value's dtype."""
-        return ops.output_dtype(self.model, graph, value)
+        return op_defs.output_dtype(self.model, graph, value)
 
     def moments_of_x(self, graph: Graph, mean: Value, variance: Value, outer: Outer = lambda value: value) -> Moments:
         """The batch's statistics that two values of a graph are; `outer` says what a value is in the site's graph.
@@ -248,7 +248,7 @@ def require_precise(graph: Graph, names: Iterable[str], precise: Collection[str]
     """
     for name in names:
         node = graph.nodes[name]
-        rounded = ops.dtype_name(ops.attribute(node, "DstT").type) if node.op == "Cast" else ""
+        rounded = protos.dtype_name(op_defs.attribute(node, "DstT").type) if node.op == "Cast" else ""
         if rounded and rounded not in precise:
             raise DeclinedError(f"{name} rounds to {rounded}, which the kernel does not")
 
@@ -274,7 +274,7 @@ def replaced(found: Fusable, y: Apply) -> Replace:
     node = found.graph.nodes[found.site.node]
     dtype = found.dtype(found.graph, Value(node.name))
     if y.dtype != dtype:
-        y = op("Cast", y, DstT=ops.Dtype(dtype))
+        y = op("Cast", y, DstT=protos.Dtype(dtype))
     if "_output_shapes" in node.attrs and not y.op.startswith("FusedBatchNorm"):
         y = replace(y, attrs={**y.attrs, "_output_shapes": node.attrs["_output_shapes"]})
     return Replace(found.site.graph, node.name, y)
@@ -293,7 +293,7 @@ def fusable(model: Model, site: Site, fed: dict[str, list[str]]) -> Fusable:
     x = used(graph, edge)
     for name in _waits(graph, x):
         x = graph.nodes[name].inputs[0]
-    dtype = ops.output_dtype(model, graph, x)
+    dtype = op_defs.output_dtype(model, graph, x)
     if dtype not in DTYPES:
         raise DeclinedError(f"it computes in {dtype}, which the fused kernel does not have")
     for name in site.interior:

@@ -16,7 +16,7 @@ from passes.fusing.batch_statistics import averages_of, final_uses, rewired
 from passes.fusing.either_mode import EitherMode
 from passes.fusing.fusable import Fusable, replaced
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.edit import Edit, Rewire, Sweep
 from rewriter.expr import Expr, Use, array, merge, op, parameter, switch
 from rewriter.frames import loop_frames
@@ -246,7 +246,7 @@ class _Branched:
     def _result(self, port: int) -> Expr:
         """A chosen statistic as a vector."""
         value = Value(self.branches.node.name, port)
-        made = Use(ops.output_dtype(self.model, self.graph, value), value)
+        made = Use(op_defs.output_dtype(self.model, self.graph, value), value)
         shape = shape_of(self.model, self.graph, value) or (0,)
         if len(shape) == 1:
             return made
@@ -270,5 +270,5 @@ class _Branched:
             for e, _ in final_uses(self.model, self.inside, argument, self.found.precise)
         )
         if unused and replaced_by_kernel and shape is not None:
-            dtype = ops.output_dtype(self.model, self.graph, used)
+            dtype = op_defs.output_dtype(self.model, self.graph, used)
             yield Rewire(edge, array(np.zeros(shape, dtype)), used.node)

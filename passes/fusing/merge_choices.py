@@ -13,7 +13,7 @@ from passes.control_flow.cones import moveable
 from passes.control_flow.predicates import decided_by, leads_to
 from passes.declined import DeclinedError
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import consumers, following
 from rewriter.edit import Edit, Rewire, Run, RunAfter, Skip, Sweep
 from rewriter.expr import Apply, Expr, Port, Use
@@ -129,7 +129,7 @@ class _Merged:
         """A value of the first conditional's branch in the second's."""
         branch = self.first.taken(on)
         node = branch.nodes[value.node]
-        dtype = ops.output_dtype(self.model, branch, value)
+        dtype = op_defs.output_dtype(self.model, branch, value)
         if node.op == ARG:
             return self.second.bring(self.second.taken(on), dtype, self.first.outer(branch, value))
         moved = self._node(on, value.node)
@@ -143,7 +143,9 @@ class _Merged:
             raise DeclinedError(f"{node.name} ({node.op}), in a branch that gives a mean, has an effect")
         if (on, node.name) not in self.made:
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
-            first = ops.output_dtype(self.model, branch, Value(name)) if ops.output_count(self.model, node) else ""
+            first = (
+                op_defs.output_dtype(self.model, branch, Value(name)) if op_defs.output_count(self.model, node) else ""
+            )
             inputs = tuple(self._moved(on, v) for v in node.inputs)
             after = tuple(self._node(on, n) for n in node.after if branch.nodes[n].op != ARG)
             self.made[on, node.name] = Apply(first, node.op, inputs, attrs, after=after)

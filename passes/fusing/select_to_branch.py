@@ -12,7 +12,7 @@ from passes.batch_norm.sites import Site, sites
 from passes.control_flow.cones import cone
 from passes.fusing.fusable import origin_of_x, used
 from passes.roles import MEAN, VARIANCE
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.edit import Define, Edit, Replace
 from rewriter.expr import Apply, Function, Use, cond, merge, op, parameter, switch
 from rewriter.frames import loop_frames
@@ -101,10 +101,10 @@ def _branched(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:
 
 
 def _operands(model: Model, graph: Graph, node: Node) -> tuple[Use, ...]:
-    return tuple(Use(ops.output_dtype(model, graph, value), value) for value in node.inputs)
+    return tuple(Use(op_defs.output_dtype(model, graph, value), value) for value in node.inputs)
 
 
 def _replaced(graph: Graph, node: Node, chosen: Apply, shapes: list[Shape | None]) -> Replace:
     """The conditional under the node's name, with its outputs' shapes, which the passes that follow read."""
-    attrs = {**chosen.attrs, "_output_shapes": ops.shapes_attr(shapes)}
+    attrs = {**chosen.attrs, "_output_shapes": protos.shapes_attr(shapes)}
     return Replace(graph.name, node.name, replace(chosen, attrs=attrs))

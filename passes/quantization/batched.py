@@ -20,7 +20,7 @@ from passes.quantization.node_marks import part
 from passes.quantization.quantizers import Kind, OnGrid, Values, cast, wide
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT, Limits
-from rewriter import ops
+from rewriter import ops, protos
 from rewriter.expr import (
     Apply,
     Expr,
@@ -35,7 +35,7 @@ from rewriter.expr import (
     select,
     stop_gradient,
 )
-from rewriter.ops import attr, dtype_attr
+from rewriter.protos import attr, dtype_attr
 
 WIDTH = 32
 """How many values a block has, which belong to one vector: of 16, 32, 64 and 128, the fastest for MobileNetV2."""
@@ -54,7 +54,7 @@ def how(amount: Expr, bits: Expr) -> Expr:
     """
     acting = op("Greater", amount, 0.0)
     partly = op("LogicalOr", amount < 1.0, op("LessEqual", op("Min", bits, array(np.array([0], np.int32))), 0))
-    return op("Cast", acting, DstT=ops.Dtype("int32")) + op("Cast", acting & partly, DstT=ops.Dtype("int32"))
+    return op("Cast", acting, DstT=protos.Dtype("int32")) + op("Cast", acting & partly, DstT=protos.Dtype("int32"))
 
 
 class Row(NamedTuple):
@@ -98,7 +98,7 @@ class Row(NamedTuple):
         """The vectors of what is in blocks, [values]."""
         lengths = [int(length) * WIDTH for length in self.lengths]
         attrs = {"num_split": attr(len(lengths)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
-        attrs["_output_shapes"] = ops.shapes_attr([(length,) for length in lengths])
+        attrs["_output_shapes"] = protos.shapes_attr([(length,) for length in lengths])
         first = Apply(values.dtype, "SplitV", (values, _shape(tuple(lengths)), constant(0, "int32")), attrs)
         for index, (size, length) in enumerate(zip(self.sizes, lengths, strict=True)):
             whole = Port(values.dtype, first, index)

@@ -15,10 +15,10 @@ from passes.quantization.quantizers import learned_limits
 from passes.quantization.ranges import Ema, Fixed, Learned
 from passes.quantization.schemes import FLOAT, Scheme
 from passes.roles import MAX_BITS, ROLES
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.expr import Apply, Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
-from rewriter.ops import Dtype
+from rewriter.protos import Dtype
 
 AUTO, ON_WRITE, ON_READ = 0, 2, 3
 NONE, MEAN, ONLY_FIRST_REPLICA = 0, 2, 3
@@ -79,7 +79,7 @@ def counters(model: Model) -> tuple[str, ...]:
     holders = {v.node for v in model.variables.values() if v.name == "quantization/step"}
     key = step(model).key.encode()
     holders |= {
-        n.name for n in main.nodes.values() if n.op == "VarHandleOp" and ops.attribute(n, "shared_name").s == key
+        n.name for n in main.nodes.values() if n.op == "VarHandleOp" and op_defs.attribute(n, "shared_name").s == key
     }
     return tuple(n.name for n in main.nodes.values() if n.op == "AssignAddVariableOp" and n.inputs[0].node in holders)
 

@@ -16,11 +16,11 @@ from passes.quantization.quantizer_marks import TAG
 from passes.quantization.quantizers import Kind, observing, piped, quantizing, row
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT
-from rewriter import ops
+from rewriter import ops, protos
 from rewriter.edit import Edit, Run, RunAfter
 from rewriter.expr import Apply, Expr, Function, Port, array, case, constant, handle, op
 from rewriter.ir import MAIN, Model, unused
-from rewriter.ops import Dtype
+from rewriter.protos import Dtype
 
 
 class Placing:
@@ -70,9 +70,9 @@ class Placing:
             return
         quantized = function(*told, value, name="quantized")
         attrs = {
-            "num": ops.attr(count),
-            "T": ops.dtype_attr(kind.dtype),
-            "_output_shapes": ops.shapes_attr([(kind.size or 0,)] * count),
+            "num": protos.attr(count),
+            "T": protos.dtype_attr(kind.dtype),
+            "_output_shapes": protos.shapes_attr([(kind.size or 0,)] * count),
         }
         unstacked = Apply(kind.dtype, "Unpack", (quantized,), attrs)
         self._stand([Port(kind.dtype, unstacked, port) for port in range(count)], group)
@@ -138,7 +138,7 @@ class Placing:
 
 def _stacked(group: Group, kind: Kind | Piped) -> Expr:
     """The vectors as rows."""
-    attrs = {"N": ops.attr(len(group)), "T": ops.dtype_attr(kind.dtype)}
+    attrs = {"N": protos.attr(len(group)), "T": protos.dtype_attr(kind.dtype)}
     if isinstance(kind, Kind):
-        attrs["_output_shapes"] = ops.shapes_attr([(len(group), kind.size or 0)])
+        attrs["_output_shapes"] = protos.shapes_attr([(len(group), kind.size or 0)])
     return Apply(kind.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from rewriter import ops
+from rewriter import ops, protos
 from rewriter.expr import Apply, Expr
 
 AMOUNT = "amount"
@@ -41,4 +41,4 @@ def part(name: str, value: Expr) -> Expr:
     """
     if not isinstance(value, Apply):
         raise AssertionError(f"{name} is not what an op computes")
-    return replace(value, attrs={**value.attrs, ops.PART: ops.attr(name)})
+    return replace(value, attrs={**value.attrs, ops.PART: protos.attr(name)})

@@ -34,7 +34,7 @@ from rewriter.expr import (
     select,
     stop_gradient,
 )
-from rewriter.ops import Dtype, Func, attr, dtype_attr, shapes_attr
+from rewriter.protos import Dtype, Func, attr, dtype_attr, shapes_attr
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from passes.quantization.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Shape, array, constant, filled, op, select
 from rewriter.ir import Error
-from rewriter.ops import Dtype
+from rewriter.protos import Dtype
 
 FLOAT, DOUBLE = "float32", "float64"
 TINY = float(np.finfo(np.float32).tiny)

@@ -15,7 +15,7 @@ import networkx as nx
 from tensorflow.python.framework import ops as registry
 
 from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import CallGraph, call_graph
 from rewriter.edit import Edit, Note, Rewire
 from rewriter.expr import Use, stop_gradient
@@ -83,7 +83,7 @@ def _passing(model: Model, graph: Graph, nodes: frozenset[str]) -> set[str]:
     found: set[str] = set()
     while waiting:
         value = waiting.pop()
-        if value.node in nodes and value.node not in found and ops.output_dtype(model, graph, value) in PASSING:
+        if value.node in nodes and value.node not in found and op_defs.output_dtype(model, graph, value) in PASSING:
             found.add(value.node)
             waiting += graph.nodes[value.node].inputs
     return found
@@ -92,8 +92,8 @@ def _passing(model: Model, graph: Graph, nodes: frozenset[str]) -> set[str]:
 def _stops(model: Model, graph: Graph, node: Node, users: frozenset[str]) -> Iterator[Edit]:
     """Rewire every use of a node's float outputs by the graph's results and some of its nodes."""
     stopped = {}
-    for port in range(ops.output_count(model, node)):
-        dtype = ops.output_dtype(model, graph, Value(node.name, port))
+    for port in range(op_defs.output_count(model, node)):
+        dtype = op_defs.output_dtype(model, graph, Value(node.name, port))
         if dtype in FLOATS:
             stopped[Value(node.name, port)] = stop_gradient(Use(dtype, Value(node.name, port)))
     for value, edge in graph.edges() if stopped else ():
@@ -103,7 +103,7 @@ def _stops(model: Model, graph: Graph, node: Node, users: frozenset[str]) -> Ite
 
 def _lacks_gradient(node: Node) -> bool:
     """Whether TensorFlow fails to differentiate this op, rather than knowing that it has no gradient."""
-    if node.op == ARG or node.op in ops.CALLS or not node.inputs or ops.registered(node.op) is None:
+    if node.op == ARG or node.op in ops.CALLS or not node.inputs or op_defs.registered(node.op) is None:
         return False
     try:
         registry.gradient_registry.lookup(node.op)

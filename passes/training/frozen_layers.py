@@ -10,7 +10,7 @@ from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.entries import computed, entries_of_root
 from passes.quantization.controls import increment
 from passes.roles import BETA, GAMMA, MEAN
-from rewriter import ops
+from rewriter import protos
 from rewriter.expr import Apply
 from rewriter.ir import MAIN, Model
 
@@ -37,7 +37,7 @@ def counted(model: Model, left: Collection[str]) -> Apply:
     """The op that counts one step of a training function, which leaves these batch norms frozen."""
     means = sorted(moving_means(model, left))
     count = increment(model)
-    return replace(count, attrs={**count.attrs, FROZEN: ops.attr(json.dumps(means))}) if means else count
+    return replace(count, attrs={**count.attrs, FROZEN: protos.attr(json.dumps(means))}) if means else count
 
 
 def frozen_layers(model: Model) -> Mapping[str, str]:

@@ -15,7 +15,7 @@ from passes.training.frozen_layers import frozen_layers
 from passes.training.options import TrainingOptions
 from passes.training.outputs import InnerOutputs
 from passes.training.site_training import Training, averages, own_updates
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import call_graph
 from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
 from rewriter.expr import Apply, Use, op
@@ -199,7 +199,7 @@ class FunctionClones:
 
     def _is_resource(self, graph: str, value: Value) -> bool:
         node = self.model.graphs[graph].nodes[value.node]
-        return node.op == ARG and ops.argument_dtype(node) == "resource"
+        return node.op == ARG and op_defs.argument_dtype(node) == "resource"
 
 
 def _graphs_of(site: Site) -> set[str]:

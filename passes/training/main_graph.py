@@ -17,7 +17,7 @@ from passes.training.notes import derived, frozen
 from passes.training.options import TrainingOptions
 from passes.training.outputs import inner_tensor, refuse_taken
 from passes.training.site_training import Training, averages, own_updates
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import REFERENCES, call_graph
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Replace, Rewire, RunAfter
 from rewriter.expr import Apply, Expr, Use, constant, op, ordered
@@ -145,7 +145,10 @@ class MainGraphTraining:
         values: dict[Value, bool] = {}
         for name in needed:
             node = self.graph.nodes[name]
-            if node.op in ("Placeholder", "PlaceholderWithDefault") and ops.get(self.model, node, "dtype") == "bool":
+            if (
+                node.op in ("Placeholder", "PlaceholderWithDefault")
+                and op_defs.get(self.model, node, "dtype") == "bool"
+            ):
                 counts = [self._training(signature, {**values, Value(name): value}) for value in (False, True)]
                 if counts[0] != counts[1]:
                     values[Value(name)] = counts[1] > counts[0]
@@ -207,7 +210,7 @@ class MainGraphTraining:
         fetches = []
         for fetched in fetched_values:
             chosen = copied.resolved(fetched)
-            dtype = ops.output_dtype(self.model, self.graph, fetched)
+            dtype = op_defs.output_dtype(self.model, self.graph, fetched)
             fetches.append(ordered(op("Identity", Use(dtype, Value(name(chosen.node), chosen.port))), last))
         added = tuple(tensor.spec for tensor in inner)
         feeds = tuple(self._further_inputs(signature, mode, needed))
@@ -243,7 +246,7 @@ class MainGraphTraining:
                 value = Value(node)
                 name = unused(re.sub(r"\W", "_", node), names)
                 names.add(name)
-                dtype = ops.output_dtype(self.model, self.graph, value)
+                dtype = op_defs.output_dtype(self.model, self.graph, value)
                 yield Spec(name, dtype, shape_of(self.model, self.graph, value)), value
 
     def _rounds(self, inside: str, copied: _Copied) -> list[str]:

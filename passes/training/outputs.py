@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from passes.batch_norm.entries import align
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.dataflow import Call, call_graph
 from rewriter.edit import AddResult, Clone, Edit, Reorder, SetAttr
 from rewriter.expr import Use
@@ -53,11 +53,11 @@ def inner_tensor(model: Model, top: str, name: str, node: str) -> InnerTensor:
         raise Error(f"{option}: a name consists of letters, digits and underscores")
     graph, value = _found(model, top, node, option)
     calls = _calls(model, top, graph.name, option)
-    if value.port >= ops.output_count(model, graph.nodes[value.node]):
-        raise Error(f"{option}: {value.node} has {ops.output_count(model, graph.nodes[value.node])} outputs")
+    if value.port >= op_defs.output_count(model, graph.nodes[value.node]):
+        raise Error(f"{option}: {value.node} has {op_defs.output_count(model, graph.nodes[value.node])} outputs")
     if value.node in model.analysis_of(graph, loop_frames):
         raise Error(f"{option}: the node lies in a loop, which gives another value in every round")
-    dtype = ops.output_dtype(model, graph, value)
+    dtype = op_defs.output_dtype(model, graph, value)
     if dtype in NOT_TENSORS:
         raise Error(f"{option}: a {dtype} is no tensor that could be returned")
     return InnerTensor(Spec(name, dtype, shape_of(model, graph, value)), calls, graph.name, value)
@@ -207,6 +207,6 @@ class InnerOutputs:
             for call in self.model.analysis(call_graph).calls.get(clone.graph, []):
                 node, added = graph.nodes[call.node], results.get(names.get(call.callee, ""), {})
                 if added and node.op in ops.CALLS:
-                    dtypes = ops.more_dtypes(ops.attribute(node, "Tout"), list(added.values()))
+                    dtypes = protos.more_dtypes(op_defs.attribute(node, "Tout"), list(added.values()))
                     yield SetAttr(name, node.name, "Tout", dtypes)
                     yield SetAttr(name, node.name, "_output_shapes", None)

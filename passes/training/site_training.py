@@ -14,7 +14,7 @@ from passes.batch_norm.kernel import POPULATION, population
 from passes.batch_norm.sites import STATISTICS, Site
 from passes.roles import MEAN, VARIANCE
 from passes.training.options import MOMENTUM, TrainingOptions
-from rewriter import ops
+from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, array, concat, constant, op, ordered, stop_gradient
@@ -63,7 +63,7 @@ def _average(graph: Graph, value: Value) -> Average | None:
             return Average(node.inputs[0], value)
         if node.op in REFERENCES:
             return Average(value, old)
-        passed = ops.viewed(graph, node) or ops.forwarded(node, value.port)
+        passed = constants.viewed(graph, node) or ops.forwarded(node, value.port)
         if passed is None:
             return None
         old, value = value, passed
@@ -105,10 +105,10 @@ class Training:
                 for edge in site.parameters[role]:
                     yield Rewire(self._edge(edge), statistic, self.copied(site.node))
         momentum = self.options.momentum_of(self.model, site)
-        yield SetAttr(self.graph, self.copied(site.node), MOMENTUM, ops.attr(momentum.whose))
+        yield SetAttr(self.graph, self.copied(site.node), MOMENTUM, protos.attr(momentum.whose))
         for role, (holder, old) in averages(self.model, site).items():
-            dtype = ops.output_dtype(self.model, self.model.graphs[site.graph], old)
-            statistic = batch[role] if batch[role].dtype == dtype else op("Cast", batch[role], DstT=ops.Dtype(dtype))
+            dtype = op_defs.output_dtype(self.model, self.model.graphs[site.graph], old)
+            statistic = batch[role] if batch[role].dtype == dtype else op("Cast", batch[role], DstT=protos.Dtype(dtype))
             before = self.updates.get(holder) or self._old(site, holder, old, statistic)
             self.after[holder] = site
             self.updates[holder] = moving_average(before, statistic, momentum.factor)
@@ -120,7 +120,7 @@ class Training:
         if POPULATION not in source.attrs:
             return {MEAN: mean, VARIANCE: variance}
         x = source.inputs[0]
-        dtype = ops.output_dtype(self.model, self.model.graphs[site.graph], x)
+        dtype = op_defs.output_dtype(self.model, self.model.graphs[site.graph], x)
         channels = source.attrs[POPULATION].i
         return {MEAN: mean, VARIANCE: population(variance, Use(dtype, self._value(x)), channels)}
 
@@ -129,7 +129,7 @@ class Training:
         frame_of = self.model.analysis_of(self.model.graphs[site.graph], loop_frames)
         if frame_of.get(old.node) == frame_of.get(site.node):
             return Use(batch.dtype, self._value(old))
-        read = op("ReadVariableOp", Use("resource", self._value(holder)), dtype=ops.Dtype(batch.dtype))
+        read = op("ReadVariableOp", Use("resource", self._value(holder)), dtype=protos.Dtype(batch.dtype))
         return ordered(read, [batch])
 
     def _edge(self, edge: Edge) -> Edge:
@@ -143,11 +143,11 @@ class Training:
         """Mean and (population) variance over all axes but that of the channels, as ``tf.nn.moments`` has them."""
         graph = self.model.graphs[site.graph]
         value = self._entering(site)
-        x: Expr = Use(ops.output_dtype(self.model, graph, value), self._value(value))
+        x: Expr = Use(op_defs.output_dtype(self.model, graph, value), self._value(value))
         held = site.parameters[MEAN][0]
-        dtype = ops.output_dtype(self.model, graph, graph.nodes[held.node].inputs[held.position])
+        dtype = op_defs.output_dtype(self.model, graph, graph.nodes[held.node].inputs[held.position])
         if x.dtype != dtype:
-            x = op("Cast", x, DstT=ops.Dtype(dtype))
+            x = op("Cast", x, DstT=protos.Dtype(dtype))
         shaped = self._shaped(graph, site, held)
         axes = self._axes(site, held, shaped, x)
         mean = op("Mean", x, axes, keep_dims=True)
@@ -172,7 +172,7 @@ class Training:
         ones = op("Fill", missing, constant(1, "int32"))
         sizes = concat((ones, op("Shape", shaped)))
         broadcast = op("Where", op("Equal", sizes, constant(1, "int32")))
-        return op("Cast", op("Reshape", broadcast, array(np.array([-1], dtype=np.int32))), DstT=ops.Dtype("int32"))
+        return op("Cast", op("Reshape", broadcast, array(np.array([-1], dtype=np.int32))), DstT=protos.Dtype("int32"))
 
     @staticmethod
     def _used(graph: Graph, edge: Edge) -> Value:
@@ -187,10 +187,10 @@ class Training:
             edge = Edge(graph.name, node.name, 0)
             way.append(node)
         start = self._used(graph, held)
-        value: Expr = Use(ops.output_dtype(self.model, graph, start), self._value(start))
+        value: Expr = Use(op_defs.output_dtype(self.model, graph, start), self._value(start))
         for node in reversed(way):
-            if ops.viewed(graph, node) is not None:
-                rest = tuple(Use(ops.output_dtype(self.model, graph, v), self._value(v)) for v in node.inputs[1:])
+            if constants.viewed(graph, node) is not None:
+                rest = tuple(Use(op_defs.output_dtype(self.model, graph, v), self._value(v)) for v in node.inputs[1:])
                 attrs = {k: v for k, v in node.attrs.items() if not k.startswith("_")}
                 value = Apply(value.dtype, node.op, (value, *rest), attrs)
         return value

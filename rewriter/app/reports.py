@@ -12,8 +12,8 @@ from passes.batch_norm.sites import Site, quantized, sites
 from passes.training.options import MOMENTUM
 from rewriter.dataflow import call_graph, running
 from rewriter.ir import MAIN, Model, Signature
-from rewriter.ops import text
 from rewriter.pipeline import Step
+from rewriter.protos import text
 from rewriter.report import (
     BatchNormReport,
     Changed,

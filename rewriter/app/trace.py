@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from passes.quantization.custom import Function, Traced, Wanted
-from rewriter import ops
+from rewriter import op_defs, ops, protos
 from rewriter.dataflow import call_graph, gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node
 from rewriter.savedmodel.read import load
@@ -133,15 +133,15 @@ def _needed(model: Model, function: str) -> list[str]:
 
 
 def _renamed(node: Node, names: Mapping[str, str], kinds: Mapping[str, str]) -> Node:
-    attrs = {k: ops.with_functions(v, names) for k, v in node.attrs.items()}
+    attrs = {k: protos.with_functions(v, names) for k, v in node.attrs.items()}
     if ops.GRADIENT in attrs and attrs[ops.GRADIENT].s.decode() in kinds:
-        attrs[ops.GRADIENT] = ops.attr(kinds[attrs[ops.GRADIENT].s.decode()])
+        attrs[ops.GRADIENT] = protos.attr(kinds[attrs[ops.GRADIENT].s.decode()])
     return replace(node, op=names.get(node.op, node.op), attrs=attrs)
 
 
 def _refuse_effects(wanted: Wanted, graphs: Iterable[Graph]) -> None:
     for node in (node for graph in graphs for node in graph.nodes.values()):
-        definition = ops.registered(node.op)
+        definition = op_defs.registered(node.op)
         if definition is not None and definition.is_stateful and node.op not in ops.CALLS:
             raise Error(
                 f"the pipeline {title(wanted.function)} uses {node.op}, which has effects or differs from call to call "

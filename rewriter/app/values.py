@@ -17,7 +17,8 @@ from passes.roles import VARIANCE
 from rewriter import evaluation
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
-from rewriter.ops import argument_dtype, dtype_attr, shape_attr
+from rewriter.op_defs import argument_dtype
+from rewriter.protos import dtype_attr, shape_attr
 from rewriter.report import ValuesReport
 
 WIDTHS = (8, 6, 4, 3, 2)

@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.diff.facts import TENSOR, VARIABLE, Aspects, facts
 from rewriter.diff.match import match
 from rewriter.diff.report import Change, Detail, What
 from rewriter.ir import ARG, Attrs, Error, Graph, Model, Node, Value
-from rewriter.ops import with_functions
+from rewriter.protos import with_functions
 from rewriter.text import attr_text
 
 NODE, FUNCTION = "node", "function"
@@ -252,10 +252,10 @@ def port_name(model: Model, node: Node, position: int) -> str:
         called = ops.callees(model, node) if form is not None else ()
         if form is not None and called and position >= form.first:
             return model.graphs[called[0]].arguments[position - form.first]
-        definition = ops.op_def(model, node.op)
+        definition = op_defs.op_def(model, node.op)
     except (Error, KeyError, IndexError):
         return ""
     names = []
-    for name, count in ops.argument_counts(definition.input_arg, node.attrs, ops.defaults(definition)):
+    for name, count in op_defs.argument_counts(definition.input_arg, node.attrs, op_defs.defaults(definition)):
         names += [name] if count == 1 else [f"{name}[{i}]" for i in range(count)]
     return names[position] if position < len(names) else ""

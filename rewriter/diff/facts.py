@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from google.protobuf import text_format
 
-from rewriter import ops
+from rewriter import protos
 from rewriter.ir import Model, Spec
 from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
@@ -93,7 +93,10 @@ def _signature(proto: Any) -> Iterator[tuple[str, str]]:
     for role, tensors in (("input", proto.inputs), ("output", proto.outputs)):
         for key, info in tensors.items():
             shape = None if info.tensor_shape.unknown_rank else tuple(d.size for d in info.tensor_shape.dim)
-            yield f"{role} {key}", f"{ops.dtype_name(info.dtype) if info.dtype else 'no dtype'} {shape_text(shape)}"
+            yield (
+                f"{role} {key}",
+                f"{protos.dtype_name(info.dtype) if info.dtype else 'no dtype'} {shape_text(shape)}",
+            )
             yield f"tensor of {role} {key}", info.name or _one_line(info)
             if any(d.name for d in info.tensor_shape.dim):
                 yield f"names of dimensions of {role} {key}", ", ".join(d.name for d in info.tensor_shape.dim)

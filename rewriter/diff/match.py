@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import Graph, Model
 from rewriter.savedmodel.objects import held_functions
 
@@ -90,9 +90,9 @@ def _functions(model: Model, graph: Graph, name: str) -> list[str]:
     node = graph.nodes[name]
     if node.op in model.graphs:
         return [node.op]
-    if not ops.refers_to_functions(node.op):
+    if not op_defs.refers_to_functions(node.op):
         return []
-    return [f for _, value in sorted(node.attrs.items()) for f in ops.functions_in(value) if f in model.graphs]
+    return [f for _, value in sorted(node.attrs.items()) for f in protos.functions_in(value) if f in model.graphs]
 
 
 def _contents(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable, str]]:

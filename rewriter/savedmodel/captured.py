@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rewriter import ops
+from rewriter import ops, protos
 from rewriter.dataflow import gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node, Value, unused
 from rewriter.savedmodel.graphs import main_value
@@ -80,7 +80,7 @@ class _Work:
         """Look after the ops of one graph; the gradient functions that were copied for it."""
         copied, nodes = [], dict(self.graphs[name].nodes)
         for node in self.graphs[name].nodes.values():
-            kind = ops.text(node.attrs[ops.GRADIENT].s) if ops.GRADIENT in node.attrs else ""
+            kind = protos.text(node.attrs[ops.GRADIENT].s) if ops.GRADIENT in node.attrs else ""
             gradient = self.gradients.get(kind)
             taken = [] if gradient is None or gradient.signature is None else gradient.signature.bound_inputs
             held = {n: self._now(name, node, kind, self.tensors[n]) for n in taken if n in self.tensors}
@@ -94,7 +94,7 @@ class _Work:
             if key not in self.made:
                 self.made[key] = self._copy(kind, gradient, name, held)
                 copied.append(self.gradients[self.made[key]].function)
-            nodes[node.name] = replace(node, attrs={**node.attrs, ops.GRADIENT: ops.attr(self.made[key])})
+            nodes[node.name] = replace(node, attrs={**node.attrs, ops.GRADIENT: protos.attr(self.made[key])})
         if copied:
             self.graphs[name] = replace(self.graphs[name], nodes=nodes)
         return copied
@@ -119,7 +119,7 @@ class _Work:
         if function not in self.source:
             graph: Graph | None = self.model.source.protos.get(function, (None, None))[0]
             nodes = [] if graph is None else [n for n in graph.nodes.values() if ops.GRADIENT in n.attrs]
-            self.source[function] = {ops.text(n.attrs[ops.GRADIENT].s): n for n in reversed(nodes)}
+            self.source[function] = {protos.text(n.attrs[ops.GRADIENT].s): n for n in reversed(nodes)}
         return self.source[function]
 
     def _copy(self, kind: str, gradient: Gradient, graph: str, held: dict[int, Value]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import control_flow_pb2
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.frames import ENTERS
 from rewriter.ir import Error, Graph, Node
 
@@ -85,7 +85,9 @@ def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
             _index(collection, context, 1, held, loops)
     for node in _in_order(graph, held) if held else ():
         place = (
-            loops.get(ops.text(ops.attribute(node, "frame_name").s)) if node.op in ENTERS else _innermost(node, held)
+            loops.get(protos.text(op_defs.attribute(node, "frame_name").s))
+            if node.op in ENTERS
+            else _innermost(node, held)
         )
         if place is not None:
             _add(place[1], node, outputs(node))

@@ -13,7 +13,7 @@ from typing import Any
 from tensorflow.core.framework import function_pb2, graph_pb2, node_def_pb2, op_def_pb2
 from tensorflow.core.protobuf import meta_graph_pb2
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import ARG, MAIN, Effect, Error, Graph, Node, Result, Spec, Value
 
 Definitions = Callable[[str], Any]
@@ -25,7 +25,7 @@ def definitions(library: Any, brought: Mapping[str, Any]) -> Definitions:
     signatures = {f.signature.name: f.signature for f in library.function}
 
     def find(op: str) -> Any:
-        found = signatures.get(op) or ops.registered(op) or brought.get(op)
+        found = signatures.get(op) or op_defs.registered(op) or brought.get(op)
         if found is None:
             raise Error(f"the op {op} is neither registered in this TensorFlow nor described in the model")
         return found
@@ -37,7 +37,7 @@ def described(names: set[str]) -> list[Any]:
     """Op definitions of these ops without documentation, sorted, as ``MetaInfoDef.stripped_op_list`` has them."""
     found = []
     for name in sorted(names):
-        definition = ops.registered(name)
+        definition = op_defs.registered(name)
         if definition is not None:
             copy = op_def_pb2.OpDef()
             copy.CopyFrom(definition)
@@ -102,7 +102,7 @@ def read_function(proto: Any, find: Definitions) -> Graph:
 def _first_ports(definition: Any, attrs: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """The first port of each output argument, and how many it has."""
     first, found = 0, {}
-    for name, count in ops.outputs(definition, attrs):
+    for name, count in op_defs.outputs(definition, attrs):
         found[name] = first, count
         first += count
     return found
@@ -154,11 +154,11 @@ def tensors_of(key: str, info: Any) -> dict[str, str]:
 
 def tensor_info(spec: Spec, value: Value) -> Any:
     """A value of the main graph as an input or output of a signature."""
-    info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=ops.dtype_number(spec.dtype))
+    info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=protos.dtype_number(spec.dtype))
     if spec.shape is None:
         info.tensor_shape.unknown_rank = True
     else:
-        info.tensor_shape.CopyFrom(ops.shape_attr(spec.shape).shape)
+        info.tensor_shape.CopyFrom(protos.shape_attr(spec.shape).shape)
     return info
 
 
@@ -193,12 +193,12 @@ def _arg_residue(proto: Any) -> bytes:
 def _read_argument(arg: Any, extra: Any) -> Node:
     attrs = {} if extra is None else dict(extra.attr)
     if arg.type:
-        attrs["T"] = ops.dtype_attr(ops.dtype_name(arg.type))
+        attrs["T"] = protos.dtype_attr(protos.dtype_name(arg.type))
     return Node(arg.name, ARG, attrs=attrs, residue=_arg_residue(arg))
 
 
 def _read_result(arg: Any, value: Value) -> Result:
-    return Result(arg.name, value, ops.dtype_name(arg.type) if arg.type else "", _arg_residue(arg))
+    return Result(arg.name, value, protos.dtype_name(arg.type) if arg.type else "", _arg_residue(arg))
 
 
 def _function_residue(proto: Any) -> bytes:
@@ -236,7 +236,7 @@ def write_function(graph: Graph, find: Definitions) -> Any:
         if node.op == ARG:
             return node.name
         if node.name not in spelled:
-            counts = ops.outputs(find(node.op), node.attrs)
+            counts = op_defs.outputs(find(node.op), node.attrs)
             spelled[node.name] = [f"{name}:{i}" for name, count in counts for i in range(count)]
         return f"{node.name}:{spelled[node.name][value.port]}"
 
@@ -247,7 +247,7 @@ def write_function(graph: Graph, find: Definitions) -> Any:
         arg.MergeFromString(result.residue)
         arg.name = result.name
         if result.dtype:
-            arg.type = ops.dtype_number(result.dtype)
+            arg.type = protos.dtype_number(result.dtype)
         proto.ret[result.name] = spell(result.value)
     for effect in graph.effects:
         signature.control_output.append(effect.name)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import Argument, call_graph, follow
 from rewriter.draft import Draft
 from rewriter.expr import Use, handle, op, read
@@ -64,8 +64,8 @@ def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
         Error: they are no constant, or not one for each tensor.
     """
     value = node.inputs[position]
-    array = ops.constant_of(graph, value)
-    if array is None or array.size != len(ops.attribute(node, "dtypes").list.type):
+    array = constants.constant_of(graph, value)
+    if array is None or array.size != len(op_defs.attribute(node, "dtypes").list.type):
         raise Error(f"in {graph.name}: {value.node} is no constant with a string for each tensor of {node.name}")
     return list(array.ravel())
 
@@ -101,7 +101,7 @@ def restored(model: Model, restore: Graph) -> dict[str, int]:
             resource = follow(model, restore, assign.inputs[0])
             port = _restored_port(restore, assign.inputs[1], node.name)
             if isinstance(resource, Argument) and port is not None:
-                found[ops.text(keys[port])] = resource.position
+                found[protos.text(keys[port])] = resource.position
     return found
 
 
@@ -113,7 +113,7 @@ def saved(model: Model, save: Graph) -> dict[str, int]:
             for key, value in zip(strings(save, node), node.inputs[3:], strict=True):
                 origin = follow(model, save, value)
                 if isinstance(origin, Argument):
-                    found[ops.text(key)] = origin.position
+                    found[protos.text(key)] = origin.position
     return found
 
 
@@ -148,7 +148,7 @@ def extend(model: Model, saver_def: Any, added: list[Variable], trackables: byte
 
 def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
     node = main.nodes[name]
-    types = ops.more_dtypes(ops.attribute(node, "Tin"), ["resource"] * len(values))
+    types = protos.more_dtypes(op_defs.attribute(node, "Tin"), ["resource"] * len(values))
     main.set_node(replace(node.with_attrs(Tin=types), inputs=(*node.inputs, *values)))
 
 
@@ -161,14 +161,14 @@ def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes
     source = save.nodes[node.inputs[3 + keys.index(OBJECT_GRAPH_KEY.encode())].node]
     if source.name in save.arguments:
         value = main.nodes[call].inputs[save.arguments.index(source.name)]
-        main.set_attr(value.node, "value", ops.attr(np.array(trackables, dtype=object)))
+        main.set_attr(value.node, "value", protos.attr(np.array(trackables, dtype=object)))
 
 
 def _more_strings(draft: Draft, node: Node, position: int, added: list[str]) -> None:
     """Extend a constant list of strings; its shape attribute would be stale."""
     old, value = strings(draft.graph, node, position), node.inputs[position]
     array = np.array([*old, *(s.encode() for s in added)], dtype=object)
-    draft.set_attr(value.node, "value", ops.attr(array))
+    draft.set_attr(value.node, "value", protos.attr(array))
     draft.set_attr(value.node, "_output_shapes", None)
 
 
@@ -179,7 +179,7 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     _more_strings(draft, node, 2, ["" for _ in added])
     reads = [draft.place(read(v), v.name) for v in added]
     node = draft.nodes[node.name]
-    attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), [v.dtype for v in added])}
+    attrs = {"dtypes": protos.more_dtypes(op_defs.attribute(node, "dtypes"), [v.dtype for v in added])}
     draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *reads)))
     return draft.finish()
 
@@ -187,10 +187,13 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
 def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
     node = _only(graph, "RestoreV2")
-    first = len(ops.attribute(node, "dtypes").list.type)
+    first = len(op_defs.attribute(node, "dtypes").list.type)
     _more_strings(draft, node, 1, [v.key for v in added])
     _more_strings(draft, node, 2, ["" for _ in added])
-    attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), [v.dtype for v in added]), "_output_shapes": None}
+    attrs = {
+        "dtypes": protos.more_dtypes(op_defs.attribute(node, "dtypes"), [v.dtype for v in added]),
+        "_output_shapes": None,
+    }
     draft.set_node(draft.nodes[node.name].with_attrs(**attrs))
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(node.name, first + index))
@@ -225,9 +228,9 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
             raise Error(f"the main graph does not make the object {capture} that {endpoint.function} captures")
         inputs.append(values[capture])
     graph = model.graphs[endpoint.function]
-    types = ops.attr([ops.Dtype(ops.argument_dtype(graph.nodes[a])) for a in graph.arguments])
-    results = ops.attr([ops.Dtype(result.dtype) for result in graph.results])
-    attrs = {"Tin": types, "Tout": results, "f": ops.attr(ops.Func(endpoint.function))}
+    types = protos.attr([protos.Dtype(op_defs.argument_dtype(graph.nodes[a])) for a in graph.arguments])
+    results = protos.attr([protos.Dtype(result.dtype) for result in graph.results])
+    attrs = {"Tin": types, "Tout": results, "f": protos.attr(protos.Func(endpoint.function))}
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
     call = call.with_attrs(**attrs, _read_only_resource_inputs=None)
     if endpoint.returns:
@@ -237,5 +240,5 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
 
 
 def _placeholder(spec: Spec) -> Node:
-    shape = {} if spec.shape is None else {"shape": ops.shape_attr(spec.shape)}
-    return Node(spec.name, "Placeholder", attrs={"dtype": ops.dtype_attr(spec.dtype), **shape})
+    shape = {} if spec.shape is None else {"shape": protos.shape_attr(spec.shape)}
+    return Node(spec.name, "Placeholder", attrs={"dtype": protos.dtype_attr(spec.dtype), **shape})

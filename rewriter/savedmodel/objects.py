@@ -12,7 +12,7 @@ from typing import Any
 
 from tensorflow.core.protobuf import saved_object_graph_pb2, struct_pb2
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import Endpoint, Entry, Error, Graph, Model, Spec, Variable, VariablesOf
 
 VALUE = "VARIABLE_VALUE"
@@ -32,7 +32,7 @@ def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
         found[number] = Variable(
             keys[0] if keys else f"object {number}",
             saved.name,
-            ops.dtype_name(saved.dtype),
+            protos.dtype_name(saved.dtype),
             _shape(saved.shape),
             saved.trainable,
             saved.synchronization,
@@ -66,7 +66,7 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         graph = graphs[name]
         captures = tuple(variables[n].key if n in variables else n for n in proto.bound_inputs)
         count = len(graph.arguments) - len(captures)
-        dtypes = [ops.argument_dtype(graph.nodes[a]) for a in graph.arguments[:count]]
+        dtypes = [op_defs.argument_dtype(graph.nodes[a]) for a in graph.arguments[:count]]
         inputs = tuple(tensor_specs(proto.canonicalized_input_signature))
         if len(inputs) != count:
             inputs = tuple(Spec(a, d, None) for a, d in zip(graph.arguments[:count], dtypes, strict=True))
@@ -163,7 +163,7 @@ def tensor_specs(value: Any) -> Iterator[Spec]:
     kind = value.WhichOneof("kind")
     if kind in ("tensor_spec_value", "bounded_tensor_spec_value"):
         spec = getattr(value, kind)
-        yield Spec(spec.name, ops.dtype_name(spec.dtype), _shape(spec.shape))
+        yield Spec(spec.name, protos.dtype_name(spec.dtype), _shape(spec.shape))
     elif kind == "dict_value":
         for key in sorted(value.dict_value.fields):
             yield from tensor_specs(value.dict_value.fields[key])
@@ -277,7 +277,7 @@ class Additions:
     def _variable(self, variable: Variable) -> int:
         number = self._new()
         saved = self.objects.nodes[number].variable
-        saved.dtype = ops.dtype_number(variable.dtype)
+        saved.dtype = protos.dtype_number(variable.dtype)
         saved.shape.SetInParent()
         for size in variable.shape or ():
             saved.shape.dim.add().size = size
@@ -372,7 +372,7 @@ class Additions:
 def _tensor(spec: Spec) -> Any:
     value = struct_pb2.StructuredValue()
     value.tensor_spec_value.name = spec.name
-    value.tensor_spec_value.dtype = ops.dtype_number(spec.dtype)
+    value.tensor_spec_value.dtype = protos.dtype_number(spec.dtype)
     if spec.shape is None:
         value.tensor_spec_value.shape.unknown_rank = True
     else:

@@ -11,7 +11,7 @@ from google.protobuf import text_format
 from google.protobuf.message import DecodeError
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.check import check, check_entries
 from rewriter.conformance import conform
 from rewriter.ir import MAIN, Error, Gradient, Graph, Model, Signature
@@ -84,7 +84,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     for function in meta.graph_def.library.function:
         if not function.signature.name or function.signature.name in protos:
             raise Error(f"{path} holds two functions called {function.signature.name}, or one without a name")
-        if ops.registered(function.signature.name) is not None:  # its calls would be taken for the op's nodes
+        if op_defs.registered(function.signature.name) is not None:  # its calls would be taken for the op's nodes
             raise Error(f"{path} holds a function called {function.signature.name}, which is the name of an op")
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
@@ -211,7 +211,7 @@ def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
         form = None if producer is None else ops.CALLS.get(producer.op)
         if producer is None or form is None or form.callees != ("f",):
             continue
-        function = ops.attribute(producer, "f").func.name
+        function = op_defs.attribute(producer, "f").func.name
         if function not in concrete:
             continue
         order = {v.node: i for i, v in enumerate(producer.inputs)}

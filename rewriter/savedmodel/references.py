@@ -11,7 +11,7 @@ from typing import Any
 
 from tensorflow.python.saved_model import nested_structure_coder
 
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.dataflow import VariableKey, origins
 from rewriter.ir import MAIN, Error, Model, Value
 from rewriter.savedmodel.checkpoint import Checkpoint
@@ -196,7 +196,7 @@ def refuse_signatures(path: Path, meta: Any, model: Model) -> None:
             for tensor in tensors_of(key, info).values():
                 value = main_value(tensor)
                 held = main.nodes.get(value.node)
-                if held is None or value.port >= ops.output_count(model, held):
+                if held is None or value.port >= op_defs.output_count(model, held):
                     raise Error(
                         f"{path}: {key!r} of the signature {name!r} is {tensor!r}, which the graph does not compute"
                     )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.dataflow import Argument, follow
 from rewriter.ir import MAIN, Graph, Model, Value, unused
 from rewriter.prune import following, prune, without_orphans
@@ -147,8 +147,8 @@ def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
             old = nodes[node.inputs[position].node]
             texts = strings(graph, node, position)
             text = np.array([texts[i] for i in stays], dtype=object)
-            nodes[old.name] = old.with_attrs(value=ops.attr(text), _output_shapes=None)
-        held = ops.attribute(node, "dtypes")
+            nodes[old.name] = old.with_attrs(value=protos.attr(text), _output_shapes=None)
+        held = op_defs.attribute(node, "dtypes")
         types = type(held)()
         types.list.type.extend(held.list.type[i] for i in stays)
         tensors = node.inputs[3:]
@@ -173,7 +173,7 @@ def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
 def share_by_name(main: Graph) -> Graph:
     """The main graph with each variable's resource under the name of its node, which LiteRT's converter looks for."""
     nodes = {
-        name: node.with_attrs(shared_name=ops.attr(name)) if node.op == "VarHandleOp" else node
+        name: node.with_attrs(shared_name=protos.attr(name)) if node.op == "VarHandleOp" else node
         for name, node in main.nodes.items()
     }
     return replace(main, nodes=nodes)

@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorflow.core.framework import variable_pb2
 
-from rewriter import ops
+from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import REFERENCES, VARIABLES
 from rewriter.draft import Draft
 from rewriter.expr import Apply, Expr, Use, array, op, ordered
@@ -44,12 +44,12 @@ def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
     found = {}
     for node in main.nodes.values():
         if node.op in VARIABLES:
-            shape = ops.attribute(node, "shape").shape
+            shape = op_defs.attribute(node, "shape").shape
             key = saved.get(node.name, node.name)
             found[key] = Variable(
                 key,
                 node.name,
-                ops.get(model, node, "dtype"),
+                op_defs.get(model, node, "dtype"),
                 None if shape.unknown_rank else tuple(d.size for d in shape.dim),
                 node.name in trainable,
                 node=node.name,
@@ -76,12 +76,12 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
         node = main.nodes[name]
         if node.op in ASSIGNS:
             value = node.inputs[1]
-            while main.nodes[value.node].op in ops.VIEWS or main.nodes[value.node].op in ops.FORWARDS:
+            while main.nodes[value.node].op in constants.VIEWS or main.nodes[value.node].op in ops.FORWARDS:
                 value = main.nodes[value.node].inputs[0]
             source = main.nodes[value.node]
-            names = ops.constant_of(main, source.inputs[1]) if source.op == "RestoreV2" else None
+            names = constants.constant_of(main, source.inputs[1]) if source.op == "RestoreV2" else None
             if names is not None:
-                found[node.inputs[0].node] = ops.text(names.ravel()[value.port])
+                found[node.inputs[0].node] = protos.text(names.ravel()[value.port])
     return found
 
 
@@ -113,7 +113,9 @@ def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
         info = infos[key]
         tensors = tensors_of(key, info)
         unknown = info.tensor_shape.unknown_rank or len(tensors) > 1  # the shape is that of none of the parts
-        spec = Spec(key, ops.dtype_name(info.dtype), None if unknown else tuple(d.size for d in info.tensor_shape.dim))
+        spec = Spec(
+            key, protos.dtype_name(info.dtype), None if unknown else tuple(d.size for d in info.tensor_shape.dim)
+        )
         for name, text in tensors.items():
             yield name, text, spec
 
@@ -172,7 +174,7 @@ def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
     for prefix, nodes in model.copies:
         contexts.copy(meta, prefix, frozenset(nodes))
     graph = main.finish()
-    contexts.complete(meta, graph, lambda node: ops.output_count(model, node))
+    contexts.complete(meta, graph, lambda node: op_defs.output_count(model, node))
     return replace(model, graphs={**model.graphs, MAIN: graph})
 
 
@@ -183,7 +185,7 @@ def _write_nodes(meta: Any, main: Draft, model: Model) -> None:
         for index, text in enumerate(list(values)):
             value = main_value(text)
             node = main.nodes.get(value.node) if ":" in text else None
-            if node is not None and value.port >= ops.output_count(model, node):
+            if node is not None and value.port >= op_defs.output_count(model, node):
                 values[index] = node.name
 
 
@@ -202,7 +204,7 @@ def _initialize(main: Draft, variable: Variable, resource: Value) -> str:
 
 
 def _read(variable: Variable, resource: Value) -> Apply:
-    return op("ReadVariableOp", Use("resource", resource), dtype=ops.Dtype(variable.dtype))
+    return op("ReadVariableOp", Use("resource", resource), dtype=protos.Dtype(variable.dtype))
 
 
 def _extend_groups(meta: Any, main: Draft, initializers: list[str]) -> None:
@@ -249,7 +251,7 @@ def _extend_saver(
     dtypes = [v.dtype for v in added]
     reads = [main.place(_read(v, handles[v.key]), f"save/{v.name}") for v in added]
     for node, more in ((save, reads), (restore, [])):
-        names, slices = (ops.constant_of(_graph(main), v) for v in node.inputs[1:3])
+        names, slices = (constants.constant_of(_graph(main), v) for v in node.inputs[1:3])
         if names is None or slices is None:
             raise Error(f"the saver's node {node.name} has names that are no constants")
         longer = (
@@ -257,9 +259,9 @@ def _extend_saver(
             _strings(slices, [""] * len(added)),
         )
         inputs = (node.inputs[0], *(main.place(e, node.name) for e in longer), *node.inputs[3:], *more)
-        attrs = {"dtypes": ops.more_dtypes(ops.attribute(node, "dtypes"), dtypes), "_output_shapes": None}
+        attrs = {"dtypes": protos.more_dtypes(op_defs.attribute(node, "dtypes"), dtypes), "_output_shapes": None}
         main.set_node(replace(node.with_attrs(**attrs), inputs=inputs))
-    first = len(ops.attribute(restore, "dtypes").list.type)
+    first = len(op_defs.attribute(restore, "dtypes").list.type)
     assigned = []
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(restore.name, first + index))
@@ -288,9 +290,9 @@ def _new_saver(saver_def: Any, main: Draft) -> None:
     """A saver of no variables yet, as ``tf.compat.v1.train.Saver`` makes it."""
     nothing = array(np.array([], dtype=object))
     name = array(np.array(b"model", dtype=object))
-    attrs = {"dtype": ops.dtype_attr("string"), "shape": ops.shape_attr(())}
+    attrs = {"dtype": protos.dtype_attr("string"), "shape": protos.shape_attr(())}
     prefix = Apply("string", "PlaceholderWithDefault", (name,), attrs)
-    none: dict[str, Any] = {"dtypes": ops.attr(list[ops.Dtype]())}
+    none: dict[str, Any] = {"dtypes": protos.attr(list[protos.Dtype]())}
     save = Apply("", "SaveV2", (prefix, nothing, nothing), none)
     saved = ordered(op("Identity", prefix), [save])
     restored = Apply("", "NoOp", (), after=(Apply("", "RestoreV2", (prefix, nothing, nothing), none),))

@@ -15,7 +15,7 @@ from google.protobuf import text_format
 from tensorflow.core.framework import function_pb2
 from tensorflow.core.protobuf import saved_model_pb2, trackable_object_graph_pb2
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.dataflow import call_graph
 from rewriter.ir import ARG, MAIN, Endpoint, Error, Model, Node, Value
 from rewriter.savedmodel import checkpoint, main_graph, v1
@@ -318,9 +318,9 @@ def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
         graph = model.graphs.get(op)
         if graph is None:
             return find(op)
-        definition = type(ops.registered("NoOp"))(name=op)
+        definition = type(op_defs.registered("NoOp"))(name=op)
         for result in graph.results:
-            definition.output_arg.add(name=result.name, type=ops.dtype_number(result.dtype))
+            definition.output_arg.add(name=result.name, type=protos.dtype_number(result.dtype))
         return definition
 
     return of

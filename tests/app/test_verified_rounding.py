@@ -16,7 +16,7 @@ import tf_keras
 import bnqat
 from passes.batch_norm.entries import FROZEN
 from passes.batch_norm.sites import FUSED
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.app.verification.rounding import CHAOS, CONDITIONING, ROUNDING, rounding
 from rewriter.app.verification.running import first_line, last_bits
@@ -56,9 +56,9 @@ class OtherEpsilon:
     def edits(self, model: Model) -> Iterable[Edit]:
         for name, graph in model.graphs.items():
             for node in graph.nodes.values():
-                if node.op in FUSED and ops.get(model, node, "is_training") is self.training:
-                    epsilon = ops.get(model, node, "epsilon") * self.factor
-                    yield SetAttr(name, node.name, "epsilon", ops.attr(float(epsilon)))
+                if node.op in FUSED and op_defs.get(model, node, "is_training") is self.training:
+                    epsilon = op_defs.get(model, node, "epsilon") * self.factor
+                    yield SetAttr(name, node.name, "epsilon", protos.attr(float(epsilon)))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 
 import numpy as np
 
-from rewriter import ops
+from rewriter import protos
 from rewriter.draft import var_handle
 from rewriter.ir import MAIN, Graph, Model, Node, Signature, Value, Variable
 from rewriter.text import to_text
@@ -29,7 +29,7 @@ def model(text: str) -> Model:
     nodes: dict[str, Node] = {}
     for role, variable in held.items():
         nodes[f"{role}/v"] = var_handle(f"{role}/v", variable)
-        read = {"dtype": ops.dtype_attr("float32"), "_output_shapes": ops.shapes_attr([(CHANNELS,)])}
+        read = {"dtype": protos.dtype_attr("float32"), "_output_shapes": protos.shapes_attr([(CHANNELS,)])}
         nodes[role] = Node(role, "ReadVariableOp", (Value(f"{role}/v"),), attrs=read)
     for line in filter(None, (line.strip() for line in text.splitlines())):
         node = _node(line)
@@ -44,16 +44,16 @@ def _node(line: str) -> Node:
     assert found is not None, line
     name, op, inputs, content, shape = found.groups()
     sizes = None if shape == "-" else tuple(-1 if s == "?" else int(s) for s in re.findall(r"\?|\d+", shape))
-    attrs = {"_output_shapes": ops.shapes_attr([sizes])}
+    attrs = {"_output_shapes": protos.shapes_attr([sizes])}
     if op == "Const":
         value = np.array(ast.literal_eval(content), np.float32 if "." in content else np.int32)
-        attrs |= {"value": ops.attr(value), "dtype": ops.dtype_attr(value.dtype.name)}
+        attrs |= {"value": protos.attr(value), "dtype": protos.dtype_attr(value.dtype.name)}
     elif op == "Placeholder":
-        attrs["dtype"] = ops.dtype_attr("float32")
+        attrs["dtype"] = protos.dtype_attr("float32")
     else:
-        attrs["T"] = ops.dtype_attr("float32")
+        attrs["T"] = protos.dtype_attr("float32")
     if op == "Mean":
-        attrs["keep_dims"] = ops.attr(len(sizes or ()) > 1)
+        attrs["keep_dims"] = protos.attr(len(sizes or ()) > 1)
     values = tuple(Value(*_port(v)) for v in inputs.split(", ") if v)
     return Node(name, op, values, attrs=attrs)
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rewriter import ops
+from rewriter import op_defs
 from tests.conftest import PUBLIC
 from tests.mutate import mutated
 from tests.reliability.damage import damage_graph
@@ -56,7 +56,7 @@ def test_attributes_that_were_left_out(forks: Server, model: Callable[[str], Pat
 
     def edit(meta: Any) -> None:
         for node in [*meta.graph_def.node, *(n for f in meta.graph_def.library.function for n in f.node_def)]:
-            definition = ops.registered(node.op)
+            definition = op_defs.registered(node.op)
             for attribute in () if definition is None else definition.attr:
                 default = attribute.HasField("default_value") and node.attr.get(attribute.name)
                 if default and (attribute.name == "shared_name" or default == attribute.default_value):

@@ -28,7 +28,7 @@ from rewriter.edit import (
 )
 from rewriter.expr import Function, Use, constant, handle, op, parameter, per_call, read
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Node, Signature, Spec, Value, Variable
-from rewriter.ops import Dtype, attr
+from rewriter.protos import Dtype, attr
 from rewriter.text import from_text, to_text
 
 STEP = Variable("step key", "step", "int64", (), path="step", initial=0)

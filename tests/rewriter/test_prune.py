@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rewriter.apply import apply
+from rewriter.constants import LARGEST
 from rewriter.edit import Keep
 from rewriter.evaluation import evaluated
 from rewriter.ir import MAIN, Edge, Entry, Error, Graph, Model, Spec, Value, Variable
-from rewriter.ops import LARGEST
 from rewriter.prune import needed_without
 from rewriter.terms import DEEP, Bound, Terms, cone
 from rewriter.text import from_text, to_text

@@ -18,7 +18,7 @@ from passes.quantization.quantizers import Kind, quantizing
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import SCHEMES
 from passes.roles import ROLES
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.app.loaded import variables_by_key
 from rewriter.app.values import error, run
 from rewriter.dataflow import VariableKey, call_graph, origins
@@ -115,7 +115,7 @@ class Readings:
             if node.op == "ReadVariableOp":
                 (key,) = (o.key for o in origins(self.source, graph.name, node.inputs[0]) if isinstance(o, VariableKey))
                 values[node.name] = self.variables[key].numpy()
-                node = Node(node.name, ARG, attrs={"T": ops.attribute(node, "dtype")})
+                node = Node(node.name, ARG, attrs={"T": op_defs.attribute(node, "dtype")})
             nodes[node.name] = replace(node, after=())
             waiting += [v.node for v in node.inputs if v.node not in nodes]
         part = Graph(MAIN, nodes, tuple(values), (Result(name, Value(last), ""),))

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
 from passes.batch_norm.sites import sites
-from rewriter import ops
+from rewriter import op_defs
 from rewriter.app.arrays import odd_values
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
@@ -347,7 +347,7 @@ def kernels_of_training(trained: Trained) -> Claim:
 def _halves(model: Model) -> bool:
     """Whether a batch norm of a model may compute in less than float32."""
     found = (model.graphs[site.graph].nodes[site.node] for site in model.analysis(sites))
-    return any(ops.attribute(node, "T").type in HALVES for node in found)
+    return any(op_defs.attribute(node, "T").type in HALVES for node in found)
 
 
 def _count(number: int, noun: str, several: str = "") -> str:

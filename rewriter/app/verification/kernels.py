@@ -12,7 +12,7 @@ from tensorflow.python.eager import context
 
 from passes.batch_norm.sites import FUSED, Site, sites
 from passes.roles import MEAN, ROLES
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Graph, Model, Value
 from rewriter.liveness import Assumption
@@ -193,7 +193,7 @@ def _in(
     own = {site.node for site in found}
     for name in needed:
         node = graph.nodes[name]
-        if node.op in FUSED and name not in own and ops.get(model, node, "is_training"):
+        if node.op in FUSED and name not in own and op_defs.get(model, node, "is_training"):
             yield "others", frozenset()
     calls = model.analysis(call_graph).calls.get(graph.name, [])
     for name in dict.fromkeys(c.node for c in calls if c.node in needed):
@@ -206,7 +206,7 @@ def _in(
 
 
 def _known(model: Model, assumed: Assumption, value: Value) -> bool | None:
-    return assumed.known(value) if ops.output_dtype(model, assumed.graph, value) == "bool" else None
+    return assumed.known(value) if op_defs.output_dtype(model, assumed.graph, value) == "bool" else None
 
 
 def _kinds(site: Site, assumed: Assumption) -> list[str]:

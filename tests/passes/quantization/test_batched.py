@@ -16,7 +16,7 @@ from passes.deploy.quantized_values import quantized_values
 from passes.quantization.batched import GENERAL, WIDTH, layout, way
 from passes.quantization.quantizers import Kind
 from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
-from rewriter import evaluation, ops
+from rewriter import evaluation, ops, protos
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
 from rewriter.pipeline import Pipeline
@@ -67,7 +67,7 @@ def computed(kinds: Sequence[Kind], index: int, bits: int, given: Sequence[np.nd
 
 
 def _placeholder(node: Node, value: np.ndarray) -> Node:
-    return Node(node.name, "Placeholder", attrs={"dtype": node.attrs["T"], "shape": ops.shape_attr(np.shape(value))})
+    return Node(node.name, "Placeholder", attrs={"dtype": node.attrs["T"], "shape": protos.shape_attr(np.shape(value))})
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name} {s.narrow}")
@@ -126,12 +126,17 @@ def test_what_only_looks_like_a_quantizer_is_refused_in_a_sentence(model: Callab
     whole = quantized(model("module"))
     assert len(quantized_values(whole)) == 8
     for wrong in ("x", 7, -1):
-        case = changed(whole, "StatelessCase", lambda n, w=wrong: n.with_attrs(**{ops.GENERAL: ops.attr(w)}))  # type: ignore[misc]
+        case = changed(whole, "StatelessCase", lambda n, w=wrong: n.with_attrs(**{ops.GENERAL: protos.attr(w)}))  # type: ignore[misc]
         with pytest.raises(Error, match="rewrite the float model again"):
             quantized_values(case)
-    huge = ops.attr(np.array([8], np.int32))
+    huge = protos.attr(np.array([8], np.int32))
     huge.tensor.tensor_shape.dim[0].size = 2**40
-    for sizes in (huge, ops.attr(np.array([], np.int32)), ops.attr(np.array(["a"], object)), ops.attr(np.array([3.5]))):
+    for sizes in (
+        huge,
+        protos.attr(np.array([], np.int32)),
+        protos.attr(np.array(["a"], object)),
+        protos.attr(np.array([3.5])),
+    ):
         for op, position in (("SplitV", 1), ("Slice", 1), ("Slice", 2)):
             graphs = {}
             for name, graph in whole.graphs.items():

@@ -15,8 +15,8 @@ from tensorflow.core.protobuf import saved_model_pb2
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Rewire, Run
 from rewriter.expr import Use, constant, handle, op, read
 from rewriter.ir import MAIN, Edge, Endpoint, Error, Model, Variable
-from rewriter.ops import Dtype
 from rewriter.pipeline import Pipeline
+from rewriter.protos import Dtype
 from rewriter.savedmodel import checkpoint
 from rewriter.savedmodel.graphs import definitions, write_function, write_main
 from rewriter.savedmodel.read import load

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rewriter import ops
+from rewriter import op_defs, protos
 from rewriter.ir import Error, Model, Node
 
 ROOT = Path(__file__).parents[2]
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 AS_WRITTEN = (
     "rewriter/conformance.py",
     "rewriter/diff/compare.py",
+    "rewriter/op_defs.py",
     "rewriter/ops.py",
     "rewriter/savedmodel/graphs.py",
     "rewriter/text.py",
@@ -24,15 +25,15 @@ AS_WRITTEN = (
 
 
 def test_an_attribute_that_was_left_out_has_its_default() -> None:
-    node = Node("v", "VarHandleOp", attrs={"dtype": ops.dtype_attr("float32"), "shape": ops.shape_attr((2,))})
-    assert ops.attribute(node, "shared_name").s == b""
-    assert ops.attribute(node, "dtype").type == ops.dtype_number("float32")
-    assert ops.get(Model({}), Node("bn", "FusedBatchNormV3"), "is_training") is True
+    node = Node("v", "VarHandleOp", attrs={"dtype": protos.dtype_attr("float32"), "shape": protos.shape_attr((2,))})
+    assert op_defs.attribute(node, "shared_name").s == b""
+    assert op_defs.attribute(node, "dtype").type == protos.dtype_number("float32")
+    assert op_defs.get(Model({}), Node("bn", "FusedBatchNormV3"), "is_training") is True
 
 
 def test_an_attribute_that_has_no_default_is_named() -> None:
     with pytest.raises(Error, match="a node of the op Cast has no attribute DstT"):
-        ops.attribute(Node("c", "Cast"), "DstT")
+        op_defs.attribute(Node("c", "Cast"), "DstT")
 
 
 def raw_reads(source: str) -> Iterator[int]:
