@@ -1,4 +1,4 @@
-"""Write all models below a directory."""
+"""Write all models, or those named, below a directory."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,9 @@ from pathlib import Path
 from tests.models.all import ALL
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tests.models DIRECTORY")
-    for name, make in ALL.items():
-        print(make(Path(sys.argv[1]) / name))  # noqa: T201  this is what it is for
+    _, *arguments = sys.argv
+    unknown = [name for name in arguments[1:] if name not in ALL]
+    if not arguments or unknown:
+        sys.exit(f"no model {', '.join(unknown)}" if unknown else "usage: python -m tests.models DIRECTORY [NAME ...]")
+    for name in arguments[1:] or ALL:
+        print(ALL[name](Path(arguments[0]) / name))  # noqa: T201  this is what it is for
