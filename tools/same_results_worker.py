@@ -59,6 +59,9 @@ GRAPHS = "graphs"
 EXTRA = "assets.extra"
 """Folder with the report and the record, of which only the names count."""
 
+PROGRESS = re.compile(r"^\S+: \d+ edits in .*\n?", re.MULTILINE)
+"""Lines that tell of a pass."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -128,7 +131,8 @@ class Worker:
         return Outcome(False, self.mask(result.output), files, [str(n) for n in names.values() if n.parts[0] == EXTRA])
 
     def mask(self, text: str) -> str:
-        """A text without times and paths, which may differ where results do not."""
+        """A text without progress, times and paths, which may differ where results do not."""
+        text = PROGRESS.sub("", text)
         for path, name in sorted(self.masked.items(), key=lambda item: -len(item[0])):  # one may lie in the other
             text = text.replace(path, name)
         return re.sub(r" in \d+\.\d+ s\b", " in SECONDS s", text)
