@@ -56,7 +56,7 @@ def _leaves(
             edge = Edge(graph.name, node.name, 0)
             value = node.inputs[0]
         elif passed is not None:
-            if ops.PROXY in node.attrs:
+            if ops.QUANTIZER_MARK in node.attrs:
                 proxies = (*proxies, (graph.name, node.name))
             value = passed
         elif node.op in ops.CHOICES and value.port == 0:

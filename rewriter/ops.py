@@ -68,7 +68,7 @@ GRADIENT = "_gradient_op_type"
 """Attribute of an op that has a gradient of its own: of which kind (``tf.custom_gradient``)."""
 
 
-PROXY = "_bnqat"
+QUANTIZER_MARK = "_bnqat"
 """Attribute of a node that stands for its last input, in another precision: TensorFlow keeps it when a user
 loads and saves a model again, on nodes but not on functions."""
 
@@ -77,14 +77,14 @@ PART = "_bnqat_part"
 """Attribute of a node inside a quantiser: the part of its arithmetic, as named in `passes.quantization.node_marks`."""
 
 
-GENERAL = "_bnqat_general"
+GENERAL_BRANCH = "_bnqat_general"
 """Attribute of a Case whose branches compute the same, each under a condition of its own: the position of the one that
 does so under every condition."""
 
 
 def forwarded(node: Node, port: int) -> Value | None:
     """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
-    if PROXY in node.attrs and node.inputs:
+    if QUANTIZER_MARK in node.attrs and node.inputs:
         return node.inputs[-1]
     if node.op == "IdentityN":
         return node.inputs[port]

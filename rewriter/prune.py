@@ -186,7 +186,7 @@ class _Usage:
         """Functions called by nodes that stand for their last input, which says for what, even where it is not used."""
         for graph in self.model.graphs.values():
             for call in self.calls.calls.get(graph.name, ()):
-                if ops.PROXY in graph.nodes[call.node].attrs:
+                if ops.QUANTIZER_MARK in graph.nodes[call.node].attrs:
                     yield call.callee
 
     def _bodies(self) -> frozenset[str]:

@@ -229,7 +229,7 @@ class Terms:
     def _called(self, node: Node) -> tuple[str, ...]:
         """The functions that a node may call; of some that compute the same, the one that always does."""
         called = ops.callees(self.model, node)
-        general = node.attrs.get(ops.GENERAL) if node.op in ("Case", "StatelessCase") else None
+        general = node.attrs.get(ops.GENERAL_BRANCH) if node.op in ("Case", "StatelessCase") else None
         if general is None or general.WhichOneof("value") != "i" or not 0 <= general.i < len(called):
             return called
         return (called[general.i],)

@@ -10,13 +10,13 @@ import regex
 
 from passes.batch_norm.batch_norms import BatchNorm
 from passes.batch_norm.layers import Layer
-from passes.quantization.custom import Pipeline, Quantizer
+from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.schemes import Affine, Scheme, altered
 from passes.roles import ROLES
 from rewriter.ir import Error, Model
 
 Options = Mapping[str, Any]
-"""Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `Pipeline`."""
+"""Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `CustomQuantizer`."""
 
 
 PATIENCE = 2.0
@@ -84,14 +84,16 @@ class Rule(Match):
         if self.options[role] is None:
             return None
         own = options.pop("quantizer", None)
-        if own is None and isinstance(quantizer, Pipeline) and "scheme" not in options:
+        if own is None and isinstance(quantizer, CustomQuantizer) and "scheme" not in options:
             own = quantizer
-        if isinstance(own, Pipeline):
+        if isinstance(own, CustomQuantizer):
             return replace(own, bits=options.get("bits", own.bits))
         return altered(quantizer if isinstance(quantizer, Scheme) else Affine(), options)
 
 
-def chosen(model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer) -> Quantizer | None:
+def quantizer_for(
+    model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer
+) -> Quantizer | None:
     """The quantiser of a role in a layer.
 
     Raises:

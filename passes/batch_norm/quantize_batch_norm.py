@@ -11,16 +11,16 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from passes.batch_norm.batch_norms import channels, moving_average, names_of_sites
-from passes.batch_norm.choice import Rule, chosen, unmatched
+from passes.batch_norm.choice import Rule, quantizer_for, unmatched
 from passes.batch_norm.entries import frozen
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
 from passes.batch_norm.sites import STATISTICS, Site, sites
 from passes.batch_norm.stored_averages import assigning, dead_zone, storable, stored
 from passes.quantization.controls import Controls, Initial, counters
-from passes.quantization.custom import Context, Pipeline, Quantizer, Traced, Wanted
-from passes.quantization.emission import Placing
-from passes.quantization.grouping import Piped, Quantity, Vector, groups
-from passes.quantization.quantizers import Kind
+from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
+from passes.quantization.emission import QuantizerEmitter
+from passes.quantization.grouping import CustomSpec, QuantizationPoint, Vector, groups
+from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
 from passes.quantization.schemes import Affine, Log, Scheme
 from passes.roles import BETA, GAMMA, ROLES, VARIANCE
@@ -77,7 +77,7 @@ class QuantizeBatchNorm:
         Raises:
             Error: rules ask for what cannot be, or the model was rewritten when it had other batch norms.
         """
-        work = _Work(self, model)
+        work = _Insertion(self, model)
         todo: list[Site] = []
         for site in model.analysis(sites):
             reason = "already quantised" if site.quantized else site.reason or work.reason(site)
@@ -91,7 +91,7 @@ class QuantizeBatchNorm:
             yield from work.edits(todo)
 
 
-class _Work:
+class _Insertion:
     """One run of the pass.
 
     Attributes:
@@ -105,7 +105,8 @@ class _Work:
         self.layers = model.analysis(layers)
         defaults = {role: getattr(options, role) for role in ROLES}
         self.quantizers: Mapping[str, list[Quantizer | None]] = {
-            role: [chosen(model, defaults[role], options.rules, role, layer) for layer in self.layers] for role in ROLES
+            role: [quantizer_for(model, defaults[role], options.rules, role, layer) for layer in self.layers]
+            for role in ROLES
         }
         self._check()
         self.values: dict[tuple[str, Value], Use] = {}
@@ -143,9 +144,12 @@ class _Work:
             return (
                 "it chooses its mode while it runs; ema ranges and stochastic rounding need fusing, without --no-fuse"
             )
-        if any(isinstance(q.range, Learned) or isinstance(q, Pipeline) for q in used) and self._size(site) is None:
+        if (
+            any(isinstance(q.range, Learned) or isinstance(q, CustomQuantizer) for q in used)
+            and self._size(site) is None
+        ):
             return "the number of its channels is not known, which learned ranges and pipelines need"
-        if any(isinstance(q, Pipeline) for q in used) and not self.model.object_based:
+        if any(isinstance(q, CustomQuantizer) for q in used) and not self.model.object_based:
             return "a pipeline needs a model in TensorFlow 2's format"
         if self._observes(used) and any(self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training):
             return "its function is trained several times in a step; an ema range cannot follow it"
@@ -184,7 +188,7 @@ class _Work:
         traced = self._trace(quantities)
         if traced.graphs:
             yield Import(tuple(traced.graphs.values()), traced.gradients)
-        placing = Placing(self.model, controls, traced)
+        placing = QuantizerEmitter(self.model, controls, traced)
         for group in groups(self.model, quantities):
             yield from placing.place(group)
         for vector, _, put in quantities:
@@ -215,16 +219,16 @@ class _Work:
         values = [np.asarray(self.model.value_of(bn.variables[role]), np.float32).ravel() for bn in found]
         return quantizer.limits_of(np.concatenate(values), epsilon)
 
-    def _parameters(self, site: Site) -> Iterator[Quantity]:
+    def _parameters(self, site: Site) -> Iterator[QuantizationPoint]:
         """What a site normalises with; never the base of its moving average."""
         for role, edges in site.parameters.items():
             for edge in edges:
                 vector = self._vector(site, role, edge.graph, self._used(edge), statistic=False)
                 if vector is not None:
                     scope = site.node if self.model.object_based else f"{site.node}/{role}"
-                    yield Quantity(vector, edge.node, partial(_rewired, edge, scope))
+                    yield QuantizationPoint(vector, edge.node, partial(_rewired, edge, scope))
 
-    def _statistics(self, site: Site) -> Iterator[Quantity]:
+    def _statistics(self, site: Site) -> Iterator[QuantizationPoint]:
         """The batch's statistics on their way to the averages, or the averages on their way to the variables.
 
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
@@ -235,11 +239,11 @@ class _Work:
                 value, put = stored(self.model, graph, node)
                 vector = self._vector(site, role, graph, value, statistic=True)
                 if vector is not None:
-                    yield Quantity(vector, node, put)
+                    yield QuantizationPoint(vector, node, put)
             for edge in () if stores else edges:
                 vector = self._vector(site, role, edge.graph, self._used(edge), statistic=True)
                 if vector is not None:
-                    yield Quantity(vector, edge.node, partial(self._averaged, site, role, edge))
+                    yield QuantizationPoint(vector, edge.node, partial(self._averaged, site, role, edge))
 
     def _averaged(self, site: Site, role: str, edge: Edge, batch: Expr) -> Iterator[Edit]:
         """Let an average take a quantised statistic; the kernel's own average is computed beside it then."""
@@ -265,11 +269,13 @@ class _Work:
         second = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
         training = site.mode == "training" or statistic or second
         size = self._size(site)
-        kind: Kind | Piped
+        kind: QuantizerSpec | CustomSpec
         if isinstance(quantizer, Scheme):
-            kind = Kind(quantizer, site.epsilon, size, value.dtype, training).usual
+            kind = QuantizerSpec(quantizer, site.epsilon, size, value.dtype, training).group_key
         else:
-            kind = Piped(Wanted(quantizer.function, Context(role, name, site.epsilon), size or 0), value.dtype)
+            kind = CustomSpec(
+                TraceRequest(quantizer.function, Context(role, name, site.epsilon), size or 0), value.dtype
+            )
         tag = {
             "role": role,
             "scheme": quantizer.name if isinstance(quantizer, Scheme) else f"{quantizer.name} {quantizer.label}",
@@ -284,10 +290,10 @@ class _Work:
         run = next((node for place, node in site.runs if place == MAIN), "")
         return Vector(graph, value, kind, role, number, json.dumps(tag, sort_keys=True), statistic, run)
 
-    def _trace(self, quantities: Iterable[Quantity]) -> Traced:
+    def _trace(self, quantities: Iterable[QuantizationPoint]) -> Traced:
         """Make functions of pipelines, all at once."""
-        wanted = list(dict.fromkeys(v.kind.wanted for v, _, _ in quantities if isinstance(v.kind, Piped)))
-        tracers = [q.trace for found in self.quantizers.values() for q in found if isinstance(q, Pipeline)]
+        wanted = list(dict.fromkeys(v.spec.wanted for v, _, _ in quantities if isinstance(v.spec, CustomSpec)))
+        tracers = [q.trace for found in self.quantizers.values() for q in found if isinstance(q, CustomQuantizer)]
         return tracers[0](wanted) if wanted else Traced({}, {}, {})
 
 

@@ -211,7 +211,7 @@ class _Walk:
                 run = calls[0] if calls else (graph.name, user.name)
                 yield _Reached(entered or edge, run, (graph.name, user.inputs[0]), (graph.name, user.name))
                 yield from self._read_again(graph, user, entered or edge, calls)
-            elif ops.PROXY in user.attrs:
+            elif ops.QUANTIZER_MARK in user.attrs:
                 if edge.position == len(user.inputs) - 1:
                     self.proxies[graph.name, user.name] = None
                     yield from self.from_value(graph, Value(user.name), entered or edge, calls)
@@ -260,7 +260,7 @@ def _weight(model: Model, entered: Edge) -> float | None:
     edge = entered
     for _ in range(5):  # quantised, (m - b), times a correction, times the weight: no form is longer
         user = graph.nodes.get(edge.node)
-        passed = user is not None and (ops.PROXY in user.attrs or user.op in ops.FORWARDS)
+        passed = user is not None and (ops.QUANTIZER_MARK in user.attrs or user.op in ops.FORWARDS)
         if user is None or not (passed or user.op in ARITHMETIC):
             return None
         if user.op == "Mul":

@@ -62,7 +62,7 @@ class BakeQuantizers:
             yield Keep(tuple(model.entries))
 
 
-class Stores(NamedTuple):
+class BakePlan(NamedTuple):
     """Where quantised values are to be stored.
 
     Attributes:
@@ -96,17 +96,17 @@ class Stores(NamedTuple):
         return self.further[first.variable, first.value.tobytes()]
 
 
-def quantized_stores(model: Model) -> Stores:
+def quantized_stores(model: Model) -> BakePlan:
     """Where the values are to be stored that harmless quantisers make."""
     return _stores(model, model.analysis(quantized_values))
 
 
-def trusted_stores(model: Model) -> Stores:
+def trusted_stores(model: Model) -> BakePlan:
     """Where the values are to be stored that quantisers make, whatever ops they have."""
     return _stores(model, model.analysis(trusted_values))
 
 
-def _stores(model: Model, found: tuple[Quantized, ...]) -> Stores:
+def _stores(model: Model, found: tuple[Quantized, ...]) -> BakePlan:
     values: dict[str, dict[bytes, np.ndarray]] = {}
     for each in found:
         if each.variable:
@@ -128,7 +128,7 @@ def _stores(model: Model, found: tuple[Quantized, ...]) -> Stores:
             further[key] = Variable(
                 model.new_key(name), name, each.value.dtype.name, each.value.shape, path=path, initial=each.value
             )
-    return Stores(found, baked, further)
+    return BakePlan(found, baked, further)
 
 
 def _raw(model: Model, graph: Graph, node: str) -> Expr:

@@ -55,7 +55,7 @@ class UpgradeReferences:
             if variables:
                 yield Note(f"{len(variables)} reference variables are kept: the result trains in V1 sessions only")
             return
-        work = _Work(model, main)
+        work = _Upgrade(model, main)
         for node in variables:
             yield Replace(MAIN, node.name, Apply("resource", "VarHandleOp", (), _handle_attrs(node)))
             yield from work.uses(Value(node.name), Value(node.name))
@@ -73,7 +73,7 @@ def _handle_attrs(node: Node) -> Attrs:
 
 
 @dataclass
-class _Work:
+class _Upgrade:
     """Follows each reference to its uses.
 
     Attributes:

@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from passes.quantization.node_marks import part
-from passes.quantization.quantizers import Kind, OnGrid, Values, cast, wide
+from passes.quantization.node_marks import marked
+from passes.quantization.quantizers import OnGrid, QuantizerSpec, Values, cast, wide
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT, Limits
 from rewriter import ops, protos
@@ -37,7 +37,7 @@ from rewriter.expr import (
 )
 from rewriter.protos import attr, dtype_attr
 
-WIDTH = 32
+BLOCK_SIZE = 32
 """How many values a block has, which belong to one vector: of 16, 32, 64 and 128, the fastest for MobileNetV2."""
 
 NAMES = ("off", "on", "partly")
@@ -57,7 +57,7 @@ def how(amount: Expr, bits: Expr) -> Expr:
     return op("Cast", acting, DstT=protos.Dtype("int32")) + op("Cast", acting & partly, DstT=protos.Dtype("int32"))
 
 
-class Row(NamedTuple):
+class BatchRow(NamedTuple):
     """Vectors of one arithmetic, one behind the other.
 
     Attributes:
@@ -66,19 +66,19 @@ class Row(NamedTuple):
         sizes: how long each of them is.
     """
 
-    arithmetic: Kind
+    arithmetic: QuantizerSpec
     places: tuple[int, ...]
     sizes: tuple[int, ...]
 
     @property
     def lengths(self) -> np.ndarray:
         """How many blocks each vector takes."""
-        return -(-np.array(self.sizes) // WIDTH)
+        return -(-np.array(self.sizes) // BLOCK_SIZE)
 
     @property
     def shape(self) -> tuple[int, int]:
         """As blocks, each of which belongs to one vector."""
-        return int(self.lengths.sum()), WIDTH
+        return int(self.lengths.sum()), BLOCK_SIZE
 
     @property
     def blocks(self) -> Expr:
@@ -89,14 +89,14 @@ class Row(NamedTuple):
         """Its vectors in blocks; what is left of a vector's last one is filled with what is not quantised."""
         pieces: list[Expr] = []
         for vector, size, length in zip(vectors, self.sizes, self.lengths, strict=True):
-            rest = int(length) * WIDTH - size
+            rest = int(length) * BLOCK_SIZE - size
             pieces += [vector, *([filled(math.nan, vector.dtype, (rest,))] if rest else [])]
         flat = concat(pieces) if pieces[1:] else pieces[0]
         return op("Reshape", flat, _shape(self.shape))
 
     def split(self, values: Expr) -> Iterator[Expr]:
         """The vectors of what is in blocks, [values]."""
-        lengths = [int(length) * WIDTH for length in self.lengths]
+        lengths = [int(length) * BLOCK_SIZE for length in self.lengths]
         attrs = {"num_split": attr(len(lengths)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
         attrs["_output_shapes"] = protos.shapes_attr([(length,) for length in lengths])
         first = Apply(values.dtype, "SplitV", (values, _shape(tuple(lengths)), constant(0, "int32")), attrs)
@@ -106,30 +106,30 @@ class Row(NamedTuple):
             yield whole if size == length else op("Slice", whole, _shape((0,)), _shape((size,)))
 
 
-def layout(kinds: Sequence[Kind]) -> list[Row]:
-    """What is done together to vectors of these kinds.
+def layout(specs: Sequence[QuantizerSpec]) -> list[BatchRow]:
+    """What is done together to vectors of these specs.
 
     Raises:
         AssertionError: the size of one is not known, or its range does not follow its values.
     """
-    found: dict[Kind, list[int]] = {}
-    for place, kind in enumerate(kinds):
-        if kind.size is None or not isinstance(kind.scheme.range, Dynamic):
+    found: dict[QuantizerSpec, list[int]] = {}
+    for place, spec in enumerate(specs):
+        if spec.size is None or not isinstance(spec.scheme.range, Dynamic):
             raise AssertionError("vectors that are quantised together have known sizes and ranges that follow them")
-        found.setdefault(replace(kind, size=None), []).append(place)
-    return [Row(kind, tuple(own), tuple(kinds[i].size or 0 for i in own)) for kind, own in found.items()]
+        found.setdefault(replace(spec, size=None), []).append(place)
+    return [BatchRow(spec, tuple(own), tuple(specs[i].size or 0 for i in own)) for spec, own in found.items()]
 
 
-def way(kinds: tuple[Kind, ...], index: int) -> Function:
+def way(specs: tuple[QuantizerSpec, ...], index: int) -> Function:
     """The function for what `how` says: (amount, bits of each row, noise.., vectors..) -> vectors.
 
     Bits are int64 [vectors of the row, 1]; noise is float32 of the row's shape, for each whose rounding is stochastic.
     """
-    found = layout(kinds)
+    found = layout(specs)
     amount = parameter("amount", FLOAT)
     bits = [parameter(f"bits_{i}", "int64") for i, _ in enumerate(found)]
     noise = {row: parameter(f"noise_{i}", FLOAT) for i, row in enumerate(found) if row.arithmetic.stochastic}
-    vectors = [parameter(f"vector_{i}", kind.dtype) for i, kind in enumerate(kinds)]
+    vectors = [parameter(f"vector_{i}", spec.dtype) for i, spec in enumerate(specs)]
     results: list[Expr] = list(vectors)
     for row, widths in zip(found, bits, strict=True) if index else ():
         raw = row.joined([vectors[i] for i in row.places])
@@ -137,9 +137,9 @@ def way(kinds: tuple[Kind, ...], index: int) -> Function:
         made = placed.exactly(noise.get(row), amount) if index == GENERAL else placed.fully(noise.get(row))
         for i, result in zip(row.places, row.split(_straight_through(raw, made)), strict=True):
             results[i] = result
-    shapes = [(), *((len(row.places), 1) for row in found), *(row.shape for row in noise), *(k.shape(0) for k in kinds)]
+    shapes = [(), *((len(row.places), 1) for row in found), *(row.shape for row in noise), *(k.shape(0) for k in specs)]
     told = (amount, *bits, *noise.values(), *vectors)
-    return Function(f"bnqat_{len(kinds)}_vectors_{NAMES[index]}", told, tuple(shapes), tuple(results))
+    return Function(f"bnqat_{len(specs)}_vectors_{NAMES[index]}", told, tuple(shapes), tuple(results))
 
 
 class _Placed:
@@ -150,15 +150,15 @@ class _Placed:
         grid: one for each vector, [vectors, 1].
     """
 
-    def __init__(self, row: Row, raw: Expr, bits: Expr) -> None:
+    def __init__(self, row: BatchRow, raw: Expr, bits: Expr) -> None:
         self.row = row
         self.bits = bits
         self.blocks = row.blocks  # once: each expression of it would be a constant of its own
-        kind = row.arithmetic
-        self.values = Values(kind, raw, row.shape)
+        spec = row.arithmetic
+        self.values = Values(spec, raw, row.shape)
         seen = self.values.seen()
         limits = Limits(self._of_vectors("Min", seen.low), self._of_vectors("Max", seen.high))
-        self.grid = kind.scheme.grid(kind.scheme.range_of(limits, kind.epsilon), bits)
+        self.grid = spec.scheme.grid(spec.scheme.range_of(limits, spec.epsilon), bits)
 
     def exactly(self, noise: Expr | None, amount: Expr) -> Expr:
         """The values on their levels, as much as there is to be of that, and where a width is in force."""
@@ -188,10 +188,10 @@ class _Placed:
 
     def _of_blocks(self, vectors: Expr) -> Expr:
         """For each value, what is its vector's, marked as what that is: [vectors, 1] -> [blocks, width]."""
-        repeated = op("BroadcastTo", vectors, _shape((len(self.row.sizes), WIDTH)))
+        repeated = op("BroadcastTo", vectors, _shape((len(self.row.sizes), BLOCK_SIZE)))
         values = op("GatherV2", repeated, self.blocks, constant(0, "int32"))
         mark = vectors.attrs.get(ops.PART) if isinstance(vectors, Apply) else None
-        return values if mark is None else part(mark.s.decode(), values)
+        return values if mark is None else marked(mark.s.decode(), values)
 
 
 def _straight_through(raw: Expr, quantized: Expr) -> Expr:

@@ -10,7 +10,7 @@ import numpy as np
 
 from passes.quantization.batched import how
 from passes.quantization.custom import Quantizer
-from passes.quantization.node_marks import AMOUNT, part
+from passes.quantization.node_marks import AMOUNT, marked
 from passes.quantization.quantizers import learned_limits
 from passes.quantization.ranges import Ema, Fixed, Learned
 from passes.quantization.schemes import FLOAT, Scheme
@@ -154,7 +154,7 @@ class Controls:
     def _limits_of(self, role: str) -> Expr:
         quantizers, initial = self.quantizers[role], self.initial.limits[role]
         held = {
-            kind: [q is not None and isinstance(q.range, kind) for q in quantizers] for kind in (Fixed, Ema, Learned)
+            spec: [q is not None and isinstance(q.range, spec) for q in quantizers] for spec in (Fixed, Ema, Learned)
         }
         limits: Expr = array(initial * np.array(held[Fixed], np.float32)[:, None])
         if any(held[Ema]):
@@ -197,7 +197,7 @@ def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
     begun = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op(
         "Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT)
     )
-    return part(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), begun))
+    return marked(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), begun))
 
 
 def _where(held: Sequence[bool], then: Expr, otherwise: Expr) -> Expr:

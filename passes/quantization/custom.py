@@ -25,13 +25,13 @@ class Context(NamedTuple):
     epsilon: float
 
 
-Function = Callable[[Any, Context], Any]
+QuantizeFunction = Callable[[Any, Context], Any]
 
 
-class Wanted(NamedTuple):
+class TraceRequest(NamedTuple):
     """A function to be traced for vectors of a size, float32 [size]."""
 
-    function: Function
+    function: QuantizeFunction
     context: Context
     size: int
 
@@ -45,13 +45,13 @@ class Traced(NamedTuple):
         gradients: the gradient function of each kind of op that has one of its own.
     """
 
-    names: Mapping[Wanted, str]
+    names: Mapping[TraceRequest, str]
     graphs: Mapping[str, Graph]
     gradients: Mapping[str, Gradient]
 
 
 @dataclass(frozen=True)
-class Pipeline:
+class CustomQuantizer:
     """A function (vector, context) -> vector of float32 [C], which becomes part of the graph.
 
     It is traced once for each size and context. Its gradient is that of its ops, custom gradients included. It may
@@ -64,8 +64,8 @@ class Pipeline:
         bits: what `quantization.bits` holds for it at first; 0 switches it off, any other number on.
     """
 
-    function: Function = field(repr=False)
-    trace: Callable[[Sequence[Wanted]], Traced] = field(compare=False, repr=False)
+    function: QuantizeFunction = field(repr=False)
+    trace: Callable[[Sequence[TraceRequest]], Traced] = field(compare=False, repr=False)
     label: str
     bits: int = 8
     range: ClassVar[Range] = DYNAMIC
@@ -74,4 +74,4 @@ class Pipeline:
     narrow: ClassVar[bool] = False
 
 
-Quantizer = Scheme | Pipeline
+Quantizer = Scheme | CustomQuantizer

@@ -11,9 +11,9 @@ import numpy as np
 from passes.quantization.batched import GENERAL, layout, way
 from passes.quantization.controls import Controls, taken
 from passes.quantization.custom import Traced
-from passes.quantization.grouping import Group, Piped, Together, Vector
+from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Vector
 from passes.quantization.quantizer_marks import TAG
-from passes.quantization.quantizers import Kind, observing, piped, quantizing, row
+from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function, piped, range_update_function, row
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT
 from rewriter import ops, protos
@@ -23,11 +23,11 @@ from rewriter.ir import MAIN, Model, unused
 from rewriter.protos import Dtype
 
 
-class Placing:
+class QuantizerEmitter:
     """Makes what stands for vectors.
 
     Attributes:
-        functions: what quantises; vectors of one kind share a function.
+        functions: what quantises; vectors of one spec share a function.
         made: what stands for each vector, quantised.
     """
 
@@ -38,32 +38,34 @@ class Placing:
         self.functions: dict[tuple[Any, ...], Function] = {}
         self.made: dict[Vector, Expr] = {}
 
-    def place(self, group: Group | Together) -> Iterator[Edit]:
+    def place(self, group: Group | DynamicBatch) -> Iterator[Edit]:
         """Make what stands for each vector of a group; the edits are what has to run besides."""
-        if isinstance(group, Together):
+        if isinstance(group, DynamicBatch):
             self._place_together(group.vectors)
             return
-        first, kind = group[0], group[0].kind
+        first, spec = group[0], group[0].spec
         count = len(group) if len(group) > 1 else 0
         places = [self.controls.row(v.role, v.layer) for v in group]
-        value = _stacked(group, kind) if count else first.value
+        value = _stacked(group, spec) if count else first.value
         told: list[Expr] = [
             self.controls.amount,
             taken(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
         ]
-        if isinstance(kind, Piped):
-            function = self._function(piped, self.traced.names[kind.wanted], kind.wanted.size, kind.dtype)
+        if isinstance(spec, CustomSpec):
+            function = self._function(piped, self.traced.names[spec.wanted], spec.wanted.size, spec.dtype)
             self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
             return
-        if self.controls.limits is not None and not isinstance(kind.scheme.range, Dynamic):
+        if self.controls.limits is not None and not isinstance(spec.scheme.range, Dynamic):
             limits = taken(self.controls.limits, np.array(places if count else places[0]))
-            if kind.observed:
-                limits = self._call(self._function(observing, kind.observing, count), value, limits, name="observed")
+            if spec.observed:
+                limits = self._call(
+                    self._function(range_update_function, spec.range_key, count), value, limits, name="observed"
+                )
                 yield from self._keep(group, limits)
             told.append(limits)
-        if kind.stochastic:
+        if spec.stochastic:
             told.append(self._noise(op("Shape", value), first))
-        function = self._function(quantizing, kind.plain, count)
+        function = self._function(fake_quantize_function, spec.function_key, count)
         if not count:
             name = first.role if self.model.object_based else "quantized"
             self.made[first] = self._call(function, *told, value, name=name, **{TAG: first.tag})
@@ -71,17 +73,17 @@ class Placing:
         quantized = function(*told, value, name="quantized")
         attrs = {
             "num": protos.attr(count),
-            "T": protos.dtype_attr(kind.dtype),
-            "_output_shapes": protos.shapes_attr([(kind.size or 0,)] * count),
+            "T": protos.dtype_attr(spec.dtype),
+            "_output_shapes": protos.shapes_attr([(spec.size or 0,)] * count),
         }
-        unstacked = Apply(kind.dtype, "Unpack", (quantized,), attrs)
-        self._stand([Port(kind.dtype, unstacked, port) for port in range(count)], group)
+        unstacked = Apply(spec.dtype, "Unpack", (quantized,), attrs)
+        self._stand([Port(spec.dtype, unstacked, port) for port in range(count)], group)
 
     def _place_together(self, vectors: Sequence[Vector]) -> None:
         """Make what stands for vectors of one graph whose ranges follow their values."""
-        kinds = tuple(v.kind for v in vectors if isinstance(v.kind, Kind))
+        specs = tuple(v.spec for v in vectors if isinstance(v.spec, QuantizerSpec))
         bits, noise = [], []
-        for each in layout(kinds):
+        for each in layout(specs):
             own = [vectors[i] for i in each.places]
             places = [self.controls.row(v.role, v.layer) for v in own]
             # int64, as a function's int32 arguments are taken to be in the host's memory, and a GPU's Case copies none.
@@ -89,16 +91,16 @@ class Placing:
             if each.arithmetic.stochastic:
                 noise.append(self._noise(array(np.array(each.shape, np.int32)), own[0]))
         told = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
-        ways = [self._function(way, kinds, i) for i in range(GENERAL + 1)]
-        first = case(self.controls.how, ways, told, "quantized", **{ops.GENERAL: GENERAL})
+        ways = [self._function(way, specs, i) for i in range(GENERAL + 1)]
+        first = case(self.controls.how, ways, told, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
         self._stand([Port(v.value.dtype, first, i) for i, v in enumerate(vectors)], vectors)
 
     def _stand(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
         """Let each stand for a vector."""
         for value, vector in zip(quantized, vectors, strict=True):
-            if not isinstance(vector.kind, Kind) or vector.kind.size is None:
+            if not isinstance(vector.spec, QuantizerSpec) or vector.spec.size is None:
                 raise AssertionError("what is a row of others has a known size")
-            stands = self._function(row, vector.kind.size, vector.kind.dtype)
+            stands = self._function(row, vector.spec.size, vector.spec.dtype)
             self.made[vector] = stands(value, vector.value, name=vector.role, **{TAG: vector.tag})
 
     def _keep(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
@@ -136,9 +138,9 @@ class Placing:
         return self.functions[make, arguments]
 
 
-def _stacked(group: Group, kind: Kind | Piped) -> Expr:
+def _stacked(group: Group, spec: QuantizerSpec | CustomSpec) -> Expr:
     """The vectors as rows."""
-    attrs = {"N": protos.attr(len(group)), "T": protos.dtype_attr(kind.dtype)}
-    if isinstance(kind, Kind):
-        attrs["_output_shapes"] = protos.shapes_attr([(len(group), kind.size or 0)])
-    return Apply(kind.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")
+    attrs = {"N": protos.attr(len(group)), "T": protos.dtype_attr(spec.dtype)}
+    if isinstance(spec, QuantizerSpec):
+        attrs["_output_shapes"] = protos.shapes_attr([(len(group), spec.size or 0)])
+    return Apply(spec.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")

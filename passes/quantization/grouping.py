@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from passes.control_flow.predicates import reached
-from passes.quantization.custom import Wanted
-from passes.quantization.quantizers import Kind
+from passes.quantization.custom import TraceRequest
+from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic
 from rewriter.edit import Edit
 from rewriter.expr import Expr, Use
@@ -18,10 +18,10 @@ CONDITIONAL = ("Enter", "Merge", "Switch")
 """Ops of graphs in which some values may not be computed."""
 
 
-class Piped(NamedTuple):
+class CustomSpec(NamedTuple):
     """A pipeline, and the dtype of what passes through it."""
 
-    wanted: Wanted
+    wanted: TraceRequest
     dtype: str
 
 
@@ -38,7 +38,7 @@ class Vector(NamedTuple):
 
     graph: str
     value: Expr
-    kind: Kind | Piped
+    spec: QuantizerSpec | CustomSpec
     role: str
     layer: int
     tag: str
@@ -46,7 +46,7 @@ class Vector(NamedTuple):
     run: str
 
 
-class Quantity(NamedTuple):
+class QuantizationPoint(NamedTuple):
     """A vector, the node that uses it, and the edits that let it use another value instead."""
 
     vector: Vector
@@ -55,22 +55,22 @@ class Quantity(NamedTuple):
 
 
 Group = tuple[Vector, ...]
-"""Vectors of one kind, which are rows of a stack where they are several."""
+"""Vectors of one spec, which are rows of a stack where they are several."""
 
 
-class Together(NamedTuple):
+class DynamicBatch(NamedTuple):
     """Vectors of several batch norms whose ranges follow their values; all are quantised in one place."""
 
     vectors: tuple[Vector, ...]
 
 
-def groups(model: Model, found: Iterable[Quantity]) -> Iterator[Group | Together]:
-    """The vectors, each once: those of a graph together, where none precedes another; of one kind, if ranges clip.
+def groups(model: Model, found: Iterable[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
+    """The vectors, each once: those of a graph together, where none precedes another; of one spec, if ranges clip.
 
     Parameters that are read before any is used are together, and so are statistics that no average precedes. A set
     of ops serves them all, in place of one for each.
     """
-    by_graph: dict[str, list[Quantity]] = {}
+    by_graph: dict[str, list[QuantizationPoint]] = {}
     for quantity in found:
         by_graph.setdefault(quantity.vector.graph, []).append(quantity)
     for name, quantities in by_graph.items():
@@ -79,12 +79,12 @@ def groups(model: Model, found: Iterable[Quantity]) -> Iterator[Group | Together
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
         if model.object_based and not conditional:
             for each in _together(model, graph, quantities):
-                together.update(each.vectors if isinstance(each, Together) else each)
+                together.update(each.vectors if isinstance(each, DynamicBatch) else each)
                 yield each
         yield from ((v,) for v in dict.fromkeys(q.vector for q in quantities) if v not in together)
 
 
-def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[Group | Together]:
+def _together(model: Model, graph: Graph, found: list[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
     statistics = [q for q in found if q.vector.statistic]
     parameters = [q for q in found if not q.vector.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))
@@ -93,23 +93,25 @@ def _together(model: Model, graph: Graph, found: list[Quantity]) -> Iterator[Gro
     yield from _joined(model, graph, parameters, after)
 
 
-def _joined(model: Model, graph: Graph, found: list[Quantity], after: set[str]) -> Iterator[Group | Together]:
+def _joined(
+    model: Model, graph: Graph, found: list[QuantizationPoint], after: set[str]
+) -> Iterator[Group | DynamicBatch]:
     """What goes together, but for what is computed after others are used."""
-    kinds: dict[Kind, dict[Vector, None]] = {}
+    specs: dict[QuantizerSpec, dict[Vector, None]] = {}
     for quantity in found:
         vector = quantity.vector
         made = vector.value.value if isinstance(vector.value, Use) else None
-        if isinstance(vector.kind, Piped):
+        if isinstance(vector.spec, CustomSpec):
             continue
-        if made and made.node not in after and _whole(model, graph, made, vector.kind.size):
-            kinds.setdefault(vector.kind, {})[vector] = None
-    following = [v for kind, vectors in kinds.items() if isinstance(kind.scheme.range, Dynamic) for v in vectors]
+        if made and made.node not in after and _whole(model, graph, made, vector.spec.size):
+            specs.setdefault(vector.spec, {})[vector] = None
+    following = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
     # For a single batch norm, a choice costs more than what it saves.
     several = len({vector.layer for vector in following}) > 1
     if several:
-        yield Together(tuple(following))
-    for kind, vectors in kinds.items():
-        if len(vectors) > 1 and not (several and isinstance(kind.scheme.range, Dynamic)):
+        yield DynamicBatch(tuple(following))
+    for spec, vectors in specs.items():
+        if len(vectors) > 1 and not (several and isinstance(spec.scheme.range, Dynamic)):
             yield tuple(vectors)
 
 

@@ -33,7 +33,7 @@ EPSILON = "epsilon"
 """What was added to a variance before its logarithm was taken, float32 scalar."""
 
 
-def part(name: str, value: Expr) -> Expr:
+def marked(name: str, value: Expr) -> Expr:
     """An expression whose node is marked as this part.
 
     Raises:

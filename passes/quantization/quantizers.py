@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.quantization.node_marks import CODE, WIDTH, part
+from passes.quantization.node_marks import CODE, WIDTH, marked
 from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
 from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
 from rewriter.expr import (
@@ -38,7 +38,7 @@ from rewriter.protos import Dtype, Func, attr, dtype_attr, shapes_attr
 
 
 @dataclass(frozen=True)
-class Kind:
+class QuantizerSpec:
     """What tells one quantising function from another.
 
     Attributes:
@@ -70,7 +70,7 @@ class Kind:
         return self.training and isinstance(self.scheme.range, Ema)
 
     @property
-    def usual(self) -> Kind:
+    def group_key(self) -> QuantizerSpec:
         """The same for all that may be quantised together."""
         range_ = Fixed(0, 1) if isinstance(self.scheme.range, Fixed) else self.scheme.range
         if isinstance(range_, Ema) and not self.observed:
@@ -79,45 +79,45 @@ class Kind:
         return replace(self, scheme=scheme, training=self.stochastic or self.observed)
 
     @property
-    def plain(self) -> Kind:
+    def function_key(self) -> QuantizerSpec:
         """The same for all whose function is the same: how limits come about is not part of it."""
-        scheme = self.usual.scheme
+        scheme = self.group_key.scheme
         range_ = Ema() if isinstance(scheme.range, Ema) else scheme.range
         rounding: Rounding = "stochastic" if self.stochastic else "nearest"
         return replace(self, scheme=replace(scheme, range=range_, rounding=rounding), training=self.stochastic)
 
     @property
-    def observing(self) -> Kind:
+    def range_key(self) -> QuantizerSpec:
         """The same for all whose limits move in the same way."""
-        scheme = replace(self.usual.scheme, rounding="nearest", narrow_range=None)
+        scheme = replace(self.group_key.scheme, rounding="nearest", narrow_range=None)
         return replace(self, scheme=scheme, training=True)
 
 
-def quantizing(kind: Kind, rows: int = 0) -> Function:
-    """The function of a kind: (amount, bits, limits?, noise?, value) -> value.
+def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
+    """The function of a spec: (amount, bits, limits?, noise?, value) -> value.
 
     The result is q a + v (1 - a) for the quantised value q and the amount a. It is ``sg(q a + v (1 - a)) + (v -
     sg(v))``, which is exact with gradient 1; where codes are clipped, the gradient is 1 - a. What is selected is
     the result, so that switched off the value itself passes, bit for bit.
 
     Args:
-        kind: the scheme and the values.
+        spec: the scheme and the values.
         rows: how many vectors the value holds, each in a row of its own; 0 for a single vector.
     """
-    scheme = kind.scheme
-    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", kind.dtype)
+    scheme = spec.scheme
+    amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", spec.dtype)
     told = [amount, bits]
     shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
     given = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
-    noise = parameter("noise", FLOAT) if kind.stochastic else None
-    shape = kind.shape(rows)
+    noise = parameter("noise", FLOAT) if spec.stochastic else None
+    shape = spec.shape(rows)
     if given is not None:
         told.append(given)
         shapes.append((rows, 2) if rows else (2,))
     if noise is not None:
         told.append(noise)
         shapes.append(shape)
-    values = Values(kind, value, shape)
+    values = Values(spec, value, shape)
     acting = (op("Greater", amount, 0.0)) & wide(bits)
     result = select(acting & values.defined, _Differentiable(values, bits, given, noise).through(amount), value)
     name = "_".join(
@@ -125,10 +125,10 @@ def quantizing(kind: Kind, rows: int = 0) -> Function:
             f"bnqat_{scheme.name}_{scheme.range.name}",
             *(["narrow"] if scheme.narrow and not scheme.usually_narrow else []),
             *(["full"] if scheme.usually_narrow and not scheme.narrow else []),
-            *(["stochastic"] if kind.stochastic else []),
-            f"epsilon_{kind.epsilon:.9g}",
-            *([] if kind.size is None else [f"{kind.size}_channels"]),
-            *([] if kind.dtype == FLOAT else [kind.dtype]),
+            *(["stochastic"] if spec.stochastic else []),
+            f"epsilon_{spec.epsilon:.9g}",
+            *([] if spec.size is None else [f"{spec.size}_channels"]),
+            *([] if spec.dtype == FLOAT else [spec.dtype]),
             *([f"{rows}_rows"] if rows else []),
         ]
     )
@@ -152,7 +152,7 @@ def piped(graph: str, size: int, dtype: str) -> Function:
 
 
 class Values:
-    """A vector [C] or a stack [R, C] of a kind, before the levels are known.
+    """A vector [C] or a stack [R, C] of a spec, before the levels are known.
 
     Attributes:
         raw: as float32.
@@ -160,24 +160,24 @@ class Values:
         coordinate: where they lie.
     """
 
-    def __init__(self, kind: Kind, value: Expr, shape: Shape) -> None:
-        self.kind = kind
+    def __init__(self, spec: QuantizerSpec, value: Expr, shape: Shape) -> None:
+        self.spec = spec
         self.value = value
         self.shape = shape
         self.raw = cast(value, FLOAT)
-        self.defined = kind.scheme.defined(self.raw)
-        self.coordinate = kind.scheme.coordinate(self.raw, kind.epsilon)
+        self.defined = spec.scheme.defined(self.raw)
+        self.coordinate = spec.scheme.coordinate(self.raw, spec.epsilon)
 
     def seen(self) -> Limits:
         """The least and the greatest that count."""
-        return self.kind.scheme.seen(self.raw, self.defined, self.shape)
+        return self.spec.scheme.seen(self.raw, self.defined, self.shape)
 
 
 class OnGrid:
     """Values on the levels of a grid, float32 in `value`."""
 
     def __init__(self, values: Values, grid: Grid, noise: Expr | None) -> None:
-        scheme = values.kind.scheme
+        scheme = values.spec.scheme
         self.values = values
         self.grid = grid
         self.position = grid.position(values.coordinate)
@@ -185,10 +185,10 @@ class OnGrid:
         if grid.zero is not None:
             code = code + grid.zero
         bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
-        kept = part(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
+        kept = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
         self.inside = op("Equal", kept, code)
         self.steps = kept if grid.zero is None else kept - grid.zero
-        self.value = scheme.value(grid.level(self.steps), values.kind.epsilon)
+        self.value = scheme.value(grid.level(self.steps), values.spec.epsilon)
 
     def blend(self, amount: Expr) -> Expr:
         """The quantised value, as much as there is to be of it, in the values' own dtype."""
@@ -200,9 +200,9 @@ class _Differentiable(OnGrid):
     """The same with limits and gradients."""
 
     def __init__(self, values: Values, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
-        scheme = values.kind.scheme
+        scheme = values.spec.scheme
         self.bits = bits
-        self.limits = _split(given) if given is not None else scheme.range_of(values.seen(), values.kind.epsilon)
+        self.limits = _split(given) if given is not None else scheme.range_of(values.seen(), values.spec.epsilon)
         limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
         super().__init__(values, scheme.grid(limits, bits), noise)
 
@@ -212,23 +212,23 @@ class _Differentiable(OnGrid):
         rest = constant(1.0, FLOAT) - amount
         blend = stop_gradient(self.blend(amount))
         passed = value - stop_gradient(value)
-        if isinstance(self.values.kind.scheme.range, Dynamic):
+        if isinstance(self.values.spec.scheme.range, Dynamic):
             return blend + passed  # nothing is clipped
         passed = passed * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
-        if not isinstance(self.values.kind.scheme.range, Learned):
+        if not isinstance(self.values.spec.scheme.range, Learned):
             return blend + passed
         return blend + passed + cast(self._of_limits(amount), value.dtype)
 
     def _of_limits(self, amount: Expr) -> Expr:
         """Zeros, with the gradient of the quantised value for the limits."""
-        kind = self.values.kind
-        scheme, size = kind.scheme, kind.size
+        spec = self.values.spec
+        scheme, size = spec.scheme, spec.size
         if size is None:
             raise AssertionError("a learned range is for vectors of known size")
         inside = cast(self.inside, scheme.dtype)
         rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
         of_high = (self.steps - rounded) * self.grid.reciprocal
-        slope = scheme.slope(self.value, kind.epsilon)
+        slope = scheme.slope(self.value, spec.epsilon)
         factor = scheme.step_gradient_factor(self.bits, size) * amount
         factor = factor if slope is None else factor * slope
         result = _zero(self.limits.high) * self._gradient(of_high, factor)
@@ -244,7 +244,7 @@ class _Differentiable(OnGrid):
 
 def wide(bits: Expr) -> Expr:
     """Which widths are in force at all."""
-    return part(WIDTH, op("Greater", bits, 0))
+    return marked(WIDTH, op("Greater", bits, 0))
 
 
 def _zero(value: Expr) -> Expr:
@@ -272,24 +272,24 @@ def _split(limits: Expr) -> Limits:
     return Limits(low, Port(limits.dtype, low, 1))
 
 
-def observing(kind: Kind, rows: int = 0) -> Function:
+def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     """A function (value, limits) -> limits: moved towards the least and greatest value, as `Ema` says.
 
     Limits are float32 [2], or [R, 2]. Where no value counts, they stay.
     """
-    scheme = kind.scheme
+    scheme = spec.scheme
     if not isinstance(scheme.range, Ema):
         raise AssertionError("only moving averages are moved")
-    value, old = parameter("value", kind.dtype), parameter("limits", FLOAT)
-    shape = kind.shape(rows)
-    values = Values(kind, value, shape)
-    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), kind.epsilon))
+    value, old = parameter("value", spec.dtype), parameter("limits", FLOAT)
+    shape = spec.shape(rows)
+    values = Values(spec, value, shape)
+    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), spec.epsilon))
     seen = concat((low, high), -1)
     counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
     momentum = np.float32(scheme.range.momentum)
     new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)
-    name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{kind.epsilon:.9g}"
-    name += ("" if kind.size is None else f"_{kind.size}_channels") + ("" if kind.dtype == FLOAT else f"_{kind.dtype}")
+    name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{spec.epsilon:.9g}"
+    name += ("" if spec.size is None else f"_{spec.size}_channels") + ("" if spec.dtype == FLOAT else f"_{spec.dtype}")
     name += f"_{rows}_rows" if rows else ""
     shapes = (shape, (rows, 2) if rows else (2,))
     return Function(re.sub(r"\W", "_", name), (value, old), shapes, (select(counted, new, old),))

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
-from passes.quantization.node_marks import EPSILON, ORIGIN, SCALE, ZERO_POINT, part
+from passes.quantization.node_marks import EPSILON, ORIGIN, SCALE, ZERO_POINT, marked
 from passes.quantization.ranges import DYNAMIC, Fixed, Range
 from passes.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Shape, array, constant, filled, op, select
@@ -189,7 +189,7 @@ def _reduce(name: str, value: Expr) -> Expr:
 
 def _or_one(scale: Expr) -> Expr:
     """The scale, or 1 where it is zero or subnormal: then every code is that of zero."""
-    return part(SCALE, select(scale >= TINY, scale, constant(1.0, scale.dtype)))
+    return marked(SCALE, select(scale >= TINY, scale, constant(1.0, scale.dtype)))
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Affine(Scheme):
         """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         scale = _or_one((limits.high - limits.low) * reciprocal)
-        zero = part(ZERO_POINT, op("Round", -limits.low / scale))
+        zero = marked(ZERO_POINT, op("Round", -limits.low / scale))
         return Grid(scale, zero, None, None, self.top(bits), reciprocal)
 
     def ceiling(self, grid: Grid) -> Expr | None:
@@ -313,7 +313,7 @@ class Log(Scheme):
     def value(self, coordinate: Expr, epsilon: float) -> Expr:
         """What `coordinate` gives, back as float32 values."""
         shifted = op("Cast", op("Exp", coordinate), DstT=Dtype(FLOAT))
-        return op("Maximum", shifted - part(EPSILON, constant(epsilon, FLOAT)), 0.0)
+        return op("Maximum", shifted - marked(EPSILON, constant(epsilon, FLOAT)), 0.0)
 
     def slope(self, value: Expr, epsilon: float) -> Expr:
         """dv'/dl."""
@@ -331,9 +331,9 @@ class Log(Scheme):
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """The levels for float64 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
-        low = part(ORIGIN, limits.low)
+        low = marked(ORIGIN, limits.low)
         span = limits.high - low
-        scale = part(SCALE, select(span >= TINY, span * reciprocal, constant(1.0, DOUBLE)))
+        scale = marked(SCALE, select(span >= TINY, span * reciprocal, constant(1.0, DOUBLE)))
         return Grid(scale, None, low, None, self.top(bits), reciprocal)
 
     def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:

@@ -10,13 +10,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
-from passes.quantization.custom import Function
+from passes.quantization.custom import QuantizeFunction
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
 from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
-from rewriter.app.work import at_work
+from rewriter.app.work import gc_paused
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
 from rewriter.pipeline import Observer, Pass, Pipeline
@@ -34,7 +34,7 @@ class NothingToRewriteError(Error):
     """The model holds nothing that the passes could change."""
 
 
-@at_work()
+@gc_paused()
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
     """The signatures and batch norms of a SavedModel, and what is in their variables.
 
@@ -58,7 +58,7 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
     return Inspection(signatures, described, Path(model).resolve().name)
 
 
-@at_work()
+@gc_paused()
 def rewrite(
     source: str | Path,
     target: str | Path,
@@ -69,7 +69,7 @@ def rewrite(
     range_momentum: ByRole[float] | None = None,
     rounding: ByRole[str] | None = None,
     narrow_range: ByRole[bool] | None = None,
-    quantizer: ByRole[Function | str] | None = None,
+    quantizer: ByRole[QuantizeFunction | str] | None = None,
     quantize_average: Literal["statistic", "none", "stored"] | None = None,
     start_step: int | None = None,
     ramp_steps: int | None = None,

@@ -11,7 +11,7 @@ import click
 from passes import FINALIZE, REWRITE
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
-from rewriter.app.guard import Commands, after, one_line, progress, refuse_files, write_file
+from rewriter.app.guard import Commands, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.options import (
     BITS,
@@ -127,7 +127,7 @@ def rewrite(
     names = None if passes is None else [p.strip() for p in passes.split(",") if p.strip()]
     _refuse_unused(names, options)
     if options.pop("print_config"):
-        with one_line(tensorflow=False):
+        with report_errors(tensorflow=False):
             click.echo(_settings(options).to_toml(), nl=False)
         return
     if source is None or target is None:
@@ -147,14 +147,14 @@ def rewrite(
         if page is not None and options["dry_run"]:
             raise Error("--html shows what was written, and --dry-run writes nothing; leave out one of them")
 
-    with one_line(check):
+    with report_errors(check):
         from rewriter.app import api
 
         with waiting(f"rewriting {source}"):
             report = api.rewrite(source, target, passes=names, observers=[progress] if verbose else [], **options)
         written = None if options["dry_run"] else target
         done = "nothing" if written is None else str(written)
-        with after(done):
+        with report_done(done):
             show_rewrite(report, written)
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", done)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from rewriter.app.guard import after, check_parameters, one_line, progress, refuse_files, write_file
+from rewriter.app.guard import check_parameters, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.options import TAGS, VERBOSE
 from rewriter.app.show import show_finalized
 from rewriter.app.waiting import waiting
@@ -68,7 +68,7 @@ def finalize(
         if params is not None and dry_run:
             raise Error("--params is written with the model, and --dry-run writes nothing; leave out one of them")
 
-    with one_line(check):
+    with report_errors(check):
         from rewriter.app import finalize as api
         from rewriter.app.arrays import arrays
 
@@ -90,7 +90,7 @@ def finalize(
                 observers=[progress] if verbose else [],
             )
         done = "nothing" if dry_run else str(target)
-        with after(done):
+        with report_done(done):
             show_finalized(report, None if dry_run else target, params)
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", done)

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from passes.roles import MAX_BITS, MIN_BITS
-from rewriter.app.guard import one_line, refuse_files, write_file
+from rewriter.app.guard import refuse_files, report_errors, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
 from rewriter.app.show import show_inspection, show_sensitivity, show_verification
 from rewriter.app.show_diff import show_diff
@@ -37,7 +37,7 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
         require_model(model)
         refuse_files({"page": page}, model)
 
-    with one_line(check):
+    with report_errors(check):
         from rewriter.app import api
 
         with waiting(f"reading {model}"):
@@ -92,7 +92,7 @@ def diff(
             require_model(model)
         refuse_files({"comparison": output}, before, after)
 
-    with one_line(check):
+    with report_errors(check):
         from rewriter.app.diff import diff as compare
 
         with waiting(f"comparing {before} and {after}"):
@@ -143,7 +143,7 @@ def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, tr
         if inputs_file is not None and not inputs_file.is_file():
             raise Error(f"there is no file {inputs_file}")
 
-    with one_line(check):
+    with report_errors(check):
         from rewriter.app.arrays import arrays
         from rewriter.app.verification.claims import verify as claims
 
@@ -190,7 +190,7 @@ def sensitivity(
             raise Error(f"there is no file {inputs_file}")
         refuse_files({"plot": plot_file}, model)
 
-    with one_line(check):
+    with report_errors(check):
         from rich.console import Console
         from rich.progress import track
 

@@ -13,7 +13,7 @@ from passes.batch_norm.sites import Site, quantized, sites
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
 from rewriter.app.reports import became_of
-from rewriter.app.work import at_work
+from rewriter.app.work import gc_paused
 from rewriter.dataflow import consumers
 from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
 from rewriter.diff.facts import SIGNATURE
@@ -84,7 +84,7 @@ class Diff:
         return frame(self.to_html())
 
 
-@at_work()
+@gc_paused()
 def diff(
     before: str | Path,
     after: str | Path,

@@ -11,7 +11,7 @@ import numpy as np
 
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
-from passes.deploy.bake_quantizers import BakeQuantizers, Stores, quantized_stores, trusted_stores
+from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
 from passes.deploy.fold_batch_norm import FoldBatchNorm, folded
 from passes.deploy.inline_calls import InlineCalls
 from passes.deploy.keep_serving import KeepServing, serves
@@ -21,7 +21,7 @@ from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.reports import versions
-from rewriter.app.work import at_work
+from rewriter.app.work import gc_paused
 from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
@@ -36,7 +36,7 @@ GROWTH = 4
 """How many times larger a graph may become by inlining, before that is given up."""
 
 
-@at_work()
+@gc_paused()
 def finalize(
     source: str | Path,
     target: str | Path,
@@ -143,7 +143,7 @@ def _size(model: Model) -> int:
     return sum(len(graph.nodes) for graph in model.graphs.values())
 
 
-def _parameters(stores: Stores, after: Model) -> list[Parameter]:
+def _parameters(stores: BakePlan, after: Model) -> list[Parameter]:
     """One for each variable that holds quantised values, in the order of the variables."""
     held: dict[str, Quantized] = {}
     for each in stores.values:

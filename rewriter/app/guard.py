@@ -30,7 +30,7 @@ EXIT_FAILED = 2
 
 
 @contextmanager
-def one_line(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
+def report_errors(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
     """Make the checks, which must not need TensorFlow, and import it quietly where it is needed.
 
     What a user can mend becomes one line and exit code 2.
@@ -66,7 +66,7 @@ def _of_stream(e: OSError) -> str:
 
 
 @contextmanager
-def after(done: str) -> Iterator[None]:
+def report_done(done: str) -> Iterator[None]:
     """Print what was done; where that fails, say at least that it was."""
     try:
         yield

@@ -7,14 +7,13 @@ from typing import Any
 
 from passes import PASSES, REWRITE, pass_class
 from passes.batch_norm.choice import Rule
-from passes.quantization.custom import Pipeline, Quantizer
+from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import Affine
 from passes.roles import ROLES
 from passes.training.options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
-from rewriter.app.settings import Defaults, Settings
-from rewriter.app.settings import Rule as SettingsRule
+from rewriter.app.settings import Defaults, RuleOptions, Settings
 from rewriter.app.trace import named, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
@@ -86,7 +85,7 @@ def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:
     return Rule("", {role: changes}).applied(role, Affine())
 
 
-def _ruled(options: Settings, rule: SettingsRule, role: str) -> Mapping[str, Any]:
+def _ruled(options: Settings, rule: RuleOptions, role: str) -> Mapping[str, Any]:
     """A rule's options for a role; of a range and its momentum, what it does not give is that of the defaults."""
     own = rule.of(role)
     usual = {k: v for k, v in options.quantizer(role).items() if k in ("range", "range_momentum")}
@@ -103,7 +102,7 @@ def _changes(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
     own = options.get("quantizer")
     if own is not None:
         function = named(own) if isinstance(own, str) else own
-        changes["quantizer"] = Pipeline(function, trace, own if isinstance(own, str) else title(function))
+        changes["quantizer"] = CustomQuantizer(function, trace, own if isinstance(own, str) else title(function))
     return changes
 
 

@@ -22,7 +22,7 @@ WIDTHS = (8, 6, 4, 3, 2)
 
 
 @dataclass(frozen=True)
-class Row:
+class SensitivityRow:
     """One quantiser, the others off.
 
     Attributes:
@@ -41,7 +41,7 @@ class Row:
 class Sensitivity:
     """All quantisers of a model, and how many inputs were used."""
 
-    rows: list[Row]
+    rows: list[SensitivityRow]
     inputs: int
 
     def to_json(self) -> str:
@@ -100,7 +100,9 @@ def sensitivity(
             widths[role].assign(own)
             errors[layer, role][width] = _difference(run(), expected)
         widths[role].assign(tf.zeros_like(widths[role]))
-    return Sensitivity([Row(layer, name, role, errors[layer, role]) for (layer, role), name in known.items()], count)
+    return Sensitivity(
+        [SensitivityRow(layer, name, role, errors[layer, role]) for (layer, role), name in known.items()], count
+    )
 
 
 def plot(found: Sensitivity, file: Path) -> None:

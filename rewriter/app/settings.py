@@ -34,7 +34,7 @@ class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-class Quantizer(_Options):
+class QuantizerOptions(_Options):
     """Options of one quantiser; what is None is as elsewhere.
 
     Attributes:
@@ -77,27 +77,27 @@ class Quantizer(_Options):
         raise ValueError("it is a function, or the name of one as module:function")
 
 
-OF_QUANTIZER = tuple(Quantizer.model_fields)
+OF_QUANTIZER = tuple(QuantizerOptions.model_fields)
 OF_TRAINING = frozenset({"momentum", "train_batch_norm"})
 """Options of training that rules may have."""
 
 
-class Defaults(Quantizer):
+class Defaults(QuantizerOptions):
     """Options of all roles, and of some."""
 
-    gamma: Quantizer = Quantizer()
-    beta: Quantizer = Quantizer()
-    moving_mean: Quantizer = Quantizer()
-    moving_variance: Quantizer = Quantizer()
+    gamma: QuantizerOptions = QuantizerOptions()
+    beta: QuantizerOptions = QuantizerOptions()
+    moving_mean: QuantizerOptions = QuantizerOptions()
+    moving_variance: QuantizerOptions = QuantizerOptions()
 
     def of(self, role: str) -> dict[str, Any]:
         """What is said about a role."""
         common = self.model_dump(exclude_none=True, include=set(OF_QUANTIZER))
-        own: Quantizer = getattr(self, role)
+        own: QuantizerOptions = getattr(self, role)
         return {**common, **own.model_dump(exclude_none=True)}
 
 
-class Rule(Defaults):
+class RuleOptions(Defaults):
     """Other options for some layers.
 
     Attributes:
@@ -135,7 +135,7 @@ class Settings(_Options):
     fuse: Annotated[bool, Field(strict=True)] = True
     keep_ref: Annotated[bool, Field(strict=True)] = False
     defaults: Defaults = Defaults()
-    rules: tuple[Rule, ...] = ()
+    rules: tuple[RuleOptions, ...] = ()
 
     @model_validator(mode="after")
     def _together(self) -> Settings:
@@ -279,8 +279,8 @@ def _sentence(error: Any) -> str:
     if name in REMEDIES and error["type"] != "value_error" and (place[1:] or name == "per_channel"):
         return f"{key}{given}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
-        tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": Rule}
-        inner = Quantizer if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
+        tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}
+        inner = QuantizerOptions if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
         known = (inner if place[1:] else Settings).model_fields
         if not place[1:] and name in OF_QUANTIZER:
             return f"{key} is an option of quantisers; it belongs under [defaults], [defaults.gamma] or a rule"

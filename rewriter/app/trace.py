@@ -9,14 +9,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from passes.quantization.custom import Function, Traced, Wanted
+from passes.quantization.custom import QuantizeFunction, Traced, TraceRequest
 from rewriter import op_defs, ops, protos
 from rewriter.dataflow import call_graph, gradient_kinds
 from rewriter.ir import Error, Gradient, Graph, Model, Node
 from rewriter.savedmodel.read import load
 
 
-def named(name: str) -> Function:
+def named(name: str) -> QuantizeFunction:
     """A function by ``module:function``.
 
     Raises:
@@ -31,17 +31,17 @@ def named(name: str) -> Function:
         raise Error(f"there is no {name}: {type(e).__name__}: {_first_line(e)}") from e
     if not callable(found):
         raise Error(f"{name} is no function")
-    function: Function = found
+    function: QuantizeFunction = found
     return function
 
 
-def title(function: Function) -> str:
+def title(function: QuantizeFunction) -> str:
     """What a function is called in a sentence."""
     plain = getattr(function, "python_function", function)
     return getattr(plain, "__qualname__", None) or type(plain).__name__
 
 
-def trace(wanted: Sequence[Wanted]) -> Traced:
+def trace(wanted: Sequence[TraceRequest]) -> Traced:
     """The graphs of functions (float32 [size], context) -> float32 [size]; equal ones are one.
 
     Raises:
@@ -59,7 +59,7 @@ def trace(wanted: Sequence[Wanted]) -> Traced:
         except (AssertionError, ValueError, tf.errors.OpError) as e:
             raise Error(f"the pipeline {title(wanted[0].function)} cannot be saved: {_first_line(e)}") from e
         model = load(Path(folder))
-    names: dict[Wanted, str] = {}
+    names: dict[TraceRequest, str] = {}
     graphs: dict[str, Graph] = {}
     gradients: dict[str, Gradient] = {}
     for number, each in enumerate(wanted):
@@ -76,7 +76,7 @@ def trace(wanted: Sequence[Wanted]) -> Traced:
     return Traced(names, graphs, gradients)
 
 
-def _concrete(wanted: Wanted) -> Any:
+def _concrete(wanted: TraceRequest) -> Any:
     """The traced function for a size and a context."""
     import tensorflow as tf
 
@@ -139,7 +139,7 @@ def _renamed(node: Node, names: Mapping[str, str], kinds: Mapping[str, str]) -> 
     return replace(node, op=names.get(node.op, node.op), attrs=attrs)
 
 
-def _refuse_effects(wanted: Wanted, graphs: Iterable[Graph]) -> None:
+def _refuse_effects(wanted: TraceRequest, graphs: Iterable[Graph]) -> None:
     for node in (node for graph in graphs for node in graph.nodes.values()):
         definition = op_defs.registered(node.op)
         if definition is not None and definition.is_stateful and node.op not in ops.CALLS:
@@ -149,7 +149,7 @@ def _refuse_effects(wanted: Wanted, graphs: Iterable[Graph]) -> None:
             )
 
 
-def _refuse_captures(wanted: Wanted, gradients: Iterable[Gradient]) -> None:
+def _refuse_captures(wanted: TraceRequest, gradients: Iterable[Gradient]) -> None:
     # Quantisers run in branches, of which TensorFlow gives a gradient function no tensors.
     if any(gradient.signature is not None and gradient.signature.bound_inputs for gradient in gradients):
         raise Error(

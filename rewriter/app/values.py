@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from passes.batch_norm.batch_norms import BatchNorm
-from passes.quantization.quantizers import Kind, quantizing
+from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.schemes import Affine, Log, Scheme
 from passes.roles import VARIANCE
 from rewriter import evaluation
@@ -31,7 +31,7 @@ Key = tuple[str, str]
 def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, ValuesReport]:
     """What the checkpoint holds for every batch norm and role, where it holds finite numbers."""
     vectors: dict[Key, np.ndarray] = {}
-    kinds: dict[Kind, list[Key]] = {}
+    kinds: dict[QuantizerSpec, list[Key]] = {}
     for bn in batch_norms:
         for role, variable in bn.variables.items():
             try:
@@ -41,7 +41,7 @@ def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, Va
             if vector.size:
                 vectors[bn.name, role] = vector
                 scheme: Scheme = Log() if role == VARIANCE else Affine()
-                kinds.setdefault(Kind(scheme, bn.sites[0].epsilon, vector.size), []).append((bn.name, role))
+                kinds.setdefault(QuantizerSpec(scheme, bn.sites[0].epsilon, vector.size), []).append((bn.name, role))
     errors: dict[Key, dict[int, float]] = {}
     for kind, keys in kinds.items():
         errors.update(zip(keys, _errors(kind, [vectors[key] for key in keys]), strict=True))
@@ -64,17 +64,17 @@ def _described(vector: np.ndarray) -> ValuesReport:
     )
 
 
-def _errors(kind: Kind, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, float]]:
+def _errors(kind: QuantizerSpec, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, float]]:
     """By width, the error that the quantiser of a kind makes, for each vector."""
     rows = np.repeat(np.stack(vectors), len(WIDTHS), axis=0)
     bits = np.tile(np.array(WIDTHS, np.int32), len(vectors))[:, None]
-    quantized = run(define(quantizing(kind, len(rows))), [np.array(1, np.float32), bits, rows])
+    quantized = run(define(fake_quantize_function(kind, len(rows))), [np.array(1, np.float32), bits, rows])
     for index, vector in enumerate(vectors):
         own = quantized[index * len(WIDTHS) : (index + 1) * len(WIDTHS)]
         yield {n: error(kind, vector, q) for n, q in zip(WIDTHS, own, strict=True)}
 
 
-def error(kind: Kind, vector: np.ndarray, quantized: np.ndarray) -> float:
+def error(kind: QuantizerSpec, vector: np.ndarray, quantized: np.ndarray) -> float:
     """The relative error of a quantised vector, as ``ValuesReport.expected_error`` has it."""
     known = np.isfinite(vector)
     v, q = vector[known].astype(np.float64), quantized[known].astype(np.float64)

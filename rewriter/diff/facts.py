@@ -32,7 +32,7 @@ SYNCHRONIZATION = ("AUTO", "NONE", "ON_WRITE", "ON_READ")
 AGGREGATION = ("NONE", "SUM", "MEAN", "ONLY_FIRST_REPLICA")
 
 Item = tuple[str, str]
-"""Kind and name."""
+"""QuantizerSpec and name."""
 Aspects = Mapping[str, str]
 Facts = dict[Item, Aspects]
 

@@ -1,7 +1,7 @@
 """Pictures of places in two models: a node and what is around it, before and after, in layers.
 
 Both models are in one picture, so that what is in both is in the same place. A node that stands for a value in another
-precision (attribute `rewriter.ops.PROXY`) is passed over, with what only serves such nodes, unless it is asked for: the
+precision (`rewriter.ops.QUANTIZER_MARK`) is passed over, with what only serves such nodes, unless it is asked for: the
 edge says what happens there.
 """
 
@@ -142,7 +142,7 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
 
 def _inner(graph: Graph) -> set[str]:
     """Proxies, and the nodes whose every use serves one. What a proxy stands for is not among them."""
-    found = {n.name for n in graph.nodes.values() if ops.PROXY in n.attrs}
+    found = {n.name for n in graph.nodes.values() if ops.QUANTIZER_MARK in n.attrs}
     if not found:
         return found
     uses: dict[str, set[str]] = {}
@@ -174,7 +174,7 @@ def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -
         nodes = {} if graph is None else graph.nodes
         label = port_name(model, nodes[target], position) if position >= 0 else ""
         made = nodes[source]
-        if new and ops.PROXY in made.attrs and position >= 0:
+        if new and ops.QUANTIZER_MARK in made.attrs and position >= 0:
             raw = made.inputs[-1]
             was = edges.get((raw.node, target, position, raw.port), [False, False])[0]
             yield Line(raw.node, target, label, position, was or old, True, formula(made), inner=False)
@@ -191,7 +191,7 @@ def _is_behind_proxy(union: Union, source: str, port: int, target: str, position
     if union.new is None or node is None or not 0 <= position < len(node.inputs):
         return False
     made = union.new.nodes[node.inputs[position].node]
-    return ops.PROXY in made.attrs and tuple(made.inputs[-1]) == (source, port)
+    return ops.QUANTIZER_MARK in made.attrs and tuple(made.inputs[-1]) == (source, port)
 
 
 def around(union: Union, middle: str) -> Picture:

@@ -47,7 +47,7 @@ def recapture(model: Model, objects: Any) -> Model:
     numbers = {n for n, node in enumerate(objects.nodes) if node.WhichOneof("kind") == "captured_tensor"}
     if not numbers:
         return model
-    work = _Work(model, objects, {n: objects.nodes[n].captured_tensor for n in numbers})
+    work = _Recapture(model, objects, {n: objects.nodes[n].captured_tensor for n in numbers})
     waiting = list(model.graphs)
     while waiting:
         waiting += work.visit(waiting.pop(0))
@@ -56,7 +56,7 @@ def recapture(model: Model, objects: Any) -> Model:
 
 
 @dataclass
-class _Work:
+class _Recapture:
     """What is done to a model's graphs and gradients.
 
     Attributes:

@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.eager import context, execute
 
-from passes.quantization.quantizers import Kind, observing, quantizing
+from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function, range_update_function
 from rewriter.draft import define
 from rewriter.edit import Define, Edit, Rewire
 from rewriter.expr import Function, Use
@@ -40,9 +40,9 @@ class Put:
 
 
 @cache
-def saved(kind: Kind, rows: int = 0, observe: bool = False) -> Any:
-    """A kind's function, of what it is told and the value, loaded from a real SavedModel."""
-    function = (observing if observe else quantizing)(kind, rows)
+def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
+    """A spec's function, of what it is told and the value, loaded from a real SavedModel."""
+    function = (range_update_function if observe else fake_quantize_function)(spec, rows)
     specs = [
         tf.TensorSpec([None] if shape is None else shape, DTYPES[p.dtype])
         for p, shape in zip(function.parameters, function.shapes, strict=True)
@@ -59,15 +59,15 @@ def saved(kind: Kind, rows: int = 0, observe: bool = False) -> Any:
 
 
 @cache
-def compiled(kind: Kind, jit: bool = True, rows: int = 0) -> Any:
+def compiled(spec: QuantizerSpec, jit: bool = True, rows: int = 0) -> Any:
     """The same inside another function, compiled by XLA or not."""
-    serve = saved(kind, rows)
+    serve = saved(spec, rows)
     return tf.function(lambda *inputs: serve(*inputs), jit_compile=jit)  # noqa: PLW0108  keeps `serve` alive
 
 
-def eager(kind: Kind, inputs: Sequence[Any]) -> Any:
+def eager(spec: QuantizerSpec, inputs: Sequence[Any]) -> Any:
     """The same op by op, without a graph."""
-    graph = define(quantizing(kind))
+    graph = define(fake_quantize_function(spec))
     values = dict(zip(graph.arguments, ([tf.convert_to_tensor(i)] for i in inputs), strict=True))
     waiting = [n for n in graph.nodes.values() if n.op != ARG]
     while waiting:
@@ -89,11 +89,13 @@ def _plain(proto: Any) -> Any:
     return getattr(proto, proto.WhichOneof("value"))
 
 
-def told(kind: Kind, v: Any, bits: int, *, amount: float = 1.0, limits: Any = None, noise: Any = None) -> list[Any]:
-    """The inputs of a kind's function for one vector."""
+def told(
+    spec: QuantizerSpec, v: Any, bits: int, *, amount: float = 1.0, limits: Any = None, noise: Any = None
+) -> list[Any]:
+    """The inputs of a spec's function for one vector."""
     inputs = [np.float32(amount), np.array([bits], np.int32)]
-    if kind.scheme.range.name != "dynamic":
+    if spec.scheme.range.name != "dynamic":
         inputs.append(np.asarray(limits, np.float32))
-    if kind.stochastic:
+    if spec.stochastic:
         inputs.append(np.asarray(noise, np.float32))
     return [tf.constant(i) for i in (*inputs, v)]

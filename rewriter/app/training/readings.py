@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from passes.batch_norm.batch_norms import batch_norms
-from passes.quantization.quantizers import Kind, quantizing
+from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import SCHEMES
 from passes.roles import ROLES
@@ -53,7 +53,7 @@ class _Quantizer(NamedTuple):
     role: str
     key: str
     layer: int
-    kind: Kind
+    kind: QuantizerSpec
 
 
 class Readings:
@@ -99,7 +99,7 @@ class Readings:
                 limits = np.array([kind.scheme.limits_of(v, kind.epsilon) for v in vectors])
             else:
                 inputs.append(limits)
-            quantized = run(define(quantizing(kind, len(own))), [*inputs, np.stack(vectors)])
+            quantized = run(define(fake_quantize_function(kind, len(own))), [*inputs, np.stack(vectors)])
             for q, row, v, (low, high), after in zip(own, rows, vectors, limits, quantized, strict=True):
                 found[q.batch_norm, q.role] = Reading(int(bits[row]), float(low), float(high), error(kind, v, after))
         return {(q.batch_norm, q.role): found[q.batch_norm, q.role] for q in self.quantizers}
@@ -141,4 +141,4 @@ def _quantizers(model: Model) -> Iterator[_Quantizer]:
                 continue
             size = np.asarray(model.value_of(key)).size
             scheme = SCHEMES[tag["scheme"]](range=RANGES[tag["range"]], narrow_range=tag["narrow_range"])
-            yield _Quantizer(bn.name, role, key, tag["layer"], Kind(scheme, bn.sites[0].epsilon, size))
+            yield _Quantizer(bn.name, role, key, tag["layer"], QuantizerSpec(scheme, bn.sites[0].epsilon, size))

@@ -21,7 +21,7 @@ T = TypeVar("T")
 KINDS = ("single", "choosing", "serving", "training", "inference", "others")
 Place = tuple[str, str]
 """A site by its graph and node."""
-Layer = frozenset[tuple[str | None, ...]]
+BoundNames = frozenset[tuple[str | None, ...]]
 """What a site normalises with: the names of its variables, for each way to call it."""
 
 
@@ -107,11 +107,11 @@ class Placed:
         others: fused ops in training mode that are no batch norm, as Keras writes layer normalisation.
     """
 
-    single: Counter[Layer]
-    choosing: Counter[Layer]
-    serving: Counter[Layer]
-    training: Counter[Layer]
-    inference: Counter[Layer]
+    single: Counter[BoundNames]
+    choosing: Counter[BoundNames]
+    serving: Counter[BoundNames]
+    training: Counter[BoundNames]
+    inference: Counter[BoundNames]
     others: int
 
     @property
@@ -119,7 +119,7 @@ class Placed:
         """Sites that compute both modes, of which one is used: a rewrite may compute that one alone."""
         return (self.training & self.inference).total()
 
-    def raised(self, after: Placed) -> Counter[Layer]:
+    def raised(self, after: Placed) -> Counter[BoundNames]:
         """The sites in single ops that are no longer so."""
         found = self.single - after.single
         # What was constants is named otherwise once it is unfrozen.
@@ -128,11 +128,11 @@ class Placed:
             found[layer] -= renamed
         return +found
 
-    def kernels_for(self, raised: Counter[Layer]) -> int:
+    def kernels_for(self, raised: Counter[BoundNames]) -> int:
         """How many kernels take the place of sites in single ops."""
         return raised.total() + (raised & self.choosing).total()
 
-    def trained(self, raised: Counter[Layer]) -> int:
+    def trained(self, raised: Counter[BoundNames]) -> int:
         """How many kernels train these batch norms once: one for each site that serves."""
         served = raised & self.serving
         training, inference = self.training + (raised - served), self.inference + served
@@ -165,8 +165,8 @@ def _with_means(model: Model, means: Collection[str]) -> frozenset[Place]:
     return frozenset((s.graph, s.node) for s in found)
 
 
-def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
-    kinds: dict[str, Counter[Layer]] = {f: Counter() for f in KINDS}
+def _counted(found: Iterable[tuple[str, BoundNames]]) -> Placed:
+    kinds: dict[str, Counter[BoundNames]] = {f: Counter() for f in KINDS}
     for kind, layer in found:
         kinds[kind][layer] += 1
     others = kinds.pop("others").total()
@@ -175,7 +175,7 @@ def _counted(found: Iterable[tuple[str, Layer]]) -> Placed:
 
 def _of_function(
     model: Model, name: str, known: Mapping[Value, bool], left: frozenset[Place]
-) -> Iterator[tuple[str, Layer]]:
+) -> Iterator[tuple[str, BoundNames]]:
     graph = model.graphs[name]
     roots = [*(r.value.node for r in graph.results), *(e.node for e in graph.effects)]
     yield from _in(model, graph, known, roots, left)
@@ -183,7 +183,7 @@ def _of_function(
 
 def _in(
     model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str], left: frozenset[Place]
-) -> Iterator[tuple[str, Layer]]:
+) -> Iterator[tuple[str, BoundNames]]:
     """The batch norms that some nodes of a graph need, where some booleans are known; without those in `left`."""
     assumed = Assumption(model, graph, known)
     needed = assumed.needed(roots)
@@ -218,6 +218,6 @@ def _kinds(site: Site, assumed: Assumption) -> list[str]:
     return ["single", "serving"] if site.mode == "inference" else ["single"]
 
 
-def _layer(model: Model, site: Site) -> Layer:
+def _layer(model: Model, site: Site) -> BoundNames:
     names = {k: v.name for k, v in model.variables.items()}
     return frozenset(tuple(key and names[key] for key in keys) for keys in site.variables)

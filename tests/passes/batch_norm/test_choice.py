@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import bnqat
-from passes.batch_norm.choice import Rule, chosen, unmatched
+from passes.batch_norm.choice import Rule, quantizer_for, unmatched
 from passes.batch_norm.layers import layers
 from passes.quantization.ranges import Ema
 from passes.quantization.schemes import Affine, Log, Symmetric, altered
@@ -31,12 +31,12 @@ def test_later_rules_change_what_earlier_ones_made(model: Paths) -> None:
         Rule(f"^{second.name}$", {"gamma": {"scheme": "symmetric", "range": Ema()}, "beta": None}),
         Rule("gamma", {"beta": {"scheme": "symmetric", "bits": 3}}),  # every layer has a variable of this name
     )
-    assert chosen(read, Affine(), rules, "gamma", first) == Affine(4)
-    assert chosen(read, Affine(), rules, "gamma", second) == Symmetric(4, Ema())
-    assert chosen(read, Affine(), rules, "beta", second) == Symmetric(3)
-    assert chosen(read, Affine(), rules[:2], "beta", second) is None
-    assert chosen(read, None, rules[:1], "gamma", first) is None
-    assert chosen(read, Log(), rules, "moving_variance", first) == Log()
+    assert quantizer_for(read, Affine(), rules, "gamma", first) == Affine(4)
+    assert quantizer_for(read, Affine(), rules, "gamma", second) == Symmetric(4, Ema())
+    assert quantizer_for(read, Affine(), rules, "beta", second) == Symmetric(3)
+    assert quantizer_for(read, Affine(), rules[:2], "beta", second) is None
+    assert quantizer_for(read, None, rules[:1], "gamma", first) is None
+    assert quantizer_for(read, Log(), rules, "moving_variance", first) == Log()
     assert unmatched(read, rules, (first, second)) is None
     assert unmatched(read, (*rules, Rule("nowhere")), (first, second)) == Rule("nowhere")
 

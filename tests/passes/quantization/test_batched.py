@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
 from passes.deploy.quantized_values import quantized_values
-from passes.quantization.batched import GENERAL, WIDTH, layout, way
-from passes.quantization.quantizers import Kind
+from passes.quantization.batched import BLOCK_SIZE, GENERAL, layout, way
+from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
 from rewriter import evaluation, ops, protos
 from rewriter.draft import define
@@ -40,7 +40,10 @@ SCHEMES = [
 def vectors() -> list[np.ndarray]:
     """Sizes around a block's, and values of every sort."""
     rng = np.random.default_rng(0)
-    plain = [rng.normal(0.3, 1.5, n).astype(np.float32) for n in (1, 2, WIDTH - 1, WIDTH, WIDTH + 1, 3 * WIDTH)]
+    plain = [
+        rng.normal(0.3, 1.5, n).astype(np.float32)
+        for n in (1, 2, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 3 * BLOCK_SIZE)
+    ]
     odd = rng.normal(0, 2, 40).astype(np.float32)
     odd[[0, 7, 39]] = np.inf, np.nan, -np.inf
     return [
@@ -56,10 +59,12 @@ def vectors() -> list[np.ndarray]:
     ]
 
 
-def computed(kinds: Sequence[Kind], index: int, bits: int, given: Sequence[np.ndarray], amount: float = 1) -> list[Any]:
+def computed(
+    specs: Sequence[QuantizerSpec], index: int, bits: int, given: Sequence[np.ndarray], amount: float = 1
+) -> list[Any]:
     """What one of the ways gives."""
-    graph = define(way(tuple(kinds), index))
-    counts = [len(row.places) for row in layout(kinds)]
+    graph = define(way(tuple(specs), index))
+    counts = [len(row.places) for row in layout(specs)]
     told = [np.float32(amount), *(np.full((n, 1), bits, np.int64) for n in counts), *given]
     feeds: dict[str, np.ndarray] = dict(zip(graph.arguments, map(np.asarray, told), strict=True))
     nodes = {name: node if node.op != ARG else _placeholder(node, feeds[name]) for name, node in graph.nodes.items()}
@@ -73,10 +78,10 @@ def _placeholder(node: Node, value: np.ndarray) -> Node:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name} {s.narrow}")
 def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> None:
     given = vectors()
-    kinds = [Kind(scheme, EPSILON, v.size).plain for v in given]
-    assert len(layout(kinds)) == 1
+    specs = [QuantizerSpec(scheme, EPSILON, v.size).function_key for v in given]
+    assert len(layout(specs)) == 1
     for bits in (2, 3, 5, 8, 11, 16):
-        on, partly = (computed(kinds, index, bits, given) for index in (ON, GENERAL))
+        on, partly = (computed(specs, index, bits, given) for index in (ON, GENERAL))
         for v, short, whole in zip(given, on, partly, strict=True):
             wanted = reference.quantize(scheme.name, v, bits, EPSILON, narrow=scheme.narrow).value
             np.testing.assert_array_equal(short, whole)
@@ -92,8 +97,8 @@ def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16", "float64"])
 def test_other_dtypes(dtype: str) -> None:
     given = [v.astype(tf.as_dtype(dtype).as_numpy_dtype) for v in vectors()[:-2]]
-    kinds = [Kind(scheme, EPSILON, v.size, dtype).plain for scheme in (Affine(), Log()) for v in given]
-    on, partly = (computed(kinds, index, 4, [*given, *given]) for index in (ON, GENERAL))
+    specs = [QuantizerSpec(scheme, EPSILON, v.size, dtype).function_key for scheme in (Affine(), Log()) for v in given]
+    on, partly = (computed(specs, index, 4, [*given, *given]) for index in (ON, GENERAL))
     for v, short, whole in zip([*given, *given], on, partly, strict=True):
         assert short.dtype == v.dtype
         np.testing.assert_array_equal(short.astype(np.float64), whole.astype(np.float64))
@@ -103,8 +108,8 @@ def test_other_dtypes(dtype: str) -> None:
 
 def test_off_and_a_width_of_zero_and_an_amount_of_zero_give_the_same_bits() -> None:
     given = [*vectors(), np.array([-0.0, 0.0], np.float32)]
-    kinds = [Kind(Affine(), EPSILON, v.size).plain for v in given]
-    for made in (computed(kinds, 0, 8, given), computed(kinds, GENERAL, 0, given)):
+    specs = [QuantizerSpec(Affine(), EPSILON, v.size).function_key for v in given]
+    for made in (computed(specs, 0, 8, given), computed(specs, GENERAL, 0, given)):
         assert [m.tobytes() for m in made] == [v.tobytes() for v in given]
 
 
@@ -126,7 +131,7 @@ def test_what_only_looks_like_a_quantizer_is_refused_in_a_sentence(model: Callab
     whole = quantized(model("module"))
     assert len(quantized_values(whole)) == 8
     for wrong in ("x", 7, -1):
-        case = changed(whole, "StatelessCase", lambda n, w=wrong: n.with_attrs(**{ops.GENERAL: protos.attr(w)}))  # type: ignore[misc]
+        case = changed(whole, "StatelessCase", lambda n, w=wrong: n.with_attrs(**{ops.GENERAL_BRANCH: protos.attr(w)}))  # type: ignore[misc]
         with pytest.raises(Error, match="rewrite the float model again"):
             quantized_values(case)
     huge = protos.attr(np.array([8], np.int32))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from passes.quantization.quantizers import Kind
+from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
 from rewriter.ir import Error
@@ -25,12 +25,12 @@ RANGES: list[Range] = [DYNAMIC, Fixed(0.0, 2.0), Ema(), Learned()]
 ROUNDINGS = ["nearest", "stochastic"]
 
 
-def kind_of(make: Any, size: int | None = SIZE, training: bool = True, **options: Any) -> Kind:
-    return Kind(make(**options), EPSILON, size, training=training).usual
+def kind_of(make: Any, size: int | None = SIZE, training: bool = True, **options: Any) -> QuantizerSpec:
+    return QuantizerSpec(make(**options), EPSILON, size, training=training).group_key
 
 
-def expected(kind: Kind, v: np.ndarray, bits: int, limits: Any, noise: Any) -> Quantized:
-    scheme = kind.scheme
+def expected(spec: QuantizerSpec, v: np.ndarray, bits: int, limits: Any, noise: Any) -> Quantized:
+    scheme = spec.scheme
     return quantize(
         scheme.name,
         v,
@@ -38,7 +38,7 @@ def expected(kind: Kind, v: np.ndarray, bits: int, limits: Any, noise: Any) -> Q
         EPSILON,
         narrow=scheme.narrow,
         limits=None if scheme.range.name == "dynamic" else np.asarray(limits, F),
-        noise=noise if kind.stochastic else None,
+        noise=noise if spec.stochastic else None,
     )
 
 
@@ -74,16 +74,16 @@ def assert_equal(scheme: Scheme, got: Any, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("narrow", [False, True])
 def test_every_combination_equals_its_reference(make: Any, range_: Range, rounding: Any, narrow: bool) -> None:
     """In a graph, under XLA and op by op; all widths, from one function."""
-    kind = kind_of(make, range=range_, rounding=rounding, narrow_range=narrow)
+    spec = kind_of(make, range=range_, rounding=rounding, narrow_range=narrow)
     for bits in range(2, 17):
         v, u = vector(make, bits), noise(bits)
-        limits = limits_for(kind.scheme)
-        inputs = told(kind, v, bits, limits=limits, noise=u)
-        wanted = expected(kind, v, bits, limits, u).value
-        assert_equal(kind.scheme, saved(kind)(*inputs).numpy(), wanted)
+        limits = limits_for(spec.scheme)
+        inputs = told(spec, v, bits, limits=limits, noise=u)
+        wanted = expected(spec, v, bits, limits, u).value
+        assert_equal(spec.scheme, saved(spec)(*inputs).numpy(), wanted)
         if bits in (2, 5, 8, 16):
-            assert_equal(kind.scheme, eager(kind, inputs).numpy(), wanted)
-            assert_equal(kind.scheme, compiled(kind)(*inputs).numpy(), wanted)
+            assert_equal(spec.scheme, eager(spec, inputs).numpy(), wanted)
+            assert_equal(spec.scheme, compiled(spec)(*inputs).numpy(), wanted)
     assert len(np.unique(wanted)) > SIZE // 2
 
 
@@ -93,22 +93,22 @@ def test_every_combination_equals_its_reference(make: Any, range_: Range, roundi
 @pytest.mark.parametrize("amount", [1.0, 0.25])
 def test_gradients_of_every_combination(make: Any, range_: Range, rounding: Any, amount: float) -> None:
     """1 for values, 1 - amount where a code is clipped; for learned limits that of learned step size quantisation."""
-    kind = kind_of(make, range=range_, rounding=rounding)
+    spec = kind_of(make, range=range_, rounding=rounding)
     bits, v, u, weights = 3, vector(make) * F(2), noise(), np.linspace(-1, 2, SIZE, dtype=F)
-    limits = limits_for(kind.scheme)
-    inputs = told(kind, v, bits, amount=amount, limits=limits, noise=u)
+    limits = limits_for(spec.scheme)
+    inputs = told(spec, v, bits, amount=amount, limits=limits, noise=u)
     learned = range_.name == "learned"
     watched = [inputs[-1], inputs[2]] if learned else [inputs[-1]]
     with tf.GradientTape() as tape:
         for each in watched:
             tape.watch(each)
-        loss = tf.reduce_sum(saved(kind)(*inputs) * weights)
+        loss = tf.reduce_sum(saved(spec)(*inputs) * weights)
     grads = tape.gradient(loss, watched)
-    wanted = expected(kind, v, bits, limits, u)
+    wanted = expected(spec, v, bits, limits, u)
     assert wanted.inside.all() == (range_.name == "dynamic")
     np.testing.assert_allclose(grads[0], weights * np.where(wanted.inside, F(1), F(1) - F(amount)), rtol=1e-6)
     if learned:
-        top = kind.scheme.codes(bits)[1]
+        top = spec.scheme.codes(bits)[1]
         factor = amount / np.sqrt(SIZE * top)
         of_limits = [np.sum(g.astype(np.float64) * weights) * factor for g in (wanted.of_low, wanted.of_high)]
         assert any(of_limits)
@@ -117,15 +117,15 @@ def test_gradients_of_every_combination(make: Any, range_: Range, rounding: Any,
 
 def test_the_gradient_of_the_scale_is_that_of_learned_step_size_quantization() -> None:
     """Esser et al., equations 3 and 5, with the scale as what moves the limits."""
-    kind = kind_of(Symmetric, range=Learned())
+    spec = kind_of(Symmetric, range=Learned())
     bits, v = 4, vector(Symmetric)
     scale = tf.constant(0.1)
     with tf.GradientTape() as tape:
         tape.watch(scale)
         limits = tf.stack([scale * -7, scale * 7])
-        inputs = told(kind, v, bits, limits=[0, 0])
+        inputs = told(spec, v, bits, limits=[0, 0])
         inputs[2] = limits
-        loss = tf.reduce_sum(saved(kind)(*inputs))
+        loss = tf.reduce_sum(saved(spec)(*inputs))
     x = v / 0.1
     of_scale = np.where(x <= -7, -7, np.where(x >= 7, 7, np.round(x) - x))
     assert (np.abs(x) >= 7).any()
@@ -134,10 +134,10 @@ def test_the_gradient_of_the_scale_is_that_of_learned_step_size_quantization() -
 
 def test_values_far_beyond_learned_limits() -> None:
     """A position that overflows is clipped, and makes no NaN of what is added with gradient alone."""
-    kind, v = kind_of(Affine, range=Learned()), np.array([4e-38, 10, *[0] * 10], F)
+    spec, v = kind_of(Affine, range=Learned()), np.array([4e-38, 10, *[0] * 10], F)
     limits = np.array([-4e-38, 4e-38], F)
-    got = saved(kind)(*told(kind, v, 2, limits=limits)).numpy()
-    np.testing.assert_array_equal(got, expected(kind, v, 2, limits, None).value)
+    got = saved(spec)(*told(spec, v, 2, limits=limits)).numpy()
+    np.testing.assert_array_equal(got, expected(spec, v, 2, limits, None).value)
 
 
 special = st.sampled_from([0.0, 1.0, -1.0, 1e-30, 4e-38, 0.5, float("nan"), float("inf"), float("-inf")])
@@ -152,26 +152,26 @@ shorter = hnp.arrays(F, st.integers(1, 24), elements=numbers | special)
 @given(vectors, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16), st.booleans(), st.booleans())
 def test_linear_schemes_on_any_vector(v: np.ndarray, make: Any, bits: int, narrow: bool, learned: bool) -> None:
     range_: Range = Learned() if learned else DYNAMIC
-    kind = kind_of(make, range=range_, narrow_range=narrow)
+    spec = kind_of(make, range=range_, narrow_range=narrow)
     limits = np.array([-1, 1], F) * np.abs(v[0] if np.isfinite(v[0]) else 1)
-    got = saved(kind)(*told(kind, v, bits, limits=limits)).numpy()
-    np.testing.assert_array_equal(got, expected(kind, v, bits, limits, None).value)
+    got = saved(spec)(*told(spec, v, bits, limits=limits)).numpy()
+    np.testing.assert_array_equal(got, expected(spec, v, bits, limits, None).value)
 
 
 @settings(max_examples=80, deadline=None)
 @given(shorter, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16))
 def test_linear_schemes_on_vectors_of_any_length(v: np.ndarray, make: Any, bits: int) -> None:
-    kind = kind_of(make, size=None)
-    got = saved(kind)(*told(kind, v, bits)).numpy()
-    np.testing.assert_array_equal(got, expected(kind, v, bits, None, None).value)
+    spec = kind_of(make, size=None)
+    got = saved(spec)(*told(spec, v, bits)).numpy()
+    np.testing.assert_array_equal(got, expected(spec, v, bits, None, None).value)
 
 
 @settings(max_examples=120, deadline=None)
 @given(vectors, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16))
 def test_what_quantized_values_are(v: np.ndarray, make: Any, bits: int) -> None:
     """Few values; zero is one; none is further than a step from where it came from; order is kept."""
-    kind = kind_of(make)
-    got = saved(kind)(*told(kind, v, bits)).numpy()
+    spec = kind_of(make)
+    got = saved(spec)(*told(spec, v, bits)).numpy()
     finite = np.isfinite(v)
     np.testing.assert_array_equal(got[~finite], v[~finite])
     np.testing.assert_array_equal(got[v == 0], v[v == 0])
@@ -187,21 +187,21 @@ def test_what_quantized_values_are(v: np.ndarray, make: Any, bits: int) -> None:
 @settings(max_examples=150, deadline=None)
 @given(variances, st.integers(2, 16), st.booleans())
 def test_log_on_any_vector(v: np.ndarray, bits: int, narrow: bool) -> None:
-    kind = kind_of(Log, narrow_range=narrow)
-    assert_log_close(kind, saved(kind)(*told(kind, v, bits)).numpy(), v, bits)
+    spec = kind_of(Log, narrow_range=narrow)
+    assert_log_close(spec, saved(spec)(*told(spec, v, bits)).numpy(), v, bits)
 
 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
 def test_log_on_variances_of_many_magnitudes(bits: int, jit: bool) -> None:
     v = np.exp(np.random.default_rng(bits).uniform(np.log(1e-4), np.log(900), 200)).astype(F)
-    kind = kind_of(Log, size=None)
-    assert_log_close(kind, compiled(kind, jit)(*told(kind, v, bits)).numpy(), v, bits)
+    spec = kind_of(Log, size=None)
+    assert_log_close(spec, compiled(spec, jit)(*told(spec, v, bits)).numpy(), v, bits)
 
 
-def assert_log_close(kind: Kind, got: np.ndarray, v: np.ndarray, bits: int) -> None:
+def assert_log_close(spec: QuantizerSpec, got: np.ndarray, v: np.ndarray, bits: int) -> None:
     """Within one ulp of u = v + epsilon, except where a code is within 1e-9 of a rounding boundary."""
-    wanted = expected(kind, v, bits, None, None).value
+    wanted = expected(spec, v, bits, None, None).value
     with np.errstate(invalid="ignore"):
         known = (v >= 0) & np.isfinite(v)
     np.testing.assert_array_equal(got[~known], v[~known])
@@ -209,7 +209,7 @@ def assert_log_close(kind: Kind, got: np.ndarray, v: np.ndarray, bits: int) -> N
         return
     got, v, wanted = got[known], v[known], wanted[known]
     u = (v + F(EPSILON)).astype(np.float64)
-    step = np.log(u.max() / u.min()) / kind.scheme.codes(bits)[1]
+    step = np.log(u.max() / u.min()) / spec.scheme.codes(bits)[1]
     code = np.log(u / u.min()) / step if step > 0 else np.zeros_like(u)
     clear = np.abs(code - np.floor(code) - 0.5) > 1e-9
     ulp = np.spacing((wanted + F(EPSILON)).astype(F))
@@ -220,45 +220,45 @@ def assert_log_close(kind: Kind, got: np.ndarray, v: np.ndarray, bits: int) -> N
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("make", [Affine, Symmetric, PowerOfTwo])
 def test_linear_schemes_on_many_magnitudes(make: Any, jit: bool) -> None:
-    kind = kind_of(make, size=None)
+    spec = kind_of(make, size=None)
     for bits in (2, 3, 4, 8, 12, 16):
         for scale in (1e-6, 1.0, 1e4):
             for shift in (0.0, 3.0, -3.0):
                 v = (np.random.default_rng(bits).normal(shift, 1, 96) * scale).astype(F)
-                wanted = expected(kind, v, bits, None, None).value
-                np.testing.assert_array_equal(compiled(kind, jit)(*told(kind, v, bits)), wanted)
+                wanted = expected(spec, v, bits, None, None).value
+                np.testing.assert_array_equal(compiled(spec, jit)(*told(spec, v, bits)), wanted)
 
 
 @pytest.mark.parametrize("make", SCHEMES)
 @pytest.mark.parametrize("bits", [4, 8])
 def test_constant_vectors_survive(make: Any, bits: int) -> None:
     """But for fixed point, whose levels are what they are."""
-    kind, ones = kind_of(make), np.ones(SIZE, F)
-    got = saved(kind)(*told(kind, ones, bits)).numpy()
+    spec, ones = kind_of(make), np.ones(SIZE, F)
+    got = saved(spec)(*told(spec, ones, bits)).numpy()
     # log works on v + epsilon, so that its unit in the last place is that of the sum
     np.testing.assert_allclose(got, ones, rtol=0, atol=np.spacing(F(1 + EPSILON)))
-    zeros = saved(kind)(*told(kind, np.zeros(SIZE, F), bits)).numpy()
+    zeros = saved(spec)(*told(spec, np.zeros(SIZE, F), bits)).numpy()
     np.testing.assert_array_equal(zeros, np.zeros(SIZE, F))
 
 
 def test_negative_constants_survive_affine() -> None:
-    kind, v = kind_of(Affine), np.full(SIZE, -0.7, F)
-    np.testing.assert_allclose(saved(kind)(*told(kind, v, 8)), v, rtol=0, atol=np.spacing(F(0.7)))
+    spec, v = kind_of(Affine), np.full(SIZE, -0.7, F)
+    np.testing.assert_allclose(saved(spec)(*told(spec, v, 8)), v, rtol=0, atol=np.spacing(F(0.7)))
 
 
 def test_fixed_points_are_multiples_of_the_least_power_of_two_that_reaches() -> None:
-    kind = kind_of(PowerOfTwo, size=None)
+    spec = kind_of(PowerOfTwo, size=None)
     for greatest, step in ((7.0, 1.0), (7.001, 2.0), (3.5, 0.5), (127 / 128, 0.25)):
         v = np.array([greatest, greatest / 3, -greatest / 5], F)
-        got = saved(kind)(*told(kind, v, 4)).numpy()
+        got = saved(spec)(*told(spec, v, 4)).numpy()
         np.testing.assert_array_equal(got, np.round(v / step) * step)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_zero_variance_stays_zero_and_dead_channels_do_not_cost_live_ones(bits: int) -> None:
     v = np.array([0, 4e-38, 1e-4, 0.5, 900], F)
-    kind = kind_of(Log, size=None)
-    got = saved(kind)(*told(kind, v, bits)).numpy()
+    spec = kind_of(Log, size=None)
+    got = saved(spec)(*told(spec, v, bits)).numpy()
     assert got[0] == 0
     assert got[1] == 0
     # half a level of log(v + epsilon)
@@ -269,18 +269,18 @@ def test_zero_variance_stays_zero_and_dead_channels_do_not_cost_live_ones(bits: 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_nan_and_infinity_pass_alone(make: Any) -> None:
     v = np.array([0.1, np.nan, 0.4, np.inf, 0.9], F)
-    kind = kind_of(make, size=None)
-    got = saved(kind)(*told(kind, v, 4)).numpy()
+    spec = kind_of(make, size=None)
+    got = saved(spec)(*told(spec, v, 4)).numpy()
     np.testing.assert_array_equal(got[[1, 3]], v[[1, 3]])
-    np.testing.assert_array_equal(got[[0, 2, 4]], saved(kind)(*told(kind, v[[0, 2, 4]], 4)))
+    np.testing.assert_array_equal(got[[0, 2, 4]], saved(spec)(*told(spec, v[[0, 2, 4]], 4)))
 
 
 def test_negative_variances_pass_alone() -> None:
     v = np.array([-0.5, 0.1, 0.4], F)
-    kind = kind_of(Log, size=None)
-    got = saved(kind)(*told(kind, v, 4)).numpy()
+    spec = kind_of(Log, size=None)
+    got = saved(spec)(*told(spec, v, 4)).numpy()
     assert got[0] == v[0]
-    np.testing.assert_array_equal(got[1:], saved(kind)(*told(kind, v[1:], 4)))
+    np.testing.assert_array_equal(got[1:], saved(spec)(*told(spec, v[1:], 4)))
 
 
 @pytest.mark.parametrize("off", [{"amount": 0.0, "bits": 4}, {"amount": 1.0, "bits": 0}])
@@ -288,15 +288,15 @@ def test_negative_variances_pass_alone() -> None:
 @pytest.mark.parametrize("make", SCHEMES)
 def test_off_returns_the_bits_themselves_with_gradient_1(make: Any, range_: Range, off: Any) -> None:
     v = np.array([-0.0, np.nan, -np.inf, 1e-40, 0.3, *range(7)], F)
-    kind = kind_of(make, range=range_)
-    inputs = told(kind, v, limits=limits_for(kind.scheme), **off)
-    got = saved(kind)(*inputs).numpy()
+    spec = kind_of(make, range=range_)
+    inputs = told(spec, v, limits=limits_for(spec.scheme), **off)
+    got = saved(spec)(*inputs).numpy()
     np.testing.assert_array_equal(got.view(np.uint32), v.view(np.uint32))
     watched = inputs[2:]
     with tf.GradientTape() as tape:
         for each in watched:
             tape.watch(each)
-        result = saved(kind)(*inputs)
+        result = saved(spec)(*inputs)
     *of_limits, grad = tape.gradient(result, watched)
     np.testing.assert_array_equal(grad, np.ones(SIZE, F))
     for each in of_limits:
@@ -305,9 +305,9 @@ def test_off_returns_the_bits_themselves_with_gradient_1(make: Any, range_: Rang
 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_a_part_of_the_quantized_value(make: Any) -> None:
-    kind, v = kind_of(make), vector(make)
-    whole = saved(kind)(*told(kind, v, 3)).numpy()
-    got = saved(kind)(*told(kind, v, 3, amount=0.25)).numpy()
+    spec, v = kind_of(make), vector(make)
+    whole = saved(spec)(*told(spec, v, 3)).numpy()
+    got = saved(spec)(*told(spec, v, 3, amount=0.25)).numpy()
     np.testing.assert_array_equal(got, whole * F(0.25) + v * F(0.75))
     assert not np.array_equal(got, v)
 
@@ -315,35 +315,35 @@ def test_a_part_of_the_quantized_value(make: Any) -> None:
 @pytest.mark.parametrize("make", SCHEMES)
 @pytest.mark.parametrize("range_", [DYNAMIC, Learned()], ids=lambda r: r.name)
 def test_rows_are_quantized_as_vectors_by_themselves(make: Any, range_: Range) -> None:
-    kind = kind_of(make, range=range_)
-    bits, limits = [3, 8, 0], [limits_for(kind.scheme, spread) for spread in (0.3, 0.8, 2.0)]
+    spec = kind_of(make, range=range_)
+    bits, limits = [3, 8, 0], [limits_for(spec.scheme, spread) for spread in (0.3, 0.8, 2.0)]
     rows = [vector(make, seed) * F(seed + 1) for seed in range(3)]
     given = [] if range_ is DYNAMIC else [tf.constant(np.stack(limits))]
     inputs = [tf.constant(1.0), tf.constant(bits, shape=(3, 1)), *given, tf.constant(np.stack(rows))]
-    got = saved(kind, 3)(*inputs).numpy()
+    got = saved(spec, 3)(*inputs).numpy()
     for index in range(3):
-        alone = saved(kind)(*told(kind, rows[index], bits[index], limits=limits[index]))
+        alone = saved(spec)(*told(spec, rows[index], bits[index], limits=limits[index]))
         np.testing.assert_array_equal(got[index], alone)
 
 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_half_precision_is_quantized_in_float32(make: Any) -> None:
-    kind = Kind(make(), EPSILON, SIZE, "half")
+    spec = QuantizerSpec(make(), EPSILON, SIZE, "half")
     v = vector(make).astype(np.float16)
-    got = saved(kind)(*told(kind, v, 4)).numpy()
-    wanted = expected(kind, v.astype(F), 4, None, None).value
+    got = saved(spec)(*told(spec, v, 4)).numpy()
+    wanted = expected(spec, v.astype(F), 4, None, None).value
     np.testing.assert_allclose(got, wanted.astype(np.float16), rtol=1e-3)
     assert len(np.unique(got)) < SIZE
 
 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_observed_limits_move_as_the_reference_says(make: Any) -> None:
-    kind = kind_of(make, range=Ema(0.9))
-    observe = saved(kind, observe=True)
-    limits = limits_for(kind.scheme)
+    spec = kind_of(make, range=Ema(0.9))
+    observe = saved(spec, observe=True)
+    limits = limits_for(spec.scheme)
     for seed in range(5):
         v = vector(make, seed)
-        wanted = ema(kind.scheme.name, v, limits, 0.9, EPSILON)
+        wanted = ema(spec.scheme.name, v, limits, 0.9, EPSILON)
         got = observe(tf.constant(v), tf.constant(limits)).numpy()
         np.testing.assert_allclose(got, wanted, rtol=2e-7 if make is Log else 0)
         limits = got
@@ -352,14 +352,14 @@ def test_observed_limits_move_as_the_reference_says(make: Any) -> None:
 
 
 def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_on_the_grid() -> None:
-    kind = kind_of(Affine, rounding="stochastic", range=Fixed(0.0, 15.0), narrow_range=False)
+    spec = kind_of(Affine, rounding="stochastic", range=Fixed(0.0, 15.0), narrow_range=False)
     v = np.linspace(0, 15, SIZE, dtype=F)
     v[:4] = [0, 7, 15, 3]
     rng = np.random.default_rng(0)
     runs = 2000
     total = np.zeros(SIZE)
     for _ in range(runs):
-        got = saved(kind)(*told(kind, v, 4, limits=[0, 15], noise=rng.random(SIZE, F))).numpy()
+        got = saved(spec)(*told(spec, v, 4, limits=[0, 15], noise=rng.random(SIZE, F))).numpy()
         np.testing.assert_array_equal(got[:4], v[:4])
         total += got
     # the standard error of a mean of `runs` roundings is at most half a step / sqrt(runs); five of them
