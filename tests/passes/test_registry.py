@@ -38,3 +38,9 @@ def test_names_are_known_without_tensorflow() -> None:
     code = "import sys, passes; assert passes.PASSES; print('tensorflow' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent)
     assert done.stdout.strip() == "False"
+
+
+def test_the_documents_list_the_default_passes_in_their_order() -> None:
+    text = (ROOT.parent / "docs/passes.md").read_text(encoding="utf-8")
+    rows = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert rows == list(REWRITE)
