@@ -1,4 +1,4 @@
-"""How a pass leaves one batch norm, and goes on."""
+"""The error with which a pass leaves one batch norm and goes on with the next."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from rewriter.ir import Error
 
 
 class DeclinedError(Error):
-    """A batch norm that has to stay as it is, and why."""
+    """A batch norm has to stay as it is; the message says why."""

@@ -1,7 +1,7 @@
-"""Names and limits that everything here shares, and that can be had without importing TensorFlow."""
+"""Names and limits that all passes share. Importing this module does not import TensorFlow."""
 
 GAMMA, BETA, MEAN, VARIANCE = ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
-"""What a batch norm's variables are for; role i enters the fused kernel at input i + 1."""
+"""The roles of a batch norm's variables. Role i enters the fused kernel at input i + 1."""
 
 MIN_BITS, MAX_BITS = 2, 16
-"""The widths of codes."""
+"""The least and the greatest width of a code."""

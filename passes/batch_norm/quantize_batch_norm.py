@@ -192,7 +192,7 @@ class _Insertion:
         for group in groups(self.model, quantities):
             yield from placing.place(group)
         for vector, _, put in quantities:
-            yield from put(placing.made[vector])
+            yield from put(placing.quantized[vector])
         for site in todo:
             if site.kernel_average and self.options.average == "statistic":
                 yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
@@ -292,7 +292,7 @@ class _Insertion:
 
     def _trace(self, quantities: Iterable[QuantizationPoint]) -> Traced:
         """Make functions of pipelines, all at once."""
-        wanted = list(dict.fromkeys(v.spec.wanted for v, _, _ in quantities if isinstance(v.spec, CustomSpec)))
+        wanted = list(dict.fromkeys(v.spec.request for v, _, _ in quantities if isinstance(v.spec, CustomSpec)))
         tracers = [q.trace for found in self.quantizers.values() for q in found if isinstance(q, CustomQuantizer)]
         return tracers[0](wanted) if wanted else Traced({}, {}, {})
 

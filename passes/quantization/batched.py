@@ -1,9 +1,13 @@
-"""Vectors that are quantised together, in whichever of three ways the moment asks for.
+"""Dynamic-range vectors of several layers, fake-quantised by one batched call.
 
-Where quantisers do not act, the vectors pass; where they act in full, on every vector, nothing is computed that only a
-ramp or a switched-off vector needs; a third way is there for these. Vectors of all sizes are one behind the other, so
-that a step of the arithmetic is one op for all of them. Only ranges that follow the values are quantised so: they clip
-nothing, so that the gradient goes to what went in.
+The call is a Case with a branch for each execution mode:
+
+- off: no quantiser acts, and the vectors pass unchanged;
+- on: all quantisers act in full, so nothing is computed that only a ramp or a switched-off quantiser needs;
+- partly: the general branch, which is right in every case.
+
+The vectors are concatenated in blocks, so that one op does a step of the arithmetic for vectors of all sizes. Only
+dynamic ranges are batched: they clip nothing, so the gradient goes to the inputs as it is.
 """
 
 from __future__ import annotations
@@ -38,18 +42,20 @@ from rewriter.expr import (
 from rewriter.protos import attr, dtype_attr
 
 BLOCK_SIZE = 32
-"""How many values a block has, which belong to one vector: of 16, 32, 64 and 128, the fastest for MobileNetV2."""
+"""Number of values in a block, which all belong to one vector. Of 16, 32, 64 and 128, the fastest for MobileNetV2."""
 
 NAMES = ("off", "on", "partly")
+"""Names of the execution modes."""
+
 GENERAL = 2
-"""The way that is right in every case."""
+"""The execution mode that is right in every case."""
 
 
-def how(amount: Expr, bits: Expr) -> Expr:
-    """Which way is to be taken, int32 scalar: 0 for no quantisers, 1 for all in full, else `GENERAL`.
+def execution_mode(amount: Expr, bits: Expr) -> Expr:
+    """Return the execution mode, int32 scalar: 0 if no quantiser acts, 1 if all act in full, else `GENERAL`.
 
     Args:
-        amount: float32 scalar.
+        amount: blend weight, float32 scalar.
         bits: int32 [rows], of all quantisers.
     """
     acting = op("Greater", amount, 0.0)
@@ -58,12 +64,12 @@ def how(amount: Expr, bits: Expr) -> Expr:
 
 
 class BatchRow(NamedTuple):
-    """Vectors of one arithmetic, one behind the other.
+    """Vectors of one spec, concatenated.
 
     Attributes:
-        arithmetic: what is done to them; its size says nothing.
-        places: which of the vectors they are.
-        sizes: how long each of them is.
+        arithmetic: the spec, without a size.
+        places: the vectors' indices in the batch.
+        sizes: the vectors' lengths.
     """
 
     arithmetic: QuantizerSpec
@@ -72,82 +78,87 @@ class BatchRow(NamedTuple):
 
     @property
     def lengths(self) -> np.ndarray:
-        """How many blocks each vector takes."""
+        """The number of blocks of each vector, int64 [vectors]."""
         return -(-np.array(self.sizes) // BLOCK_SIZE)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """As blocks, each of which belongs to one vector."""
+        """The shape of the row in blocks, each of which belongs to one vector: (blocks, BLOCK_SIZE)."""
         return int(self.lengths.sum()), BLOCK_SIZE
 
     @property
     def blocks(self) -> Expr:
-        """The vector that each block belongs to, int64 [blocks]."""
+        """The index of the vector that each block belongs to, int64 [blocks]."""
         return array(np.repeat(np.arange(len(self.sizes), dtype=np.int64), self.lengths))
 
     def joined(self, vectors: Sequence[Expr]) -> Expr:
-        """Its vectors in blocks; what is left of a vector's last one is filled with what is not quantised."""
+        """Return the vectors in blocks. A vector's last block is padded with NaN, which is not quantised."""
         pieces: list[Expr] = []
         for vector, size, length in zip(vectors, self.sizes, self.lengths, strict=True):
-            rest = int(length) * BLOCK_SIZE - size
-            pieces += [vector, *([filled(math.nan, vector.dtype, (rest,))] if rest else [])]
+            padding = int(length) * BLOCK_SIZE - size
+            pieces += [vector, *([filled(math.nan, vector.dtype, (padding,))] if padding else [])]
         flat = concat(pieces) if pieces[1:] else pieces[0]
         return op("Reshape", flat, _shape(self.shape))
 
     def split(self, values: Expr) -> Iterator[Expr]:
-        """The vectors of what is in blocks, [values]."""
+        """Return the vectors that lie in blocks, [values]."""
         lengths = [int(length) * BLOCK_SIZE for length in self.lengths]
         attrs = {"num_split": attr(len(lengths)), "T": dtype_attr(values.dtype), "Tlen": dtype_attr("int32")}
         attrs["_output_shapes"] = protos.shapes_attr([(length,) for length in lengths])
-        first = Apply(values.dtype, "SplitV", (values, _shape(tuple(lengths)), constant(0, "int32")), attrs)
+        split_op = Apply(values.dtype, "SplitV", (values, _shape(tuple(lengths)), constant(0, "int32")), attrs)
         for index, (size, length) in enumerate(zip(self.sizes, lengths, strict=True)):
-            whole = Port(values.dtype, first, index)
-            # The rest is no output of its own: one that is not used has a gradient that XLA cannot compile.
-            yield whole if size == length else op("Slice", whole, _shape((0,)), _shape((size,)))
+            padded = Port(values.dtype, split_op, index)
+            # The padding is no output of its own: XLA cannot compile the gradient of an output that is not used.
+            yield padded if size == length else op("Slice", padded, _shape((0,)), _shape((size,)))
 
 
 def layout(specs: Sequence[QuantizerSpec]) -> list[BatchRow]:
-    """What is done together to vectors of these specs.
+    """Return the rows that vectors of these specs make: one for each spec but for its size.
 
     Raises:
-        AssertionError: the size of one is not known, or its range does not follow its values.
+        AssertionError: the size of a vector is not known, or its range is not dynamic.
     """
-    found: dict[QuantizerSpec, list[int]] = {}
+    places_by_spec: dict[QuantizerSpec, list[int]] = {}
     for place, spec in enumerate(specs):
         if spec.size is None or not isinstance(spec.scheme.range, Dynamic):
             raise AssertionError("vectors that are quantised together have known sizes and ranges that follow them")
-        found.setdefault(replace(spec, size=None), []).append(place)
-    return [BatchRow(spec, tuple(own), tuple(specs[i].size or 0 for i in own)) for spec, own in found.items()]
+        places_by_spec.setdefault(replace(spec, size=None), []).append(place)
+    return [
+        BatchRow(spec, tuple(places), tuple(specs[i].size or 0 for i in places))
+        for spec, places in places_by_spec.items()
+    ]
 
 
-def way(specs: tuple[QuantizerSpec, ...], index: int) -> Function:
-    """The function for what `how` says: (amount, bits of each row, noise.., vectors..) -> vectors.
+def batch_function(specs: tuple[QuantizerSpec, ...], mode: int) -> Function:
+    """Return the function of an execution mode: (amount, bits of each row, noise.., vectors..) -> vectors.
 
-    Bits are int64 [vectors of the row, 1]; noise is float32 of the row's shape, for each whose rounding is stochastic.
+    Bits are int64 [vectors of the row, 1]. Noise is float32 of the row's shape, for each row with stochastic rounding.
     """
-    found = layout(specs)
+    rows = layout(specs)
     amount = parameter("amount", FLOAT)
-    bits = [parameter(f"bits_{i}", "int64") for i, _ in enumerate(found)]
-    noise = {row: parameter(f"noise_{i}", FLOAT) for i, row in enumerate(found) if row.arithmetic.stochastic}
+    bits = [parameter(f"bits_{i}", "int64") for i, _ in enumerate(rows)]
+    noise = {row: parameter(f"noise_{i}", FLOAT) for i, row in enumerate(rows) if row.arithmetic.stochastic}
     vectors = [parameter(f"vector_{i}", spec.dtype) for i, spec in enumerate(specs)]
     results: list[Expr] = list(vectors)
-    for row, widths in zip(found, bits, strict=True) if index else ():
+    for row, widths in zip(rows, bits, strict=True) if mode else ():
         raw = row.joined([vectors[i] for i in row.places])
-        placed = _Placed(row, raw, widths)
-        made = placed.exactly(noise.get(row), amount) if index == GENERAL else placed.fully(noise.get(row))
-        for i, result in zip(row.places, row.split(_straight_through(raw, made)), strict=True):
+        quantizer = _RowQuantizer(row, raw, widths)
+        quantized = quantizer.partly(noise.get(row), amount) if mode == GENERAL else quantizer.fully(noise.get(row))
+        for i, result in zip(row.places, row.split(_straight_through(raw, quantized)), strict=True):
             results[i] = result
-    shapes = [(), *((len(row.places), 1) for row in found), *(row.shape for row in noise), *(k.shape(0) for k in specs)]
-    told = (amount, *bits, *noise.values(), *vectors)
-    return Function(f"bnqat_{len(specs)}_vectors_{NAMES[index]}", told, tuple(shapes), tuple(results))
+    shapes = [(), *((len(row.places), 1) for row in rows), *(row.shape for row in noise), *(k.shape(0) for k in specs)]
+    parameters = (amount, *bits, *noise.values(), *vectors)
+    return Function(f"bnqat_{len(specs)}_vectors_{NAMES[mode]}", parameters, tuple(shapes), tuple(results))
 
 
-class _Placed:
-    """Where the values of a row may lie; what there is one of for each vector is computed for all of them at once.
+class _RowQuantizer:
+    """The fake-quantise arithmetic of a row.
+
+    A quantity that each vector has one of is computed for all vectors at once, as [vectors, 1].
 
     Attributes:
-        values: in blocks.
-        grid: one for each vector, [vectors, 1].
+        values: the row's values, in blocks.
+        grid: the levels of each vector, [vectors, 1].
     """
 
     def __init__(self, row: BatchRow, raw: Expr, bits: Expr) -> None:
@@ -156,38 +167,42 @@ class _Placed:
         self.blocks = row.blocks  # once: each expression of it would be a constant of its own
         spec = row.arithmetic
         self.values = Values(spec, raw, row.shape)
-        seen = self.values.seen()
-        limits = Limits(self._of_vectors("Min", seen.low), self._of_vectors("Max", seen.high))
+        extremes = self.values.extremes()
+        limits = Limits(self._of_vectors("Min", extremes.low), self._of_vectors("Max", extremes.high))
         self.grid = spec.scheme.grid(spec.scheme.range_of(limits, spec.epsilon), bits)
 
-    def exactly(self, noise: Expr | None, amount: Expr) -> Expr:
-        """The values on their levels, as much as there is to be of that, and where a width is in force."""
+    def partly(self, noise: Expr | None, amount: Expr) -> Expr:
+        """Return the values, blended with the quantised ones by `amount` where the width in force is not 0."""
         acting = wide(self._of_blocks(self.bits)) & self.values.defined
         return select(acting, self._on_grid(noise).blend(amount), self.values.value)
 
     def fully(self, noise: Expr | None) -> Expr:
-        """The values on their levels. To the nearest, nothing is clipped but what two roundings put too far."""
+        """Return the quantised values.
+
+        A dynamic range clips nothing when values are rounded to nearest, but for affine codes: a value and the
+        zero point are rounded separately, which can lead to one code too many.
+        """
         scheme, value = self.row.arithmetic.scheme, self.values.value
         if noise is not None:
-            made = self._on_grid(noise).value
+            quantized = self._on_grid(noise).value
         else:
             ceiling, grid = scheme.ceiling(self.grid), self.grid.each(self._of_blocks)
             steps = op("Round", grid.position(self.values.coordinate))
             if ceiling is not None:
                 steps = op("Minimum", steps, self._of_blocks(ceiling))
-            made = scheme.value(grid.level(steps), self.row.arithmetic.epsilon)
-        return op("Select", self.values.defined, cast(made, value.dtype), value)
+            quantized = scheme.value(grid.level(steps), self.row.arithmetic.epsilon)
+        return op("Select", self.values.defined, cast(quantized, value.dtype), value)
 
     def _on_grid(self, noise: Expr | None) -> OnGrid:
         return OnGrid(self.values, self.grid.each(self._of_blocks), noise)
 
     def _of_vectors(self, reduction: str, blocks: Expr) -> Expr:
-        """The least or greatest of each vector, [vectors, 1], of those of its blocks, [blocks, 1]."""
+        """Return the least or the greatest of each vector, [vectors, 1], from those of its blocks, [blocks, 1]."""
         count = constant(len(self.row.sizes), "int32")
         return op(f"UnsortedSegment{reduction}", blocks, self.blocks, count)
 
     def _of_blocks(self, vectors: Expr) -> Expr:
-        """For each value, what is its vector's, marked as what that is: [vectors, 1] -> [blocks, width]."""
+        """Repeat each vector's number for its blocks, and copy its mark: [vectors, 1] -> [blocks, BLOCK_SIZE]."""
         repeated = op("BroadcastTo", vectors, _shape((len(self.row.sizes), BLOCK_SIZE)))
         values = op("GatherV2", repeated, self.blocks, constant(0, "int32"))
         mark = vectors.attrs.get(ops.PART) if isinstance(vectors, Apply) else None
@@ -195,9 +210,9 @@ class _Placed:
 
 
 def _straight_through(raw: Expr, quantized: Expr) -> Expr:
-    """The quantised values [values], bit for bit, with the gradient of the raw ones.
+    """Return the quantised values [values], bit for bit, with the gradient of the raw ones.
 
-    Of what has the same place, the op keeps the last, and it gives the gradient to all.
+    If two inputs have the same index, DynamicStitch keeps the last one, but its gradient goes to both.
     """
     place = array(np.zeros(1, np.int32))
     attrs = {"N": attr(2), "T": dtype_attr(raw.dtype)}

@@ -1,4 +1,4 @@
-"""The variables with which a running program controls quantisation, and what a call of the model reads of them."""
+"""The variables with which a running program controls quantisation, and the values that a call reads from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from passes.quantization.batched import how
+from passes.quantization.batched import execution_mode
 from passes.quantization.custom import Quantizer
 from passes.quantization.node_marks import AMOUNT, marked
 from passes.quantization.quantizers import learned_limits
@@ -21,28 +21,37 @@ from rewriter.ir import MAIN, Error, Model, Variable
 from rewriter.protos import Dtype
 
 AUTO, ON_WRITE, ON_READ = 0, 2, 3
+"""Numbers of `tf.VariableSynchronization` in a SavedModel."""
+
 NONE, MEAN, ONLY_FIRST_REPLICA = 0, 2, 3
+"""Numbers of `tf.VariableAggregation` in a SavedModel."""
+
 AS_ROLE = -1
-"""In a variable for each layer: the layer has what its role has."""
+"""Stands for the role's value in a variable that has a value for each layer."""
 
 
 def control(model: Model, name: str, initial: int, dtype: str = "int64") -> Variable:
-    """The model's scalar `quantization/<name>`, the same on every replica; a new one if it has none."""
-    return _found(model, name, ()) or _variable(model, name, np.array(initial, dtype))
+    """Return the scalar `quantization/<name>`, the same on every replica: the model's, or a new one if it has none."""
+    return _existing(model, name, ()) or _new_variable(model, name, np.array(initial, dtype))
 
 
-def _found(model: Model, name: str, shape: tuple[int, ...]) -> Variable | None:
+def _existing(model: Model, name: str, shape: tuple[int, ...]) -> Variable | None:
+    """Return the model's variable `quantization/<name>`, or None.
+
+    Raises:
+        Error: the model has one of another shape.
+    """
     full = f"quantization/{name}"
-    found = next((v for v in model.variables.values() if v.name == full), None)
-    if found is not None and found.shape != shape:
+    variable = next((v for v in model.variables.values() if v.name == full), None)
+    if variable is not None and variable.shape != shape:
         raise Error(
             f"the model has {full} of another number of layers already: it was rewritten when it had other "
             "batch norms; rewrite the float model again"
         )
-    return found
+    return variable
 
 
-def _variable(
+def _new_variable(
     model: Model,
     name: str,
     initial: np.ndarray,
@@ -50,6 +59,7 @@ def _variable(
     synchronization: int = ON_WRITE,
     aggregation: int = ONLY_FIRST_REPLICA,
 ) -> Variable:
+    """Return a new variable `quantization/<name>`, which is not yet in the model."""
     full = f"quantization/{name}"
     return Variable(
         model.new_key(full),
@@ -64,28 +74,28 @@ def _variable(
 
 
 def step(model: Model) -> Variable:
-    """How many training steps the model has made: one for each call of its training function."""
+    """Return the variable that counts training steps: one for each call of the training function."""
     return control(model, "step", 0)
 
 
 def increment(model: Model) -> Apply:
-    """The op that counts one step."""
+    """Return the op that counts one step."""
     return op("AssignAddVariableOp", handle(step(model)), constant(1, "int64"))
 
 
 def counters(model: Model) -> tuple[str, ...]:
-    """The nodes of the main graph that count steps."""
+    """Return the nodes of the main graph that count steps."""
     main = model.graphs[MAIN]
-    holders = {v.node for v in model.variables.values() if v.name == "quantization/step"}
+    handles = {v.node for v in model.variables.values() if v.name == "quantization/step"}
     key = step(model).key.encode()
-    holders |= {
+    handles |= {
         n.name for n in main.nodes.values() if n.op == "VarHandleOp" and op_defs.attribute(n, "shared_name").s == key
     }
-    return tuple(n.name for n in main.nodes.values() if n.op == "AssignAddVariableOp" and n.inputs[0].node in holders)
+    return tuple(n.name for n in main.nodes.values() if n.op == "AssignAddVariableOp" and n.inputs[0].node in handles)
 
 
 class Initial(NamedTuple):
-    """What the variables hold at first: widths by role, and ranges, [layers, 2], by role."""
+    """Initial values of the variables: widths by role, and limits, [layers, 2], by role."""
 
     start_step: int
     ramp_steps: int
@@ -94,18 +104,18 @@ class Initial(NamedTuple):
 
 
 class Controls:
-    """What quantisers are told, by variables that the model has or gets.
+    """The values that quantisers are given, read from variables that the model has or gets.
 
     A value for each quantiser is a row: row `role * layers + layer`, roles in the order of `ROLES`.
 
     Attributes:
         quantizers: each role's quantisers, one for each layer; None where a layer has none.
-        variables: those of which something is read.
-        amount: float32 scalar, from 0 before `start_step` to 1 from `ramp_steps` later.
+        variables: the variables that are read, by name below `quantization/`.
+        amount: blend weight, float32 scalar, from 0 before `start_step` to 1 from `ramp_steps` later.
         bits: int32 [rows], the widths in force.
-        how: int32 scalar, how vectors are quantised together, as `passes.quantization.batched.how` says.
-        limits: float32 [rows, 2], the ranges that are not dynamic, each in its scheme's coordinate.
-        key: uint64 [1], from which random numbers follow: the step.
+        execution_mode: int32 scalar, the branch of batched calls: see `passes.quantization.batched.execution_mode`.
+        limits: float32 [rows, 2], the ranges that are not dynamic, each in its scheme's coordinate; or None.
+        key: uint64 [1], the key of random numbers: the step.
     """
 
     def __init__(self, model: Model, quantizers: Mapping[str, Sequence[Quantizer | None]], initial: Initial) -> None:
@@ -117,88 +127,94 @@ class Controls:
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
         self.amount = per_call("quantization_amount", _amount(*(read(self.variables[n]) for n in self.variables)))
         self.bits = per_call("quantization_bits", self._bits(), (4 * self.layers,))
-        used = [self.row(role, i) for role in ROLES for i, q in enumerate(quantizers[role]) if q is not None]
-        self.how = per_call("quantization_how", how(self.amount, taken(self.bits, np.array(used))))
+        rows = [self.row(role, i) for role in ROLES for i, q in enumerate(quantizers[role]) if q is not None]
+        self.execution_mode = per_call(
+            "quantization_how", execution_mode(self.amount, gathered(self.bits, np.array(rows)))
+        )
         self.limits = self._limits()
         seed = op("Cast", read(self.variables["step"]), DstT=Dtype("uint64"))
         self.key = per_call("quantization_key", op("Reshape", seed, array(np.array([1], np.int32))), (1,))
 
     def row(self, role: str, layer: int) -> int:
-        """Where a quantiser's values are."""
+        """Return the row of a quantiser's values."""
         return ROLES.index(role) * self.layers + layer
 
     def ranges(self, role: str) -> Variable:
-        """The moving averages of a role's limits, float32 [layers, 2]."""
+        """Return the variable of a role's moving averages of limits, float32 [layers, 2]."""
         return self.variables[f"range/{role}"]
 
     def _bits(self) -> Expr:
-        """Each layer's own width where it has one, else its role's; from 0 to 16."""
+        """Return the widths, 0 to 16: each layer's own where it has one, else its role's."""
         rows: list[Expr] = []
         shape = (self.layers,)
         for role in ROLES:
-            own = [AS_ROLE if q is None or q.bits == self.initial.bits[role] else q.bits for q in self.quantizers[role]]
+            initial_bits = [
+                AS_ROLE if q is None or q.bits == self.initial.bits[role] else q.bits for q in self.quantizers[role]
+            ]
             of_role = control(self.model, f"bits/{role}", self.initial.bits[role], "int32")
-            of_layers = _found(self.model, f"layer_bits/{role}", shape) or _variable(
-                self.model, f"layer_bits/{role}", np.array(own, np.int32)
+            of_layers = _existing(self.model, f"layer_bits/{role}", shape) or _new_variable(
+                self.model, f"layer_bits/{role}", np.array(initial_bits, np.int32)
             )
             self.variables |= {f"bits/{role}": of_role, f"layer_bits/{role}": of_layers}
             rows.append(select(read(of_layers) >= 0, read(of_layers), read(of_role)))
         return op("Minimum", op("Maximum", concat(rows), 0), MAX_BITS)
 
     def _limits(self) -> PerCall | None:
-        """Given limits, moving averages and learned ones, row by row."""
+        """Return the limits: fixed ones, moving averages and learned ones; None if all ranges are dynamic."""
         if all(q is None or q.range.name == "dynamic" for role in ROLES for q in self.quantizers[role]):
             return None
         return per_call("quantization_limits", concat([self._limits_of(role) for role in ROLES]), (4 * self.layers, 2))
 
     def _limits_of(self, role: str) -> Expr:
         quantizers, initial = self.quantizers[role], self.initial.limits[role]
-        held = {
-            spec: [q is not None and isinstance(q.range, spec) for q in quantizers] for spec in (Fixed, Ema, Learned)
+        masks = {
+            range_type: [q is not None and isinstance(q.range, range_type) for q in quantizers]
+            for range_type in (Fixed, Ema, Learned)
         }
-        limits: Expr = array(initial * np.array(held[Fixed], np.float32)[:, None])
-        if any(held[Ema]):
+        limits: Expr = array(initial * np.array(masks[Fixed], np.float32)[:, None])
+        if any(masks[Ema]):
             name = f"range/{role}"
             shape = (self.layers, 2)
-            made = _variable(self.model, name, initial, synchronization=ON_READ, aggregation=MEAN)
-            self.variables[name] = _found(self.model, name, shape) or made
-            limits = _where(held[Ema], read(self.variables[name]), limits)
-        if any(held[Learned]):
-            limits = _where(held[Learned], self._learned(role, held[Learned]), limits)
+            new = _new_variable(self.model, name, initial, synchronization=ON_READ, aggregation=MEAN)
+            self.variables[name] = _existing(self.model, name, shape) or new
+            limits = _where(masks[Ema], read(self.variables[name]), limits)
+        if any(masks[Learned]):
+            limits = _where(masks[Learned], self._learned(role, masks[Learned]), limits)
         return limits
 
-    def _learned(self, role: str, held: Sequence[bool]) -> Expr:
-        """Limits of scales, and of low limits where a scheme has one, all of them trainable."""
-        chosen = [
-            q if own and isinstance(q, Scheme) else None for q, own in zip(self.quantizers[role], held, strict=True)
+    def _learned(self, role: str, mask: Sequence[bool]) -> Expr:
+        """Return learned limits, from trainable scales and, where a scheme has them, trainable low limits."""
+        schemes = [
+            q if learned and isinstance(q, Scheme) else None
+            for q, learned in zip(self.quantizers[role], mask, strict=True)
         ]
         pairs = [
-            (1.0, 0.0) if q is None else q.learnable(tuple(self.initial.limits[role][i])) for i, q in enumerate(chosen)
+            (1.0, 0.0) if q is None else q.learnable(tuple(self.initial.limits[role][i])) for i, q in enumerate(schemes)
         ]
-        found = []
+        scale_and_low = []
         for index, name in enumerate((f"scale/{role}", f"low/{role}")):
-            if index == 0 or any(q is not None and q.has_low for q in chosen):
+            if index == 0 or any(q is not None and q.has_low for q in schemes):
                 values = np.array([pair[index] for pair in pairs], np.float32)
-                made = _variable(self.model, name, values, synchronization=AUTO, aggregation=NONE)
-                made = replace(made, trainable=True)
-                self.variables[name] = _found(self.model, name, (self.layers,)) or made
-                found.append(read(self.variables[name]))
-        return learned_limits(chosen, found[0], found[1] if len(found) > 1 else None)
+                new = _new_variable(self.model, name, values, synchronization=AUTO, aggregation=NONE)
+                new = replace(new, trainable=True)
+                self.variables[name] = _existing(self.model, name, (self.layers,)) or new
+                scale_and_low.append(read(self.variables[name]))
+        return learned_limits(schemes, scale_and_low[0], scale_and_low[1] if len(scale_and_low) > 1 else None)
 
 
-def taken(values: Expr, index: np.ndarray) -> Expr:
-    """Elements along the first axis, in the index's shape."""
+def gathered(values: Expr, index: np.ndarray) -> Expr:
+    """Return elements along the first axis, in the index's shape."""
     return op("GatherV2", values, array(index.astype(np.int32)), constant(0, "int32"))
 
 
 def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
-    """0 before the start, 1 from the ramp's end on, in between the part of the ramp that is over."""
+    """Return the blend weight: 0 before the start, then the fraction of the ramp that is over, 1 from its end on."""
     over = now - start
-    begun = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op(
+    fraction = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op(
         "Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT)
     )
-    return marked(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), begun))
+    return marked(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), fraction))
 
 
-def _where(held: Sequence[bool], then: Expr, otherwise: Expr) -> Expr:
-    return then if all(held) else select(array(np.array(held)[:, None]), then, otherwise)
+def _where(mask: Sequence[bool], then: Expr, otherwise: Expr) -> Expr:
+    return then if all(mask) else select(array(np.array(mask)[:, None]), then, otherwise)

@@ -1,4 +1,4 @@
-"""A pipeline of the user's own in place of a scheme."""
+"""A quantiser of the user's own in place of a scheme."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rewriter.ir import Gradient, Graph
 
 
 class Context(NamedTuple):
-    """What a pipeline is told about the vector that it is given.
+    """Facts about a vector, for the function that quantises it.
 
     Attributes:
         role: "gamma", "beta", "moving_mean" or "moving_variance".
@@ -26,6 +26,7 @@ class Context(NamedTuple):
 
 
 QuantizeFunction = Callable[[Any, Context], Any]
+"""(vector, context) -> vector, each float32 [C]."""
 
 
 class TraceRequest(NamedTuple):
@@ -37,12 +38,12 @@ class TraceRequest(NamedTuple):
 
 
 class Traced(NamedTuple):
-    """Functions as graphs.
+    """Traced functions as graphs.
 
     Attributes:
-        names: the graph of each function that was wanted.
-        graphs: these, and those that they call.
-        gradients: the gradient function of each kind of op that has one of its own.
+        names: the name of each requested function's graph.
+        graphs: these graphs, and those that they call.
+        gradients: the gradient function of each op type that has one of its own.
     """
 
     names: Mapping[TraceRequest, str]
@@ -52,16 +53,16 @@ class Traced(NamedTuple):
 
 @dataclass(frozen=True)
 class CustomQuantizer:
-    """A function (vector, context) -> vector of float32 [C], which becomes part of the graph.
+    """A user's function (vector, context) -> vector of float32 [C], which becomes part of the graph.
 
     It is traced once for each size and context. Its gradient is that of its ops, custom gradients included. It may
     hold no variables and no ops with effects.
 
     Attributes:
         function: the function.
-        trace: makes graphs of functions.
-        label: what it is called in reports.
-        bits: what `quantization.bits` holds for it at first; 0 switches it off, any other number on.
+        trace: traces functions and returns their graphs.
+        label: its name in reports.
+        bits: the initial value of its `quantization.bits`; 0 switches it off, any other number on.
     """
 
     function: QuantizeFunction = field(repr=False)

@@ -1,4 +1,4 @@
-"""Quantised vectors as expressions: alone, in stacks or all together, tagged so that inspection needs no log."""
+"""Fake-quantise calls as expressions: single, stacked or batched, and tagged so that inspection needs no log."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from passes.quantization.batched import GENERAL, layout, way
-from passes.quantization.controls import Controls, taken
+from passes.quantization.batched import GENERAL, batch_function, layout
+from passes.quantization.controls import Controls, gathered
 from passes.quantization.custom import Traced
 from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Vector
 from passes.quantization.quantizer_marks import TAG
-from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function, piped, range_update_function, row
+from passes.quantization.quantizers import (
+    QuantizerSpec,
+    custom_function,
+    fake_quantize_function,
+    range_update_function,
+    row_function,
+)
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT
 from rewriter import ops, protos
@@ -24,11 +30,11 @@ from rewriter.protos import Dtype
 
 
 class QuantizerEmitter:
-    """Makes what stands for vectors.
+    """Emits fake-quantise calls, and holds their results.
 
     Attributes:
-        functions: what quantises; vectors of one spec share a function.
-        made: what stands for each vector, quantised.
+        functions: the quantising functions; vectors of one spec share a function.
+        quantized: the quantised value of each vector.
     """
 
     def __init__(self, model: Model, controls: Controls, traced: Traced) -> None:
@@ -36,79 +42,79 @@ class QuantizerEmitter:
         self.controls = controls
         self.traced = traced
         self.functions: dict[tuple[Any, ...], Function] = {}
-        self.made: dict[Vector, Expr] = {}
+        self.quantized: dict[Vector, Expr] = {}
 
     def place(self, group: Group | DynamicBatch) -> Iterator[Edit]:
-        """Make what stands for each vector of a group; the edits are what has to run besides."""
+        """Emit the quantised value of each vector of a group; the edits are those that move its ranges."""
         if isinstance(group, DynamicBatch):
-            self._place_together(group.vectors)
+            self._place_batch(group.vectors)
             return
         first, spec = group[0], group[0].spec
         count = len(group) if len(group) > 1 else 0
-        places = [self.controls.row(v.role, v.layer) for v in group]
+        rows = [self.controls.row(v.role, v.layer) for v in group]
         value = _stacked(group, spec) if count else first.value
-        told: list[Expr] = [
+        arguments: list[Expr] = [
             self.controls.amount,
-            taken(self.controls.bits, np.reshape(places, (-1, 1) if count else 1)),
+            gathered(self.controls.bits, np.reshape(rows, (-1, 1) if count else 1)),
         ]
         if isinstance(spec, CustomSpec):
-            function = self._function(piped, self.traced.names[spec.wanted], spec.wanted.size, spec.dtype)
-            self.made[first] = function(*told, value, name=first.role, **{TAG: first.tag})
+            function = self._function(custom_function, self.traced.names[spec.request], spec.request.size, spec.dtype)
+            self.quantized[first] = function(*arguments, value, name=first.role, **{TAG: first.tag})
             return
         if self.controls.limits is not None and not isinstance(spec.scheme.range, Dynamic):
-            limits = taken(self.controls.limits, np.array(places if count else places[0]))
+            limits = gathered(self.controls.limits, np.array(rows if count else rows[0]))
             if spec.observed:
                 limits = self._call(
                     self._function(range_update_function, spec.range_key, count), value, limits, name="observed"
                 )
-                yield from self._keep(group, limits)
-            told.append(limits)
+                yield from self._store_limits(group, limits)
+            arguments.append(limits)
         if spec.stochastic:
-            told.append(self._noise(op("Shape", value), first))
+            arguments.append(self._noise(op("Shape", value), first))
         function = self._function(fake_quantize_function, spec.function_key, count)
         if not count:
             name = first.role if self.model.object_based else "quantized"
-            self.made[first] = self._call(function, *told, value, name=name, **{TAG: first.tag})
+            self.quantized[first] = self._call(function, *arguments, value, name=name, **{TAG: first.tag})
             return
-        quantized = function(*told, value, name="quantized")
+        quantized = function(*arguments, value, name="quantized")
         attrs = {
             "num": protos.attr(count),
             "T": protos.dtype_attr(spec.dtype),
             "_output_shapes": protos.shapes_attr([(spec.size or 0,)] * count),
         }
         unstacked = Apply(spec.dtype, "Unpack", (quantized,), attrs)
-        self._stand([Port(spec.dtype, unstacked, port) for port in range(count)], group)
+        self._tag([Port(spec.dtype, unstacked, port) for port in range(count)], group)
 
-    def _place_together(self, vectors: Sequence[Vector]) -> None:
-        """Make what stands for vectors of one graph whose ranges follow their values."""
+    def _place_batch(self, vectors: Sequence[Vector]) -> None:
+        """Emit one call for vectors of one graph that all have dynamic ranges."""
         specs = tuple(v.spec for v in vectors if isinstance(v.spec, QuantizerSpec))
         bits, noise = [], []
-        for each in layout(specs):
-            own = [vectors[i] for i in each.places]
-            places = [self.controls.row(v.role, v.layer) for v in own]
-            # int64, as a function's int32 arguments are taken to be in the host's memory, and a GPU's Case copies none.
-            bits.append(op("Cast", taken(self.controls.bits, np.reshape(places, (-1, 1))), DstT=Dtype("int64")))
-            if each.arithmetic.stochastic:
-                noise.append(self._noise(array(np.array(each.shape, np.int32)), own[0]))
-        told = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
-        ways = [self._function(way, specs, i) for i in range(GENERAL + 1)]
-        first = case(self.controls.how, ways, told, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
-        self._stand([Port(v.value.dtype, first, i) for i, v in enumerate(vectors)], vectors)
+        for row in layout(specs):
+            row_vectors = [vectors[i] for i in row.places]
+            rows = [self.controls.row(v.role, v.layer) for v in row_vectors]
+            # int64: a function's int32 arguments are expected in host memory, and Case on a GPU copies none there.
+            bits.append(op("Cast", gathered(self.controls.bits, np.reshape(rows, (-1, 1))), DstT=Dtype("int64")))
+            if row.arithmetic.stochastic:
+                noise.append(self._noise(array(np.array(row.shape, np.int32)), row_vectors[0]))
+        arguments = (self.controls.amount, *bits, *noise, *(v.value for v in vectors))
+        branches = [self._function(batch_function, specs, i) for i in range(GENERAL + 1)]
+        call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
+        self._tag([Port(v.value.dtype, call, i) for i, v in enumerate(vectors)], vectors)
 
-    def _stand(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
-        """Let each stand for a vector."""
+    def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
+        """Let each quantised value stand for its vector: a tagged call says which."""
         for value, vector in zip(quantized, vectors, strict=True):
             if not isinstance(vector.spec, QuantizerSpec) or vector.spec.size is None:
                 raise AssertionError("what is a row of others has a known size")
-            stands = self._function(row, vector.spec.size, vector.spec.dtype)
-            self.made[vector] = stands(value, vector.value, name=vector.role, **{TAG: vector.tag})
+            function = self._function(row_function, vector.spec.size, vector.spec.dtype)
+            self.quantized[vector] = function(value, vector.value, name=vector.role, **{TAG: vector.tag})
 
-    def _keep(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
-        """Store moved limits, when all that a call does is done."""
+    def _store_limits(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
+        """Store moved limits, after all else that a call does."""
         for role in dict.fromkeys(v.role for v in group):
-            own = [i for i, v in enumerate(group) if v.role == role]
-            layers_of_role = array(np.array([group[i].layer for i in own], np.int32))
-            moved = limits if len(own) == len(group) else taken(limits, np.array(own))
+            rows = [i for i, v in enumerate(group) if v.role == role]
+            layers_of_role = array(np.array([group[i].layer for i in rows], np.int32))
+            moved = limits if len(rows) == len(group) else gathered(limits, np.array(rows))
             if len(group) == 1:
                 moved = op("Reshape", moved, array(np.array([1, 2], np.int32)))
             update = op("ResourceScatterUpdate", handle(self.controls.ranges(role)), layers_of_role, moved)
@@ -119,27 +125,28 @@ class QuantizerEmitter:
                 yield RunAfter(MAIN, group[0].run, (update,), f"quantization/range/{role}")
 
     def _noise(self, shape: Expr, first: Vector) -> Expr:
-        """Random numbers that follow from the step and from what they are for."""
-        place = 2 * self.controls.row(first.role, first.layer) + first.statistic
-        counter = array(np.array([0, place], np.uint64))  # the first counts on with each four numbers
+        """Return random numbers that follow from the step and from the vectors that they are for."""
+        stream = 2 * self.controls.row(first.role, first.layer) + first.statistic
+        counter = array(np.array([0, stream], np.uint64))  # the op counts the first up, once for four numbers
         return op(
             "StatelessRandomUniformV2", shape, self.controls.key, counter, constant(1, "int32"), dtype=Dtype(FLOAT)
         )
 
     def _call(self, function: Function, *inputs: Expr, name: str, **tags: str) -> Expr:
-        """A call, or in TensorFlow 1's format, where nothing differentiates through one, what is called."""
+        """Return a call. In TensorFlow 1's format, where nothing differentiates through a call, it is inlined."""
         return (function if self.model.object_based else function.inlined)(*inputs, name=name, **tags)
 
     def _function(self, make: Callable[..., Function], *arguments: Any) -> Function:
+        """Return the function that `make` gives for the arguments, made once and under a name of its own."""
         if (make, arguments) not in self.functions:
             function = make(*arguments)
-            taken = {*self.model.graphs, *(known.name for known in self.functions.values())}
-            self.functions[make, arguments] = replace(function, name=unused(function.name, taken))
+            used_names = {*self.model.graphs, *(other.name for other in self.functions.values())}
+            self.functions[make, arguments] = replace(function, name=unused(function.name, used_names))
         return self.functions[make, arguments]
 
 
 def _stacked(group: Group, spec: QuantizerSpec | CustomSpec) -> Expr:
-    """The vectors as rows."""
+    """Return the vectors as the rows of a matrix."""
     attrs = {"N": protos.attr(len(group)), "T": protos.dtype_attr(spec.dtype)}
     if isinstance(spec, QuantizerSpec):
         attrs["_output_shapes"] = protos.shapes_attr([(len(group), spec.size or 0)])

@@ -1,4 +1,4 @@
-"""What is to be quantised: the uses of batch norms' variables and statistics, and which of them go together."""
+"""Quantisation points: uses of batch norms' variables and statistics, in groups that share a call."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
 
 CONDITIONAL = ("Enter", "Merge", "Switch")
-"""Ops of graphs in which some values may not be computed."""
+"""Ops that occur only in graphs in which some values may not be computed."""
 
 
 class CustomSpec(NamedTuple):
-    """A pipeline, and the dtype of what passes through it."""
+    """A custom quantiser's function, to be traced, and the dtype of the vector."""
 
-    wanted: TraceRequest
+    request: TraceRequest
     dtype: str
 
 
 class Vector(NamedTuple):
-    """One value that is quantised once, however often it is used.
+    """A value that is quantised once, however often it is used.
 
     Attributes:
-        value: as the graph has it, or as an edit of it will.
-        layer: its number.
-        tag: what inspection is told about it.
-        statistic: whether it is a batch's statistic, or an average that is to be stored.
+        value: a value of the graph, or of an edit of it.
+        layer: the layer's number.
+        tag: the quantiser's metadata, as JSON.
+        statistic: true for a batch's statistic, or for an average that is to be stored.
         run: the node of the main graph that updates the averages of its site, if there is one.
     """
 
@@ -47,7 +47,7 @@ class Vector(NamedTuple):
 
 
 class QuantizationPoint(NamedTuple):
-    """A vector, the node that uses it, and the edits that let it use another value instead."""
+    """A vector, the node that uses it, and the edits that let the node use another value instead."""
 
     vector: Vector
     user: str
@@ -55,66 +55,68 @@ class QuantizationPoint(NamedTuple):
 
 
 Group = tuple[Vector, ...]
-"""Vectors of one spec, which are rows of a stack where they are several."""
+"""Vectors of one spec. Several of them are the rows of a stack."""
 
 
 class DynamicBatch(NamedTuple):
-    """Vectors of several batch norms whose ranges follow their values; all are quantised in one place."""
+    """Dynamic-range vectors of several layers, fake-quantised by one batched call."""
 
     vectors: tuple[Vector, ...]
 
 
-def groups(model: Model, found: Iterable[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
-    """The vectors, each once: those of a graph together, where none precedes another; of one spec, if ranges clip.
+def groups(model: Model, points: Iterable[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
+    """Return all vectors, each once, in groups that share a call.
 
-    Parameters that are read before any is used are together, and so are statistics that no average precedes. A set
-    of ops serves them all, in place of one for each.
+    Vectors of a graph share a call where none precedes another. If their ranges clip, they need the same spec besides.
+    Parameters that are read before any is used share a call, and so do statistics that no average precedes. One set of
+    ops serves them all, in place of a set for each.
     """
     by_graph: dict[str, list[QuantizationPoint]] = {}
-    for quantity in found:
-        by_graph.setdefault(quantity.vector.graph, []).append(quantity)
-    for name, quantities in by_graph.items():
+    for point in points:
+        by_graph.setdefault(point.vector.graph, []).append(point)
+    for name, points_of_graph in by_graph.items():
         graph = model.graphs[name]
-        together: set[Vector] = set()
+        grouped: set[Vector] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
         if model.object_based and not conditional:
-            for each in _together(model, graph, quantities):
-                together.update(each.vectors if isinstance(each, DynamicBatch) else each)
-                yield each
-        yield from ((v,) for v in dict.fromkeys(q.vector for q in quantities) if v not in together)
+            for group in _shared(model, graph, points_of_graph):
+                grouped.update(group.vectors if isinstance(group, DynamicBatch) else group)
+                yield group
+        yield from ((v,) for v in dict.fromkeys(q.vector for q in points_of_graph) if v not in grouped)
 
 
-def _together(model: Model, graph: Graph, found: list[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
-    statistics = [q for q in found if q.vector.statistic]
-    parameters = [q for q in found if not q.vector.statistic]
+def _shared(model: Model, graph: Graph, points: list[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
+    """Return the groups of a graph that share a call: those of its statistics, then those of its parameters."""
+    statistics = [q for q in points if q.vector.statistic]
+    parameters = [q for q in points if not q.vector.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))
-    yield from _joined(model, graph, statistics, after)
+    yield from _joint(model, graph, statistics, after)
     after |= set(reached(model, graph, [q.user for q in parameters]))
-    yield from _joined(model, graph, parameters, after)
+    yield from _joint(model, graph, parameters, after)
 
 
-def _joined(
-    model: Model, graph: Graph, found: list[QuantizationPoint], after: set[str]
+def _joint(
+    model: Model, graph: Graph, points: list[QuantizationPoint], after: set[str]
 ) -> Iterator[Group | DynamicBatch]:
-    """What goes together, but for what is computed after others are used."""
+    """Return the groups of some points that share a call, without vectors that are computed after others are used."""
     specs: dict[QuantizerSpec, dict[Vector, None]] = {}
-    for quantity in found:
-        vector = quantity.vector
-        made = vector.value.value if isinstance(vector.value, Use) else None
+    for point in points:
+        vector = point.vector
+        value = vector.value.value if isinstance(vector.value, Use) else None
         if isinstance(vector.spec, CustomSpec):
             continue
-        if made and made.node not in after and _whole(model, graph, made, vector.spec.size):
+        if value and value.node not in after and _is_vector(model, graph, value, vector.spec.size):
             specs.setdefault(vector.spec, {})[vector] = None
-    following = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
-    # For a single batch norm, a choice costs more than what it saves.
-    several = len({vector.layer for vector in following}) > 1
+    dynamic = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
+    # For a single layer, choosing the execution mode costs more than it saves.
+    several = len({vector.layer for vector in dynamic}) > 1
     if several:
-        yield DynamicBatch(tuple(following))
+        yield DynamicBatch(tuple(dynamic))
     for spec, vectors in specs.items():
         if len(vectors) > 1 and not (several and isinstance(spec.scheme.range, Dynamic)):
             yield tuple(vectors)
 
 
-def _whole(model: Model, graph: Graph, value: Value, size: int | None) -> bool:
-    """Whether a value is a vector of known size."""
+def _is_vector(model: Model, graph: Graph, value: Value, size: int | None) -> bool:
+    """Return true if a value is a vector of this size, and the size is known."""
     return size is not None and shape_of(model, graph, value) == (size,)

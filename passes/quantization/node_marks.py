@@ -1,4 +1,4 @@
-"""Parts of a quantiser's arithmetic, which its nodes are marked with.
+"""Marks on the nodes that compute the parts of a quantiser's arithmetic.
 
 TensorFlow keeps attributes of nodes when a user loads and saves a model again, but gives functions and arguments other
 names.
@@ -12,7 +12,7 @@ from rewriter import ops, protos
 from rewriter.expr import Apply, Expr
 
 AMOUNT = "amount"
-"""How much of the quantised value there is in the result, float32 scalar."""
+"""The blend weight, float32 scalar: 0 is float, 1 is quantised."""
 
 WIDTH = "width"
 """A comparison whose first input is the width in force, int32."""
@@ -21,7 +21,7 @@ CODE = "code"
 """The codes of the values, whole numbers in a float dtype."""
 
 SCALE = "scale"
-"""The distance of two levels."""
+"""The distance between two levels."""
 
 ZERO_POINT = "zero_point"
 """The code of zero, a whole number in a float dtype."""
@@ -30,11 +30,11 @@ ORIGIN = "origin"
 """The level of code 0, in the coordinate in which levels are equally spaced."""
 
 EPSILON = "epsilon"
-"""What was added to a variance before its logarithm was taken, float32 scalar."""
+"""The number that was added to a variance before its logarithm was taken, float32 scalar."""
 
 
 def marked(name: str, value: Expr) -> Expr:
-    """An expression whose node is marked as this part.
+    """Return an expression whose node is marked as this part.
 
     Raises:
         AssertionError: it has no node of its own.

@@ -1,4 +1,4 @@
-"""What a rewrite says of a quantiser, on its node."""
+"""Quantiser metadata: a JSON attribute on its node."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ FIELDS: Mapping[str, type] = {
 
 
 def tag_of(node: Node) -> Mapping[str, Any]:
-    """What is said of the quantiser that a node is.
+    """Return the metadata of the quantiser that a node is.
 
     Raises:
-        Error: it is not what bnqat writes.
+        Error: bnqat did not write it.
     """
     try:
-        found = json.loads(node.attrs[TAG].s)
+        tag = json.loads(node.attrs[TAG].s)
     except (ValueError, RecursionError):
-        found = None
-    fields = isinstance(found, dict) and all(isinstance(found.get(name), kind) for name, kind in FIELDS.items())
-    if not fields or not node.inputs or found["role"] not in ROLES:
+        tag = None
+    valid = isinstance(tag, dict) and all(isinstance(tag.get(name), type_) for name, type_ in FIELDS.items())
+    if not valid or not node.inputs or tag["role"] not in ROLES:
         raise Error(
             f"{node.name} ({node.op}) is marked as a quantiser, but not by bnqat; rewrite the float model again"
         )
-    checked: Mapping[str, Any] = found
-    return checked
+    metadata: Mapping[str, Any] = tag
+    return metadata

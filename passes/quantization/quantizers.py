@@ -1,10 +1,10 @@
-"""Quantisers: how one role's values are rounded to few levels, as functions that TensorFlow runs.
+"""Quantisers: functions that fake-quantise the values of one role in TensorFlow.
 
-A function works on a vector [C], or on several at once, [R, C], each with limits and a width of its own. What it
-is told besides the values, in this order:
+A function works on a vector [C], or on a stack of them [R, C], each with limits and a width of its own. Its
+arguments besides the values are, in this order:
 
-- amount: float32 scalar, how much of the quantised value there is in the result; 0: the value itself, bit for bit;
-- bits: int32 [1] or [R, 1], the width in force, 0 to 16; 0: the value itself, bit for bit;
+- amount: float32 scalar, blend weight: 0 gives the value itself, bit for bit; 1 gives the quantised value;
+- bits: int32 [1] or [R, 1], the width in force, 0 to 16; 0 gives the value itself, bit for bit;
 - limits: float32 [2] or [R, 2], unless the range is dynamic;
 - noise: float32 like the values, from 0 to 1, 1 excluded, where rounding is stochastic.
 """
@@ -39,14 +39,14 @@ from rewriter.protos import Dtype, Func, attr, dtype_attr, shapes_attr
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """What tells one quantising function from another.
+    """The properties by which fake-quantise functions differ.
 
     Attributes:
         scheme: its options; the width is no part of the function.
         epsilon: that of the batch norm.
         size: the number of channels, where it is known.
         dtype: the values' dtype; they are quantised in float32.
-        training: whether it is used in training; says something only where that makes a difference.
+        training: true if it is used in training; matters for stochastic rounding and moving averages alone.
     """
 
     scheme: Scheme
@@ -57,21 +57,21 @@ class QuantizerSpec:
 
     @property
     def stochastic(self) -> bool:
-        """Whether it is told random numbers."""
+        """True if its function takes random numbers."""
         return self.training and self.scheme.rounding == "stochastic"
 
     def shape(self, rows: int) -> Shape:
-        """The shape of a vector, for no rows, or of that many of them; None where the size is not known."""
+        """Return the shape of a vector for 0 rows, else that of a stack of rows; None where the size is not known."""
         return None if self.size is None else (rows, self.size) if rows else (self.size,)
 
     @property
     def observed(self) -> bool:
-        """Whether its range follows what it quantises, in variables."""
+        """True if its range follows the values that it quantises, in variables."""
         return self.training and isinstance(self.scheme.range, Ema)
 
     @property
     def group_key(self) -> QuantizerSpec:
-        """The same for all that may be quantised together."""
+        """Key under which specs may share one call."""
         range_ = Fixed(0, 1) if isinstance(self.scheme.range, Fixed) else self.scheme.range
         if isinstance(range_, Ema) and not self.observed:
             range_ = Ema()
@@ -80,7 +80,7 @@ class QuantizerSpec:
 
     @property
     def function_key(self) -> QuantizerSpec:
-        """The same for all whose function is the same: how limits come about is not part of it."""
+        """Key under which specs share one function; the origin of limits is no part of it."""
         scheme = self.group_key.scheme
         range_ = Ema() if isinstance(scheme.range, Ema) else scheme.range
         rounding: Rounding = "stochastic" if self.stochastic else "nearest"
@@ -88,17 +88,17 @@ class QuantizerSpec:
 
     @property
     def range_key(self) -> QuantizerSpec:
-        """The same for all whose limits move in the same way."""
+        """Key under which specs share one range update function."""
         scheme = replace(self.group_key.scheme, rounding="nearest", narrow_range=None)
         return replace(self, scheme=scheme, training=True)
 
 
 def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
-    """The function of a spec: (amount, bits, limits?, noise?, value) -> value.
+    """Return the function of a spec: (amount, bits, limits?, noise?, value) -> value.
 
-    The result is q a + v (1 - a) for the quantised value q and the amount a. It is ``sg(q a + v (1 - a)) + (v -
-    sg(v))``, which is exact with gradient 1; where codes are clipped, the gradient is 1 - a. What is selected is
-    the result, so that switched off the value itself passes, bit for bit.
+    For the quantised value q and the amount a, the result is q a + v (1 - a). It is computed as
+    ``sg(q a + v (1 - a)) + (v - sg(v))``, where sg stops the gradient: this is exact, and its gradient is 1. Where
+    codes are clipped, the gradient is 1 - a. A quantiser that is switched off selects v itself, bit for bit.
 
     Args:
         spec: the scheme and the values.
@@ -106,20 +106,20 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     """
     scheme = spec.scheme
     amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", spec.dtype)
-    told = [amount, bits]
+    parameters = [amount, bits]
     shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
-    given = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
+    limits = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
     noise = parameter("noise", FLOAT) if spec.stochastic else None
     shape = spec.shape(rows)
-    if given is not None:
-        told.append(given)
+    if limits is not None:
+        parameters.append(limits)
         shapes.append((rows, 2) if rows else (2,))
     if noise is not None:
-        told.append(noise)
+        parameters.append(noise)
         shapes.append(shape)
     values = Values(spec, value, shape)
     acting = (op("Greater", amount, 0.0)) & wide(bits)
-    result = select(acting & values.defined, _Differentiable(values, bits, given, noise).through(amount), value)
+    result = select(acting & values.defined, _Differentiable(values, bits, limits, noise).through(amount), value)
     name = "_".join(
         [
             f"bnqat_{scheme.name}_{scheme.range.name}",
@@ -132,20 +132,20 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
             *([f"{rows}_rows"] if rows else []),
         ]
     )
-    return Function(re.sub(r"\W", "_", name), (*told, value), (*shapes, shape), (result,))
+    return Function(re.sub(r"\W", "_", name), (*parameters, value), (*shapes, shape), (result,))
 
 
-def piped(graph: str, size: int, dtype: str) -> Function:
-    """The function of a pipeline that is a graph: (amount, bits, value) -> value; its gradient is its own."""
+def custom_function(graph: str, size: int, dtype: str) -> Function:
+    """Return the function around a custom quantiser's graph: (amount, bits, value) -> value, with its gradient."""
     amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", dtype)
     raw = cast(value, FLOAT)
     attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
     attrs["_output_shapes"] = shapes_attr([(size,)])
     acting = (op("Greater", amount, 0.0)) & wide(bits)
-    # While it does not act, no gradient goes back through it: one that is not finite would be multiplied with 0.
-    given = select(acting, raw, stop_gradient(raw))
-    made = Apply(FLOAT, "PartitionedCall", (given,), attrs, "pipeline")
-    blend = made * amount + raw * (constant(1.0, FLOAT) - amount)
+    # While it does not act, no gradient goes back through it: 0 times a gradient that is not finite would be NaN.
+    guarded = select(acting, raw, stop_gradient(raw))
+    quantized = Apply(FLOAT, "PartitionedCall", (guarded,), attrs, "pipeline")
+    blend = quantized * amount + raw * (constant(1.0, FLOAT) - amount)
     result = select(acting, cast(blend, dtype), value)
     name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
     return Function(name, (amount, bits, value), ((), (1,), (size,)), (result,))
@@ -155,9 +155,9 @@ class Values:
     """A vector [C] or a stack [R, C] of a spec, before the levels are known.
 
     Attributes:
-        raw: as float32.
-        defined: which of them are quantised.
-        coordinate: where they lie.
+        raw: the values as float32.
+        defined: mask of the values that are quantised.
+        coordinate: the values in the scheme's coordinate.
     """
 
     def __init__(self, spec: QuantizerSpec, value: Expr, shape: Shape) -> None:
@@ -168,13 +168,13 @@ class Values:
         self.defined = spec.scheme.defined(self.raw)
         self.coordinate = spec.scheme.coordinate(self.raw, spec.epsilon)
 
-    def seen(self) -> Limits:
-        """The least and the greatest that count."""
-        return self.spec.scheme.seen(self.raw, self.defined, self.shape)
+    def extremes(self) -> Limits:
+        """Return the least and the greatest of the values that count for the range."""
+        return self.spec.scheme.extremes(self.raw, self.defined, self.shape)
 
 
 class OnGrid:
-    """Values on the levels of a grid, float32 in `value`."""
+    """Values rounded to the levels of a grid; `value` is the result in float32."""
 
     def __init__(self, values: Values, grid: Grid, noise: Expr | None) -> None:
         scheme = values.spec.scheme
@@ -185,42 +185,46 @@ class OnGrid:
         if grid.zero is not None:
             code = code + grid.zero
         bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
-        kept = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
-        self.inside = op("Equal", kept, code)
-        self.steps = kept if grid.zero is None else kept - grid.zero
+        clipped = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
+        self.inside = op("Equal", clipped, code)
+        self.steps = clipped if grid.zero is None else clipped - grid.zero
         self.value = scheme.value(grid.level(self.steps), values.spec.epsilon)
 
     def blend(self, amount: Expr) -> Expr:
-        """The quantised value, as much as there is to be of it, in the values' own dtype."""
+        """Return the result, blended with the raw values by `amount`, in the values' own dtype."""
         rest = constant(1.0, FLOAT) - amount
         return cast(self.value * amount + self.values.raw * rest, self.values.value.dtype)
 
 
 class _Differentiable(OnGrid):
-    """The same with limits and gradients."""
+    """Values on a grid of given or dynamic limits, with gradients."""
 
-    def __init__(self, values: Values, bits: Expr, given: Expr | None, noise: Expr | None) -> None:
+    def __init__(self, values: Values, bits: Expr, given_limits: Expr | None, noise: Expr | None) -> None:
         scheme = values.spec.scheme
         self.bits = bits
-        self.limits = _split(given) if given is not None else scheme.range_of(values.seen(), values.spec.epsilon)
+        self.limits = (
+            _split(given_limits)
+            if given_limits is not None
+            else scheme.range_of(values.extremes(), values.spec.epsilon)
+        )
         limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
         super().__init__(values, scheme.grid(limits, bits), noise)
 
     def through(self, amount: Expr) -> Expr:
-        """The quantised value, as much as there is to be of it, with its gradients."""
+        """Return the result, blended with the raw values by `amount`, with its gradients."""
         value = self.values.value
         rest = constant(1.0, FLOAT) - amount
         blend = stop_gradient(self.blend(amount))
-        passed = value - stop_gradient(value)
+        straight_through = value - stop_gradient(value)
         if isinstance(self.values.spec.scheme.range, Dynamic):
-            return blend + passed  # nothing is clipped
-        passed = passed * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
+            return blend + straight_through  # nothing is clipped
+        straight_through = straight_through * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
         if not isinstance(self.values.spec.scheme.range, Learned):
-            return blend + passed
-        return blend + passed + cast(self._of_limits(amount), value.dtype)
+            return blend + straight_through
+        return blend + straight_through + cast(self._limits_gradient(amount), value.dtype)
 
-    def _of_limits(self, amount: Expr) -> Expr:
-        """Zeros, with the gradient of the quantised value for the limits."""
+    def _limits_gradient(self, amount: Expr) -> Expr:
+        """Return zeros whose gradient for the limits is that of the quantised value."""
         spec = self.values.spec
         scheme, size = spec.scheme, spec.size
         if size is None:
@@ -231,24 +235,24 @@ class _Differentiable(OnGrid):
         slope = scheme.slope(self.value, spec.epsilon)
         factor = scheme.step_gradient_factor(self.bits, size) * amount
         factor = factor if slope is None else factor * slope
-        result = _zero(self.limits.high) * self._gradient(of_high, factor)
+        result = _zero(self.limits.high) * self._factor(of_high, factor)
         if scheme.has_low:
             of_low = constant(1.0, scheme.dtype) - inside - of_high
-            result = result + _zero(self.limits.low) * self._gradient(of_low, factor)
+            result = result + _zero(self.limits.low) * self._factor(of_low, factor)
         return result
 
-    def _gradient(self, slope: Expr, factor: Expr) -> Expr:
-        """What the gradient is multiplied with; 0 where no value is quantised."""
+    def _factor(self, slope: Expr, factor: Expr) -> Expr:
+        """Return the factor of the gradient; 0 where no value is quantised."""
         return stop_gradient(select(self.values.defined, cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
 
 
 def wide(bits: Expr) -> Expr:
-    """Which widths are in force at all."""
+    """Return the mask of the widths that are in force: 0 switches a quantiser off."""
     return marked(WIDTH, op("Greater", bits, 0))
 
 
 def _zero(value: Expr) -> Expr:
-    """0, with gradient 1."""
+    """Return 0, with gradient 1."""
     return value - stop_gradient(value)
 
 
@@ -261,19 +265,19 @@ def _rounded(position: Expr, noise: Expr | None) -> Expr:
 
 
 def cast(value: Expr, dtype: str) -> Expr:
-    """The value in a dtype."""
+    """Return the value in a dtype."""
     return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))
 
 
 def _split(limits: Expr) -> Limits:
-    """The two limits in [..., 2], each [..., 1]."""
+    """Return the two limits in [..., 2], each [..., 1]."""
     attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
     low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
     return Limits(low, Port(limits.dtype, low, 1))
 
 
 def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
-    """A function (value, limits) -> limits: moved towards the least and greatest value, as `Ema` says.
+    """Return the function (value, limits) -> limits that moves limits towards the extremes of a value, as `Ema` says.
 
     Limits are float32 [2], or [R, 2]. Where no value counts, they stay.
     """
@@ -283,11 +287,11 @@ def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     value, old = parameter("value", spec.dtype), parameter("limits", FLOAT)
     shape = spec.shape(rows)
     values = Values(spec, value, shape)
-    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.seen(), spec.epsilon))
-    seen = concat((low, high), -1)
+    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.extremes(), spec.epsilon))
+    extremes = concat((low, high), -1)
     counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
     momentum = np.float32(scheme.range.momentum)
-    new = old * constant(momentum, FLOAT) + seen * constant(np.float32(1) - momentum, FLOAT)
+    new = old * constant(momentum, FLOAT) + extremes * constant(np.float32(1) - momentum, FLOAT)
     name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{spec.epsilon:.9g}"
     name += ("" if spec.size is None else f"_{spec.size}_channels") + ("" if spec.dtype == FLOAT else f"_{spec.dtype}")
     name += f"_{rows}_rows" if rows else ""
@@ -296,26 +300,26 @@ def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
 
 
 def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | None) -> Expr:
-    """The limits [L, 2] of learned scales [L] and low limits [L]; None among the schemes for what has none.
+    """Return the limits [L, 2] of learned scales [L] and low limits [L]; a scheme of None has no learned range.
 
     scale counts as max(|scale|, TINY), for the width that a scheme starts with.
     """
-    bottoms, tops, lows = np.zeros(len(schemes), np.float32), np.zeros(len(schemes), np.float32), []
+    bottoms, tops, has_low = np.zeros(len(schemes), np.float32), np.zeros(len(schemes), np.float32), []
     for index, scheme in enumerate(schemes):
-        lows.append(scheme is not None and scheme.has_low)
+        has_low.append(scheme is not None and scheme.has_low)
         if scheme is not None:
             bottoms[index], tops[index] = scheme.codes(scheme.bits)
     size = op("Maximum", op("Abs", scale), TINY)
     limits = [size * array(bottoms), size * array(tops)]
     if low is not None:
-        held = low * array(np.array(lows, np.float32))
-        limits = [held + limit for limit in limits]
+        offset = low * array(np.array(has_low, np.float32))
+        limits = [offset + limit for limit in limits]
     attrs = {"N": attr(2), "T": dtype_attr(FLOAT), "axis": attr(1)}
     return Apply(FLOAT, "Pack", tuple(limits), attrs)
 
 
-def row(size: int, dtype: str) -> Function:
-    """A function (quantised, value) -> quantised: which vector a row of quantised ones stands for."""
+def row_function(size: int, dtype: str) -> Function:
+    """Return the function (quantised, value) -> quantised, which says for which vector a row of a stack stands."""
     quantized, value = parameter("quantized", dtype), parameter("value", dtype)
     name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
     return Function(name, (quantized, value), ((size,), (size,)), (op("Identity", quantized),))

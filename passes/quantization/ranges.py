@@ -1,4 +1,4 @@
-"""Ranges: between which limits a quantiser's levels lie.
+"""Ranges: the limits between which a quantiser's levels lie.
 
 Limits are in the scheme's own coordinate: v itself, or log(v + epsilon) for `Log`.
 """
@@ -14,7 +14,7 @@ from rewriter.ir import Error
 
 @dataclass(frozen=True)
 class Dynamic:
-    """The least and the greatest of the values that are quantised, found anew at every call. Nothing is clipped."""
+    """The least and the greatest of the values that are quantised, computed at every call. Nothing is clipped."""
 
     name: ClassVar[str] = "dynamic"
 
@@ -44,8 +44,8 @@ class Ema:
     """Exponential moving averages of the least and the greatest value seen in training, kept in variables.
 
     limit <- limit momentum + seen (1 - momentum), at every training step, also before quantisers act; the new
-    limits are used at once. They start with those of the checkpoint's values. Values beyond are clipped, and get
-    no gradient. Source: moving-average quantisation in Jacob et al. 2018, arXiv:1712.05877, section 3.1.
+    limits are used at once. They start with those of the checkpoint's values. Values beyond them are clipped, and
+    get no gradient. Source: moving-average quantisation in Jacob et al. 2018, arXiv:1712.05877, section 3.1.
 
     Attributes:
         momentum: at least 0 and less than 1.
@@ -68,9 +68,10 @@ class Learned:
 
     For code q at position x = v / s: dv'/ds = q - x where q is not clipped and q where it is, times
     1 / sqrt(C top), with C channels and the greatest code `top`. Source: Esser et al. 2020, arXiv:1902.08153.
-    Schemes whose levels need not include zero at a fixed code, `Affine` and `Log`, have a trainable low limit
-    besides, with dv'/dlow = 1 where the value is clipped, else 0 (Bhalgat et al. 2020, arXiv:2004.09576). Both
-    start with the limits of the checkpoint's values. The scale is the variable's absolute value.
+
+    `Affine` and `Log`, which have no fixed code for zero, have a trainable low limit besides, with dv'/dlow = 1
+    where the value is clipped, else 0 (Bhalgat et al. 2020, arXiv:2004.09576). Scale and low limit start with the
+    limits of the checkpoint's values. The scale is the variable's absolute value.
     """
 
     name: ClassVar[str] = "learned"

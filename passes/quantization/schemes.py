@@ -1,7 +1,7 @@
-"""Schemes: which levels a quantiser has between the limits of its range.
+"""Schemes: the levels of a quantiser between the limits of its range.
 
-A scheme is a frozen dataclass of a quantiser's options. The arithmetic is float32, if not said otherwise,
-without a division by a constant, which Grappler and XLA would change into a product.
+A scheme is a frozen dataclass of a quantiser's options. The arithmetic is float32, if not said otherwise. It never
+divides by a constant, because Grappler and XLA would change such a division into a product.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rewriter.protos import Dtype
 
 FLOAT, DOUBLE = "float32", "float64"
 TINY = float(np.finfo(np.float32).tiny)
+"""The least normal float32."""
 
 Rounding = Literal["nearest", "stochastic"]
 
@@ -40,7 +41,7 @@ class Grid(NamedTuple):
         zero: the code of the origin; None stands for 0.
         origin: None stands for 0.
         bottom: None stands for 0.
-        reciprocal: how much the scale grows with the upper limit.
+        reciprocal: the derivative of the scale for the upper limit.
     """
 
     scale: Expr
@@ -51,30 +52,30 @@ class Grid(NamedTuple):
     reciprocal: Expr
 
     def each(self, change: Callable[[Expr], Expr]) -> Grid:
-        """A grid with every field changed in the same way."""
+        """Return the grid with every field changed by a function."""
         zero, origin, bottom = (None if e is None else change(e) for e in (self.zero, self.origin, self.bottom))
         return Grid(change(self.scale), zero, origin, bottom, change(self.top), change(self.reciprocal))
 
     def position(self, value: Expr) -> Expr:
-        """Where a value lies, in units of the scale, from the origin."""
+        """Return the distance of a value from the origin, in units of the scale."""
         return (value if self.origin is None else value - self.origin) / self.scale
 
     def level(self, steps: Expr) -> Expr:
-        """The value that lies that many steps from the origin."""
+        """Return the value that lies so many steps from the origin."""
         return steps * self.scale if self.origin is None else steps * self.scale + self.origin
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """What all schemes have in common.
+    """A quantiser's options, and the arithmetic that is common to all schemes.
 
     Attributes:
         bits: the width of a code at the start, 2 to 16; `quantization.bits` changes it while a program runs.
-        range: between which limits the levels lie.
-        rounding: "nearest", half to even; or "stochastic" in training: up with the probability of the fraction,
-            from random numbers that follow from the step, so that a run that is resumed goes on as one that was
-            not stopped. Inference rounds to nearest.
-        narrow_range: one code fewer than 2^bits; None stands for what is usual for the scheme.
+        range: the limits between which the levels lie.
+        rounding: "nearest", half to even; or "stochastic" in training: up with the probability of the fraction.
+            The random numbers follow from the step, so a run that is resumed continues as if it had not stopped.
+            Inference rounds to nearest.
+        narrow_range: true for one code fewer than 2^bits; None stands for the scheme's usual.
 
     Raises:
         Error: an option is out of range.
@@ -92,7 +93,7 @@ class Scheme:
 
     @property
     def narrow(self) -> bool:
-        """Whether there is one code fewer."""
+        """True if there is one code fewer than 2^bits."""
         return self.usually_narrow if self.narrow_range is None else self.narrow_range
 
     def __post_init__(self) -> None:
@@ -102,68 +103,74 @@ class Scheme:
             raise Error(f"rounding {self.rounding!r}: it is 'nearest' or 'stochastic'")
 
     def defined(self, value: Expr) -> Expr:
-        """Which values are quantised; the others are kept, and do not count for the range."""
+        """Return the mask of the values that are quantised; the others are kept, and do not count for the range."""
         return op("IsFinite", value)
 
     def coordinate(self, value: Expr, epsilon: float) -> Expr:  # noqa: ARG002  it has no influence here
-        """float32 values in the coordinate in which levels are equally spaced."""
+        """Return float32 values in the coordinate in which levels are equally spaced."""
         return value
 
     def value(self, coordinate: Expr, epsilon: float) -> Expr:  # noqa: ARG002  it has no influence here
-        """What `coordinate` gives, back as float32 values."""
+        """Return float32 values from their coordinates."""
         return coordinate
 
     def slope(self, value: Expr, epsilon: float) -> Expr | None:  # noqa: ARG002  it has no influence here
-        """How much a quantised value grows with its coordinate; None stands for 1."""
+        """Return the derivative of a quantised value for its coordinate; None stands for 1."""
         return None
 
-    def seen(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
-        """The least and the greatest of float32 values of a shape, and of zero where some do not count."""
-        known = where(defined, value, 0.0, shape)
-        return Limits(_reduce("Min", known), _reduce("Max", known))
+    def extremes(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
+        """Return the least and the greatest of float32 values of a shape; zero counts where some values do not."""
+        counted = where(defined, value, 0.0, shape)
+        return Limits(_reduce("Min", counted), _reduce("Max", counted))
 
-    def range_of(self, seen: Limits, epsilon: float) -> Limits:  # noqa: ARG002  it has no influence here
-        """The limits, in the scheme's coordinate, of values that have these; zero is always between them."""
-        return Limits(op("Minimum", seen.low, 0.0), op("Maximum", seen.high, 0.0))
+    def range_of(self, extremes: Limits, epsilon: float) -> Limits:  # noqa: ARG002  it has no influence here
+        """Return the limits, in the scheme's coordinate, of values with these extremes; zero is always between them."""
+        return Limits(op("Minimum", extremes.low, 0.0), op("Maximum", extremes.high, 0.0))
 
     def ceiling(self, grid: Grid) -> Expr | None:  # noqa: ARG002  most never have a value there
-        """The most steps from the origin, [..., 1], where a range that is the values' own does not say so; or None."""
+        """Return the greatest number of steps from the origin, [..., 1], that codes allow; or None.
+
+        None says that no value within its own range can be rounded beyond it.
+        """
         return None
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
-        """The levels for limits [..., 1] and int32 bits [..., 1]."""
+        """Return the levels for limits [..., 1] and int32 bits [..., 1]."""
         raise NotImplementedError
 
     def codes(self, bits: int) -> tuple[int, int]:
-        """The lowest and the highest code of a width."""
+        """Return the lowest and the highest code of a width."""
         return 0, 2**bits - 1 - self.narrow
 
     def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:  # noqa: ARG002  see above
-        """The limits of a checkpoint's float32 values; of no values, (0, 0)."""
-        known = values[np.isfinite(values)]
-        return min(float(known.min(initial=0)), 0.0), max(float(known.max(initial=0)), 0.0)
+        """Return the limits of a checkpoint's float32 values; (0, 0) for no values."""
+        counted = values[np.isfinite(values)]
+        return min(float(counted.min(initial=0)), 0.0), max(float(counted.max(initial=0)), 0.0)
 
-    def fixed(self, given: Fixed, epsilon: float) -> tuple[float, float]:  # noqa: ARG002  it has no influence here
-        """Given limits, in the scheme's coordinate; zero is always between them."""
-        return min(given.low, 0.0), max(given.high, 0.0)
+    def fixed(self, range_: Fixed, epsilon: float) -> tuple[float, float]:  # noqa: ARG002  it has no influence here
+        """Return given limits in the scheme's coordinate; zero is always between them."""
+        return min(range_.low, 0.0), max(range_.high, 0.0)
 
     def learnable(self, limits: tuple[float, float]) -> tuple[float, float]:
-        """The scale and the low limit that a learned range starts with; zeros start with the range 1."""
+        """Return the scale and the low limit that a learned range starts with; zeros start with the range 1."""
         bottom, top = self.codes(self.bits)
         if self.has_low:
             return (limits[1] - limits[0] or 1.0) / top, limits[0]
         return (max(limits[1] / top, limits[0] / bottom) or 1.0 / top), 0.0
 
     def top(self, bits: Expr) -> Expr:
-        """The highest code."""
+        """Return the highest code."""
         return self._by_width(bits, lambda n: self.codes(n)[1])
 
     def bottom(self, bits: Expr) -> Expr:
-        """The lowest code."""
+        """Return the lowest code."""
         return self._by_width(bits, lambda n: self.codes(n)[0])
 
     def step_gradient_factor(self, bits: Expr, channels: int) -> Expr:
-        """1 / sqrt(C top), which balances the gradient of a learned scale with those of C values; float32."""
+        """Return the factor of a learned scale's gradient, 1 / sqrt(C top), float32.
+
+        It balances that gradient with those of C values.
+        """
         return by_width(bits, lambda n: 1 / math.sqrt(channels * self.codes(n)[1]), FLOAT)
 
     def _by_width(self, bits: Expr, entry: Callable[[int], float]) -> Expr:
@@ -171,13 +178,13 @@ class Scheme:
 
 
 def by_width(bits: Expr, entry: Callable[[int], float], dtype: str) -> Expr:
-    """What a function gives for int32 widths from 0 to 16, read from a table; 0 and 1 count as 2."""
+    """Return a function's result for int32 widths from 0 to 16, read from a table; 0 and 1 count as 2."""
     table = array(np.array([entry(max(n, MIN_BITS)) for n in range(MAX_BITS + 1)], dtype=dtype))
     return op("GatherV2", table, bits, constant(0, "int32"))
 
 
 def where(defined: Expr, value: Expr, otherwise: float, shape: Shape) -> Expr:
-    """The values where they are defined, else a number; `shape` is theirs, if it is known."""
+    """Return the values where they are defined, else a number; `shape` is that of the values, if it is known."""
     if shape is None:
         return select(defined, value, constant(otherwise, value.dtype))
     return op("Select", defined, value, filled(otherwise, value.dtype, shape))
@@ -188,7 +195,7 @@ def _reduce(name: str, value: Expr) -> Expr:
 
 
 def _or_one(scale: Expr) -> Expr:
-    """The scale, or 1 where it is zero or subnormal: then every code is that of zero."""
+    """Return the scale, or 1 where it is zero or subnormal: then every code is that of zero."""
     return marked(SCALE, select(scale >= TINY, scale, constant(1.0, scale.dtype)))
 
 
@@ -207,14 +214,14 @@ class Affine(Scheme):
     has_low: ClassVar[bool] = True
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
-        """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
+        """Return the levels for float32 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         scale = _or_one((limits.high - limits.low) * reciprocal)
         zero = marked(ZERO_POINT, op("Round", -limits.low / scale))
         return Grid(scale, zero, None, None, self.top(bits), reciprocal)
 
     def ceiling(self, grid: Grid) -> Expr | None:
-        """The greatest code's: round(hi / s) + round(-lo / s) may be one more."""
+        """Return the greatest code's steps: round(hi / s) + round(-lo / s) may be one more than the greatest code."""
         return None if grid.zero is None else grid.top - grid.zero
 
 
@@ -233,11 +240,11 @@ class Symmetric(Scheme):
     usually_narrow: ClassVar[bool] = True
 
     def codes(self, bits: int) -> tuple[int, int]:
-        """The lowest and the highest code of a width."""
+        """Return the lowest and the highest code of a width."""
         return self.narrow - 2 ** (bits - 1), 2 ** (bits - 1) - 1
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
-        """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
+        """Return the levels for float32 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         if self.narrow:
             scale = op("Maximum", limits.high, -limits.low) * reciprocal
@@ -249,7 +256,7 @@ class Symmetric(Scheme):
 
 @dataclass(frozen=True)
 class PowerOfTwo(Symmetric):
-    """Fixed point: `Symmetric` with the least power of two for s whose levels reach the limits.
+    """Fixed point: `Symmetric` in which s is the least power of two whose levels reach the limits.
 
     With codes from b to t: the least s = 2^k with s t >= hi and s b <= lo. Powers of two are exact, so v' is too.
     Source: fixed-point formats as in Jain et al. 2020, arXiv:1903.08066.
@@ -259,7 +266,7 @@ class PowerOfTwo(Symmetric):
     formula: ClassVar[str] = "round(v/s)·s, s = 2^k"
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
-        """The levels for float32 limits [..., 1] and int32 bits [..., 1]."""
+        """Return the levels for float32 limits [..., 1] and int32 bits [..., 1]."""
         bottom, top = self.bottom(bits), self.top(bits)
         greatest = _power_above(op("Maximum", limits.high, -limits.low))
         small = greatest * self._by_width(bits, lambda n: 2.0 ** (1 - n))
@@ -269,7 +276,10 @@ class PowerOfTwo(Symmetric):
 
 
 def _power_above(value: Expr) -> Expr:
-    """The least power of two that is not less than a float32 value; 0 for 0. Exponents are the bits from 23 on."""
+    """Return the least power of two that is not less than a float32 value; 0 for 0.
+
+    The exponent is the bits from 23 on: adding 0x007FFFFF carries into it unless the mantissa is zero.
+    """
     bits = op("Bitcast", value, type=Dtype("int32"))
     up = op("BitwiseAnd", bits + 0x007FFFFF, -0x00800000)
     return op("Bitcast", up, type=Dtype(FLOAT))
@@ -277,13 +287,13 @@ def _power_above(value: Expr) -> Expr:
 
 @dataclass(frozen=True)
 class Log(Scheme):
-    """Levels equally spaced in log(v + epsilon), for variances: what matters is 1 / sqrt(v + epsilon).
+    """Levels equally spaced in log(v + epsilon), for variances, which matter as 1 / sqrt(v + epsilon).
 
     With n bits, t = 2^n - 1 (narrow range: 2^n - 2) and l = log(v + epsilon): s = (max l - min l) (1 / t);
     q = clip(round((l - min l) / s), 0, t); v' = max(exp(q s + min l) - epsilon, 0). NaN, infinities and negative
     values are kept and do not count for the range. Logarithms are float64, rounded to float32 at the end: in
-    float32 two libraries' logarithms differ by enough to move a result by 11 units in the last place. So the
-    least and the greatest value are kept, and zero stays exactly zero. Source: logarithmic quantisation as in
+    float32 two libraries' logarithms differ by enough to move a result by 11 units in the last place. This way,
+    the least and the greatest value are kept, and zero stays exactly zero. Source: logarithmic quantisation as in
     Miyashita et al. 2016, arXiv:1603.01025, of v + epsilon in place of v, and with a base that follows the range.
 
     Raises:
@@ -303,33 +313,33 @@ class Log(Scheme):
             )
 
     def defined(self, value: Expr) -> Expr:
-        """Which values are quantised; the others are kept, and do not count for the range."""
+        """Return the mask of the values that are quantised; the others are kept, and do not count for the range."""
         return (value >= 0.0) & (value < float("inf"))
 
     def coordinate(self, value: Expr, epsilon: float) -> Expr:
-        """log(v + epsilon), float64; of values that do not count, anything."""
+        """Return log(v + epsilon), float64; any number for values that do not count."""
         return op("Log", op("Cast", value + epsilon, DstT=Dtype(DOUBLE)))
 
     def value(self, coordinate: Expr, epsilon: float) -> Expr:
-        """What `coordinate` gives, back as float32 values."""
+        """Return float32 values from their coordinates."""
         shifted = op("Cast", op("Exp", coordinate), DstT=Dtype(FLOAT))
         return op("Maximum", shifted - marked(EPSILON, constant(epsilon, FLOAT)), 0.0)
 
     def slope(self, value: Expr, epsilon: float) -> Expr:
-        """dv'/dl."""
+        """Return dv'/dl."""
         return value + epsilon
 
-    def seen(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
-        """The least and the greatest of these values; of none, infinities."""
+    def extremes(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
+        """Return the least and the greatest of the values that count; infinities if there is none."""
         low, high = (where(defined, value, x, shape) for x in (float("inf"), float("-inf")))
         return Limits(_reduce("Min", low), _reduce("Max", high))
 
-    def range_of(self, seen: Limits, epsilon: float) -> Limits:
-        """Their logarithms; no value has to be among them."""
-        return Limits(*(self.coordinate(limit, epsilon) for limit in seen))
+    def range_of(self, extremes: Limits, epsilon: float) -> Limits:
+        """Return the logarithms of the extremes; the range need not contain zero."""
+        return Limits(*(self.coordinate(limit, epsilon) for limit in extremes))
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
-        """The levels for float64 limits [..., 1] and int32 bits [..., 1]."""
+        """Return the levels for float64 limits [..., 1] and int32 bits [..., 1]."""
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         low = marked(ORIGIN, limits.low)
         span = limits.high - low
@@ -337,31 +347,31 @@ class Log(Scheme):
         return Grid(scale, None, low, None, self.top(bits), reciprocal)
 
     def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:
-        """The limits of a checkpoint's float32 values; of no values, those of 0."""
-        known = values[(values >= 0) & (values < np.inf)]
-        shifted = (known if known.size else np.zeros(1, np.float32)) + np.float32(epsilon)
+        """Return the limits of a checkpoint's float32 values; those of 0 for no values."""
+        counted = values[(values >= 0) & (values < np.inf)]
+        shifted = (counted if counted.size else np.zeros(1, np.float32)) + np.float32(epsilon)
         logs = np.log(shifted.astype(np.float64))
         return float(logs.min()), float(logs.max())
 
-    def fixed(self, given: Fixed, epsilon: float) -> tuple[float, float]:
-        """Given limits, in the scheme's coordinate; they begin at 0 where a negative one is given."""
-        return self.limits_of(np.array([max(given.low, 0.0), given.high], np.float32), epsilon)
+    def fixed(self, range_: Fixed, epsilon: float) -> tuple[float, float]:
+        """Return given limits in the scheme's coordinate; a negative low limit counts as 0."""
+        return self.limits_of(np.array([max(range_.low, 0.0), range_.high], np.float32), epsilon)
 
 
 SCHEMES: Mapping[str, type[Scheme]] = {scheme.name: scheme for scheme in (Affine, Symmetric, PowerOfTwo, Log)}
 
 
 def altered(quantizer: Scheme, options: Mapping[str, Any]) -> Scheme:
-    """A quantiser with some options changed, "scheme" among them, by name.
+    """Return a quantiser with some options changed, "scheme" among them, by name.
 
     Raises:
         Error: there is no such option or scheme, or a value is out of range.
     """
-    known = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}
-    unknown = set(options) - {"scheme", *known}
+    current = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}
+    unknown = set(options) - {"scheme", *current}
     if unknown:
-        raise Error(f"a quantiser has no option {sorted(unknown)[0]!r}; it has scheme, {', '.join(known)}")
+        raise Error(f"a quantiser has no option {sorted(unknown)[0]!r}; it has scheme, {', '.join(current)}")
     name = options.get("scheme", quantizer.name)
     if name not in SCHEMES:
         raise Error(f"there is no scheme {name!r}; there are {', '.join(SCHEMES)}")
-    return SCHEMES[name](**{**known, **{k: v for k, v in options.items() if k != "scheme"}})
+    return SCHEMES[name](**{**current, **{k: v for k, v in options.items() if k != "scheme"}})

@@ -1,4 +1,4 @@
-"""What vectors become that are quantised together, against the reference and against each other."""
+"""Vectors that are quantised by one batched call, against the reference and against each other."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
 from passes.deploy.quantized_values import quantized_values
-from passes.quantization.batched import BLOCK_SIZE, GENERAL, layout, way
+from passes.quantization.batched import BLOCK_SIZE, GENERAL, batch_function, layout
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
 from rewriter import evaluation, ops, protos
@@ -62,8 +62,8 @@ def vectors() -> list[np.ndarray]:
 def computed(
     specs: Sequence[QuantizerSpec], index: int, bits: int, given: Sequence[np.ndarray], amount: float = 1
 ) -> list[Any]:
-    """What one of the ways gives."""
-    graph = define(way(tuple(specs), index))
+    """Return the vectors that an execution mode gives."""
+    graph = define(batch_function(tuple(specs), index))
     counts = [len(row.places) for row in layout(specs)]
     told = [np.float32(amount), *(np.full((n, 1), bits, np.int64) for n in counts), *given]
     feeds: dict[str, np.ndarray] = dict(zip(graph.arguments, map(np.asarray, told), strict=True))

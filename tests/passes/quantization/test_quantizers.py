@@ -25,7 +25,7 @@ RANGES: list[Range] = [DYNAMIC, Fixed(0.0, 2.0), Ema(), Learned()]
 ROUNDINGS = ["nearest", "stochastic"]
 
 
-def kind_of(make: Any, size: int | None = SIZE, training: bool = True, **options: Any) -> QuantizerSpec:
+def spec_of(make: Any, size: int | None = SIZE, training: bool = True, **options: Any) -> QuantizerSpec:
     return QuantizerSpec(make(**options), EPSILON, size, training=training).group_key
 
 
@@ -74,7 +74,7 @@ def assert_equal(scheme: Scheme, got: Any, wanted: np.ndarray) -> None:
 @pytest.mark.parametrize("narrow", [False, True])
 def test_every_combination_equals_its_reference(make: Any, range_: Range, rounding: Any, narrow: bool) -> None:
     """In a graph, under XLA and op by op; all widths, from one function."""
-    spec = kind_of(make, range=range_, rounding=rounding, narrow_range=narrow)
+    spec = spec_of(make, range=range_, rounding=rounding, narrow_range=narrow)
     for bits in range(2, 17):
         v, u = vector(make, bits), noise(bits)
         limits = limits_for(spec.scheme)
@@ -93,7 +93,7 @@ def test_every_combination_equals_its_reference(make: Any, range_: Range, roundi
 @pytest.mark.parametrize("amount", [1.0, 0.25])
 def test_gradients_of_every_combination(make: Any, range_: Range, rounding: Any, amount: float) -> None:
     """1 for values, 1 - amount where a code is clipped; for learned limits that of learned step size quantisation."""
-    spec = kind_of(make, range=range_, rounding=rounding)
+    spec = spec_of(make, range=range_, rounding=rounding)
     bits, v, u, weights = 3, vector(make) * F(2), noise(), np.linspace(-1, 2, SIZE, dtype=F)
     limits = limits_for(spec.scheme)
     inputs = told(spec, v, bits, amount=amount, limits=limits, noise=u)
@@ -117,7 +117,7 @@ def test_gradients_of_every_combination(make: Any, range_: Range, rounding: Any,
 
 def test_the_gradient_of_the_scale_is_that_of_learned_step_size_quantization() -> None:
     """Esser et al., equations 3 and 5, with the scale as what moves the limits."""
-    spec = kind_of(Symmetric, range=Learned())
+    spec = spec_of(Symmetric, range=Learned())
     bits, v = 4, vector(Symmetric)
     scale = tf.constant(0.1)
     with tf.GradientTape() as tape:
@@ -134,7 +134,7 @@ def test_the_gradient_of_the_scale_is_that_of_learned_step_size_quantization() -
 
 def test_values_far_beyond_learned_limits() -> None:
     """A position that overflows is clipped, and makes no NaN of what is added with gradient alone."""
-    spec, v = kind_of(Affine, range=Learned()), np.array([4e-38, 10, *[0] * 10], F)
+    spec, v = spec_of(Affine, range=Learned()), np.array([4e-38, 10, *[0] * 10], F)
     limits = np.array([-4e-38, 4e-38], F)
     got = saved(spec)(*told(spec, v, 2, limits=limits)).numpy()
     np.testing.assert_array_equal(got, expected(spec, v, 2, limits, None).value)
@@ -152,7 +152,7 @@ shorter = hnp.arrays(F, st.integers(1, 24), elements=numbers | special)
 @given(vectors, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16), st.booleans(), st.booleans())
 def test_linear_schemes_on_any_vector(v: np.ndarray, make: Any, bits: int, narrow: bool, learned: bool) -> None:
     range_: Range = Learned() if learned else DYNAMIC
-    spec = kind_of(make, range=range_, narrow_range=narrow)
+    spec = spec_of(make, range=range_, narrow_range=narrow)
     limits = np.array([-1, 1], F) * np.abs(v[0] if np.isfinite(v[0]) else 1)
     got = saved(spec)(*told(spec, v, bits, limits=limits)).numpy()
     np.testing.assert_array_equal(got, expected(spec, v, bits, limits, None).value)
@@ -161,7 +161,7 @@ def test_linear_schemes_on_any_vector(v: np.ndarray, make: Any, bits: int, narro
 @settings(max_examples=80, deadline=None)
 @given(shorter, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16))
 def test_linear_schemes_on_vectors_of_any_length(v: np.ndarray, make: Any, bits: int) -> None:
-    spec = kind_of(make, size=None)
+    spec = spec_of(make, size=None)
     got = saved(spec)(*told(spec, v, bits)).numpy()
     np.testing.assert_array_equal(got, expected(spec, v, bits, None, None).value)
 
@@ -170,7 +170,7 @@ def test_linear_schemes_on_vectors_of_any_length(v: np.ndarray, make: Any, bits:
 @given(vectors, st.sampled_from([Affine, Symmetric, PowerOfTwo]), st.integers(2, 16))
 def test_what_quantized_values_are(v: np.ndarray, make: Any, bits: int) -> None:
     """Few values; zero is one; none is further than a step from where it came from; order is kept."""
-    spec = kind_of(make)
+    spec = spec_of(make)
     got = saved(spec)(*told(spec, v, bits)).numpy()
     finite = np.isfinite(v)
     np.testing.assert_array_equal(got[~finite], v[~finite])
@@ -187,7 +187,7 @@ def test_what_quantized_values_are(v: np.ndarray, make: Any, bits: int) -> None:
 @settings(max_examples=150, deadline=None)
 @given(variances, st.integers(2, 16), st.booleans())
 def test_log_on_any_vector(v: np.ndarray, bits: int, narrow: bool) -> None:
-    spec = kind_of(Log, narrow_range=narrow)
+    spec = spec_of(Log, narrow_range=narrow)
     assert_log_close(spec, saved(spec)(*told(spec, v, bits)).numpy(), v, bits)
 
 
@@ -195,7 +195,7 @@ def test_log_on_any_vector(v: np.ndarray, bits: int, narrow: bool) -> None:
 @pytest.mark.parametrize("bits", [2, 4, 8, 12, 16])
 def test_log_on_variances_of_many_magnitudes(bits: int, jit: bool) -> None:
     v = np.exp(np.random.default_rng(bits).uniform(np.log(1e-4), np.log(900), 200)).astype(F)
-    spec = kind_of(Log, size=None)
+    spec = spec_of(Log, size=None)
     assert_log_close(spec, compiled(spec, jit)(*told(spec, v, bits)).numpy(), v, bits)
 
 
@@ -220,7 +220,7 @@ def assert_log_close(spec: QuantizerSpec, got: np.ndarray, v: np.ndarray, bits: 
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("make", [Affine, Symmetric, PowerOfTwo])
 def test_linear_schemes_on_many_magnitudes(make: Any, jit: bool) -> None:
-    spec = kind_of(make, size=None)
+    spec = spec_of(make, size=None)
     for bits in (2, 3, 4, 8, 12, 16):
         for scale in (1e-6, 1.0, 1e4):
             for shift in (0.0, 3.0, -3.0):
@@ -233,7 +233,7 @@ def test_linear_schemes_on_many_magnitudes(make: Any, jit: bool) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 def test_constant_vectors_survive(make: Any, bits: int) -> None:
     """But for fixed point, whose levels are what they are."""
-    spec, ones = kind_of(make), np.ones(SIZE, F)
+    spec, ones = spec_of(make), np.ones(SIZE, F)
     got = saved(spec)(*told(spec, ones, bits)).numpy()
     # log works on v + epsilon, so that its unit in the last place is that of the sum
     np.testing.assert_allclose(got, ones, rtol=0, atol=np.spacing(F(1 + EPSILON)))
@@ -242,12 +242,12 @@ def test_constant_vectors_survive(make: Any, bits: int) -> None:
 
 
 def test_negative_constants_survive_affine() -> None:
-    spec, v = kind_of(Affine), np.full(SIZE, -0.7, F)
+    spec, v = spec_of(Affine), np.full(SIZE, -0.7, F)
     np.testing.assert_allclose(saved(spec)(*told(spec, v, 8)), v, rtol=0, atol=np.spacing(F(0.7)))
 
 
 def test_fixed_points_are_multiples_of_the_least_power_of_two_that_reaches() -> None:
-    spec = kind_of(PowerOfTwo, size=None)
+    spec = spec_of(PowerOfTwo, size=None)
     for greatest, step in ((7.0, 1.0), (7.001, 2.0), (3.5, 0.5), (127 / 128, 0.25)):
         v = np.array([greatest, greatest / 3, -greatest / 5], F)
         got = saved(spec)(*told(spec, v, 4)).numpy()
@@ -257,7 +257,7 @@ def test_fixed_points_are_multiples_of_the_least_power_of_two_that_reaches() -> 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_zero_variance_stays_zero_and_dead_channels_do_not_cost_live_ones(bits: int) -> None:
     v = np.array([0, 4e-38, 1e-4, 0.5, 900], F)
-    spec = kind_of(Log, size=None)
+    spec = spec_of(Log, size=None)
     got = saved(spec)(*told(spec, v, bits)).numpy()
     assert got[0] == 0
     assert got[1] == 0
@@ -269,7 +269,7 @@ def test_zero_variance_stays_zero_and_dead_channels_do_not_cost_live_ones(bits: 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_nan_and_infinity_pass_alone(make: Any) -> None:
     v = np.array([0.1, np.nan, 0.4, np.inf, 0.9], F)
-    spec = kind_of(make, size=None)
+    spec = spec_of(make, size=None)
     got = saved(spec)(*told(spec, v, 4)).numpy()
     np.testing.assert_array_equal(got[[1, 3]], v[[1, 3]])
     np.testing.assert_array_equal(got[[0, 2, 4]], saved(spec)(*told(spec, v[[0, 2, 4]], 4)))
@@ -277,7 +277,7 @@ def test_nan_and_infinity_pass_alone(make: Any) -> None:
 
 def test_negative_variances_pass_alone() -> None:
     v = np.array([-0.5, 0.1, 0.4], F)
-    spec = kind_of(Log, size=None)
+    spec = spec_of(Log, size=None)
     got = saved(spec)(*told(spec, v, 4)).numpy()
     assert got[0] == v[0]
     np.testing.assert_array_equal(got[1:], saved(spec)(*told(spec, v[1:], 4)))
@@ -288,7 +288,7 @@ def test_negative_variances_pass_alone() -> None:
 @pytest.mark.parametrize("make", SCHEMES)
 def test_off_returns_the_bits_themselves_with_gradient_1(make: Any, range_: Range, off: Any) -> None:
     v = np.array([-0.0, np.nan, -np.inf, 1e-40, 0.3, *range(7)], F)
-    spec = kind_of(make, range=range_)
+    spec = spec_of(make, range=range_)
     inputs = told(spec, v, limits=limits_for(spec.scheme), **off)
     got = saved(spec)(*inputs).numpy()
     np.testing.assert_array_equal(got.view(np.uint32), v.view(np.uint32))
@@ -305,7 +305,7 @@ def test_off_returns_the_bits_themselves_with_gradient_1(make: Any, range_: Rang
 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_a_part_of_the_quantized_value(make: Any) -> None:
-    spec, v = kind_of(make), vector(make)
+    spec, v = spec_of(make), vector(make)
     whole = saved(spec)(*told(spec, v, 3)).numpy()
     got = saved(spec)(*told(spec, v, 3, amount=0.25)).numpy()
     np.testing.assert_array_equal(got, whole * F(0.25) + v * F(0.75))
@@ -315,7 +315,7 @@ def test_a_part_of_the_quantized_value(make: Any) -> None:
 @pytest.mark.parametrize("make", SCHEMES)
 @pytest.mark.parametrize("range_", [DYNAMIC, Learned()], ids=lambda r: r.name)
 def test_rows_are_quantized_as_vectors_by_themselves(make: Any, range_: Range) -> None:
-    spec = kind_of(make, range=range_)
+    spec = spec_of(make, range=range_)
     bits, limits = [3, 8, 0], [limits_for(spec.scheme, spread) for spread in (0.3, 0.8, 2.0)]
     rows = [vector(make, seed) * F(seed + 1) for seed in range(3)]
     given = [] if range_ is DYNAMIC else [tf.constant(np.stack(limits))]
@@ -338,7 +338,7 @@ def test_half_precision_is_quantized_in_float32(make: Any) -> None:
 
 @pytest.mark.parametrize("make", SCHEMES)
 def test_observed_limits_move_as_the_reference_says(make: Any) -> None:
-    spec = kind_of(make, range=Ema(0.9))
+    spec = spec_of(make, range=Ema(0.9))
     observe = saved(spec, observe=True)
     limits = limits_for(spec.scheme)
     for seed in range(5):
@@ -352,7 +352,7 @@ def test_observed_limits_move_as_the_reference_says(make: Any) -> None:
 
 
 def test_stochastic_rounding_is_right_on_average_and_keeps_what_is_on_the_grid() -> None:
-    spec = kind_of(Affine, rounding="stochastic", range=Fixed(0.0, 15.0), narrow_range=False)
+    spec = spec_of(Affine, rounding="stochastic", range=Fixed(0.0, 15.0), narrow_range=False)
     v = np.linspace(0, 15, SIZE, dtype=F)
     v[:4] = [0, 7, 15, 3]
     rng = np.random.default_rng(0)
