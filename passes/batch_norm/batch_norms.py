@@ -14,7 +14,7 @@ from rewriter.expr import Expr, constant
 from rewriter.ir import Model, Names
 
 DEFAULT_MOMENTUM = 0.99
-"""The momentum of moving averages where neither the source nor the user says one, as Keras has it."""
+"""The momentum of moving averages if neither the source nor the user gives one. It is that of Keras."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +30,29 @@ class BatchNorm:
 
     @property
     def epsilons(self) -> tuple[float, ...]:
-        """The epsilon of its sites; normally one."""
+        """The epsilons of its sites; normally one."""
         return tuple(sorted({s.epsilon for s in self.sites}))
 
     @property
     def factor(self) -> float | None:
-        """The weight of the batch's statistics in training, where a site says so."""
+        """The weight of the batch's statistics in training, if a site gives one."""
         return next((s.weight for s in self.sites if s.weight is not None), None)
 
 
 def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
-    """All batch norms, in the order of their variables. A site without variables is one of its own, at the end."""
+    """Return all batch norms, in the order of their variables.
+
+    A site without variables is a batch norm of its own, at the end.
+    """
     groups: dict[tuple[str | None, ...], list[Site]] = {}
     for site in model.analysis(sites):
         for key in sorted(site.variables, key=str):
             groups.setdefault(key if any(key) else (None, None, None, None, site.graph, site.node), []).append(site)
     for key in [k for k in groups if any(k[:2]) and not any(k[2:])]:
-        # A training site of whose averages nothing is known belongs to the layer with its gamma and beta.
-        whole = [k for k in groups if k[:2] == key[:2] and k[2] is not None]
-        if whole:
-            groups[whole[0]].extend(groups.pop(key))
+        # A training site whose averages are not known belongs to the layer with its gamma and beta.
+        matching = [k for k in groups if k[:2] == key[:2] and k[2] is not None]
+        if matching:
+            groups[matching[0]].extend(groups.pop(key))
     order = {key: position for position, key in enumerate(model.variables)}
     # The order of the functions, in which sites are met, is arbitrary in what TensorFlow saves.
     groups = dict(
@@ -57,41 +60,41 @@ def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
     )
     names = _names(model, list(groups))
     return tuple(
-        BatchNorm(name, {r: k for r, k in zip(ROLES, key, strict=False) if k}, tuple(found))
-        for name, (key, found) in zip(names, groups.items(), strict=True)
+        BatchNorm(name, {r: k for r, k in zip(ROLES, key, strict=False) if k}, tuple(members))
+        for name, (key, members) in zip(names, groups.items(), strict=True)
     )
 
 
 def names_of_sites(model: Model) -> Mapping[tuple[str, str], str]:
-    """(graph, node) -> the names of the batch norms computed there, joined where there are several."""
-    found: dict[tuple[str, str], list[str]] = {}
+    """Return (graph, node) -> the names of the batch norms computed there, joined with "+" where there are several."""
+    names_by_site: dict[tuple[str, str], list[str]] = {}
     for bn in model.analysis(batch_norms):
         for site in bn.sites:
-            found.setdefault((site.graph, site.node), []).append(bn.name)
-    return {key: "+".join(dict.fromkeys(names)) for key, names in found.items()}
+            names_by_site.setdefault((site.graph, site.node), []).append(bn.name)
+    return {key: "+".join(dict.fromkeys(names)) for key, names in names_by_site.items()}
 
 
 def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
-    """(graph, node) -> the number of channels of a site, where its variables say it."""
-    found: dict[tuple[str, str], int | None] = {}
+    """Return (graph, node) -> the number of channels of a site; None where its variables do not give it."""
+    channels_by_site: dict[tuple[str, str], int | None] = {}
     for site in model.analysis(sites):
         keys = {key for keys in site.variables for key in keys if key}
         shapes = {model.variables[k].shape for k in keys}
         shape = shapes.pop() if len(shapes) == 1 else None
-        known = shape is not None and len(shape) == 1 and shape[0] > 0
-        found[site.graph, site.node] = shape[0] if shape is not None and known else None
-    return found
+        is_vector = shape is not None and len(shape) == 1 and shape[0] > 0
+        channels_by_site[site.graph, site.node] = shape[0] if shape is not None and is_vector else None
+    return channels_by_site
 
 
 def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
-    """The only form of update that is ever emitted: ``old * (1 - f) + batch * f``, f in float32."""
+    """Return ``old * (1 - f) + batch * f``, f in float32: the only form of update that is ever emitted."""
     f = np.float32(factor)
     return old * constant(np.float32(1) - f, old.dtype) + batch * constant(f, batch.dtype)
 
 
 def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
-    """Layer names: what the variables' names have in common, made unique."""
-    found: list[str] = []
+    """Return the layers' names: the scope that the variables' names have in common, made unique."""
+    layer_names: list[str] = []
     names = Names()
     for key in keys:
         variables = [model.variables[k].name for k in key[:4] if k]
@@ -99,5 +102,5 @@ def _names(model: Model, keys: list[tuple[str | None, ...]]) -> list[str]:
         shared = (
             [s for s in (scopes[0], *scopes[0].parents) if all(o.is_relative_to(s) for o in scopes)] if scopes else []
         )
-        found.append(names.new(str(shared[0]) if shared and shared[0].name else "batch_norm"))
-    return found
+        layer_names.append(names.new(str(shared[0]) if shared and shared[0].name else "batch_norm"))
+    return layer_names

@@ -1,4 +1,4 @@
-"""Which quantiser a layer has: the one of the role, changed by the rules that match the layer."""
+"""A layer's quantisers: those of the roles, changed by the rules that match the layer."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from passes.roles import ROLES
 from rewriter.ir import Error, Model
 
 Options = Mapping[str, Any]
-"""Of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `CustomQuantizer`."""
-
+"""Options of a quantiser: scheme, bits, range, rounding, narrow_range; or "quantizer", a `CustomQuantizer`."""
 
 PATIENCE = 2.0
-"""Seconds that a regular expression may take for a name: some take exponential time."""
+"""The seconds that a regular expression may take for a name, as some take exponential time."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +30,7 @@ class Match:
         match: a regular expression, searched in the layer's name and in those of its variables.
 
     Raises:
-        Error: it is no regular expression.
+        Error: `match` is no regular expression.
     """
 
     match: str
@@ -43,10 +42,10 @@ class Match:
             raise Error(f"{self.match!r} is no regular expression: {e}") from e
 
     def matches(self, model: Model, bn: BatchNorm) -> bool:
-        """Whether it is about a batch norm.
+        """Return true if a batch norm is one of these layers.
 
         Raises:
-            Error: to search a name takes too long.
+            Error: the search in a name takes too long.
         """
         names = (bn.name, *(model.variables[key].name for key in bn.variables.values()))
         try:
@@ -59,10 +58,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Rule(Match):
-    """Other options of quantisers for some layers.
+    """Changed options of quantisers for some layers.
 
     Attributes:
-        options: by role, what is different; None leaves the role's values as they are.
+        options: by role, the options that differ from the role's; None removes the quantiser.
 
     Raises:
         Error: there is no such role.
@@ -77,41 +76,41 @@ class Rule(Match):
             raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
 
     def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
-        """The quantiser that it makes of another."""
+        """Return the quantiser that the rule makes of another."""
         options = dict(self.options.get(role) or {})
         if role not in self.options or (quantizer is None and not {"scheme", "quantizer"} & set(options)):
             return quantizer
         if self.options[role] is None:
             return None
-        own = options.pop("quantizer", None)
-        if own is None and isinstance(quantizer, CustomQuantizer) and "scheme" not in options:
-            own = quantizer
-        if isinstance(own, CustomQuantizer):
-            return replace(own, bits=options.get("bits", own.bits))
+        custom = options.pop("quantizer", None)
+        if custom is None and isinstance(quantizer, CustomQuantizer) and "scheme" not in options:
+            custom = quantizer
+        if isinstance(custom, CustomQuantizer):
+            return replace(custom, bits=options.get("bits", custom.bits))
         return altered(quantizer if isinstance(quantizer, Scheme) else Affine(), options)
 
 
 def quantizer_for(
     model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer
 ) -> Quantizer | None:
-    """The quantiser of a role in a layer.
+    """Return the quantiser of a role in a layer.
 
     Raises:
         Error: rules give different ones to batch norms that share a function.
     """
-    found: dict[str, Quantizer | None] = {}
+    quantizers: dict[str, Quantizer | None] = {}
     for bn in layer.batch_norms:
         quantizer: Quantizer | None = default
         for rule in rules:
             if rule.matches(model, bn):
                 quantizer = rule.applied(role, quantizer)
-        found[bn.name] = quantizer
-    if len(set(found.values())) > 1:
-        raise Error(f"{', '.join(found)} share a function, so rules must give them the same quantiser for {role}")
-    return next(iter(found.values()))
+        quantizers[bn.name] = quantizer
+    if len(set(quantizers.values())) > 1:
+        raise Error(f"{', '.join(quantizers)} share a function, so rules must give them the same quantiser for {role}")
+    return next(iter(quantizers.values()))
 
 
 def unmatched(model: Model, rules: Iterable[Match], layers: Iterable[Layer]) -> Match | None:
-    """A rule that is about no layer at all."""
-    found = [bn for layer in layers for bn in layer.batch_norms]
-    return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in found)), None)
+    """Return the first rule that matches no layer at all, or None."""
+    batch_norms = [bn for layer in layers for bn in layer.batch_norms]
+    return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in batch_norms)), None)

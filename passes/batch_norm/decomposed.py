@@ -1,4 +1,4 @@
-"""Batch norm in single ops, as `tf.nn.batch_normalization`, Keras and people write it.
+"""Batch norm in single ops, as written by `tf.nn.batch_normalization`, by Keras and by hand.
 
 Every form is ``x`` and a mean, scaled by ``inv = gamma / sqrt(variance + epsilon)``, with beta added. Forms with
 more of gamma and beta are tried before those with fewer.
@@ -26,7 +26,10 @@ EPSILON = "epsilon"
 
 
 def _binary(names: str, a: Pattern, b: Pattern) -> Pattern:
-    """An op on two values. What is computed from x keeps its shape: another layout would be another form."""
+    """Return the pattern of an op on two values.
+
+    A value that is computed from x keeps its shape: another layout would be another form.
+    """
     return replace(node(names, a, b), shaped=INPUT in a.captures | b.captures)
 
 
@@ -42,7 +45,7 @@ _CENTRED = _sub(_X, _MEAN)
 
 ONE, HALF, MINUS_HALF = "one", "half", "minus_half"
 NUMBERS = {ONE: 1.0, HALF: 0.5, MINUS_HALF: -0.5}
-"""Captured numbers, and what they have to be."""
+"""Captured numbers, and the values that they need to have."""
 
 _SQRTS = (node("Sqrt", _SHIFTED), node("Pow", _SHIFTED, any_value(HALF)))
 _RSQRTS = (
@@ -54,7 +57,7 @@ _RSQRTS = (
 
 
 def _with_inv(inv: Pattern) -> Iterator[Pattern]:
-    """Forms that scale x and the mean, or their difference, by one vector."""
+    """Yield the forms that scale x and the mean, or their difference, by one vector."""
     yield _add(_mul(_X, inv), _sub(_BETA, _mul(_MEAN, inv)))
     yield _sub(_mul(_X, inv), _sub(_mul(_MEAN, inv), _BETA))
     yield _add(_mul(_X, inv), _mul(node("Neg", _MEAN), inv))
@@ -65,6 +68,7 @@ def _with_inv(inv: Pattern) -> Iterator[Pattern]:
 
 
 def _forms() -> Iterator[Pattern]:
+    """Yield all forms of batch norm in single ops."""
     scales = [_mul(rsqrt, _GAMMA) for rsqrt in _RSQRTS] + [_div(_GAMMA, sqrt) for sqrt in _SQRTS] + [*_RSQRTS]
     for scale in scales:
         yield from _with_inv(scale.named("inv"))
@@ -80,14 +84,14 @@ def _forms() -> Iterator[Pattern]:
 FORMS = tuple(sorted(_forms(), key=lambda form: -len(form.captures & {GAMMA, BETA})))
 PARTS = frozenset(part for form in FORMS for part in form.parts)
 ANCHORS = frozenset(op for part in PARTS if _SHIFTED in part.inputs for op in part.ops)
-"""Ops on the sum of a variance and epsilon, with which every form begins."""
+"""Ops on the sum of a variance and epsilon. Every form begins with one."""
 OPS = frozenset(op for part in PARTS for op in part.ops)
 _LONGEST = max(form.depth for form in FORMS) - 2
-"""Ops after an anchor up to the end of the longest form; the other two are the anchor and the sum that it is of."""
+"""Number of ops after an anchor up to the end of the longest form. The 2 are the anchor and the sum that it takes."""
 
 
 class Found(NamedTuple):
-    """One decomposed batch norm: its last node, and what the parts of its form matched."""
+    """A decomposed batch norm: its last node, and the nodes that its form matched."""
 
     root: str
     match: Match
@@ -95,7 +99,7 @@ class Found(NamedTuple):
 
 
 def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
-    """The decomposed batch norms of a graph: for each square root, the first form that fits.
+    """Return the decomposed batch norms of a graph: for each square root, the first form that fits.
 
     Gamma and beta are vectors that the model holds, so a sum with the output of another layer is not beta.
     """
@@ -104,7 +108,10 @@ def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
 
 
 def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[tuple[str, str]]:
-    """Roots of a moving or a batch's variance plus a constant, which no form explains, and why the closest does not."""
+    """Yield (node, reason) for each root that no form explains, of a moving or a batch's variance plus a constant.
+
+    The reason says why the closest form does not fit.
+    """
     explained = {match.match[VARIANCE].edges[0].node for match in found}
     for anchor in graph.nodes.values():
         if _is_anchor(graph, anchor):
@@ -114,29 +121,29 @@ def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterato
 
 
 def _is_variance(model: Model, graph: Graph, shifted: Node) -> bool:
-    """Whether what a constant is added to may be a variable that is not trained, or is averaged in one."""
+    """Return true if a summand may be a variable that is not trained, or may be averaged in one."""
     for position, value in enumerate(shifted.inputs):
         for leaf in leaves(model, Edge(graph.name, shifted.name, position), value):
-            held = [o.key for o in origins(model, leaf.graph, leaf.value) if isinstance(o, VariableKey)]
-            if held and not any(model.variables[k].trainable for k in held):
+            keys = [o.key for o in origins(model, leaf.graph, leaf.value) if isinstance(o, VariableKey)]
+            if keys and not any(model.variables[k].trainable for k in keys):
                 return True
-            if not held and update(model, model.graphs[leaf.graph], leaf.value, leaf.calls).targets:
+            if not keys and update(model, model.graphs[leaf.graph], leaf.value, leaf.calls).targets:
                 return True
     return False
 
 
 def _why(model: Model, graph: Graph, below: list[str]) -> str:
-    """How close the closest form is."""
-    stopped = closest(graph, below, FORMS)
-    if not stopped.node:
+    """Return how much of the closest form agrees, and where it first differs."""
+    mismatch = closest(graph, below, FORMS)
+    if not mismatch.node:
         return "the ops are those of a batch norm, but not on its variables, or with gamma or beta applied twice"
-    found = graph.nodes[stopped.node]
-    while found.op in ("Identity", "IdentityN", "Cast"):
-        found = graph.nodes[found.inputs[0].node]
-    expected = " or ".join(sorted(stopped.expected))
-    held = [o.key for o in origins(model, graph.name, Value(found.name)) if isinstance(o, VariableKey)]
-    there = f"the variable {model.variables[held[0]].name}" if held else f"{found.name} ({found.op})"
-    return f"the closest, of which {stopped.matched} ops agree, has {expected} in place of {there}"
+    node = graph.nodes[mismatch.node]
+    while node.op in ("Identity", "IdentityN", "Cast"):
+        node = graph.nodes[node.inputs[0].node]
+    expected = " or ".join(sorted(mismatch.expected))
+    keys = [o.key for o in origins(model, graph.name, Value(node.name)) if isinstance(o, VariableKey)]
+    actual = f"the variable {model.variables[keys[0]].name}" if keys else f"{node.name} ({node.op})"
+    return f"the closest, of which {mismatch.matched} ops agree, has {expected} in place of {actual}"
 
 
 def _is_anchor(graph: Graph, node: Node) -> bool:
@@ -147,6 +154,7 @@ def _is_anchor(graph: Graph, node: Node) -> bool:
 
 
 def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
+    """Return the first form that fits at an anchor, or None."""
     below = _below(model, graph, anchor)
     for form in FORMS:
         for root in below:
@@ -161,13 +169,14 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
 
 
 def _numbers(graph: Graph, match: Match) -> bool:
-    return all(scalar(graph, match[name].value) == wanted for name, wanted in NUMBERS.items() if name in match)
+    """Return true if all captured numbers have the values that their form needs."""
+    return all(scalar(graph, match[name].value) == number for name, number in NUMBERS.items() if name in match)
 
 
 def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
-    """The ops of forms that follow an anchor closely."""
+    """Return the ops of forms that follow an anchor within the length of the longest form."""
     uses = model.analysis_of(graph, consumers)
-    found: dict[str, None] = {}
+    below: dict[str, None] = {}
     level = [anchor.name]
     for _ in range(_LONGEST):
         following: list[str] = []
@@ -175,39 +184,39 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
         while waiting:
             for edge in uses.get(waiting.pop(), ()):
                 user = graph.nodes.get(edge.node)
-                if user is None or user.name in found:
+                if user is None or user.name in below:
                     continue
                 if user.op in OPS:
-                    found[user.name] = None
+                    below[user.name] = None
                     following.append(user.name)
                 elif user.op in ops.FORWARDS or constants.viewed(graph, user) is not None:
                     waiting += [Value(user.name, 0), Value(user.name, 1)]
         level = following
-    return list(found)
+    return list(below)
 
 
 def _parameters(model: Model, graph: Graph, match: Match) -> bool:
-    """Whether what matched gamma and beta is something that the model holds, with one element for each channel."""
+    """Return true if the captures for gamma and beta are held by the model, with one element for each channel."""
     values = [match[role].value for role in (GAMMA, BETA) if role in match]
     constants = [constants.constant_of(graph, value) for value in values]
-    found = {o for value in values for o in origins(model, graph.name, value)}
-    plain = any(c is not None and not c.ndim for c in constants)
-    held = all(isinstance(o, VariableKey | Constant | Captured) for o in found)
+    origins_of_values = {o for value in values for o in origins(model, graph.name, value)}
+    scalar_constant = any(c is not None and not c.ndim for c in constants)
+    held_by_model = all(isinstance(o, VariableKey | Constant | Captured) for o in origins_of_values)
     edges = [match[role].edges[0] for role in (VARIANCE, GAMMA, BETA) if role in match]
     sizes = {_size(shape_of(model, graph, graph.nodes[e.node].inputs[e.position])) for e in edges} - {None}
-    return held and not plain and len(sizes) <= 1
+    return held_by_model and not scalar_constant and len(sizes) <= 1
 
 
 def _size(shape: Shape | None) -> int | None:
-    """The number of elements, where it is known."""
+    """Return the number of elements, where it is known."""
     return None if shape is None or any(size < 0 for size in shape) else math.prod(shape)
 
 
 def _twice(model: Model, graph: Graph, root: str, match: Match) -> bool:
-    """Whether what follows applies gamma or beta once more, which a batch norm does not do."""
-    own = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
+    """Return true if the ops that follow apply gamma or beta once more, which a batch norm does not do."""
+    parameters = {o for role in (GAMMA, BETA) if role in match for o in origins(model, graph.name, match[role].value)}
     uses = model.analysis_of(graph, consumers).get(Value(root), ())
     users = [graph.nodes[e.node] for e in uses if e.node and graph.nodes[e.node].op in ARITHMETIC]
-    others = [v for user in users for v in user.inputs if v.node != root]
-    held = {o for v in others for o in origins(model, graph.name, v) if isinstance(o, VariableKey)}
-    return bool(own & held)
+    other_inputs = [v for user in users for v in user.inputs if v.node != root]
+    variables = {o for v in other_inputs for o in origins(model, graph.name, v) if isinstance(o, VariableKey)}
+    return bool(parameters & variables)

@@ -1,4 +1,4 @@
-"""Layers: what is quantised alike, and its number in the variables that hold something for each layer."""
+"""Layers: batch norms that share quantisers, numbered for the variables that have a value for each layer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Layer(NamedTuple):
     Attributes:
         number: its place in variables such as `quantization.layer_bits.gamma`.
         name: the batch norm's name; several are joined with "+".
-        batch_norms: it, or them.
+        batch_norms: the one, or all of them.
     """
 
     number: int
@@ -26,25 +26,28 @@ class Layer(NamedTuple):
 
 
 def layers(model: Model) -> tuple[Layer, ...]:
-    """All layers, in the order of their batch norms."""
-    found = model.analysis(batch_norms)
+    """Return all layers, in the order of their batch norms."""
+    all_batch_norms = model.analysis(batch_norms)
     shared: nx.Graph[str] = nx.Graph()
-    shared.add_nodes_from(bn.name for bn in found)
-    first: dict[tuple[str, str], str] = {}
-    for bn in found:
+    shared.add_nodes_from(bn.name for bn in all_batch_norms)
+    first_at: dict[tuple[str, str], str] = {}
+    for bn in all_batch_norms:
         for site in bn.sites:
-            shared.add_edge(first.setdefault((site.graph, site.node), bn.name), bn.name)
-    together = {name: frozenset(names) for names in nx.connected_components(shared) for name in names}
+            shared.add_edge(first_at.setdefault((site.graph, site.node), bn.name), bn.name)
+    component = {name: frozenset(names) for names in nx.connected_components(shared) for name in names}
     groups: dict[frozenset[str], list[BatchNorm]] = {}
-    for bn in found:
-        groups.setdefault(together[bn.name], []).append(bn)
+    for bn in all_batch_norms:
+        groups.setdefault(component[bn.name], []).append(bn)
     return tuple(
         Layer(number, "+".join(bn.name for bn in group), tuple(group)) for number, group in enumerate(groups.values())
     )
 
 
 def layers_of_sites(model: Model) -> Mapping[tuple[str, str], Layer]:
-    """(graph, node) -> the layer computed there."""
+    """Return (graph, node) -> the layer computed there."""
     return {
-        (site.graph, site.node): each for each in model.analysis(layers) for bn in each.batch_norms for site in bn.sites
+        (site.graph, site.node): layer
+        for layer in model.analysis(layers)
+        for bn in layer.batch_norms
+        for site in bn.sites
     }

@@ -1,4 +1,4 @@
-"""Mean and variance of a batch in single ops, as `tf.nn.moments`, Keras and people write them."""
+"""Mean and variance of a batch in single ops, as written by `tf.nn.moments`, by Keras and by hand."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ VARIANCES = (
     node("Sub", _over(node("Square", _X), "axes"), node("Square", _over(_X, "inner"))),
     node("Sub", _over(node("Mul", _X, _X), "axes"), node("Square", _over(_X, "inner"))),
 )
-"""The gradient through the inner mean is zero, whether or not it is stopped."""
+"""Forms of the variance. The gradient through the inner mean is zero, so it may be stopped or not."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +42,11 @@ class Moments:
     """A batch's mean and variance.
 
     Attributes:
-        x: what they are of.
-        axes: those over which they are taken, from the front.
-        nodes: what computes them.
+        x: the value that they are of.
+        axes: the axes over which they are taken, counted from the front.
+        nodes: the nodes that compute them.
         subtracted: the shape in which the mean meets x, where the variance is that of differences.
-        uses: where x enters.
+        uses: the edges at which x enters.
     """
 
     x: Value
@@ -57,7 +57,7 @@ class Moments:
 
 
 def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments | str:
-    """The moments that two values of a graph are; a reason where they are none."""
+    """Return the moments that two values of a graph are, or a reason why they are none."""
     means = _first(graph, mean, MEANS)
     if ARG in (graph.nodes[mean.node].op, graph.nodes[variance.node].op):
         return "its mean or its variance comes from outside of the function that normalises with it"
@@ -72,10 +72,10 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
         return "its mean and its variance are those of different values"
     x = means[X].value
     shape = shape_of(model, graph, x)
-    found = [_axes(graph, m[name], shape) for m in (means, variances) for name in ("axes", "inner") if name in m]
-    if shape is None or None in found:
+    axes = [_axes(graph, m[name], shape) for m in (means, variances) for name in ("axes", "inner") if name in m]
+    if shape is None or None in axes:
         return "the axes of its mean and variance are not known before it runs"
-    if len(set(found)) > 1:
+    if len(set(axes)) > 1:
         return "its mean and its variance are taken over different axes"
     subtracted = None
     if SUBTRACTED in variances:
@@ -84,28 +84,31 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
         if subtracted is None:
             return "the shape in which its mean is subtracted is not known before it runs"
     nodes = frozenset((*means.nodes, *variances.nodes))
-    return Moments(x, found[0] or frozenset(), nodes, subtracted, (*means[X].edges, *variances[X].edges))
+    return Moments(x, axes[0] or frozenset(), nodes, subtracted, (*means[X].edges, *variances[X].edges))
 
 
 def moments_of(graph: Graph, x: Value) -> Mapping[str, tuple[Value, ...]]:
-    """Means and variances that a graph computes of a value in single ops, by role."""
+    """Return the means and variances that a graph computes of a value in single ops, by role."""
     names = [node.name for node in graph.nodes.values() if node.op in ("Mean", "Sub")]
-    found: dict[str, tuple[Value, ...]] = {}
+    values_by_role: dict[str, tuple[Value, ...]] = {}
     for role, patterns in ((MEAN, MEANS), (VARIANCE, VARIANCES)):
-        matched = {name: _first(graph, Value(name), patterns) for name in names}
-        found[role] = tuple(Value(n) for n, match in matched.items() if match and origin(graph, match[X].value) == x)
-    return found
+        match_of = {name: _first(graph, Value(name), patterns) for name in names}
+        values_by_role[role] = tuple(
+            Value(n) for n, match in match_of.items() if match and origin(graph, match[X].value) == x
+        )
+    return values_by_role
 
 
 def _first(graph: Graph, value: Value, patterns: tuple[Pattern, ...]) -> Match | None:
-    """The first match in which all uses of x can be differentiated."""
+    """Return the first match in which all uses of x can be differentiated."""
     if value.port:
         return None
     return next((m for p in patterns for m in matches(graph, value.node, p, stop=NO_GRADIENT)), None)
 
 
 def _axes(graph: Graph, capture: Capture, shape: Shape | None) -> frozenset[int] | None:
-    held = constants.constant_of(graph, origin(graph, capture.value))
-    if held is None or shape is None:
+    """Return the constant axes, counted from the front; None where they or the shape are not known."""
+    axes = constants.constant_of(graph, origin(graph, capture.value))
+    if axes is None or shape is None:
         return None
-    return frozenset(int(axis) % len(shape) for axis in np.ravel(held))
+    return frozenset(int(axis) % len(shape) for axis in np.ravel(axes))

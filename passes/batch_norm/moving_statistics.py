@@ -1,4 +1,4 @@
-"""A site in training mode that normalises with its moving statistics instead, and leaves them as they are."""
+"""Sites in training mode that normalise with their moving statistics, and do not update them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from rewriter.ir import Error, Model, Node
 def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) -> Iterator[Edit]:
     """Let the copy of a site normalise with its moving statistics, and keep its updates from running.
 
-    The copies of functions are in `names`; updates in functions without a copy stay.
+    The names of functions' copies are in `names`; updates in functions without a copy stay.
 
     Raises:
-        Error: which variables hold its statistics is not known.
+        Error: the variables that hold its statistics are not known.
     """
     averages = {role: value for role in STATISTICS if (value := _average(model, site, role)) is not None}
     if len(averages) < len(STATISTICS):
@@ -41,7 +41,7 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
 
 
 def _average(model: Model, site: Site, role: str) -> Expr | None:
-    """A moving statistic of a site, read in its graph; None where it is not known."""
+    """Return a moving statistic of a site, read in its graph; None where its variable is not known."""
     for graph, node in reversed(site.assigns[role]):
         if graph == site.graph:
             assign = model.graphs[graph].nodes[node]

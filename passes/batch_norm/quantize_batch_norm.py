@@ -42,12 +42,12 @@ class QuantizeBatchNorm:
 
     Attributes:
         gamma, beta, moving_mean, moving_variance: the quantiser of each role; None leaves it float.
-        rules: other options for some layers; what a later rule says counts.
+        rules: other options for some layers; a later rule overrides an earlier one.
         average: what happens to a batch's statistics on their way into the moving averages: "statistic" quantises
             them, and the average stays float and is quantised where it is read; "none" leaves them; "stored"
             quantises the average itself before it is written back, which can make it stand still.
         start_step: the first step at which quantisers act; the variable's initial value.
-        ramp_steps: for how many steps from there on float and quantised value are blended; likewise.
+        ramp_steps: the number of steps from there on in which float and quantised value are blended; likewise.
 
     Raises:
         Error: an option is out of range, or options do not go together.
@@ -72,15 +72,15 @@ class QuantizeBatchNorm:
             raise Error(f"average {self.average!r}: it is 'statistic', 'none' or 'stored'")
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Quantisers for every site that has none and can have them; a `Skip` with the reason for the others.
+        """Yield quantisers for every site that has none and can have them; a `Skip` with the reason for the others.
 
         Raises:
-            Error: rules ask for what cannot be, or the model was rewritten when it had other batch norms.
+            Error: options or rules do not fit the model, or it was rewritten when it had other batch norms.
         """
-        work = _Insertion(self, model)
+        insertion = _Insertion(self, model)
         todo: list[Site] = []
         for site in model.analysis(sites):
-            reason = "already quantised" if site.quantized else site.reason or work.reason(site)
+            reason = "already quantised" if site.quantized else site.reason or insertion.reason(site)
             if reason:
                 yield Skip(site.graph, site.node, reason)
             else:
@@ -88,15 +88,15 @@ class QuantizeBatchNorm:
         if todo and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
             raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
         if todo:
-            yield from work.edits(todo)
+            yield from insertion.edits(todo)
 
 
 class _Insertion:
-    """One run of the pass.
+    """A run of the pass on a model.
 
     Attributes:
         quantizers: each role's quantisers, one for each layer; None where a layer is to have none.
-        values: what stands for each value that a graph has.
+        values: the expression for each value that a graph has.
     """
 
     def __init__(self, options: QuantizeBatchNorm, model: Model) -> None:
@@ -135,71 +135,74 @@ class _Insertion:
                 )
 
     def reason(self, site: Site) -> str:
-        """Why a site cannot have what it is to have; empty where it can."""
+        """Return the reason why a site cannot have its quantisers; empty if it can."""
         layer = self._layer(site)
-        used = [q for role in (*site.parameters, *site.statistics) if (q := self.quantizers[role][layer.number])]
-        if not used:
+        quantizers = [q for role in (*site.parameters, *site.statistics) if (q := self.quantizers[role][layer.number])]
+        if not quantizers:
             return "the scheme none leaves it as it is"
-        if site.mode == "both" and (self._observes(used) or any(q.rounding == "stochastic" for q in used)):
+        if site.mode == "both" and (self._observes(quantizers) or any(q.rounding == "stochastic" for q in quantizers)):
             return (
                 "it chooses its mode while it runs; ema ranges and stochastic rounding need fusing, without --no-fuse"
             )
         if (
-            any(isinstance(q.range, Learned) or isinstance(q, CustomQuantizer) for q in used)
+            any(isinstance(q.range, Learned) or isinstance(q, CustomQuantizer) for q in quantizers)
             and self._size(site) is None
         ):
             return "the number of its channels is not known, which learned ranges and pipelines need"
-        if any(isinstance(q, CustomQuantizer) for q in used) and not self.model.object_based:
+        if any(isinstance(q, CustomQuantizer) for q in quantizers) and not self.model.object_based:
             return "a pipeline needs a model in TensorFlow 2's format"
-        if self._observes(used) and any(self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training):
+        if self._observes(quantizers) and any(
+            self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training
+        ):
             return "its function is trained several times in a step; an ema range cannot follow it"
-        unknown = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.runs)
-        if self._observes(used) and site.training and unknown:
+        unknown_update = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.runs)
+        if self._observes(quantizers) and site.training and unknown_update:
             return "what updates its averages is not known, and an ema range is to be moved with them"
-        assigned = [a for found in site.assigns.values() for a in assigning(self.model, found)]
+        assigned = [a for assigns in site.assigns.values() for a in assigning(self.model, assigns)]
         if self.options.average == "stored" and site.training and not all(storable(self.model, *a) for a in assigned):
             return "what assigns its moving averages keeps them in no resource, so they cannot be stored quantised"
         return ""
 
     def _repeated(self, site: Site) -> bool:
-        """Whether a layer's training is met more than once in a graph."""
+        """Return true if a graph meets a layer's training more than once."""
         layer = self._layer(site)
         twins = [s for bn in layer.batch_norms for s in bn.sites if s.training and s.graph == site.graph]
         calls = [call.graph for call in self.model.analysis(call_graph).callers.get(site.graph, ())]
-        known = [bn for bn in layer.batch_norms if bn.variables]
-        same = {(s.graph, s.node) for s in twins}
-        return len(known) > 1 or len(calls) > len(set(calls)) or (len(same) > 1 and site.graph != MAIN)
+        with_variables = [bn for bn in layer.batch_norms if bn.variables]
+        places = {(s.graph, s.node) for s in twins}
+        return len(with_variables) > 1 or len(calls) > len(set(calls)) or (len(places) > 1 and site.graph != MAIN)
 
     @staticmethod
-    def _observes(used: Iterable[Quantizer]) -> bool:
-        return any(isinstance(q.range, Ema) for q in used)
+    def _observes(quantizers: Iterable[Quantizer]) -> bool:
+        """Return true if a quantiser's range is a moving average."""
+        return any(isinstance(q.range, Ema) for q in quantizers)
 
     def edits(self, todo: list[Site]) -> Iterator[Edit]:
-        """Quantise what the sites use."""
+        """Quantise the values that the sites use."""
         limits = {role: np.array([self._limits(role, layer) for layer in self.layers], np.float32) for role in ROLES}
         widths = {r: q.bits if (q := getattr(self.options, r)) is not None else 0 for r in ROLES}
         initial = Initial(self.options.start_step, self.options.ramp_steps, widths, limits)
         controls = Controls(self.model, self.quantizers, initial)
         yield from (AddVariable(v) for v in controls.variables.values() if v.key not in self.model.variables)
-        # What one run counts comes after that run's comparison.
+        # A run counts its step only after it has read the step that it compares.
         count = controls.variables["step"]
         yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(self.model))
-        quantities = [q for site in todo for q in (*self._parameters(site), *self._statistics(site))]
-        traced = self._trace(quantities)
+        points = [q for site in todo for q in (*self._parameters(site), *self._statistics(site))]
+        traced = self._trace(points)
         if traced.graphs:
             yield Import(tuple(traced.graphs.values()), traced.gradients)
-        placing = QuantizerEmitter(self.model, controls, traced)
-        for group in groups(self.model, quantities):
-            yield from placing.place(group)
-        for vector, _, put in quantities:
-            yield from put(placing.quantized[vector])
+        emitter = QuantizerEmitter(self.model, controls, traced)
+        for group in groups(self.model, points):
+            yield from emitter.place(group)
+        for vector, _, put in points:
+            yield from put(emitter.quantized[vector])
         for site in todo:
             if site.kernel_average and self.options.average == "statistic":
                 yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         if self.options.average == "stored":
             yield from dead_zone(self.layers, self.quantizers, limits)
         if self.model.object_based:
-            yield from (Define(function) for function in placing.functions.values())
+            yield from (Define(function) for function in emitter.functions.values())
 
     def _layer(self, site: Site) -> Layer:
         return self.model.analysis(layers_of_sites)[site.graph, site.node]
@@ -208,19 +211,19 @@ class _Insertion:
         return self.model.analysis(channels)[site.graph, site.node]
 
     def _limits(self, role: str, layer: Layer) -> tuple[float, float]:
-        """The limits that a range begins with."""
+        """Return the limits that a range begins with."""
         quantizer = self.quantizers[role][layer.number]
-        found = [bn for bn in layer.batch_norms if role in bn.variables]
-        if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not found:
+        batch_norms = [bn for bn in layer.batch_norms if role in bn.variables]
+        if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not batch_norms:
             return 0.0, 0.0
-        epsilon = found[0].sites[0].epsilon
+        epsilon = batch_norms[0].sites[0].epsilon
         if isinstance(quantizer.range, Fixed):
             return quantizer.fixed(quantizer.range, epsilon)
-        values = [np.asarray(self.model.value_of(bn.variables[role]), np.float32).ravel() for bn in found]
+        values = [np.asarray(self.model.value_of(bn.variables[role]), np.float32).ravel() for bn in batch_norms]
         return quantizer.limits_of(np.concatenate(values), epsilon)
 
     def _parameters(self, site: Site) -> Iterator[QuantizationPoint]:
-        """What a site normalises with; never the base of its moving average."""
+        """Yield the points at which a site uses its variables; the base of its moving average is none of them."""
         for role, edges in site.parameters.items():
             for edge in edges:
                 vector = self._vector(site, role, edge.graph, self._used(edge), statistic=False)
@@ -229,24 +232,24 @@ class _Insertion:
                     yield QuantizationPoint(vector, edge.node, partial(_rewired, edge, scope))
 
     def _statistics(self, site: Site) -> Iterator[QuantizationPoint]:
-        """The batch's statistics on their way to the averages, or the averages on their way to the variables.
+        """Yield the points at which the batch's statistics enter averages, or averages are stored in variables.
 
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
         """
-        stores = self.options.average == "stored"
+        quantizes_averages = self.options.average == "stored"
         for role, edges in site.statistics.items():
-            for graph, node in assigning(self.model, site.assigns[role]) if stores else ():
+            for graph, node in assigning(self.model, site.assigns[role]) if quantizes_averages else ():
                 value, put = stored(self.model, graph, node)
                 vector = self._vector(site, role, graph, value, statistic=True)
                 if vector is not None:
                     yield QuantizationPoint(vector, node, put)
-            for edge in () if stores else edges:
+            for edge in () if quantizes_averages else edges:
                 vector = self._vector(site, role, edge.graph, self._used(edge), statistic=True)
                 if vector is not None:
                     yield QuantizationPoint(vector, edge.node, partial(self._averaged, site, role, edge))
 
     def _averaged(self, site: Site, role: str, edge: Edge, batch: Expr) -> Iterator[Edit]:
-        """Let an average take a quantised statistic; the kernel's own average is computed beside it then."""
+        """Let an average take a quantised statistic. An average of the kernel's own is then computed beside it."""
         if self.options.average == "none":
             return
         if site.kernel_average:
@@ -255,6 +258,7 @@ class _Insertion:
         yield Rewire(edge, batch, f"{site.node}/{role}")
 
     def _used(self, edge: Edge) -> Use:
+        """Return the value that is used at an edge."""
         graph = self.model.graphs[edge.graph]
         value = graph.nodes[edge.node].inputs[edge.position] if edge.node else graph.results[edge.position].value
         if (edge.graph, value) not in self.values:
@@ -262,18 +266,19 @@ class _Insertion:
         return self.values[edge.graph, value]
 
     def _vector(self, site: Site, role: str, graph: str, value: Expr, *, statistic: bool) -> Vector | None:
+        """Return the vector of a role's value in a graph; None where its layer has no quantiser for the role."""
         number, name, _ = self._layer(site)
         quantizer = self.quantizers[role][number]
         if quantizer is None:
             return None
-        second = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
-        training = site.mode == "training" or statistic or second
+        second_phase = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
+        training = site.mode == "training" or statistic or second_phase
         size = self._size(site)
-        kind: QuantizerSpec | CustomSpec
+        spec: QuantizerSpec | CustomSpec
         if isinstance(quantizer, Scheme):
-            kind = QuantizerSpec(quantizer, site.epsilon, size, value.dtype, training).group_key
+            spec = QuantizerSpec(quantizer, site.epsilon, size, value.dtype, training).group_key
         else:
-            kind = CustomSpec(
+            spec = CustomSpec(
                 TraceRequest(quantizer.function, Context(role, name, site.epsilon), size or 0), value.dtype
             )
         tag = {
@@ -288,13 +293,15 @@ class _Insertion:
             "use": ("average" if self.options.average == "stored" else "statistic") if statistic else "parameter",
         }
         run = next((node for place, node in site.runs if place == MAIN), "")
-        return Vector(graph, value, kind, role, number, json.dumps(tag, sort_keys=True), statistic, run)
+        return Vector(graph, value, spec, role, number, json.dumps(tag, sort_keys=True), statistic, run)
 
-    def _trace(self, quantities: Iterable[QuantizationPoint]) -> Traced:
-        """Make functions of pipelines, all at once."""
-        wanted = list(dict.fromkeys(v.spec.request for v, _, _ in quantities if isinstance(v.spec, CustomSpec)))
-        tracers = [q.trace for found in self.quantizers.values() for q in found if isinstance(q, CustomQuantizer)]
-        return tracers[0](wanted) if wanted else Traced({}, {}, {})
+    def _trace(self, points: Iterable[QuantizationPoint]) -> Traced:
+        """Trace the functions of custom quantisers, all at once."""
+        requests = list(dict.fromkeys(v.spec.request for v, _, _ in points if isinstance(v.spec, CustomSpec)))
+        tracers = [
+            q.trace for quantizers in self.quantizers.values() for q in quantizers if isinstance(q, CustomQuantizer)
+        ]
+        return tracers[0](requests) if requests else Traced({}, {}, {})
 
 
 def _rewired(edge: Edge, scope: str, quantized: Expr) -> Iterator[Edit]:

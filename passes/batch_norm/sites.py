@@ -1,4 +1,4 @@
-"""Where a model computes batch norms, fused or in single ops, and what enters there."""
+"""Sites: the places where a model computes batch norms, fused or in single ops, and the values that enter there."""
 
 from __future__ import annotations
 
@@ -43,26 +43,25 @@ class Site:
     """One place that computes a batch norm: a fused node, or the last of a group of single ops.
 
     Attributes:
-        mode: whether it normalises with the batch's statistics, with the moving ones, or with those that the
-            graph chooses while it runs.
+        mode: "training" normalises with the batch's statistics, "inference" with the moving ones, "both" with
+            those that the graph chooses while it runs.
         factor: weight of the batch's statistics in the kernel's own moving average; 1 where the kernel
             keeps none.
-        weight: weight of the batch's statistics in the moving average, whoever keeps it; None where it keeps
+        weight: weight of the batch's statistics in the moving average, whoever keeps it; None where there is
             none or the weight is not constant.
-        origins: for each way to call the site, where gamma, beta, moving mean and moving variance come
-            from; None for a role that it does not use. More than one where several batch norms share one
-            function.
-        interior: of single ops, the nodes but the last, and those between them, which pass values on.
+        origins: for each way to call the site, the origins of gamma, beta, moving mean and moving variance;
+            None for a role that it does not use. There are several where batch norms share one function.
+        interior: of single ops, all nodes but the last, and the nodes between them, which pass values on.
         inputs: the uses of x and of each role's value, by "x" and role.
         parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
             a change of shape or dtype, and in the gradients that the same graph holds.
         statistics: the uses of the batch's statistics on their way to the moving averages, by role.
-        assigns: (graph, node) of what updates the moving averages themselves, by role; a biased average first.
+        assigns: (graph, node) of the ops that update the moving averages, by role; a biased average comes first.
         variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
-            variance; None where it has no such variable. The latter two are also known from their updates.
-        runs: (graph, node) of what updates the moving averages, as far out as it is called.
+            variance; None where it has no such variable. Those of the latter two also follow from their updates.
+        runs: (graph, node) of the updates of moving averages, or of the outermost calls that run them.
         quantized: the tags of quantisers found on its parameters and statistics.
-        reason: why it cannot be rewritten; empty where it can.
+        reason: the reason why it cannot be rewritten; empty where it can.
     """
 
     graph: str
@@ -92,37 +91,37 @@ class Site:
 
     @property
     def training(self) -> bool:
-        """Whether it can normalise with the batch's statistics."""
+        """True if it can normalise with the batch's statistics."""
         return self.mode != "inference"
 
     @property
     def inference(self) -> bool:
-        """Whether it can normalise with the moving statistics."""
+        """True if it can normalise with the moving statistics."""
         return self.mode != "training"
 
     @property
     def kernel_average(self) -> bool:
-        """Whether the kernel itself computes the moving average."""
+        """True if the kernel itself computes the moving average."""
         return self.training and self.factor != 1.0
 
 
 def sites(model: Model) -> tuple[Site, ...]:
-    """All sites, in the order of graphs and nodes."""
-    found: list[Site | None] = []
+    """Return all sites, in the order of graphs and nodes."""
+    all_sites: list[Site | None] = []
     for name, forms in model.analysis(_forms).items():
-        taken = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
-        found += [_site(model, model.graphs[name], form, taken) for form in forms]
+        form_edges = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
+        all_sites += [_site(model, model.graphs[name], form, form_edges) for form in forms]
         matched = [form.found for form in forms if isinstance(form, _Decomposed)]
-        found += [_unknown(name, *missed) for missed in near_misses(model, model.graphs[name], matched)]
-    return tuple(site for site in found if site is not None)
+        all_sites += [_unknown(name, *missed) for missed in near_misses(model, model.graphs[name], matched)]
+    return tuple(site for site in all_sites if site is not None)
 
 
 def _unknown(graph: str, node: str, why: str) -> Site:
-    """A site for what may be a batch norm, but is of no known form."""
+    """Return a site for a possible batch norm of no known form."""
     reason = (
         f"it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: {why}"
     )
-    nothing: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
+    no_variables: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
     return Site(
         graph=graph,
         node=node,
@@ -131,13 +130,13 @@ def _unknown(graph: str, node: str, why: str) -> Site:
         epsilon=0.0,
         factor=1.0,
         weight=None,
-        origins=nothing,
+        origins=no_variables,
         interior=(),
         inputs={},
         parameters={},
         statistics={},
         assigns={},
-        variables=nothing,
+        variables=no_variables,
         runs=(),
         quantized=(),
         reason=reason,
@@ -145,29 +144,32 @@ def _unknown(graph: str, node: str, why: str) -> Site:
 
 
 def quantized(model: Model) -> frozenset[tuple[str, str]]:
-    """(graph, node) of the sites that have a quantiser."""
+    """Return (graph, node) of the sites that have a quantiser."""
     return frozenset(
         (name, form.node) for name, forms in model.analysis(_forms).items() for form in forms if _proxies(model, form)
     )
 
 
 def _proxies(model: Model, form: _Form) -> tuple[tuple[str, str], ...]:
-    """(graph, node) of the quantisers on a site's parameters and statistics."""
-    found = [p for role in ROLES for leaf in _leaves(model, form.inputs.get(role, ())) for p in leaf.proxies]
-    return tuple(dict.fromkeys([*found, *(p for u in _updates(form) for p in u.proxies)]))
+    """Return (graph, node) of the quantisers on a site's parameters and statistics."""
+    of_parameters = [p for role in ROLES for leaf in _leaves(model, form.inputs.get(role, ())) for p in leaf.proxies]
+    return tuple(dict.fromkeys([*of_parameters, *(p for u in _updates(form) for p in u.proxies)]))
 
 
 def _forms(model: Model) -> Mapping[str, tuple[_Form, ...]]:
-    """What looks like a batch norm, by graph; a form reaches into callers and callees, so all are found together."""
+    """Return the fused nodes and groups of ops that look like a batch norm, by graph.
+
+    A form reaches into callers and callees, so the forms of all graphs are found together.
+    """
     return {name: _in_graph(model, graph) for name, graph in model.graphs.items()}
 
 
 def _in_graph(model: Model, graph: Graph) -> tuple[_Form, ...]:
-    """The fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
-    found: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
-    found += [_Decomposed(model, f) for f in decomposed(model, graph)]
-    order = {name: position for position, name in enumerate(graph.nodes)} if len(found) > 1 else {}
-    return tuple(sorted(found, key=lambda form: order.get(form.node, 0)))
+    """Return the fused nodes of a graph and the groups of ops that look like a batch norm, in the graph's order."""
+    forms: list[_Form] = [_Fused(model, graph, n) for n in graph.nodes.values() if n.op in FUSED]
+    forms += [_Decomposed(model, match) for match in decomposed(model, graph)]
+    order = {name: position for position, name in enumerate(graph.nodes)} if len(forms) > 1 else {}
+    return tuple(sorted(forms, key=lambda form: order.get(form.node, 0)))
 
 
 class _Fused:
@@ -188,16 +190,16 @@ class _Fused:
         self.updates: dict[str, Update] = {}
         if self.training:
             for role, port in STATISTICS.items():
-                found = update(model, graph, Value(node.name, port))
-                # Whatever else the graph does with them: these outputs have no other purpose.
+                entered = update(model, graph, Value(node.name, port))
+                # All uses count as updates, whatever the graph does with them: these outputs have no other purpose.
                 uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
-                self.updates[role] = replace(found, edges=tuple(uses))
+                self.updates[role] = replace(entered, edges=tuple(uses))
             if not any(u.targets for u in self.updates.values()):
                 self.updates |= updates_beside(model, graph, node.inputs[0])
 
 
 class _Decomposed:
-    """Single ops: what a form captured. What mean and variance may be besides variables is the batch's."""
+    """Single ops: the captures of a form. A mean and a variance that are no variables are the batch's."""
 
     kind: Literal["decomposed"] = "decomposed"
     factor = 1.0
@@ -210,49 +212,57 @@ class _Decomposed:
         self.epsilon = float(np.float32(found.epsilon))
         self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
         self.updates: dict[str, Update] = {}
-        own = frozenset(edge for edges in self.inputs.values() for edge in edges)
+        normalising = frozenset(edge for edges in self.inputs.values() for edge in edges)
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
                 if not _held(model, leaf) and not _from_average(model, leaf):
-                    made = outside(model, leaf)
-                    self.updates[role] = update(model, model.graphs[made.graph], made.value, made.calls, own)
+                    source = outside(model, leaf)
+                    self.updates[role] = update(
+                        model, model.graphs[source.graph], source.value, source.calls, normalising
+                    )
 
 
 _Form = _Fused | _Decomposed
 
 
 def _leaves(model: Model, edges: Iterable[Edge]) -> Iterator[Leaf]:
+    """Yield the alternatives of the values at some edges."""
     for edge in edges:
         yield from leaves(model, edge, model.graphs[edge.graph].nodes[edge.node].inputs[edge.position])
 
 
 def _held(model: Model, leaf: Leaf) -> bool:
-    """Whether an alternative is a variable's value, a constant, or a caller's, and not computed."""
+    """Return true if an alternative is a variable's value, a constant, or a caller's, and not computed."""
     return not any(isinstance(o, Computed) for o in origins(model, leaf.graph, leaf.value))
 
 
-def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Site | None:
-    """The site of a fused node or a decomposed form; None where the form is no batch norm.
+def _site(model: Model, graph: Graph, form: _Form, form_edges: frozenset[Edge]) -> Site | None:
+    """Return the site of a fused node or a decomposed form; None where the form is no batch norm.
 
     A layer or instance normalisation has the same form, but keeps no moving averages. Keras 2 writes it as a
     fused node in training mode, with constants for gamma and beta.
     """
-    chosen = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
-    held = {role: [leaf for leaf in found if _held(model, leaf)] for role, found in chosen.items()}
+    alternatives = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
+    held = {
+        role: [leaf for leaf in leaves_of_role if _held(model, leaf)] for role, leaves_of_role in alternatives.items()
+    }
     averages = [u.targets[-1] if u.targets else None for u in _updates(form)]
-    computed = [f for r in STATISTICS for f in chosen[r] if f not in held[r] and _from_average(model, f)]
+    computed = [f for r in STATISTICS for f in alternatives[r] if f not in held[r] and _from_average(model, f)]
     if form.kind == "decomposed" and not (computed or _moving(model, held) or any(averages)):
         return None
     mode: Mode = "inference"
     if form.training or form.updates:
         mode = "both" if (held[MEAN] or computed) and not form.training else "training"
-    used = {r: chosen[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
-    values = [next(iter(held[role] or chosen[role]), None) for role in ROLES]
-    both = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
-    found = frozenset(o[:4] for o in both)
-    if form.training and not any(isinstance(o, VariableKey) for origin in both for o in origin):
+    used = {r: alternatives[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
+    values = [next(iter(held[role] or alternatives[role]), None) for role in ROLES]
+    with_averages = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
+    origins_of_roles = frozenset(o[:4] for o in with_averages)
+    if form.training and not any(isinstance(o, VariableKey) for origin in with_averages for o in origin):
         return None
-    edges = {r: tuple(dict.fromkeys(_quantizable(model, graph, found, taken))) for r, found in used.items()}
+    edges = {
+        r: tuple(dict.fromkeys(_quantizable(model, graph, leaves_of_role, form_edges)))
+        for r, leaves_of_role in used.items()
+    }
     weights = [u.weight for u in _updates(form) if u.weight is not None]
     return Site(
         graph=graph.name,
@@ -262,16 +272,16 @@ def _site(model: Model, graph: Graph, form: _Form, taken: frozenset[Edge]) -> Si
         epsilon=form.epsilon,
         factor=form.factor,
         weight=form.factor if form.factor != 1.0 else next(iter(weights), None),
-        origins=found,
+        origins=origins_of_roles,
         interior=form.interior,
         inputs=form.inputs,
         parameters={r: e for r, e in edges.items() if e},
         statistics={role: u.edges for role, u in form.updates.items()},
         assigns={role: u.assigns for role, u in form.updates.items()},
-        variables=frozenset(tuple(_keys(*o)) for o in both),
+        variables=frozenset(tuple(_keys(*o)) for o in with_averages),
         runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
         quantized=tuple(tag_of(model.graphs[g].nodes[n]) for g, n in _proxies(model, form)),
-        reason=_reason(model, graph, mode, found) or _computed(computed),
+        reason=_reason(model, graph, mode, origins_of_roles) or _computed(computed),
     )
 
 
@@ -280,7 +290,7 @@ def _updates(form: _Form) -> tuple[Update, Update]:
 
 
 def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
-    """Whether mean and variance may be variables."""
+    """Return true if mean and variance may be variables."""
     return all(
         any(isinstance(o, VariableKey | Constant | Captured) for f in held[r] for o in origins(model, f.graph, f.value))
         for r in STATISTICS
@@ -290,13 +300,16 @@ def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
 def _origins(
     model: Model, graph: Graph, values: list[tuple[str, Value] | None]
 ) -> frozenset[tuple[Origin | None, ...]]:
-    """Where values come from, together; None stays None. A value of another graph has to have one origin."""
+    """Return the origins of values, together for each way to call the graph; None stays None.
+
+    A value of another graph has to have one origin.
+    """
     inside = [v[1] for v in values if v is not None and v[0] == graph.name]
-    found = set()
+    origin_tuples = set()
     for binding in bindings(model, graph.name, tuple(inside)):
-        rest = iter(binding)
-        found.add(tuple(v if v is None else _origin(model, graph, v, rest) for v in values))
-    return frozenset(found)
+        bound = iter(binding)
+        origin_tuples.add(tuple(v if v is None else _origin(model, graph, v, bound) for v in values))
+    return frozenset(origin_tuples)
 
 
 def _origin(model: Model, graph: Graph, value: tuple[str, Value], bound: Iterator[Origin]) -> Origin:
@@ -306,41 +319,43 @@ def _origin(model: Model, graph: Graph, value: tuple[str, Value], bound: Iterato
 
 
 def _keys(*origin: Origin | None) -> Iterator[str | None]:
-    """The variables' keys by role, from where parameters come from and, after them, what is updated."""
-    for index, found in enumerate(origin[:4]):
-        known = found
-        if index >= 2 and not isinstance(found, VariableKey):  # noqa: PLR2004  moving mean and variance
-            known = origin[index + 2]
-        yield known.key if isinstance(known, VariableKey) else None
+    """Yield the variables' keys by role, from the origins of parameters and, after them, of updated averages."""
+    for index, parameter in enumerate(origin[:4]):
+        variable = parameter
+        if index >= 2 and not isinstance(parameter, VariableKey):  # noqa: PLR2004  moving mean and variance
+            variable = origin[index + 2]
+        yield variable.key if isinstance(variable, VariableKey) else None
 
 
-def _quantizable(model: Model, graph: Graph, found: Iterable[Leaf], taken: frozenset[Edge]) -> Iterator[Edge]:
-    """The edges of alternatives that are no constants, and those of the same values in gradients."""
-    for leaf in found:
+def _quantizable(
+    model: Model, graph: Graph, alternatives: Iterable[Leaf], form_edges: frozenset[Edge]
+) -> Iterator[Edge]:
+    """Yield the edges of alternatives that are no constants, and those of the same values in gradients."""
+    for leaf in alternatives:
         if not all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
             yield leaf.edge
             if leaf.edge.graph == graph.name:
-                yield from _gradients(model, graph, leaf.edge, taken)
+                yield from _gradients(model, graph, leaf.edge, form_edges)
 
 
-def _gradients(model: Model, graph: Graph, edge: Edge, taken: frozenset[Edge]) -> Iterator[Edge]:
-    """The uses of the same value in the gradients that a graph holds.
+def _gradients(model: Model, graph: Graph, edge: Edge, form_edges: frozenset[Edge]) -> Iterator[Edge]:
+    """Yield the uses of the same value in the gradients that a graph holds.
 
-    A gradient of a batch norm follows its output. It is a fused kernel's, or a product that nothing which the
-    graph returns needs. What updates a variable follows the output too, but leads to an assignment.
+    A gradient of a batch norm follows its output. It is a fused kernel's, or a product that no result of the graph
+    needs. An update of a variable follows the output too, but leads to an assignment.
     """
     value = graph.nodes[edge.node].inputs[edge.position]
-    others = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in taken]
-    for other in others:
-        op = graph.nodes[other.node].op
-        if (op == "Mul" or op.startswith("FusedBatchNormGrad")) and not assigned(model, graph, other):
+    other_uses = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in form_edges]
+    for use in other_uses:
+        op = graph.nodes[use.node].op
+        if (op == "Mul" or op.startswith("FusedBatchNormGrad")) and not assigned(model, graph, use):
             after, returned = model.analysis(_after_batch_norms)(graph.name), model.analysis(_returned)(graph.name)
-            if other.node in after and (op != "Mul" or other.node not in returned):
-                yield other
+            if use.node in after and (op != "Mul" or use.node not in returned):
+                yield use
 
 
 def _returned(model: Model) -> Callable[[str], frozenset[str]]:
-    """Graph -> the nodes that its results, or the main graph's signatures, need."""
+    """Return a function from a graph to the nodes that its results, or the main graph's signatures, need."""
 
     @cache
     def needed(name: str) -> frozenset[str]:
@@ -348,38 +363,39 @@ def _returned(model: Model) -> Callable[[str], frozenset[str]]:
         waiting = [r.value.node for r in graph.results]
         if name == MAIN:
             waiting = [v.node for s in model.signatures.values() for v in s.fetches]
-        found: set[str] = set()
+        nodes: set[str] = set()
         while waiting:
             node = waiting.pop()
-            if node not in found:
-                found.add(node)
+            if node not in nodes:
+                nodes.add(node)
                 waiting += [*(v.node for v in graph.nodes[node].inputs), *graph.nodes[node].after]
-        return frozenset(found)
+        return frozenset(nodes)
 
     return needed
 
 
 def _after_batch_norms(model: Model) -> Callable[[str], frozenset[str]]:
-    """Graph -> the nodes in it that need the output of a batch norm; computed where it is asked for."""
+    """Return a function from a graph to its nodes that need a batch norm's output, computed on demand."""
 
     @cache
     def after(name: str) -> frozenset[str]:
         graph = model.graphs[name]
         uses = model.analysis_of(graph, consumers)
         waiting = [Value(form.node) for form in model.analysis(_forms)[name]]
-        found: set[str] = set()
+        nodes: set[str] = set()
         while waiting:
             for edge in uses.get(waiting.pop(), ()):
-                if edge.node and edge.node not in found:
-                    found.add(edge.node)
+                if edge.node and edge.node not in nodes:
+                    nodes.add(edge.node)
                     count = op_defs.output_count(model, graph.nodes[edge.node])
                     waiting += [Value(edge.node, port) for port in range(count)]
-        return frozenset(found)
+        return frozenset(nodes)
 
     return after
 
 
-def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origin | None, ...]]) -> str:
+def _reason(model: Model, graph: Graph, mode: Mode, origins_of_roles: frozenset[tuple[Origin | None, ...]]) -> str:
+    """Return the reason why a site cannot be rewritten, from its calls and origins; empty where it can."""
     calls = model.analysis(call_graph)
     if graph.name not in model.analysis(running):
         return "nothing calls its function, so it never runs"
@@ -388,21 +404,24 @@ def _reason(model: Model, graph: Graph, mode: Mode, found: frozenset[tuple[Origi
     if mode == "training":
         return ""
     for index, role in ((2, MEAN), (3, VARIANCE)):
-        for origin in sorted({b[index] for b in found}, key=str):
+        for origin in sorted({by_role[index] for by_role in origins_of_roles}, key=str):
             if not isinstance(origin, VariableKey):
                 return f"its {role.replace('_', ' ')} is {_described(origin)}"
     return ""
 
 
 def _from_average(model: Model, leaf: Leaf) -> bool:
+    """Return true if an alternative is computed from a moving average by arithmetic alone."""
     return averaged(model, model.graphs[leaf.graph], leaf.value)
 
 
-def _computed(found: list[Leaf]) -> str:
-    return f"a moving statistic is computed by {found[0].value.node}, not a variable" if found else ""
+def _computed(computed: list[Leaf]) -> str:
+    """Return the reason of a site whose moving statistics are computed; empty where none is."""
+    return f"a moving statistic is computed by {computed[0].value.node}, not a variable" if computed else ""
 
 
 def _described(origin: Origin | None) -> str:
+    """Return an origin in words."""
     match origin:
         case Constant(node=node):
             return f"the constant {node}; --unfreeze-constants makes it a variable again"

@@ -22,45 +22,51 @@ ASSIGN = "AssignVariableOp"
 BY_DIFFERENCE = {"AssignSubVariableOp": "Sub", "AssignAddVariableOp": "AddV2"}
 
 
-def assigning(model: Model, found: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Of what updates averages, by (graph, node), that which assigns the moving one: the last, and others like it."""
+def assigning(model: Model, updates: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return those of `updates` that assign the moving average: the last, and others to the same variable.
+
+    Args:
+        model: the model.
+        updates: (graph, node) of the ops that update averages.
+    """
 
     def target(graph: str, node: str) -> object:
         return origins(model, graph, model.graphs[graph].nodes[node].inputs[0])
 
-    return [each for each in found if target(*each) == target(*found[-1])]
+    return [update for update in updates if target(*update) == target(*updates[-1])]
 
 
 def stored(model: Model, graph: str, node: str) -> tuple[Expr, Callable[[Expr], Iterator[Edit]]]:
-    """What an op assigns to a variable, and the edits that let it assign something else."""
+    """Return the value that an op assigns to a variable, and the edits that let it assign another."""
     assign = model.graphs[graph].nodes[node]
-    resource, given = assign.inputs
-    value = Use(op_defs.output_dtype(model, model.graphs[graph], given), given)
+    resource, assigned = assign.inputs
+    value = Use(op_defs.output_dtype(model, model.graphs[graph], assigned), assigned)
     if assign.op == ASSIGN:
         return value, lambda quantized: iter([Rewire(Edge(graph, node, 1), quantized, node)])
-    held = Use("resource", resource)
-    # What the assignment waits for, such as another assignment to the same variable, the read has to wait for too.
+    variable = Use("resource", resource)
+    # The read has to wait for all that the assignment waits for, such as another assignment to the same variable.
     before = [Use("", Value(name)) for name in assign.after]
-    old = ordered(op("ReadVariableOp", held, dtype=protos.Dtype(value.dtype)), before)
+    old = ordered(op("ReadVariableOp", variable, dtype=protos.Dtype(value.dtype)), before)
     new = op(BY_DIFFERENCE[assign.op], old, value)
-    return new, lambda quantized: iter([Replace(graph, node, op(ASSIGN, held, quantized))])
+    return new, lambda quantized: iter([Replace(graph, node, op(ASSIGN, variable, quantized))])
 
 
 def storable(model: Model, graph: str, node: str) -> bool:
-    """Whether what an op assigns can be quantised."""
+    """Return true if the value that an op assigns can be quantised."""
     return model.graphs[graph].nodes[node].op in (ASSIGN, *BY_DIFFERENCE)
 
 
 def dead_zone(
-    found: Sequence[Layer], quantizers: Mapping[str, Sequence[Quantizer | None]], limits: Mapping[str, np.ndarray]
+    layers: Sequence[Layer], quantizers: Mapping[str, Sequence[Quantizer | None]], limits: Mapping[str, np.ndarray]
 ) -> Iterator[Note]:
-    """How far a batch's statistic has to be from a stored average that is rounded to nearest, to move it.
+    """Yield notes on the dead zone of averages that are stored and rounded to nearest.
 
-    Half a step / (1 - momentum), at first; for a scheme whose steps grow with the value, at the greatest value.
+    A batch's statistic within this distance of the average does not move it: half a step / (1 - momentum), at first.
+    For a scheme whose steps grow with the value, the step is that at the greatest value.
     """
     for role in STATISTICS:
         zones: dict[str, float] = {}
-        for layer, quantizer in zip(found, quantizers[role], strict=True):
+        for layer, quantizer in zip(layers, quantizers[role], strict=True):
             if isinstance(quantizer, Scheme) and quantizer.rounding == "nearest":
                 factor = layer.batch_norms[0].factor or 1 - DEFAULT_MOMENTUM
                 zones[layer.name] = _widest_step(quantizer, *limits[role][layer.number]) / 2 / factor
@@ -73,6 +79,7 @@ def dead_zone(
 
 
 def _widest_step(scheme: Scheme, low: float, high: float) -> float:
+    """Return the greatest distance between neighbouring levels of a range."""
     bottom, top = scheme.codes(scheme.bits)
     if isinstance(scheme, Log):
         return math.exp(high) - math.exp(high - (high - low) / top)

@@ -1,12 +1,11 @@
-"""How a batch's statistics enter moving averages, in every form that TensorFlow's libraries write.
+"""Updates of moving averages by a batch's statistics, in every form that TensorFlow's libraries write.
 
 - the kernel's own: its output is assigned;
 - ``AssignSub(m, (m - b) * (1 - d))``, ``Assign(m, d * m + (1 - d) * b)``, and what is equal to them, on
   resources and on references, inside branches of If and behind Switch and Merge;
 - zero-debiased: a biased average is kept so, read again, and the moving average assigned from it.
 
-They have in common that a statistic passes through elementwise ops into an assignment, beside the batch norm that it
-normalises.
+In all of them a statistic passes through elementwise ops into an assignment, beside the batch norm that it normalises.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ ASSIGNING = ("Assign", "ResourceScatter", "ResourceApply")
 
 @dataclass(frozen=True)
 class Update:
-    """What becomes of one statistic.
+    """The updates that one statistic enters.
 
     Attributes:
-        edges: where it enters the arithmetic of an average, or an assignment.
-        runs: (graph, node) of what assigns, or calls what assigns, in the outermost graph that was met.
-        targets: what is assigned, as (graph, resource or reference), the moving average last.
-        assigns: (graph, node) of what assigns, in the order of the targets.
+        edges: the edges at which it enters the arithmetic of an average, or an assignment.
+        runs: (graph, node) of the assignments, or of calls that run them, in the outermost graph that was met.
+        targets: the assigned variables, as (graph, resource or reference), the moving average last.
+        assigns: (graph, node) of the assignments, in the order of the targets.
         weight: the constant with which the statistic enters; None where it is not one.
         proxies: (graph, node) of the quantisers on the way.
     """
@@ -51,7 +50,7 @@ class Update:
 
 
 class _Reached(NamedTuple):
-    """An assignment that a statistic reaches: where it entered, who runs it, what is assigned, and by which node."""
+    """An assignment that a statistic reaches: its edge of entry, its run, its variable, and the assigning node."""
 
     entered: Edge
     run: tuple[str, str]
@@ -66,42 +65,42 @@ Calls = tuple[tuple[str, str], ...]
 def update(
     model: Model, graph: Graph, statistic: Value, calls: Calls = (), normalising: frozenset[Edge] = frozenset()
 ) -> Update:
-    """What becomes of a statistic that a graph computes, when it is called so.
+    """Return the updates that a statistic of a graph enters, when the graph is called by `calls`.
 
     The edges in `normalising` are those by which it enters the batch norm itself.
     """
     walk = _Walk(model, normalising)
-    found = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, calls)))
-    edges = tuple(dict.fromkeys(r.entered for r in found))
+    reached = tuple(dict.fromkeys(walk.from_value(graph, statistic, None, calls)))
+    edges = tuple(dict.fromkeys(r.entered for r in reached))
     weights = [w for w in (_weight(model, e) for e in edges) if w is not None]
     return Update(
         edges,
-        tuple(dict.fromkeys(r.run for r in found)),
-        tuple(dict.fromkeys(r.target for r in found)),
-        tuple(dict.fromkeys(r.assign for r in found)),
+        tuple(dict.fromkeys(r.run for r in reached)),
+        tuple(dict.fromkeys(r.target for r in reached)),
+        tuple(dict.fromkeys(r.assign for r in reached)),
         weights[0] if weights else None,
         tuple(walk.proxies),
     )
 
 
 def averaged(model: Model, graph: Graph, value: Value) -> bool:
-    """Whether a value is computed from a moving average by arithmetic alone."""
-    waiting, seen = [value], set[Value]()
+    """Return true if a value is computed from a moving average by arithmetic alone."""
+    waiting, visited = [value], set[Value]()
     while waiting:
-        found = origin(graph, waiting.pop())
-        if found in seen:
+        source = origin(graph, waiting.pop())
+        if source in visited:
             continue
-        seen.add(found)
-        node = graph.nodes[found.node]
+        visited.add(source)
+        node = graph.nodes[source.node]
         if node.op in ARITHMETIC or node.op in ("Maximum", "Minimum"):
             waiting += node.inputs
-        elif any(isinstance(o, VariableKey) for o in origins(model, graph.name, found)):
+        elif any(isinstance(o, VariableKey) for o in origins(model, graph.name, source)):
             return True
     return False
 
 
 def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
-    """Whether the value used at an edge enters an average there."""
+    """Return true if the value used at an edge enters an average there."""
     user = graph.nodes[edge.node]
     if user.op.startswith("Assign"):
         return True
@@ -109,7 +108,10 @@ def assigned(model: Model, graph: Graph, edge: Edge) -> bool:
 
 
 def updates_of(model: Model, key: str) -> Iterator[tuple[str, str]]:
-    """(graph, node) of the assignments of a variable from inputs or variables, but for initial and restored values."""
+    """Yield (graph, node) of the assignments of a variable from inputs or variables.
+
+    Assignments of initial and restored values are none of them.
+    """
     for graph in model.graphs.values():
         for node in graph.nodes.values():
             assigns = node.op.startswith(ASSIGNING) and VariableKey(key) in origins(model, graph.name, node.inputs[0])
@@ -118,26 +120,29 @@ def updates_of(model: Model, key: str) -> Iterator[tuple[str, str]]:
 
 
 def _from_data(graph: Graph, start: str) -> bool:
-    """Return whether a value is computed from what is fed or from a variable, and not read from a file."""
-    waiting, seen, given = [start], set[str](), False
+    """Return true if a value is computed from what is fed or from a variable, and not read from a file."""
+    waiting, visited, from_data = [start], set[str](), False
     while waiting:
         node = graph.nodes[waiting.pop()]
-        if node.name not in seen:
-            seen.add(node.name)
+        if node.name not in visited:
+            visited.add(node.name)
             if node.op.startswith("Restore"):
                 return False
-            given |= node.op in FED or node.op == "ReadVariableOp"
+            from_data |= node.op in FED or node.op == "ReadVariableOp"
             waiting += [v.node for v in node.inputs]
-    return given
+    return from_data
 
 
 def shown(graph: Graph, user: Node, position: int) -> bool:
-    """Whether a node's outputs are what comes in here, perhaps in another shape or dtype."""
+    """Return true if a node's outputs are the value that comes in here, perhaps in another shape or dtype."""
     return position == 0 and (user.op in ("Cast", "Identity", "Switch") or constants.viewed(graph, user) is not None)
 
 
 def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int] = ()) -> bool:
-    """Whether the value used at an edge enters averages there, and nothing else but results that are `unused`."""
+    """Return true if the value used at an edge enters averages there, and nothing else.
+
+    Results of the graph at the positions `unused` do not count.
+    """
     user = graph.nodes.get(edge.node)
     if user is None:
         return edge.position in unused or _callers_only_assign(model, graph, edge.position)
@@ -145,10 +150,10 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
         return True
     uses = model.analysis_of(graph, consumers)
     outputs = [Value(user.name, port) for port in range(op_defs.output_count(model, user))]
-    chosen = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
-    if chosen or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
-        after = [e for value in outputs for e in uses.get(value, ())]
-        return bool(after) and all(only_assigned(model, graph, e, unused) for e in after)
+    is_choice = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
+    if is_choice or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
+        following_uses = [e for value in outputs for e in uses.get(value, ())]
+        return bool(following_uses) and all(only_assigned(model, graph, e, unused) for e in following_uses)
     form = ops.call_form(model, user)
     if form is None or form.carried or edge.position < form.first:
         return False
@@ -167,19 +172,22 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
 
 
 def _callers_only_assign(model: Model, graph: Graph, position: int) -> bool:
-    """Return whether a result of a function enters averages wherever it is called, and nothing else."""
-    found = model.analysis(call_graph).callers.get(graph.name, ())
+    """Return true if a result of a function enters averages wherever it is called, and nothing else."""
+    callers = model.analysis(call_graph).callers.get(graph.name, ())
     edges = [
         (outer, edge)
-        for outer, value in ((model.graphs[call.graph], Value(call.node, position)) for call in found)
+        for outer, value in ((model.graphs[call.graph], Value(call.node, position)) for call in callers)
         for edge in model.analysis_of(outer, consumers).get(value, ())
     ]
-    own = graph.name in model.entries or graph.name == MAIN
-    return bool(edges) and not own and all(only_assigned(model, outer, edge) for outer, edge in edges)
+    is_entry = graph.name in model.entries or graph.name == MAIN
+    return bool(edges) and not is_entry and all(only_assigned(model, outer, edge) for outer, edge in edges)
 
 
 def _nothing_uses(model: Model, graph: Graph, value: Value) -> bool:
-    """Whether a value, as the intermediate results that TensorFlow keeps for gradients, is only passed on to no one."""
+    """Return true if a value is only passed on, and no one uses it.
+
+    TensorFlow does so with intermediate results that it keeps for gradients.
+    """
     if graph.name == MAIN and value.node in model.analysis(held):
         return False
     users = model.analysis_of(graph, consumers).get(value, ())
@@ -190,17 +198,17 @@ def _nothing_uses(model: Model, graph: Graph, value: Value) -> bool:
 
 @dataclass
 class _Walk:
-    """Forward from a statistic to assignments."""
+    """A walk forward from a statistic to assignments."""
 
     model: Model
     normalising: frozenset[Edge] = frozenset()
     proxies: dict[tuple[str, str], None] = field(default_factory=dict)
-    seen: set[tuple[str, Value, Edge | None, Calls]] = field(default_factory=set)
+    visited: set[tuple[str, Value, Edge | None, Calls]] = field(default_factory=set)
 
     def from_value(self, graph: Graph, value: Value, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
-        if (graph.name, value, entered, calls) in self.seen:
+        if (graph.name, value, entered, calls) in self.visited:
             return
-        self.seen.add((graph.name, value, entered, calls))
+        self.visited.add((graph.name, value, entered, calls))
         for edge in self.model.analysis_of(graph, consumers).get(value, ()):
             user = graph.nodes.get(edge.node)
             if edge in self.normalising:
@@ -225,19 +233,20 @@ class _Walk:
 
     @staticmethod
     def _passes(graph: Graph, node: Node, position: int) -> bool:
-        """Whether a node's first output is what comes in here, perhaps in another shape or dtype."""
+        """Return true if a node's first output is the value that comes in here, perhaps in another shape or dtype."""
         if node.op in ops.FORWARDS or constants.viewed(graph, node) is not None:
             return position == 0
         return node.op in ops.CHOICES and position >= ops.CHOICES[node.op]
 
     def _returned(self, graph: Graph, edge: Edge, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
-        """What becomes of a result: where the function was called, or wherever it is called."""
-        found = self.model.analysis(call_graph).callers.get(graph.name, ())
-        above = [calls[-1]] if calls else [(c.graph, c.node) for c in found]
-        for outer, call in above:
+        """Yield the assignments that a result reaches: where the function was called, or wherever it is called."""
+        callers = self.model.analysis(call_graph).callers.get(graph.name, ())
+        calling = [calls[-1]] if calls else [(c.graph, c.node) for c in callers]
+        for outer, call in calling:
             yield from self.from_value(self.model.graphs[outer], Value(call, edge.position), entered, calls[:-1])
 
     def _into(self, graph: Graph, call: Node, position: int, entered: Edge | None, calls: Calls) -> Iterator[_Reached]:
+        """Yield the assignments that an argument of a call reaches in the functions called."""
         form = ops.call_form(self.model, call)
         if form is not None and not form.carried and position >= form.first:
             for name in ops.callees(self.model, call):
@@ -246,7 +255,7 @@ class _Walk:
                 yield from self.from_value(callee, argument, entered, (*calls, (graph.name, call.name)))
 
     def _read_again(self, graph: Graph, assign: Node, entered: Edge, calls: Calls) -> Iterator[_Reached]:
-        """Further assignments from what the variable holds after this one."""
+        """Yield further assignments from the value that the variable holds after this one."""
         holder = origin(graph, assign.inputs[0])
         yield from self.from_value(graph, Value(assign.name), entered, calls)
         for node in self.model.analysis_of(graph, following).get(assign.name, ()):
@@ -255,13 +264,13 @@ class _Walk:
 
 
 def _weight(model: Model, entered: Edge) -> float | None:
-    """The constant factor that a statistic gets on the way to an assignment."""
+    """Return the constant factor that a statistic gets on the way to an assignment; None if there is none."""
     graph = model.graphs[entered.graph]
     edge = entered
     for _ in range(5):  # quantised, (m - b), times a correction, times the weight: no form is longer
         user = graph.nodes.get(edge.node)
-        passed = user is not None and (ops.QUANTIZER_MARK in user.attrs or user.op in ops.FORWARDS)
-        if user is None or not (passed or user.op in ARITHMETIC):
+        passes_on = user is not None and (ops.QUANTIZER_MARK in user.attrs or user.op in ops.FORWARDS)
+        if user is None or not (passes_on or user.op in ARITHMETIC):
             return None
         if user.op == "Mul":
             constant = scalar(graph, user.inputs[1 - edge.position])
@@ -275,10 +284,10 @@ def _weight(model: Model, entered: Edge) -> float | None:
 
 
 def scalar(graph: Graph, value: Value) -> float | None:
-    """The number that a graph computes from constants; None where it does not, or not a single one."""
-    found = origin(graph, value)
-    node = graph.nodes[found.node]
-    array = constants.constant_of(graph, found)
+    """Return the number that a graph computes from constants; None where it does not, or not a single one."""
+    source = origin(graph, value)
+    node = graph.nodes[source.node]
+    array = constants.constant_of(graph, source)
     if array is not None:
         real = array.dtype.kind == "f" or array.dtype.name == "bfloat16"  # which NumPy knows as raw bytes
         return float(array.reshape(())) if array.size == 1 and real else None
