@@ -90,7 +90,7 @@ _LONGEST = max(form.depth for form in FORMS) - 2
 """Number of ops after an anchor up to the end of the longest form. The 2 are the anchor and the sum that it takes."""
 
 
-class Found(NamedTuple):
+class DecomposedBatchNorm(NamedTuple):
     """A decomposed batch norm: its last node, and the nodes that its form matched."""
 
     root: str
@@ -98,21 +98,21 @@ class Found(NamedTuple):
     epsilon: float
 
 
-def decomposed(model: Model, graph: Graph) -> tuple[Found, ...]:
+def decomposed(model: Model, graph: Graph) -> tuple[DecomposedBatchNorm, ...]:
     """Return the decomposed batch norms of a graph: for each square root, the first form that fits.
 
     Gamma and beta are vectors that the model holds, so a sum with the output of another layer is not beta.
     """
-    found = [_first(model, graph, anchor) for anchor in graph.nodes.values() if _is_anchor(graph, anchor)]
-    return tuple(f for f in found if f is not None)
+    batch_norms = [_first(model, graph, anchor) for anchor in graph.nodes.values() if _is_anchor(graph, anchor)]
+    return tuple(bn for bn in batch_norms if bn is not None)
 
 
-def near_misses(model: Model, graph: Graph, found: Collection[Found]) -> Iterator[tuple[str, str]]:
+def near_misses(model: Model, graph: Graph, batch_norms: Collection[DecomposedBatchNorm]) -> Iterator[tuple[str, str]]:
     """Yield (node, reason) for each root that no form explains, of a moving or a batch's variance plus a constant.
 
     The reason says why the closest form does not fit.
     """
-    explained = {match.match[VARIANCE].edges[0].node for match in found}
+    explained = {bn.match[VARIANCE].edges[0].node for bn in batch_norms}
     for anchor in graph.nodes.values():
         if _is_anchor(graph, anchor):
             shifted = graph.nodes[origin(graph, anchor.inputs[0]).node]
@@ -153,7 +153,7 @@ def _is_anchor(graph: Graph, node: Node) -> bool:
     return shifted.op in ("Add", "AddV2") and any(scalar(graph, v) is not None for v in shifted.inputs)
 
 
-def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
+def _first(model: Model, graph: Graph, anchor: Node) -> DecomposedBatchNorm | None:
     """Return the first form that fits at an anchor, or None."""
     below = _below(model, graph, anchor)
     for form in FORMS:
@@ -164,7 +164,7 @@ def _first(model: Model, graph: Graph, anchor: Node) -> Found | None:
                     fits = _numbers(graph, match) and _parameters(model, graph, match)
                     if epsilon is not None and fits and anchor.name in match.nodes:
                         # What applies gamma twice has a part that is a batch norm, but is none itself.
-                        return None if _twice(model, graph, root, match) else Found(root, match, epsilon)
+                        return None if _twice(model, graph, root, match) else DecomposedBatchNorm(root, match, epsilon)
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from passes.batch_norm.decomposed import INPUT, Found, decomposed, near_misses
+from passes.batch_norm.decomposed import INPUT, DecomposedBatchNorm, decomposed, near_misses
 from passes.batch_norm.updates import Update, assigned, averaged, update
 from passes.batch_norm.updates_beside import updates_beside
 from passes.quantization.quantizer_marks import tag_of
@@ -111,7 +111,7 @@ def sites(model: Model) -> tuple[Site, ...]:
     for name, forms in model.analysis(_forms).items():
         form_edges = frozenset(e for form in forms for edges in form.inputs.values() for e in edges)
         all_sites += [_site(model, model.graphs[name], form, form_edges) for form in forms]
-        matched = [form.found for form in forms if isinstance(form, _Decomposed)]
+        matched = [form.matched for form in forms if isinstance(form, _Decomposed)]
         all_sites += [_unknown(name, *missed) for missed in near_misses(model, model.graphs[name], matched)]
     return tuple(site for site in all_sites if site is not None)
 
@@ -205,12 +205,12 @@ class _Decomposed:
     factor = 1.0
     training = False
 
-    def __init__(self, model: Model, found: Found) -> None:
-        self.found = found
-        self.node = found.root
-        self.interior = tuple(n for n in dict.fromkeys(found.match.nodes) if n != found.root)
-        self.epsilon = float(np.float32(found.epsilon))
-        self.inputs = {name: found.match[name].edges for name in (INPUT, *ROLES) if name in found.match}
+    def __init__(self, model: Model, batch_norm: DecomposedBatchNorm) -> None:
+        self.matched = batch_norm
+        self.node = batch_norm.root
+        self.interior = tuple(n for n in dict.fromkeys(batch_norm.match.nodes) if n != batch_norm.root)
+        self.epsilon = float(np.float32(batch_norm.epsilon))
+        self.inputs = {name: batch_norm.match[name].edges for name in (INPUT, *ROLES) if name in batch_norm.match}
         self.updates: dict[str, Update] = {}
         normalising = frozenset(edge for edges in self.inputs.values() for edge in edges)
         for role in STATISTICS:
@@ -243,18 +243,18 @@ def _site(model: Model, graph: Graph, form: _Form, form_edges: frozenset[Edge]) 
     fused node in training mode, with constants for gamma and beta.
     """
     alternatives = {role: tuple(_leaves(model, form.inputs.get(role, ()))) for role in ROLES}
-    held = {
+    held_leaves = {
         role: [leaf for leaf in leaves_of_role if _held(model, leaf)] for role, leaves_of_role in alternatives.items()
     }
     averages = [u.targets[-1] if u.targets else None for u in _updates(form)]
-    computed = [f for r in STATISTICS for f in alternatives[r] if f not in held[r] and _from_average(model, f)]
-    if form.kind == "decomposed" and not (computed or _moving(model, held) or any(averages)):
+    computed = [f for r in STATISTICS for f in alternatives[r] if f not in held_leaves[r] and _from_average(model, f)]
+    if form.kind == "decomposed" and not (computed or _moving(model, held_leaves) or any(averages)):
         return None
     mode: Mode = "inference"
     if form.training or form.updates:
-        mode = "both" if (held[MEAN] or computed) and not form.training else "training"
-    used = {r: alternatives[r] if r in (GAMMA, BETA) else held[r] if mode != "training" else [] for r in ROLES}
-    values = [next(iter(held[role] or alternatives[role]), None) for role in ROLES]
+        mode = "both" if (held_leaves[MEAN] or computed) and not form.training else "training"
+    used = {r: alternatives[r] if r in (GAMMA, BETA) else held_leaves[r] if mode != "training" else [] for r in ROLES}
+    values = [next(iter(held_leaves[role] or alternatives[role]), None) for role in ROLES]
     with_averages = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
     origins_of_roles = frozenset(o[:4] for o in with_averages)
     if form.training and not any(isinstance(o, VariableKey) for origin in with_averages for o in origin):
@@ -289,10 +289,14 @@ def _updates(form: _Form) -> tuple[Update, Update]:
     return form.updates.get(MEAN, Update()), form.updates.get(VARIANCE, Update())
 
 
-def _moving(model: Model, held: Mapping[str, list[Leaf]]) -> bool:
+def _moving(model: Model, held_leaves: Mapping[str, list[Leaf]]) -> bool:
     """Return true if mean and variance may be variables."""
     return all(
-        any(isinstance(o, VariableKey | Constant | Captured) for f in held[r] for o in origins(model, f.graph, f.value))
+        any(
+            isinstance(o, VariableKey | Constant | Captured)
+            for f in held_leaves[r]
+            for o in origins(model, f.graph, f.value)
+        )
         for r in STATISTICS
     )
 

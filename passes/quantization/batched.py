@@ -186,7 +186,7 @@ class _RowQuantizer:
         if noise is not None:
             quantized = self._on_grid(noise).value
         else:
-            ceiling, grid = scheme.ceiling(self.grid), self.grid.each(self._of_blocks)
+            ceiling, grid = scheme.ceiling(self.grid), self.grid.mapped(self._of_blocks)
             steps = op("Round", grid.position(self.values.coordinate))
             if ceiling is not None:
                 steps = op("Minimum", steps, self._of_blocks(ceiling))
@@ -194,7 +194,7 @@ class _RowQuantizer:
         return op("Select", self.values.defined, cast(quantized, value.dtype), value)
 
     def _on_grid(self, noise: Expr | None) -> OnGrid:
-        return OnGrid(self.values, self.grid.each(self._of_blocks), noise)
+        return OnGrid(self.values, self.grid.mapped(self._of_blocks), noise)
 
     def _of_vectors(self, reduction: str, blocks: Expr) -> Expr:
         """Return the least or the greatest of each vector, [vectors, 1], from those of its blocks, [blocks, 1]."""

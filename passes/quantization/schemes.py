@@ -51,7 +51,7 @@ class Grid(NamedTuple):
     top: Expr
     reciprocal: Expr
 
-    def each(self, change: Callable[[Expr], Expr]) -> Grid:
+    def mapped(self, change: Callable[[Expr], Expr]) -> Grid:
         """Return the grid with every field changed by a function."""
         zero, origin, bottom = (None if e is None else change(e) for e in (self.zero, self.origin, self.bottom))
         return Grid(change(self.scale), zero, origin, bottom, change(self.top), change(self.reciprocal))
