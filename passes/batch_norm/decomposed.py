@@ -198,9 +198,9 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
 def _parameters(model: Model, graph: Graph, match: Match) -> bool:
     """Return true if the captures for gamma and beta are held by the model, with one element for each channel."""
     values = [match[role].value for role in (GAMMA, BETA) if role in match]
-    constants = [constants.constant_of(graph, value) for value in values]
+    constant_values = [constants.constant_of(graph, value) for value in values]
     origins_of_values = {o for value in values for o in origins(model, graph.name, value)}
-    scalar_constant = any(c is not None and not c.ndim for c in constants)
+    scalar_constant = any(c is not None and not c.ndim for c in constant_values)
     held_by_model = all(isinstance(o, VariableKey | Constant | Captured) for o in origins_of_values)
     edges = [match[role].edges[0] for role in (VARIANCE, GAMMA, BETA) if role in match]
     sizes = {_size(shape_of(model, graph, graph.nodes[e.node].inputs[e.position])) for e in edges} - {None}
