@@ -1,1 +1,1 @@
-"""The engine: graphs and SavedModels, and nothing about batch normalisation."""
+"""The rewriting engine: graphs, edits and SavedModels. It knows nothing about batch normalisation."""

@@ -1,7 +1,7 @@
-"""The application of edits.
+"""The application of edits to a model.
 
-Places expressions, mints names, and brings the variables and per-call values that expressions need to every graph
-and every caller.
+This module places expressions and mints names. It brings the variables and per-call values that expressions need to
+every graph and every caller.
 """
 
 from __future__ import annotations
@@ -65,29 +65,31 @@ from rewriter.sweep import sweep
 
 
 def apply(model: Model, edits: Iterable[Edit]) -> Model:
-    """A model with the edits made, all in one batch: each refers to the graphs as they were, or to clones.
+    """Return the model with all edits of a batch applied.
 
-    Graphs that no edit concerns are the same objects in the result.
+    Each edit refers to the graphs as they were before the batch, or to clones that the batch adds. Graphs that no edit
+    concerns are the same objects in the result.
 
     Raises:
-        Error: an edit refers to something that is not there, or a value is needed in a function that
-            cannot be given another argument.
+        Error: an edit refers to something that does not exist, or a function needs a value but cannot be given another
+            argument.
     """
     batch = list(edits)
     if all(isinstance(e, Skip | Note) for e in batch):
         return model
+    # Variables, functions, clones and copies come first: the other edits of the batch may refer to them.
     model = _add_variables(model, [e.variable for e in batch if isinstance(e, AddVariable)])
     model = _assign(model, [e for e in batch if isinstance(e, Assign)])
     model = _synchronize(model, [e for e in batch if isinstance(e, Synchronize)])
     model = _add_functions(model, [e for e in batch if isinstance(e, Define | Import)])
     model = _add_clones(model, [e for e in batch if isinstance(e, Clone)])
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
-    model, choosing = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
-    batch += choosing
+    model, rewires = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
+    batch += rewires
     model = _expose(model, batch)
     drafts = _Drafts(model)
-    signed = dict(model.main_signatures)
-    fetched: dict[tuple[str, int], Value] = {}
+    added_signatures = dict(model.main_signatures)
+    new_fetches: dict[tuple[str, int], Value] = {}
     for edit in batch:
         match edit:
             case Rewire(edge, value, scope):
@@ -107,42 +109,44 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
             case SetAttr(graph, node, name, proto):
                 drafts[graph].set_attr(node, name, proto)
             case AddSignature(name, MainSignature() as value):
-                signed[name] = _sign(model, drafts[MAIN], name, value)
+                added_signatures[name] = _main_signature(model, drafts[MAIN], name, value)
             case Refetch(name, position, value, scope):
-                fetched[name, position] = drafts[MAIN].place(value, scope)
+                new_fetches[name, position] = drafts[MAIN].place(value, scope)
             case _:
                 pass
     _reorder(drafts, [e for e in batch if isinstance(e, Reorder)])
     make_stateful(model, drafts)
     inlined = drafts[MAIN].inlined if MAIN in drafts else {}
-    old = {n: _refetched(s, fetched, inlined) for n, s in model.signatures.items()}
-    new = {n: _refetched(s, {}, inlined) for n, s in signed.items()}
-    lifted = replace(lift(model, drafts), signatures=old, main_signatures=new)
+    signatures = {n: _refetched(s, new_fetches, inlined) for n, s in model.signatures.items()}
+    main_signatures = {n: _refetched(s, {}, inlined) for n, s in added_signatures.items()}
+    lifted = replace(lift(model, drafts), signatures=signatures, main_signatures=main_signatures)
     swept = sweep(lifted, [e for e in batch if isinstance(e, Sweep)])
-    kept = [e.functions for e in batch if isinstance(e, Keep)]
-    return keep(swept, frozenset().union(*kept)) if kept else swept
+    kept_functions = [e.functions for e in batch if isinstance(e, Keep)]
+    return keep(swept, frozenset().union(*kept_functions)) if kept_functions else swept
 
 
 def _refetched(
-    signature: Signature, fetched: Mapping[tuple[str, int], Value], inlined: Mapping[Value, Value]
+    signature: Signature, new_fetches: Mapping[tuple[str, int], Value], inlined: Mapping[Value, Value]
 ) -> Signature:
-    values = [fetched.get((signature.name, i), v) for i, v in enumerate(signature.fetches)]
+    """Return a signature with new fetches, by signature name and position, and with outputs of inlined calls moved."""
+    values = [new_fetches.get((signature.name, i), v) for i, v in enumerate(signature.fetches)]
     return replace(signature, fetches=tuple(inlined.get(v, v) for v in values))
 
 
-def _sign(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:
+def _main_signature(model: Model, main: Draft, name: str, value: MainSignature) -> Signature:
+    """Return the signature that a `MainSignature` describes, after placing its fetches in the main graph."""
     like = model.signatures[value.like]
     outputs = (*like.outputs, *(spec.name for spec in value.added))
     fetches = tuple(main.place(e, f"{value.scope}/{n}") for e, n in zip(value.fetches, outputs, strict=True))
-    count = len(like.inputs)
-    specs = (*like.specs[:count], *(spec for spec, _ in value.feeds), *like.specs[count:], *value.added)
+    input_count = len(like.inputs)
+    specs = (*like.specs[:input_count], *(spec for spec, _ in value.feeds), *like.specs[input_count:], *value.added)
     inputs = (*like.inputs, *(spec.name for spec, _ in value.feeds))
-    feeds = (*like.feeds, *(fed for _, fed in value.feeds))
+    feeds = (*like.feeds, *(placeholder for _, placeholder in value.feeds))
     return Signature(name, "", inputs, outputs, feeds, fetches, specs, like.name)
 
 
 class _Drafts(dict[str, Draft]):
-    """Drafts by graph, opened when first asked for."""
+    """Drafts by graph name; a draft is opened on first access."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -154,15 +158,16 @@ class _Drafts(dict[str, Draft]):
         graph = self.model.graphs[name]
         entry = self.model.entries.get(name)
         bound = {}
-        if entry is not None:
-            carried = zip(entry.captures, graph.arguments[len(entry.inputs) :], strict=True)
-            bound = {self.model.variables[c]: argument for c, argument in carried if isinstance(c, str)}
+        if entry is not None:  # variables that the function captures already need no further argument
+            captured = zip(entry.captures, graph.arguments[len(entry.inputs) :], strict=True)
+            bound = {self.model.variables[c]: argument for c, argument in captured if isinstance(c, str)}
         draft = Draft(graph, name == MAIN or entry is not None, bound)
         self[name] = draft
         return draft
 
 
 def _reorder(drafts: _Drafts, edits: list[Reorder]) -> None:
+    """Reorder results, once all results of the batch are added."""
     for edit in edits:
         drafts[edit.graph].reorder(edit.order)
 
@@ -180,10 +185,15 @@ def _add_variables(model: Model, variables: list[Variable]) -> Model:
 
 
 def _assign(model: Model, edits: list[Assign]) -> Model:
+    """Return the model with new values for some variables.
+
+    Raises:
+        Error: a value does not have the variable's dtype and shape.
+    """
     for edit in edits:
         variable = model.variables[edit.variable]
-        held = variable.shape if variable.shape is not None else edit.value.shape
-        fits = len(held) == edit.value.ndim and all(a in (b, -1) for a, b in zip(held, edit.value.shape, strict=True))
+        shape = variable.shape if variable.shape is not None else edit.value.shape
+        fits = len(shape) == edit.value.ndim and all(a in (b, -1) for a, b in zip(shape, edit.value.shape, strict=True))
         if edit.value.dtype.name != variable.dtype or not fits:
             raise Error(f"{variable.name} cannot hold a {edit.value.dtype.name} of shape {edit.value.shape}")
     return replace(model, assigned={**model.assigned, **{e.variable: e.value for e in edits}}) if edits else model
@@ -237,7 +247,7 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
             nodes=nodes,
             arguments=(*(arguments[i] for i in clone.inputs), *arguments[len(clone.inputs) :]),
             results=tuple(source.results[i] for i in clone.outputs) or source.results,
-            attrs=_reordered(source.attrs, clone.inputs),
+            attrs=_reordered_attrs(source.attrs, clone.inputs),
         )
     return replace(model, graphs=graphs)
 
@@ -248,12 +258,12 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
         graph = graphs[edit.graph]
         names = {name: f"{edit.prefix}/{name}" for name in edit.nodes}
 
-        def moved(value: Value, edit: Duplicate = edit, names: Mapping[str, str] = names) -> Value:
+        def copy_of(value: Value, edit: Duplicate = edit, names: Mapping[str, str] = names) -> Value:
             while value in edit.instead:
                 value = edit.instead[value]
             return Value(names.get(value.node, value.node), value.port)
 
-        added = {}
+        new_nodes = {}
         for name, new in names.items():
             if new in graph.nodes:
                 raise Error(f"there is a node {new} already")
@@ -262,17 +272,17 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
                 # Two loops of one frame's name would run as one.
                 frame = text(attribute(node, "frame_name").s)
                 node = node.with_attrs(frame_name=attr(f"{edit.prefix}/{frame}"))
-            after = tuple(dict.fromkeys(moved(Value(a)).node for a in node.after))
-            added[new] = replace(node, name=new, inputs=tuple(moved(v) for v in node.inputs), after=after)
-        graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **added})
+            after = tuple(dict.fromkeys(copy_of(Value(a)).node for a in node.after))
+            new_nodes[new] = replace(node, name=new, inputs=tuple(copy_of(v) for v in node.inputs), after=after)
+        graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **new_nodes})
     copies = tuple((edit.prefix, edit.nodes) for edit in edits if edit.graph == MAIN)
     return replace(model, graphs=graphs, copies=(*model.copies, *copies))
 
 
 def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]:
-    """Functions that call one of two others, and the edits by which each is told which."""
+    """Return the model with functions that call one of two others, and the edits that wire their conditions."""
     graphs = dict(model.graphs)
-    choosing = []
+    rewires = []
     for edit in edits:
         graph = graphs[edit.graph]
         branches = [_branch(model, graphs[callee]) for callee in (edit.then, edit.otherwise)]
@@ -282,30 +292,31 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]
             "Tcond": dtype_attr("bool"),
             "then_branch": attr(Func(branches[0].name)),
             "else_branch": attr(Func(branches[1].name)),
-            "_lower_using_switch_merge": attr(value=True),  # as tf.cond has it; else the branches are not optimised
+            "_lower_using_switch_merge": attr(value=True),  # as tf.cond sets it; else the branches are not optimised
             "output_shapes": shapes_attr([shape_of(model, graph, result.value) for result in graph.results]),
         }
-        choice = Node(name, "If" if graph.stateful else "StatelessIf", (Value(graph.arguments[0]),), attrs=attrs)
-        choosing.append(Rewire(Edge(graph.name, name, 0), edit.condition, name))
-        graphs[graph.name] = _calling(graph, choice)
-    return (replace(model, graphs=graphs) if edits else model), choosing
+        conditional = Node(name, "If" if graph.stateful else "StatelessIf", (Value(graph.arguments[0]),), attrs=attrs)
+        rewires.append(Rewire(Edge(graph.name, name, 0), edit.condition, name))
+        graphs[graph.name] = _wrapper(graph, conditional)
+    return (replace(model, graphs=graphs) if edits else model), rewires
 
 
 def _branch(model: Model, graph: Graph) -> Graph:
-    """The function that a conditional runs to compute what a graph does.
+    """Return the function that a conditional uses as its branch for a graph: the graph itself, or a wrapper.
 
-    To differentiate a branch, TensorFlow builds its graph anew; the gradients of ops that capture tensors still take
-    those of the graph that was loaded, and an assertion fails. What a branch calls is differentiated as it was loaded.
+    To differentiate a branch, TensorFlow builds its graph anew. Gradients of ops that capture tensors still refer to
+    the tensors of the loaded graph, and an assertion fails. TensorFlow differentiates a function that a branch calls
+    as it was loaded, so a wrapper avoids this.
     """
     if not captures(model, graph):
         return graph
     call = "StatefulPartitionedCall" if graph.stateful else "PartitionedCall"
     node = Node(unused("call", graph.arguments), call, attrs={"f": attr(Func(graph.name))})
-    return replace(_calling(graph, node), name=unused(f"{graph.name}_branch", model.graphs))
+    return replace(_wrapper(graph, node), name=unused(f"{graph.name}_branch", model.graphs))
 
 
-def _calling(graph: Graph, node: Node) -> Graph:
-    """A function that does no more than run one node, which takes its arguments, and gives its results."""
+def _wrapper(graph: Graph, node: Node) -> Graph:
+    """Return a function that only runs one node, with the arguments, results and name of a graph."""
     arguments = {name: graph.nodes[name] for name in graph.arguments}
     types = {
         "Tin": attr([Dtype(argument_dtype(argument)) for argument in arguments.values()]),
@@ -318,8 +329,8 @@ def _calling(graph: Graph, node: Node) -> Graph:
     return replace(graph, nodes={**arguments, node.name: node}, results=results, effects=effects)
 
 
-def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
-    """A function's attributes with the shapes of its arguments in a new order."""
+def _reordered_attrs(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
+    """Return a function's attributes with the shapes of its arguments in a new order."""
     if "_input_shapes" not in attrs or inputs == tuple(range(len(inputs))):
         return attrs
     old = attrs["_input_shapes"]
@@ -328,12 +339,13 @@ def _reordered(attrs: Attrs, inputs: tuple[int, ...]) -> Attrs:
     return {**attrs, "_input_shapes": shapes}
 
 
-def _named(names: Sequence[str], specs: Sequence[Spec]) -> tuple[Spec, ...]:
-    """Specs with other names, in the order of these."""
+def _renamed_specs(names: Sequence[str], specs: Sequence[Spec]) -> tuple[Spec, ...]:
+    """Return specs under new names, sorted by name, as signatures have them."""
     return tuple(sorted(spec._replace(name=name) for name, spec in zip(names, specs, strict=True)))
 
 
 def _expose(model: Model, batch: list[Edit]) -> Model:
+    """Return the model with the root attributes and function signatures that a batch adds."""
     exposed = {e.path: e.value for e in batch if isinstance(e, Expose)}
     signatures = {e.name: e.value for e in batch if isinstance(e, AddSignature) and isinstance(e.value, Endpoint)}
     if not exposed and not signatures:
@@ -348,7 +360,8 @@ def _expose(model: Model, batch: list[Edit]) -> Model:
                 entries[value.function] = replace(entries[value.function], outputs=value.returns, keys=keys)
             if value.inputs:
                 entry = entries[value.function]
-                inputs, outputs = _named(value.inputs, entry.inputs), _named(value.outputs, entry.outputs)
+                inputs = _renamed_specs(value.inputs, entry.inputs)
+                outputs = _renamed_specs(value.outputs, entry.outputs)
                 entries[value.function] = replace(entry, inputs=inputs, outputs=outputs)
     for path, value in exposed.items():
         if isinstance(value, Endpoint):

@@ -1,4 +1,4 @@
-"""A graph that is being edited: the one mutable thing, alive only inside `edit.apply`."""
+"""Drafts of graphs under edit: the only mutable state, alive only inside `apply.apply`."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from rewriter.op_defs import attribute
 from rewriter.protos import Dtype, attr, dtype_attr, more_shapes, shape_attr, shapes_attr
 
 INVALID_IN_NODE_NAMES = re.compile(r"[^A-Za-z0-9_.\\/>-]", re.ASCII)
-"""A character that TensorFlow refuses in a node's name.
+"""Pattern of a character that TensorFlow refuses in a node's name.
 
 Source: ``tensorflow/python/framework/ops.py``, ``_VALID_OP_NAME_REGEX``.
 """
 
 Need = Handle | PerCall | Passed
-"""What a function may need from its callers."""
+"""An expression that a function may need from its callers."""
 
 
 class Draft:
-    """Collects the changes to one graph.
+    """A mutable copy of one graph, which collects the changes to it.
 
     Attributes:
-        entry: whether calls enter the model here, so that per-call values are computed here.
-        bound: the variables that the function captures already, and the arguments that carry them.
-        needs: what the function takes from its callers, and the argument that carries it.
-        inlined: what stands for the outputs of calls that were inlined.
+        graph: the graph as it was.
+        entry: true if calls enter the model here, so that per-call values are computed here.
+        bound: variables that the function captures already -> the arguments that carry them.
+        needs: expressions that the function takes from its callers -> the arguments that carry them.
+        inlined: outputs of inlined calls -> the values that replace them.
     """
 
     def __init__(self, graph: Graph, entry: bool, bound: Mapping[Variable, str] | None = None) -> None:
@@ -41,36 +42,36 @@ class Draft:
         self.nodes = dict(graph.nodes)
         self.results = list(graph.results)
         self.effects = list(graph.effects)
-        self._results = Names(r.name for r in graph.results)
-        self._effects = Names(e.name for e in graph.effects)
-        self._run = {e.node for e in graph.effects}
+        self._result_names = Names(r.name for r in graph.results)
+        self._effect_names = Names(e.name for e in graph.effects)
+        self._effect_nodes = {e.node for e in graph.effects}
         self.needs: dict[Need, str] = {}
         self.stateful = graph.stateful
         self._placed: dict[Expr, Value] = {}
-        self._names = Names(graph.nodes)
+        self._node_names = Names(graph.nodes)
         self._frames = dict(frames(graph))
         self._entered: dict[tuple[Value, Frame], Value] = {}
         self.inlined: dict[Value, Value] = {}
-        self._last: list[str] = []
+        self._run_last: list[str] = []
 
     def mint(self, hint: str) -> str:
-        """A valid node name that the graph does not have, like `hint`.
+        """Return a valid node name like `hint` that is new in the graph.
 
-        Hints hold what users name, such as a signature's key ``dense/Softmax:0``; in a node's name, the colon would
-        start the number of an output.
+        Hints contain names that users chose, such as a signature's key ``dense/Softmax:0``. In a node's name, the colon
+        would start the number of an output.
         """
-        return self._names.new(INVALID_IN_NODE_NAMES.sub("_", hint))
+        return self._node_names.new(INVALID_IN_NODE_NAMES.sub("_", hint))
 
     def place(self, expr: Expr, scope: str) -> Value:
-        """The value of an expression in this graph. What was placed before is used again."""
+        """Return the value of an expression in this graph; place its parts that are not placed yet."""
         stack = [expr]
         while stack:
             e = stack[-1]
             if isinstance(e, PerCall) and self.entry and e.inner not in self._placed:
                 self.place(e.inner, e.label)
-            waiting = [] if e in self._placed else [i for i in self._operands(e) if i not in self._placed]
-            if waiting:
-                stack.extend(reversed(waiting))
+            missing = [] if e in self._placed else [i for i in self._operands(e) if i not in self._placed]
+            if missing:
+                stack.extend(reversed(missing))
                 continue
             stack.pop()
             if e not in self._placed:
@@ -78,6 +79,7 @@ class Draft:
         return self._placed[expr]
 
     def _operands(self, expr: Expr) -> tuple[Expr, ...]:
+        """Return the expressions that are placed before this one."""
         match expr:
             case Apply():
                 return (*expr.inputs, *expr.after)
@@ -107,20 +109,20 @@ class Draft:
         raise AssertionError(expr)
 
     def _reads_are_effects(self, expr: Expr) -> None:
-        """Let callers see that the function reads a variable, so that a later assignment waits for it."""
+        """Make an expression's reads of variables effects, so that a caller's later assignments wait for them."""
         for read in reads_of(expr):
             self.add_effect(self._placed[read].node)
 
     def place_as(self, expr: Apply, name: str) -> Value:
-        """The value of an op, whose node is named `name` if no other node is."""
+        """Place an op and return its value; its node is named `name` if that name is free."""
         for operand in self._operands(expr):
             self.place(operand, name)
         self._placed[expr] = Value(self._add_op(expr, self.mint(name)))
         return self._placed[expr]
 
     def _add_op(self, expr: Apply, name: str) -> str:
-        needed = (*(self._placed[i] for i in expr.inputs), *(self._placed[e] for e in expr.after))
-        frame = max((self._frames.get(v.node, ()) for v in needed), key=len, default=())
+        operands = (*(self._placed[i] for i in expr.inputs), *(self._placed[e] for e in expr.after))
+        frame = max((self._frames.get(v.node, ()) for v in operands), key=len, default=())
         inputs = self._inputs(expr, frame)
         if frame:
             self._frames[name] = frame
@@ -129,27 +131,29 @@ class Draft:
         return name
 
     def _inputs(self, expr: Apply, frame: Frame) -> tuple[Value, ...]:
-        """An op's inputs in the loop with this frame."""
+        """Return an op's inputs, brought into the loop with this frame."""
         return tuple(self._enter(self._placed[i], i.dtype, frame) for i in expr.inputs)
 
     def _enter(self, value: Value, dtype: str, frame: Frame) -> Value:
-        """The value in every round of the loop with this frame."""
-        own = self._frames.get(value.node, ())
-        while len(own) < len(frame):
-            own = frame[: len(own) + 1]
-            if (value, own) not in self._entered:
-                like = next(n for n in self.nodes.values() if n.op in ENTERS and self._frames.get(n.name) == own)
-                attrs = {k: v for k, v in like.attrs.items() if k in ("frame_name", "parallel_iterations")}
+        """Return a value that gives another one in every iteration of the loop with this frame, through Enter nodes."""
+        value_frame = self._frames.get(value.node, ())
+        while len(value_frame) < len(frame):
+            value_frame = frame[: len(value_frame) + 1]
+            if (value, value_frame) not in self._entered:
+                enter = next(
+                    n for n in self.nodes.values() if n.op in ENTERS and self._frames.get(n.name) == value_frame
+                )
+                attrs = {k: v for k, v in enter.attrs.items() if k in ("frame_name", "parallel_iterations")}
                 name = self.mint(f"{value.node}/Enter")
                 attrs |= {"T": dtype_attr(dtype), "is_constant": attr(value=True)}
                 self.nodes[name] = Node(name, "Enter", (value,), attrs=attrs)
-                self._frames[name] = own
-                self._entered[value, own] = Value(name)
-            value = self._entered[value, own]
+                self._frames[name] = value_frame
+                self._entered[value, value_frame] = Value(name)
+            value = self._entered[value, value_frame]
         return value
 
     def need(self, need: Need) -> str:
-        """The argument that carries what callers must supply; added if there is none yet."""
+        """Return the argument that carries an expression that callers supply; add it if there is none yet."""
         if isinstance(need, Handle) and need.variable in self.bound:
             return self.bound[need.variable]
         if need not in self.needs:
@@ -160,7 +164,7 @@ class Draft:
         return self.needs[need]
 
     def var_handle(self, variable: Variable) -> Value:
-        """The resource of a variable, which the main graph makes."""
+        """Return the resource of a variable, which the main graph makes."""
         if variable.node:
             return Value(variable.node)
         for node in self.nodes.values():
@@ -189,13 +193,13 @@ class Draft:
         name = self.place(value, scope).node
         self.add_effect(name)
         if last:
-            self._last.append(name)
+            self._run_last.append(name)
 
     def add_effect(self, node: str) -> None:
         """Let a node run whenever the graph does."""
-        if self.graph.name != MAIN and node not in self._run:
-            self.effects.append(Effect(self._effects.new(node), node))
-            self._run.add(node)
+        if self.graph.name != MAIN and node not in self._effect_nodes:
+            self.effects.append(Effect(self._effect_names.new(node), node))
+            self._effect_nodes.add(node)
             self.stateful = True
 
     def run_after(self, name: str, others: tuple[str | Expr, ...], scope: str) -> None:
@@ -218,17 +222,20 @@ class Draft:
         """Put a function's nodes in place of a node that calls it."""
         node = self.nodes.pop(call)
         names = {name: self.mint(f"{call}/{name}") for name in callee.nodes if name not in callee.arguments}
-        passed = dict(zip(callee.arguments, node.inputs[first:], strict=True))
+        arguments = dict(zip(callee.arguments, node.inputs[first:], strict=True))
 
-        def moved(value: Value) -> Value:
-            return passed[value.node] if value.node in passed else Value(names[value.node], value.port)
+        def inlined_value(value: Value) -> Value:
+            return arguments[value.node] if value.node in arguments else Value(names[value.node], value.port)
 
         for name, new in names.items():
-            inner = callee.nodes[name].with_attrs(_class=None)  # it names nodes of the function
+            inner = callee.nodes[name].with_attrs(_class=None)  # _class names nodes of the function
             after = (*node.after, *(names[a] for a in inner.after if a in names))
-            self.nodes[new] = replace(inner, name=new, inputs=tuple(moved(v) for v in inner.inputs), after=after)
-        effects = tuple(dict.fromkeys(names[n] for n in self._running(callee) if n in names)) or node.after
-        results = {Value(call, port): moved(r.value) for port, r in enumerate(callee.results)}
+            self.nodes[new] = replace(
+                inner, name=new, inputs=tuple(inlined_value(v) for v in inner.inputs), after=after
+            )
+        # Nodes that waited for the call wait for the inlined effects; without any, for what the call waited for.
+        effects = tuple(dict.fromkeys(names[n] for n in self._nodes_run_by(callee) if n in names)) or node.after
+        results = {Value(call, port): inlined_value(r.value) for port, r in enumerate(callee.results)}
         for user in list(self.nodes.values()):
             inputs = tuple(results.get(v, v) for v in user.inputs)
             after = tuple(dict.fromkeys(n for a in user.after for n in (effects if a == call else (a,))))
@@ -237,14 +244,14 @@ class Draft:
         self.results = [r._replace(value=results.get(r.value, r.value)) for r in self.results]
         if any(e.node == call for e in self.effects):
             self.effects = [e for e in self.effects if e.node != call]
-            self._run.discard(call)
+            self._effect_nodes.discard(call)
             for name in effects:
                 self.add_effect(name)
         self.inlined.update(results)
 
     @staticmethod
-    def _running(callee: Graph) -> Iterator[str]:
-        """What has run when a call has: effects, results, and every op that has an effect."""
+    def _nodes_run_by(callee: Graph) -> Iterator[str]:
+        """Yield the nodes that a call certainly runs: effects, results, and every op that has an effect."""
         yield from (e.node for e in callee.effects)
         yield from (r.value.node for r in callee.results)
         for node in callee.nodes.values():
@@ -260,11 +267,11 @@ class Draft:
         self.nodes[node.name] = node
 
     def add_result(self, name: str, value: Value, dtype: str) -> None:
-        """Return one more value."""
-        self.results.append(Result(self._results.new(name), value, dtype))
+        """Let the graph return one more value."""
+        self.results.append(Result(self._result_names.new(name), value, dtype))
 
     def reorder(self, order: tuple[int, ...]) -> None:
-        """Return the results in another order."""
+        """Let the graph return its results in another order."""
         self.results = [self.results[position] for position in order]
 
     def _node(self, name: str) -> Node:
@@ -273,20 +280,22 @@ class Draft:
         return self.nodes[name]
 
     def finish(self) -> Graph:
-        """The edited graph."""
-        for name in self._last:
-            before = {r.value.node for r in self.results} | {e.node for e in self.effects if e.node not in self._last}
+        """Return the edited graph."""
+        for name in self._run_last:
+            before = {r.value.node for r in self.results} | {
+                e.node for e in self.effects if e.node not in self._run_last
+            }
             arguments = {n for n in before if self.nodes[n].op == ARG}
             self.nodes[name] = replace(self.nodes[name], after=tuple(sorted(before - arguments)))
-        added = tuple(self.needs.values())
+        new_arguments = tuple(self.needs.values())
         attrs = dict(self.graph.attrs)
-        if added and "_input_shapes" in attrs:
+        if new_arguments and "_input_shapes" in attrs:
             # One entry per argument, or the function cannot be loaded; resources and bools are scalars.
             attrs["_input_shapes"] = more_shapes(attrs["_input_shapes"], [need.shape for need in self.needs])
         return replace(
             self.graph,
             nodes=self.nodes,
-            arguments=(*self.graph.arguments, *added),
+            arguments=(*self.graph.arguments, *new_arguments),
             results=tuple(self.results),
             effects=tuple(self.effects),
             attrs=attrs,
@@ -295,7 +304,7 @@ class Draft:
 
 
 def define(function: Function) -> Graph:
-    """The graph of a function."""
+    """Return the graph of a function."""
     names = tuple(p.value.node for p in function.parameters)
     nodes = {p.value.node: Node(p.value.node, ARG, attrs={"T": dtype_attr(p.dtype)}) for p in function.parameters}
     draft = Draft(Graph(function.name, nodes, names), entry=False)
@@ -305,7 +314,7 @@ def define(function: Function) -> Graph:
 
 
 def var_handle(name: str, variable: Variable) -> Node:
-    """A VarHandleOp: the resource of a variable. Its key is its shared name, as names need not be unique."""
+    """Return a VarHandleOp node for a variable. The shared name is the variable's key, as names need not be unique."""
     shape = shape_attr(variable.shape or ())
     attrs = {"dtype": attr(Dtype(variable.dtype)), "shape": shape, "shared_name": attr(variable.key)}
     return Node(name, "VarHandleOp", attrs=attrs)

@@ -1,4 +1,4 @@
-"""The closed set of edits. Passes yield them; only `rewriter.apply` changes anything."""
+"""The closed set of edits. Passes yield them; only `rewriter.apply` applies them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Run:
 
 @dataclass(frozen=True)
 class RunAfter:
-    """Let a node run after others, which are nodes of its graph or are to be placed there."""
+    """Let a node run after others: nodes of its graph, or expressions to be placed there."""
 
     graph: str
     node: str
@@ -57,9 +57,9 @@ class Clone:
     """Add a copy of a function under a new name; edits of the copy may be in the same batch.
 
     Attributes:
-        callees: functions to call instead of others.
-        inputs: new order of the leading arguments: the copy's i-th is the function's `inputs[i]`-th.
-        outputs: new order of the results, likewise.
+        callees: a function that the source calls -> the function that the copy calls instead.
+        inputs: new order of the leading arguments: the copy's i-th is the source's `inputs[i]`-th.
+        outputs: new order of the results: the copy's i-th is the source's `outputs[i]`-th; empty for the same order.
     """
 
     graph: str
@@ -74,8 +74,8 @@ class Duplicate:
     """Add copies of nodes to the same graph; edits of the copies may be in the same batch.
 
     Attributes:
-        nodes: their names; the copies are named `prefix`/name and use each other.
-        instead: values that the copies use in place of others.
+        nodes: names of the nodes to copy; the copies are named `prefix`/name and use each other.
+        instead: a value that the originals use -> the value that the copies use instead.
     """
 
     graph: str
@@ -86,7 +86,7 @@ class Duplicate:
 
 @dataclass(frozen=True)
 class Replace:
-    """Let a node be another op under its name: its first output is what `value` computes."""
+    """Make a node another op under the same name: its first output becomes `value`."""
 
     graph: str
     node: str
@@ -95,7 +95,7 @@ class Replace:
 
 @dataclass(frozen=True)
 class AddResult:
-    """Let a function return one more value; what calls it is to be told so by other edits."""
+    """Let a function return one more value; other edits adapt its callers."""
 
     graph: str
     name: str
@@ -105,10 +105,10 @@ class AddResult:
 
 @dataclass(frozen=True)
 class Reorder:
-    """Let a function return its results, those that this batch adds included, in another order.
+    """Let a function return its results in another order, including the results that this batch adds.
 
     Attributes:
-        order: the i-th result is what would be the `order[i]`-th.
+        order: the i-th result becomes the one that would be the `order[i]`-th.
     """
 
     graph: str
@@ -117,11 +117,11 @@ class Reorder:
 
 @dataclass(frozen=True)
 class Sweep:
-    """Remove nodes that nothing uses any more, and what only they needed.
+    """Remove nodes that nothing uses any more, and the nodes that only they needed.
 
-    A node that still has a use, by a node, a result, a signature or a collection, stays; so does one with an effect.
-    If they are `moved`, other edits of the batch let their effects happen elsewhere, and what waited for them wait for
-    that: neither keeps them then.
+    A node stays if a node, a result, a signature or a collection still uses it, or if it has an effect. With `moved`,
+    neither an effect nor a control input keeps a node. Other edits of the batch then move the effects elsewhere, and
+    make the nodes that waited for them wait for the moved ones.
     """
 
     graph: str
@@ -131,9 +131,10 @@ class Sweep:
 
 @dataclass(frozen=True)
 class Inline:
-    """Put what a function computes in place of a node that calls it; its nodes are named below the node.
+    """Replace a call by the nodes of its callee, which are named below the call's node.
 
-    Of an op with several callees, this is the one that it would call.
+    Attributes:
+        callee: the function; of an op with several callees, the one that it would call.
     """
 
     graph: str
@@ -143,12 +144,12 @@ class Inline:
 
 @dataclass(frozen=True)
 class Dispatch:
-    """Let a function do no more than call one of two others, which take and return what it does.
+    """Let a function only call one of two others, which take and return the same as it does.
 
     Attributes:
-        condition: a boolean, from the function's arguments and variables alone.
-        then: what it calls where the condition holds.
-        otherwise: what it calls where it does not.
+        condition: a boolean, computed from the function's arguments and variables alone.
+        then: the function to call if the condition is true.
+        otherwise: the function to call if the condition is false.
     """
 
     graph: str
@@ -166,7 +167,7 @@ class Define:
 
 @dataclass(frozen=True)
 class Import:
-    """Add functions that were made elsewhere, and gradient functions among them, by the kind of op they are for."""
+    """Add functions from elsewhere, and the gradient functions among them by the kind of op that they differentiate."""
 
     graphs: tuple[Graph, ...]
     gradients: Mapping[str, Gradient] = field(default_factory=dict)
@@ -181,7 +182,7 @@ class AddVariable:
 
 @dataclass(frozen=True)
 class Assign:
-    """Let a variable of the source be saved with another value, of its dtype and shape."""
+    """Save a variable of the source with another value, of the same dtype and shape."""
 
     variable: str
     value: Any
@@ -189,17 +190,17 @@ class Assign:
 
 @dataclass(frozen=True)
 class Keep:
-    """Keep these concrete functions and what they need; everything else goes, when all other edits are made."""
+    """Keep only these concrete functions and what they need; remove the rest, after all other edits."""
 
     functions: tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Synchronize:
-    """Let the replicas of a variable be kept alike in another way.
+    """Change the modes in which the replicas of a variable are synchronised and aggregated.
 
     Attributes:
-        key: the variable's; it is in the source, or was added by an earlier pass.
+        key: checkpoint key of a variable of the source, or of one that an earlier pass added.
         synchronization: ``tf.VariableSynchronization`` as its integer value.
         aggregation: ``tf.VariableAggregation`` as its integer value.
     """
@@ -219,7 +220,7 @@ class Expose:
 
 @dataclass(frozen=True)
 class Refetch:
-    """Let an output of a signature that the main graph computes be another value."""
+    """Let a signature of the main graph return another value as one of its outputs."""
 
     signature: str
     position: int
@@ -232,9 +233,9 @@ class MainSignature:
     """A signature with the inputs and output names of the signature `like`, computed in the main graph.
 
     Attributes:
-        fetches: what its outputs are, and after them what it returns besides.
-        added: the names, dtypes and shapes of what it returns besides.
-        feeds: placeholders that it takes besides, with their names, dtypes and shapes.
+        fetches: values of the outputs of `like`, followed by those of the additional outputs.
+        added: names, dtypes and shapes of the additional outputs.
+        feeds: placeholders for additional inputs, with their names, dtypes and shapes.
     """
 
     like: str
@@ -246,7 +247,7 @@ class MainSignature:
 
 @dataclass(frozen=True)
 class AddSignature:
-    """Make a function, or values of the main graph, a signature."""
+    """Add a signature, computed by a function or by the main graph."""
 
     name: str
     value: Endpoint | MainSignature
@@ -254,7 +255,7 @@ class AddSignature:
 
 @dataclass(frozen=True)
 class Skip:
-    """Leave a node as it is, and say why."""
+    """Leave a node unchanged, and give the reason."""
 
     graph: str
     node: str
@@ -263,7 +264,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Note:
-    """Something that the user should know about the result, in a sentence."""
+    """A sentence that the user should know about the result."""
 
     text: str
 

@@ -1,8 +1,7 @@
 """Expressions: values that are not placed in a graph yet.
 
-A pass writes ``quantised = (q - z) * s``; the engine places it in a graph when it applies the edit that
-uses it. An expression is placed once per graph, however often it is used: identity, not equality, decides
-what is shared.
+A pass writes ``quantised = (q - z) * s``; the engine places it in a graph when it applies the edit that uses it. An
+expression is placed once per graph, however often it is used. Sharing goes by identity, not by equality.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rewriter.ir import Error, Value, Variable
 
 @dataclass(frozen=True, eq=False)
 class Expr:
-    """A value to be computed; arithmetic on expressions makes expressions. `dtype` is its dtype's name."""
+    """A value to be computed, of a dtype given by name; arithmetic on expressions makes expressions."""
 
     dtype: str
 
@@ -34,7 +33,7 @@ class Expr:
         return op("Mul", self, other)
 
     def __truediv__(self, other: Expr) -> Expr:
-        """Division by another expression; a constant divisor would be turned into a product by Grappler."""
+        """Divide by another expression. No constants: Grappler would turn a constant divisor into a product."""
         return op("RealDiv", self, other)
 
     def __neg__(self) -> Expr:
@@ -59,7 +58,15 @@ class Use(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Apply(Expr):
-    """The first output of an op, which runs after others. `name` is a hint for the node's name."""
+    """The first output of an op.
+
+    Attributes:
+        op: the op.
+        inputs: its data inputs.
+        attrs: its attributes.
+        name: a hint for the node's name.
+        after: expressions whose nodes run first (control inputs).
+    """
 
     op: str
     inputs: tuple[Expr, ...]
@@ -70,7 +77,7 @@ class Apply(Expr):
 
 @dataclass(frozen=True, eq=False)
 class Port(Expr):
-    """Another output of an op than its first."""
+    """An output of an op other than its first."""
 
     of: Apply
     port: int
@@ -78,7 +85,7 @@ class Port(Expr):
 
 @dataclass(frozen=True)
 class Passed(Expr):
-    """A value of a graph, used in that graph or in a function that it calls and that is given one more argument."""
+    """A value of a graph, used there or in a function that the graph calls; the function gets one more argument."""
 
     graph: str
     value: Value
@@ -86,7 +93,7 @@ class Passed(Expr):
 
     @property
     def label(self) -> str:
-        """What an argument that carries it is called."""
+        """Name hint of an argument that carries the value."""
         return f"{self.value.node}_{self.value.port}"
 
 
@@ -99,7 +106,7 @@ class Handle(Expr):
 
     @property
     def label(self) -> str:
-        """What an argument that carries it is called."""
+        """Name hint of an argument that carries the resource."""
         return self.variable.name
 
 
@@ -107,8 +114,8 @@ class Handle(Expr):
 class PerCall(Expr):
     """A value computed in concrete functions, where calls enter the model, and passed down from there.
 
-    A function that is no concrete function takes it as an argument. What assigns the variables that it
-    depends on has to run last (`edit.Run`), as a concrete function that another calls computes it again.
+    Any other function takes it as an argument. Ops that assign the variables that it depends on must run last
+    (`edit.Run`): a concrete function that another one calls computes the value again.
     """
 
     label: str
@@ -129,56 +136,56 @@ def _constant(kind: str, value: bool | int | float, dtype: str) -> Expr:  # noqa
 
 
 def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
-    """A scalar constant; equal constants are one expression."""
-    plain = value.item() if isinstance(value, np.generic) else value
-    return _constant(type(plain).__name__, plain, dtype)
+    """Return a scalar constant; equal constants are one expression."""
+    scalar = value.item() if isinstance(value, np.generic) else value
+    return _constant(type(scalar).__name__, scalar, dtype)
 
 
 def array(value: np.ndarray) -> Apply:
-    """A constant array; of strings, where its elements are bytes."""
+    """Return a constant array; an array of bytes objects is a constant of strings."""
     dtype = "string" if value.dtype == object else value.dtype.name
     return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(value)})
 
 
 @cache
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
-    """A constant array with one value in all places, which is stored once; equal ones are one expression."""
+    """Return a constant array filled with one value, which is stored once; equal ones are one expression."""
     proto = protos.attr(np.full((1,), value, dtype))
     proto.tensor.tensor_shape.CopyFrom(protos.shape_attr(shape).shape)
     return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": proto})
 
 
 def per_call(label: str, inner: Expr, shape: tuple[int, ...] = ()) -> PerCall:
-    """`inner`, of this shape, computed once per call of the model; arguments that carry it are named `label`."""
+    """Return `inner`, of this shape, computed once per call of the model; arguments that carry it are named `label`."""
     return PerCall(inner.dtype, label, inner, shape)
 
 
 @cache
 def handle(variable: Variable) -> Handle:
-    """The variable's resource; one expression per variable."""
+    """Return a variable's resource; one expression per variable."""
     return Handle("resource", variable)
 
 
 @cache
 def read(variable: Variable) -> Expr:
-    """The variable's value, read once per graph."""
+    """Return a variable's value, read once per graph."""
     attrs = {"dtype": protos.attr(protos.Dtype(variable.dtype))}
     return Apply(variable.dtype, "ReadVariableOp", (handle(variable),), attrs)
 
 
 def op(name: str, *inputs: Operand, **attrs: Any) -> Apply:
-    """One op with one output; dtype attributes follow from the inputs.
+    """Return the output of an op with one output; dtype attributes follow from the inputs.
 
     Plain numbers among the inputs become constants of the first expression's dtype.
 
     Raises:
-        Error: no such op, or the wrong number of inputs.
+        Error: there is no such op, or it takes another number of inputs.
     """
     definition = op_defs.registered(name)
     if definition is None or len(definition.input_arg) != len(inputs):
         raise Error(f"no op {name} with {len(inputs)} inputs")
-    like = next(i.dtype for i in inputs if isinstance(i, Expr))
-    operands = tuple(i if isinstance(i, Expr) else constant(i, like) for i in inputs)
+    dtype = next(i.dtype for i in inputs if isinstance(i, Expr))
+    operands = tuple(i if isinstance(i, Expr) else constant(i, dtype) for i in inputs)
     values = {k: protos.attr(v) for k, v in attrs.items()}
     for arg, operand in zip(definition.input_arg, operands, strict=True):
         if arg.type_attr:
@@ -187,7 +194,7 @@ def op(name: str, *inputs: Operand, **attrs: Any) -> Apply:
 
 
 def ordered(value: Apply, after: Iterable[Expr]) -> Apply:
-    """The same op, run after others."""
+    """Return an op with other control inputs, so that it runs after these expressions."""
     return replace(value, after=tuple(after))
 
 
@@ -205,11 +212,11 @@ def _result_dtype(definition: Any, attrs: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function to be added to the model: computes `results` from `parameters`.
+    """A function to be added to the model, which computes `results` from `parameters`.
 
     Attributes:
-        shapes: the parameters' shapes, None where unknown; known ones make gradients cheaper. The results have
-            those of the last parameters, in order.
+        shapes: the parameters' shapes, None if unknown; known shapes make gradients cheaper. The results have the
+            shapes of the last parameters, in order.
     """
 
     name: str
@@ -223,14 +230,14 @@ class Function:
         return self.shapes[len(self.shapes) - len(self.results) :]
 
     def __call__(self, *inputs: Expr, name: str = "", **tags: Any) -> Apply:
-        """A call of the function, with a name hint and attributes that start with an underscore."""
+        """Return a call of the function, with a name hint and attributes that start with an underscore."""
         attrs = {**_call_attrs(self), **{k: protos.attr(v) for k, v in tags.items()}}
         return Apply(self.results[0].dtype, "PartitionedCall", inputs, attrs, name)
 
     def inlined(self, *inputs: Expr, name: str = "", **tags: Any) -> Expr:
-        """What the function computes first, without a call; the hint and attributes go to its last op."""
-        made: dict[Expr, Expr] = dict(zip(self.parameters, inputs, strict=True))
-        result = _inline(self.results[0], made)
+        """Return the function's first result computed without a call; its last op gets the hint and attributes."""
+        replacements: dict[Expr, Expr] = dict(zip(self.parameters, inputs, strict=True))
+        result = _substituted(self.results[0], replacements)
         if not isinstance(result, Apply):
             return result
         attrs = {**result.attrs, **{k: protos.attr(v) for k, v in tags.items()}}
@@ -239,13 +246,13 @@ class Function:
 
 @cache
 def _call_attrs(function: Function) -> Mapping[str, Any]:
-    attrs = {**_passed_attrs(function), "f": protos.attr(protos.Func(function.name))}
+    attrs = {**_type_attrs(function), "f": protos.attr(protos.Func(function.name))}
     if None not in function.result_shapes:
         attrs["_output_shapes"] = protos.shapes_attr(list(function.result_shapes))
     return attrs
 
 
-def _passed_attrs(function: Function) -> Mapping[str, Any]:
+def _type_attrs(function: Function) -> Mapping[str, Any]:
     return {
         "Tin": protos.attr([protos.Dtype(p.dtype) for p in function.parameters]),
         "Tout": protos.attr([protos.Dtype(r.dtype) for r in function.results]),
@@ -253,13 +260,13 @@ def _passed_attrs(function: Function) -> Mapping[str, Any]:
 
 
 def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name: str = "", **tags: Any) -> Apply:
-    """A call of one of several functions, which take and return the same; the others do not run.
+    """Return a call of one of several functions, which take and return the same; the others do not run.
 
-    `index`, an int32 scalar, is that function's position. Name and tags are as in a call.
+    `index`, an int32 scalar, is the position of the function to call. Name and tags are as in `Function.__call__`.
     """
     first = branches[0]
     attrs = {
-        **_passed_attrs(first),
+        **_type_attrs(first),
         "branches": protos.attr([protos.Func(branch.name) for branch in branches]),
         "output_shapes": protos.shapes_attr(list(first.result_shapes)),
         **{k: protos.attr(v) for k, v in tags.items()},
@@ -268,12 +275,12 @@ def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name
 
 
 def cond(predicate: Expr, then: Function, otherwise: Function, inputs: Sequence[Expr]) -> Apply:
-    """A call of one of two functions, which take and return the same; the other does not run.
+    """Return a call of one of two functions, which take and return the same; the other does not run.
 
     Source: op ``StatelessIf``, with the attributes that ``tf.cond`` gives it.
     """
     attrs = {
-        **_passed_attrs(then),
+        **_type_attrs(then),
         "Tcond": protos.dtype_attr("bool"),
         "then_branch": protos.attr(protos.Func(then.name)),
         "else_branch": protos.attr(protos.Func(otherwise.name)),
@@ -283,31 +290,31 @@ def cond(predicate: Expr, then: Function, otherwise: Function, inputs: Sequence[
     return Apply(then.results[0].dtype, "StatelessIf", (predicate, *inputs), attrs)
 
 
-def _inline(expr: Expr, made: dict[Expr, Expr]) -> Expr:
-    """An expression with others in place of parameters; each part is made once."""
-    if expr not in made:
+def _substituted(expr: Expr, replacements: dict[Expr, Expr]) -> Expr:
+    """Return an expression with the replacements applied; `replacements` also keeps each new part, made once."""
+    if expr not in replacements:
         if isinstance(expr, Port):
-            of = _inline(expr.of, made)
-            made[expr] = replace(expr, of=of) if isinstance(of, Apply) else expr
+            of = _substituted(expr.of, replacements)
+            replacements[expr] = replace(expr, of=of) if isinstance(of, Apply) else expr
         elif isinstance(expr, Apply) and expr.inputs:
-            made[expr] = replace(expr, inputs=tuple(_inline(i, made) for i in expr.inputs))
+            replacements[expr] = replace(expr, inputs=tuple(_substituted(i, replacements) for i in expr.inputs))
         else:
-            made[expr] = expr
-    return made[expr]
+            replacements[expr] = expr
+    return replacements[expr]
 
 
 def parameter(name: str, dtype: str) -> Use:
-    """A parameter of a `Function`."""
+    """Return a parameter of a `Function`."""
     return Use(dtype, Value(name))
 
 
 def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
-    """`then` where `condition` holds, else `otherwise`; op SelectV2, which broadcasts."""
+    """Return `then` where `condition` is true, else `otherwise`; op SelectV2, which broadcasts."""
     return op("SelectV2", condition, then, otherwise)
 
 
 def concat(values: Sequence[Expr], axis: int = 0) -> Apply:
-    """Tensors of one dtype, joined along an axis."""
+    """Return tensors of one dtype, joined along an axis."""
     dtype = values[0].dtype
     attrs = {
         "N": protos.attr(len(values)),
@@ -318,31 +325,31 @@ def concat(values: Sequence[Expr], axis: int = 0) -> Apply:
 
 
 def switch(value: Expr, predicate: Expr) -> tuple[Expr, Expr]:
-    """The value where the predicate is False, and where it is True; ops that use the other of the two do not run."""
-    made = op("Switch", value, predicate)
-    return Port(value.dtype, made, 0), Port(value.dtype, made, 1)
+    """Return the outputs of a Switch for a false and for a true predicate; ops that use the dead one do not run."""
+    switch_op = op("Switch", value, predicate)
+    return Port(value.dtype, switch_op, 0), Port(value.dtype, switch_op, 1)
 
 
 def merge(first: Expr, second: Expr) -> Apply:
-    """Whichever of two values is computed."""
+    """Return the one of two values that is computed; the other one is dead."""
     attrs = {"N": protos.attr(2), "T": protos.dtype_attr(first.dtype)}
     return Apply(first.dtype, "Merge", (first, second), attrs)
 
 
 def stop_gradient(value: Expr) -> Expr:
-    """The value, with no gradient."""
+    """Return the value, with no gradient."""
     return op("StopGradient", value)
 
 
 def _walk(expr: Expr) -> Iterator[Expr]:
-    """An expression and all that it is made of, each once."""
-    seen: set[int] = set()
+    """Yield an expression and all its parts, each once."""
+    visited: set[int] = set()
     stack = [expr]
     while stack:
         e = stack.pop()
-        if id(e) in seen:
+        if id(e) in visited:
             continue
-        seen.add(id(e))
+        visited.add(id(e))
         yield e
         if isinstance(e, PerCall):
             stack.append(e.inner)
@@ -353,10 +360,10 @@ def _walk(expr: Expr) -> Iterator[Expr]:
 
 
 def variables_of(expr: Expr) -> tuple[Variable, ...]:
-    """The variables whose resources an expression needs, each once."""
+    """Return the variables whose resources an expression needs, each once."""
     return tuple(dict.fromkeys(e.variable for e in _walk(expr) if isinstance(e, Handle)))
 
 
 def reads_of(expr: Expr) -> tuple[Apply, ...]:
-    """The reads of variables in an expression."""
+    """Return the reads of variables in an expression."""
     return tuple(e for e in _walk(expr) if isinstance(e, Apply) and e.op == "ReadVariableOp")

@@ -1,4 +1,4 @@
-"""Bringing what a function needs (a variable's resource, a per-call value) to it through all its callers."""
+"""Lifting: values that a function needs (a variable's resource, a per-call value) reach it through all its callers."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from rewriter.ir import MAIN, Entry, Error, Model, Value
 
 
 def make_stateful(model: Model, drafts: dict[str, Draft]) -> None:
-    """Make every caller of a graph that gained effects run the call, and know that it has effects."""
+    """Make every caller of a graph that gained effects stateful, and make the call an effect of it."""
     calls = model.analysis(call_graph)
     changed = [n for n, d in drafts.items() if len(d.effects) > len(d.graph.effects)]
-    seen: set[str] = set()
+    done: set[str] = set()
     while changed:
         name = changed.pop()
-        if name in seen:
+        if name in done:
             continue
-        seen.add(name)
+        done.add(name)
         _decline_opaque(calls, name)
         for call in calls.callers.get(name, []):
             draft = drafts[call.graph]
             node = draft.nodes.get(call.node)
             if node is None:
-                continue  # it was inlined
+                continue  # the call was inlined
             form = ops.call_form_of(model, node)
-            # Which resources the callee only reads is no longer what the attribute says.
+            # The attribute lists resources that the callee only reads; the new effect may assign one of them.
             draft.set_node(replace(node.with_attrs(_read_only_resource_inputs=None), op=form.stateful))
             draft.add_effect(call.node)
             changed.append(call.graph)
 
 
 def lift(model: Model, drafts: dict[str, Draft]) -> Model:
-    """Finish the drafts: every function gets arguments for what it needs, every caller passes them.
+    """Return the model with all drafts finished: functions get arguments for what they need, and callers pass them.
 
-    Variables' resources end as captures of concrete functions and as VarHandleOps of the main graph;
-    per-call values are computed where a call enters.
+    Variables' resources become captures of concrete functions and VarHandleOps of the main graph. Per-call values are
+    computed where a call enters the model.
     """
-    _spread(model, drafts, model.analysis(call_graph))
+    _propagate_needs(model, drafts, model.analysis(call_graph))
     for draft in drafts.values():
-        # Functions called in the same place share one list of inputs, so the order must be the same.
-        draft.needs = dict(sorted(draft.needs.items(), key=lambda item: _order(item[0])))
+        # Functions called by the same node share one list of inputs, so the order must be the same.
+        draft.needs = dict(sorted(draft.needs.items(), key=lambda item: _sort_key(item[0])))
     for draft in list(drafts.values()):
         _extend_calls(model, drafts, draft)
     graphs = dict(model.graphs)
@@ -53,11 +53,11 @@ def lift(model: Model, drafts: dict[str, Draft]) -> Model:
     for name, draft in drafts.items():
         graphs[name] = draft.finish()
         if name in entries:
-            entries[name] = _capture(entries[name], draft)
+            entries[name] = _with_captures(entries[name], draft)
     return replace(model, graphs=graphs, entries=entries)
 
 
-def _order(need: Need) -> tuple[str, str]:
+def _sort_key(need: Need) -> tuple[str, str]:
     return need.label, need.variable.key if isinstance(need, Handle) else ""
 
 
@@ -66,8 +66,8 @@ def _decline_opaque(calls: CallGraph, name: str) -> None:
         raise Error(f"the function {name} is used by an op other than a call, so it can be given no further input")
 
 
-def _spread(model: Model, drafts: dict[str, Draft], calls: CallGraph) -> None:
-    """Let callers, and functions called in the same place, need what a function needs; until nothing changes."""
+def _propagate_needs(model: Model, drafts: dict[str, Draft], calls: CallGraph) -> None:
+    """Give each function's needs to its callers, and to functions called by the same nodes, until nothing changes."""
     waiting = [name for name, draft in drafts.items() if draft.needs]
     while waiting:
         name = waiting.pop()
@@ -75,13 +75,14 @@ def _spread(model: Model, drafts: dict[str, Draft], calls: CallGraph) -> None:
         needs = tuple(drafts[name].needs)
         for call in calls.callers.get(name, []):
             siblings = ops.callees(model, model.graphs[call.graph].nodes[call.node])
-            waiting.extend(other for other in (call.graph, *siblings) if _add_needs(drafts, other, needs))
+            waiting.extend(neighbour for neighbour in (call.graph, *siblings) if _add_needs(drafts, neighbour, needs))
 
 
 def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> bool:
+    """Add needs to a graph; return true if some were new."""
     draft = drafts[name]
     if name == MAIN:
-        return False  # it has no callers, and makes what it passes
+        return False  # the main graph has no callers, and makes the values that it passes
     before = len(draft.needs)
     for need in needs:
         if isinstance(need, Passed) and need.graph == name:
@@ -99,34 +100,34 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
     for name in dict.fromkeys(c.node for c in calls):
         node = draft.nodes.get(name)
         if node is None:
-            continue  # what it called stands in its place
-        called = [drafts[f] for f in ops.callees(model, node) if f in drafts]
-        needs = list(dict.fromkeys(n for d in called for n in d.needs))
+            continue  # the call was inlined
+        callee_drafts = [drafts[f] for f in ops.callees(model, node) if f in drafts]
+        needs = list(dict.fromkeys(n for d in callee_drafts for n in d.needs))
         if not needs:
             continue
         form = ops.call_form_of(model, node)
         scope = f"{name}/inputs"
-        passed = tuple(draft.place(n, scope) for n in needs)
+        arguments = tuple(draft.place(n, scope) for n in needs)
         attrs: dict[str, Any] = {}
         if form.types is not None:
             attrs[form.types] = protos.more_dtypes(op_defs.attribute(node, form.types), [n.dtype for n in needs])
         if form.carried:
-            _carry(called[-1], needs)
+            _return_needs(callee_drafts[-1], needs)
             shapes = op_defs.attribute(node, "output_shapes")
             if shapes.list.shape:
                 attrs["output_shapes"] = protos.more_shapes(shapes, [n.shape for n in needs])
             attrs["_output_shapes"] = None
-        draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *passed)))
+        draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *arguments)))
 
 
-def _carry(body: Draft, needs: list[Need]) -> None:
-    """A loop's body returns what it was given."""
+def _return_needs(body: Draft, needs: list[Need]) -> None:
+    """Let a loop's body return the arguments that carry its needs, as it must for all loop variables."""
     for need in needs:
         argument = body.need(need)
         if all(r.value != Value(argument) for r in body.results):
             body.add_result(argument, Value(argument), need.dtype)
 
 
-def _capture(entry: Entry, draft: Draft) -> Entry:
+def _with_captures(entry: Entry, draft: Draft) -> Entry:
     added = tuple(need.variable.key for need in draft.needs if isinstance(need, Handle))
     return replace(entry, captures=(*entry.captures, *added))

@@ -11,12 +11,13 @@ from rewriter.edit import Sweep
 from rewriter.ir import ARG, MAIN, Graph, Model, Node
 
 FED = frozenset({"Placeholder", "PlaceholderWithDefault", ARG})
-"""Ops that a caller gives a value."""
+"""Ops whose values a caller supplies."""
 
 
 def sweep(model: Model, edits: Iterable[Sweep]) -> Model:
-    """The model without the nodes named, as far as nothing uses them, and without what only they needed."""
+    """Return the model without the named nodes that nothing uses, and without the nodes that only they needed."""
     named: dict[str, dict[str, bool]] = {}
+    # Moved nodes come last: a node that any edit moves counts as moved.
     for edit in sorted(edits, key=lambda edit: edit.moved):
         named.setdefault(edit.graph, {}).update(dict.fromkeys(edit.nodes, edit.moved))
     swept = {name: _swept(model, model.graphs[name], nodes) for name, nodes in named.items()}
@@ -37,7 +38,7 @@ def _swept(model: Model, graph: Graph, named: Mapping[str, bool]) -> Graph:
         if name in nodes and not uses[name] and (name in moved or _removable(model, nodes[name])):
             node = nodes.pop(name)
             uses.subtract(needed_by(node))
-            waiting += (v.node for v in node.inputs)  # what others only wait for is a conditional's pivot, or an effect
+            waiting += (v.node for v in node.inputs)  # not `after`: control inputs are conditionals' pivots, or effects
     if len(nodes) == len(graph.nodes):
         return graph
     return replace(graph, nodes=nodes, effects=tuple(e for e in graph.effects if e.node in nodes))
@@ -49,7 +50,7 @@ def _waiting_without(node: Node, moved: Collection[str]) -> Node:
 
 
 def needed_by(node: Node) -> Iterator[str]:
-    """The nodes that a node names: inputs, control inputs, and those that it is placed beside."""
+    """Yield the nodes that a node refers to: inputs, control inputs, and nodes that it is colocated with."""
     yield from (v.node for v in node.inputs)
     yield from node.after
     if "_class" in node.attrs:
@@ -57,18 +58,19 @@ def needed_by(node: Node) -> Iterator[str]:
 
 
 def held(model: Model) -> frozenset[str]:
-    """The nodes of the main graph that something outside of it names."""
-    found = {*model.constants.values(), *(name for names in model.collections.values() for name in names)}
+    """Return the nodes of the main graph that constants, collections or signatures refer to."""
+    node_names = {*model.constants.values(), *(name for names in model.collections.values() for name in names)}
     for signature in (*model.signatures.values(), *model.main_signatures.values()):
-        found.update(v.node for v in (*signature.feeds, *signature.fetches))
-    return frozenset(found)
+        node_names.update(v.node for v in (*signature.feeds, *signature.fetches))
+    return frozenset(node_names)
 
 
 def _removable(model: Model, node: Node) -> bool:
-    called = ops.callees(model, node)
-    if called:
-        inside = [inner for name in called for inner in model.graphs[name].nodes.values()]
-        return all(inner.op == ARG or _removable(model, inner) for inner in inside)
+    """Return true if a node, and all nodes of a function that it calls, have no effect and no value from a caller."""
+    callees = ops.callees(model, node)
+    if callees:
+        inner_nodes = [inner for name in callees for inner in model.graphs[name].nodes.values()]
+        return all(inner.op == ARG or _removable(model, inner) for inner in inner_nodes)
     definition = op_defs.registered(node.op)
     if node.op == "ReadVariableOp":
         return True  # stateful, but changes nothing
