@@ -1,4 +1,4 @@
-"""Who calls whom, and where a value comes from."""
+"""The call graph of a model, and the origins of its values."""
 
 from __future__ import annotations
 
@@ -12,14 +12,21 @@ from rewriter import op_defs, ops, protos
 from rewriter.ir import ARG, MAIN, Edge, Entry, Error, Graph, Model, Node, Value
 
 REFERENCES = ("VariableV2", "Variable")
-"""Ops that make a variable as TensorFlow 1 had it: a tensor that others refer to."""
+"""Ops that make a reference variable of TensorFlow 1: a tensor that other ops refer to."""
 
 VARIABLES = ("VarHandleOp", *REFERENCES)
-"""Ops that make a variable: a resource or a reference."""
+"""Ops that make a variable, as a resource or a reference."""
 
 
 class Call(NamedTuple):
-    """One node that calls one function. A node with several callees gives several calls."""
+    """One call of one function by one node. A node with several callees makes several calls.
+
+    Attributes:
+        graph: the calling graph.
+        node: the calling node.
+        callee: the function that it calls.
+        first: index of the node's first input that is passed to the function.
+    """
 
     graph: str
     node: str
@@ -35,14 +42,14 @@ class Constant(NamedTuple):
 
 
 class Argument(NamedTuple):
-    """Origin: an argument of a graph; as a final origin, one that a caller of the model supplies."""
+    """Origin: an argument of a graph; as a final origin, an argument that a caller of the model supplies."""
 
     graph: str
     position: int
 
 
 class Computed(NamedTuple):
-    """Origin: the output of an op that computes something."""
+    """Origin: an output of an op that computes something."""
 
     graph: str
     node: str
@@ -71,8 +78,8 @@ class CallGraph:
     Attributes:
         callers: calls by callee.
         calls: calls by calling graph.
-        opaque: functions that an op other than a call refers to (a dataset's map function, say): they
-            cannot be given further arguments.
+        opaque: functions that an op other than a call refers to, such as a dataset's map function. They cannot be
+            given further arguments.
         digraph: calling graph -> callee.
     """
 
@@ -82,33 +89,33 @@ class CallGraph:
     digraph: nx.DiGraph[str]
 
     def reached(self, graph: str) -> set[str]:
-        """This graph and all that it calls, directly or not."""
+        """Return a graph and all graphs that it calls, directly or not."""
         return {graph, *nx.descendants(self.digraph, graph)}
 
     def reaching(self, graph: str) -> set[str]:
-        """All graphs that call this one, directly or not."""
+        """Return all graphs that call a graph, directly or not."""
         return set(nx.ancestors(self.digraph, graph))
 
 
 def consumers(_: Model, graph: Graph) -> Mapping[Value, list[Edge]]:
-    """All uses of each value of a graph (to be memoised)."""
+    """Return all uses of each value of a graph, in the form that `Model.analysis_of` takes."""
     return graph.consumers()
 
 
 def following(_: Model, graph: Graph) -> Mapping[str, list[Node]]:
-    """The nodes that run after each node, by control inputs."""
-    found: dict[str, list[Node]] = {}
+    """Return the nodes that each node precedes by a control input."""
+    followers: dict[str, list[Node]] = {}
     for node in graph.nodes.values():
         for name in node.after:
-            found.setdefault(name, []).append(node)
-    return found
+            followers.setdefault(name, []).append(node)
+    return followers
 
 
 def call_graph(model: Model) -> CallGraph:
-    """The call graph of a model.
+    """Return the call graph of a model.
 
     Raises:
-        Error: a function calls itself, directly or not.
+        Error: a function calls itself, directly or not, or a call's function is not in the model.
     """
     digraph: nx.DiGraph[str] = nx.DiGraph()
     digraph.add_nodes_from(model.graphs)
@@ -116,11 +123,11 @@ def call_graph(model: Model) -> CallGraph:
     calls: dict[str, list[Call]] = {}
     opaque: set[str] = set()
     for graph in model.graphs.values():
-        found, referred = model.analysis_of(graph, _calls_in)
-        opaque |= referred
-        if found:
-            calls[graph.name] = found
-        for call in found:
+        graph_calls, references = model.analysis_of(graph, _calls_in)
+        opaque |= references
+        if graph_calls:
+            calls[graph.name] = graph_calls
+        for call in graph_calls:
             if call.callee not in model.graphs:
                 raise Error(f"node {call.node} calls the function {call.callee}, which the model does not hold")
             callers.setdefault(call.callee, []).append(call)
@@ -128,73 +135,74 @@ def call_graph(model: Model) -> CallGraph:
     if not nx.is_directed_acyclic_graph(digraph):
         cycle = nx.find_cycle(digraph)
         raise Error(f"the function {cycle[0][0]} calls itself; recursive functions are not supported")
+    # An opaque function cannot take further arguments to pass on, so its callees cannot be given any either.
     for name in list(opaque & set(digraph)):
         opaque |= nx.descendants(digraph, name)
     return CallGraph(callers, calls, frozenset(opaque), digraph)
 
 
 def running(model: Model) -> frozenset[str]:
-    """The graphs that can run: the main graph, the concrete functions, and what they call."""
+    """Return the graphs that can run: main graph, concrete functions, all their callees, opaque functions."""
     calls = model.analysis(call_graph)
     return frozenset().union(*(calls.reached(name) for name in (MAIN, *model.entries))) | calls.opaque
 
 
 def _calls_in(model: Model, graph: Graph) -> tuple[list[Call], set[str]]:
-    """The calls of a graph, and the functions to which ops other than calls refer."""
-    found: list[Call] = []
-    referred: set[str] = set()
+    """Return the calls in a graph, and the functions to which its other ops refer."""
+    calls: list[Call] = []
+    references: set[str] = set()
     for node in graph.nodes.values():
         if op_defs.refers_to_functions(node.op):
             form = ops.call_form(model, node)
             if form is None:
-                referred.update(f for a in node.attrs.values() for f in protos.functions_in(a))
+                references.update(f for a in node.attrs.values() for f in protos.functions_in(a))
             else:
-                found += [Call(graph.name, node.name, callee, form.first) for callee in ops.callees(model, node)]
-    return found, referred
+                calls += [Call(graph.name, node.name, callee, form.first) for callee in ops.callees(model, node)]
+    return calls, references
 
 
 def gradient_kinds(graph: Graph) -> list[str]:
-    """The kinds of the nodes that have gradients of their own, in the order of the nodes."""
+    """Return the kinds of the nodes that have custom gradients, in the order of the nodes."""
     return [protos.text(node.attrs[ops.GRADIENT].s) for node in graph.nodes.values() if ops.GRADIENT in node.attrs]
 
 
 def captures(model: Model, graph: Graph) -> bool:
-    """Whether a graph holds an op with a gradient of its own that captures tensors, which are those of this graph."""
+    """Return true if a graph has an op whose custom gradient captures tensors; these are tensors of this graph."""
     entries = (model.entries.get(model.gradients[k].function) for k in gradient_kinds(graph) if k in model.gradients)
     return any(isinstance(c, int) for entry in entries if entry is not None for c in entry.captures)
 
 
 def referred(model: Model, graph: Graph) -> frozenset[str]:
-    """The functions of a model that a graph calls or refers to otherwise."""
-    found, others = model.analysis_of(graph, _calls_in)
-    return frozenset(call.callee for call in found) | (others & model.graphs.keys())
+    """Return the functions of a model that a graph calls or otherwise refers to."""
+    calls, references = model.analysis_of(graph, _calls_in)
+    return frozenset(call.callee for call in calls) | (references & model.graphs.keys())
 
 
 def follow(model: Model, graph: Graph, value: Value) -> Origin:
-    """Where a value comes from within its graph; through forwarding ops, and through calls and back."""
+    """Return the origin of a value within its graph, through forwarding ops, and through calls and back."""
     while True:
         node = graph.nodes[value.node]
         if node.op == ARG:
             return Argument(graph.name, model.analysis_of(graph, _positions)[node.name])
-        passed = ops.forwarded(node, value.port)
-        if passed is not None:
-            value = passed
+        source = ops.forwarded(node, value.port)
+        if source is not None:
+            value = source
             continue
         if node.op == "Const":
             return Constant(graph.name, node.name)
         if node.op in VARIABLES:
             return _handle_origin(model, graph, node)
         form = ops.call_form(model, node)
-        called = ops.callees(model, node)
-        if form is None or (len(called) != 1 and not form.carried):
+        called_names = ops.callees(model, node)
+        if form is None or (len(called_names) != 1 and not form.carried):
             return Computed(graph.name, node.name, node.op)
-        callee = model.graphs[called[-1]]
-        inside = follow(model, callee, callee.results[value.port].value)
-        if form.carried and inside != Argument(callee.name, value.port):
-            return Computed(graph.name, node.name, node.op)  # what a loop's body returns is not what it was given
-        if not isinstance(inside, Argument):
-            return inside
-        value = node.inputs[form.first + inside.position]
+        callee = model.graphs[called_names[-1]]
+        inner_origin = follow(model, callee, callee.results[value.port].value)
+        if form.carried and inner_origin != Argument(callee.name, value.port):
+            return Computed(graph.name, node.name, node.op)  # the loop's body returns another value than it takes
+        if not isinstance(inner_origin, Argument):
+            return inner_origin
+        value = node.inputs[form.first + inner_origin.position]
 
 
 def _positions(_: Model, graph: Graph) -> Mapping[str, int]:
@@ -202,33 +210,37 @@ def _positions(_: Model, graph: Graph) -> Mapping[str, int]:
 
 
 def _handle_origin(model: Model, graph: Graph, node: Node) -> Origin:
-    """A node that makes a variable is the one that concrete functions bind where the main graph passes it."""
-    found = model.analysis(_variables_of_handles).get(node.name)
-    return VariableKey(found) if found and graph.name == MAIN else Computed(graph.name, node.name, node.op)
+    """Return the variable that a node of the main graph makes, if it is known; else the node as a computation."""
+    key = model.analysis(_variables_of_handles).get(node.name)
+    return VariableKey(key) if key and graph.name == MAIN else Computed(graph.name, node.name, node.op)
 
 
 def _variables_of_handles(model: Model) -> Mapping[str, str]:
-    found = {v.node: key for key, v in model.variables.items() if v.node}
+    """Return the keys of variables by the nodes of the main graph that make them.
+
+    A node makes the variable that a concrete function captures where the main graph passes this node's output.
+    """
+    keys = {v.node: key for key, v in model.variables.items() if v.node}
     main = model.graphs[MAIN]
     for node in main.nodes.values():
-        shared = protos.text(op_defs.attribute(node, "shared_name").s) if node.op == "VarHandleOp" else ""
-        if shared in model.variables:
-            found[node.name] = shared  # as new variables are made
+        shared_name = protos.text(op_defs.attribute(node, "shared_name").s) if node.op == "VarHandleOp" else ""
+        if shared_name in model.variables:
+            keys[node.name] = shared_name  # `draft.var_handle` makes variables like this
     for call in model.analysis(call_graph).calls.get(MAIN, []):
         entry = model.entries.get(call.callee)
         if entry is not None:
-            bound = main.nodes[call.node].inputs[call.first + len(entry.inputs) :]
-            for value, capture in zip(bound, entry.captures, strict=True):
+            bound_values = main.nodes[call.node].inputs[call.first + len(entry.inputs) :]
+            for value, capture in zip(bound_values, entry.captures, strict=True):
                 if isinstance(capture, str):
-                    found[value.node] = capture
-    return found
+                    keys[value.node] = capture
+    return keys
 
 
 def bindings(model: Model, graph: str, values: tuple[Value, ...]) -> frozenset[tuple[Origin, ...]]:
-    """Where several values of one graph come from, together: one tuple for each way to get there.
+    """Return the joint origins of several values of one graph: one tuple for each chain of calls with other origins.
 
-    A function that is called with different variables has as many tuples; each keeps the variables of one
-    call together, which the sets of `origins` would mix.
+    A function that is called with different variables has several tuples. Each keeps the variables of one call
+    together; the sets of `origins` would mix them.
     """
     return _resolve(model, graph, tuple(follow(model, model.graphs[graph], v) for v in values))
 
@@ -236,44 +248,45 @@ def bindings(model: Model, graph: str, values: tuple[Value, ...]) -> frozenset[t
 Origins = tuple[Origin, ...]
 
 
-def _resolved(_: Model) -> dict[tuple[str, Origins], frozenset[Origins]]:
-    """What was resolved already."""
+def _bindings_memo(_: Model) -> dict[tuple[str, Origins], frozenset[Origins]]:
+    """Return an empty memo of `_resolve`, which fills it."""
     return {}
 
 
 def _resolve(model: Model, graph: str, local: Origins) -> frozenset[Origins]:
+    """Return local origins with the arguments among them replaced by the origins that callers pass, for each call."""
     if not any(isinstance(o, Argument) for o in local):
         return frozenset([local])
-    memo = model.analysis(_resolved)
+    memo = model.analysis(_bindings_memo)
     key = (graph, local)
     if key in memo:
         return memo[key]
-    found: set[Origins] = set()
+    resolved: set[Origins] = set()
     entry = model.entries.get(graph)
     if entry is not None:
-        found.add(tuple(_bound(entry, o) if isinstance(o, Argument) else o for o in local))
+        resolved.add(tuple(_bound(entry, o) if isinstance(o, Argument) else o for o in local))
     for call in model.analysis(call_graph).callers.get(graph, []):
         if entry is not None and call.graph == MAIN:
-            continue  # the main graph binds what the concrete function binds
-        outer = model.graphs[call.graph]
-        node = outer.nodes[call.node]
+            continue  # the main graph passes the variables that the concrete function captures
+        caller = model.graphs[call.graph]
+        node = caller.nodes[call.node]
         if _changed_by_loop(model, node, local):
-            found.add(local)
+            resolved.add(local)
             continue
-        found |= _resolve(
+        resolved |= _resolve(
             model,
             call.graph,
             tuple(
-                follow(model, outer, node.inputs[call.first + o.position]) if isinstance(o, Argument) else o
+                follow(model, caller, node.inputs[call.first + o.position]) if isinstance(o, Argument) else o
                 for o in local
             ),
         )
-    memo[key] = frozenset(found or {local})
+    memo[key] = frozenset(resolved or {local})
     return memo[key]
 
 
 def _changed_by_loop(model: Model, node: Node, local: Origins) -> bool:
-    """Whether a loop's body returns another value than it was given for one of these arguments."""
+    """Return true if a call is a loop whose body returns another value than it takes for one of these arguments."""
     if not ops.call_form_of(model, node).carried:
         return False
     body = model.graphs[ops.callees(model, node)[-1]]
@@ -289,13 +302,13 @@ def _bound(entry: Entry, argument: Argument) -> Origin:
 
 
 def origins(model: Model, graph: str, value: Value) -> frozenset[Origin]:
-    """Where one value may come from."""
-    memo = model.analysis(_origins)
+    """Return the possible origins of one value."""
+    memo = model.analysis(_origins_memo)
     if (graph, value) not in memo:
         memo[graph, value] = frozenset(o for (o,) in bindings(model, graph, (value,)))
     return memo[graph, value]
 
 
-def _origins(_: Model) -> dict[tuple[str, Value], frozenset[Origin]]:
-    """What is known already."""
+def _origins_memo(_: Model) -> dict[tuple[str, Value], frozenset[Origin]]:
+    """Return an empty memo of `origins`, which fills it."""
     return {}

@@ -1,4 +1,4 @@
-"""Ops that do more than give their outputs: assignments, random draws, prints, files."""
+"""Ops with side effects: assignments, random draws, prints, files."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ HANDLES = ("VarHandleOp", "ReadVariableOp")
 
 
 def stateful(node: Node) -> bool:
-    """Return whether an op has an effect, by its definition; a call's is that of the function's ops."""
+    """Return true if an op has an effect by its definition. For a call, ask `has_effect`."""
     definition = op_defs.registered(node.op)
     return definition is not None and definition.is_stateful and node.op not in HANDLES
 
 
 def has_effect(model: Model, node: Node) -> bool:
-    """Return whether running a node, or what it calls, does more than give its outputs."""
-    called = ops.callees(model, node)
-    if called:
-        return any(has_effect(model, inner) for name in called for inner in model.graphs[name].nodes.values())
+    """Return true if a node, or an op of a function that it calls, has an effect."""
+    callees = ops.callees(model, node)
+    if callees:
+        return any(has_effect(model, inner) for name in callees for inner in model.graphs[name].nodes.values())
     return stateful(node)
 
 
 def effects_before(model: Model, graph: Graph, name: str) -> frozenset[str]:
-    """The nodes with an effect that run whenever a node does, itself among them."""
-    waiting, seen = [name], set[str]()
+    """Return the nodes with an effect that run whenever a node does, the node itself included."""
+    waiting, before = [name], set[str]()
     while waiting:
         node = graph.nodes[waiting.pop()]
-        if node.name not in seen:
-            seen.add(node.name)
+        if node.name not in before:
+            before.add(node.name)
             waiting += [*(v.node for v in node.inputs), *node.after]
-    return frozenset(n for n in seen if has_effect(model, graph.nodes[n]))
+    return frozenset(n for n in before if has_effect(model, graph.nodes[n]))

@@ -1,7 +1,7 @@
-"""What runs of a graph when predicates are known.
+"""Liveness: the nodes of a graph that run when predicates are known.
 
-In TensorFlow 1's control flow an op with a dead input does not run; Switch makes one of its outputs dead, and
-Merge is dead only if all its inputs are.
+In TensorFlow 1's control flow an op with a dead input does not run. Switch makes one of its outputs dead, and Merge is
+dead only if all its inputs are.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ MERGES = ("Merge", "RefMerge")
 
 @dataclass(frozen=True)
 class Assumption:
-    """A graph, with what some of its booleans, as placeholders, are assumed to be."""
+    """A graph with assumed values for some of its booleans, such as placeholders."""
 
     model: Model
     graph: Graph
     values: Mapping[Value, bool]
 
     def known(self, value: Value) -> bool | None:
-        """What a boolean is; None where that is not known."""
+        """Return the value of a boolean; None if it is not known."""
         if value in self.values:
             return self.values[value]
         node = self.graph.nodes[value.node]
@@ -44,34 +44,34 @@ class Assumption:
             inputs = [self.known(v) for v in node.inputs]
             return deciding if deciding in inputs else None if None in inputs else not deciding
         if node.op == "PlaceholderWithDefault" and self.graph.name != MAIN:
-            return self.known(node.inputs[0])  # in a function, nobody can feed it
-        passed = ops.forwarded(node, value.port)
-        return None if passed is None else self.known(passed)
+            return self.known(node.inputs[0])  # in a function, a placeholder cannot be fed
+        source = ops.forwarded(node, value.port)
+        return None if source is None else self.known(source)
 
     def chosen(self, node: Node) -> Value | None:
-        """The input that Switch, Select or Merge passes on; None where that is not known."""
+        """Return the input that Switch, Select or Merge passes on; None if it is not known."""
         if node.op in SWITCHES and self.known(node.inputs[1]) is not None:
             return node.inputs[0]
         if node.op in SELECTS:
             condition = self.known(node.inputs[0])
             return None if condition is None else node.inputs[1 if condition else 2]
         if node.op in MERGES:
-            living = [v for v in node.inputs if v not in self.dead]
-            return living[0] if len(living) == 1 and len(node.inputs) > 1 else None
+            live = [v for v in node.inputs if v not in self.dead]
+            return live[0] if len(live) == 1 and len(node.inputs) > 1 else None
         return None
 
     def resolved(self, value: Value) -> Value:
-        """What a value is, where choices are known."""
+        """Return the value that a value is equal to, after all known choices."""
         chosen = self.chosen(self.graph.nodes[value.node])
         return value if chosen is None or value.port else self.resolved(chosen)
 
     def settled(self, value: Value) -> Value:
-        """A value before all choices that are known; of a branch that is not taken, the value itself."""
+        """Return the value before all known choices and Switches; in a branch that is not taken, the value itself."""
         while True:
             node = self.graph.nodes[value.node]
             if node.op in SWITCHES:
-                taken = self.known(node.inputs[1])
-                if taken is None or value.port != int(taken):
+                predicate = self.known(node.inputs[1])
+                if predicate is None or value.port != int(predicate):
                     return value
                 value = node.inputs[0]
             elif node.op in ops.CHOICES and not value.port and self.chosen(node) is not None:
@@ -81,8 +81,8 @@ class Assumption:
 
     @cached_property
     def dead(self) -> frozenset[Value]:
-        """The values that are not computed."""
-        found: set[Value] = set()
+        """Values that are not computed."""
+        dead_values: set[Value] = set()
         waiting: list[Value] = []
         uses = self.graph.consumers()
         for node in self.graph.nodes.values():
@@ -96,28 +96,28 @@ class Assumption:
                 followers.setdefault(name, []).append(node.name)
         while waiting:
             value = waiting.pop()
-            if value in found:
+            if value in dead_values:
                 continue
-            found.add(value)
+            dead_values.add(value)
             node = self.graph.nodes[value.node]
             users = [e.node for e in uses.get(value, ()) if e.node]
             if node.op not in SWITCHES:
                 users += followers.get(node.name, [])
             for name in users:
                 user = self.graph.nodes[name]
-                if user.op not in MERGES or all(v in found for v in user.inputs):
+                if user.op not in MERGES or all(v in dead_values for v in user.inputs):
                     waiting += [Value(name, port) for port in range(max(1, op_defs.output_count(self.model, user)))]
-        return frozenset(found)
+        return frozenset(dead_values)
 
     def runs(self, name: str) -> bool:
-        """Whether a node runs at all."""
-        return Value(name) not in self.dead or (Value(name, 1) not in self.dead and self._switches(name))
+        """Return true if a node runs."""
+        return Value(name) not in self.dead or (Value(name, 1) not in self.dead and self._is_switch(name))
 
-    def _switches(self, name: str) -> bool:
+    def _is_switch(self, name: str) -> bool:
         return self.graph.nodes[name].op in SWITCHES
 
     def passes(self, edge: Edge) -> bool:
-        """Whether what is used at an edge, perhaps in a branch that the graph calls, can have an effect."""
+        """Return true if the value used at an edge can matter; the edge may lie in a branch that the graph calls."""
         if edge.graph != self.graph.name:
             return edge.graph not in self._unused_branches
         if not edge.node:
@@ -127,25 +127,25 @@ class Assumption:
         if value in self.dead:
             return False
         if node.op in BRANCHES:
-            return value in self._passed(node)
+            return value in self._needed_inputs(node)
         chosen = self.chosen(node)
         return chosen is None or edge.position == 0 or node.op not in ops.CHOICES or chosen == value
 
     def settles(self, edge: Edge) -> bool:
-        """Whether it is known which of several alternatives is taken, of which the value used at an edge is one."""
+        """Return true if the choice between the value used at an edge and its alternatives is known."""
         if edge.graph != self.graph.name:
             return edge.graph in self._settled_branches
         return bool(edge.node) and self.chosen(self.graph.nodes[edge.node]) is not None
 
     @cached_property
     def _settled_branches(self) -> frozenset[str]:
-        """The functions of If nodes of the graph whose predicates are known."""
+        """Branches of the graph's If nodes with known predicates."""
         settled = [n for n in self.graph.nodes.values() if n.op in BRANCHES and self.known(n.inputs[0]) is not None]
         return frozenset(name for node in settled for name in ops.callees(self.model, node))
 
     @cached_property
     def _unused_branches(self) -> frozenset[str]:
-        """The functions that If nodes of the graph do not call."""
+        """Branches that none of the graph's If nodes calls."""
         unused, used = set(), set()
         for node in self.graph.nodes.values():
             if node.op in BRANCHES:
@@ -157,52 +157,52 @@ class Assumption:
         return frozenset(unused - used)
 
     def called(self, nodes: Iterable[str]) -> frozenset[str]:
-        """The functions that these nodes call, directly or not, but for branches that are not taken."""
+        """Return the functions that nodes call, directly or not, except branches that are not taken."""
         calls = self.model.analysis(call_graph)
-        found: set[str] = set()
+        functions: set[str] = set()
         for name in nodes:
             node = self.graph.nodes[name]
             for function in self.taken(node):
-                found |= calls.reached(function)
-        return frozenset(found)
+                functions |= calls.reached(function)
+        return frozenset(functions)
 
     def taken(self, node: Node) -> tuple[str, ...]:
-        """The functions that a node calls, as far as its predicate is known."""
-        called = ops.callees(self.model, node)
+        """Return the functions that a node may call: of an If with a known predicate, only the branch taken."""
+        callees = ops.callees(self.model, node)
         predicate = self.known(node.inputs[0]) if node.op in BRANCHES else None
-        return called if predicate is None else (called[0 if predicate else 1],)
+        return callees if predicate is None else (callees[0 if predicate else 1],)
 
-    def _passed(self, node: Node) -> tuple[Value, ...]:
-        """What a node needs; of a branch that is known, only what that branch uses."""
-        taken = self.taken(node)
-        if node.op not in BRANCHES or len(taken) > 1:
+    def _needed_inputs(self, node: Node) -> tuple[Value, ...]:
+        """Return the inputs that a node needs; if its branch is known, only those that this branch uses."""
+        callees = self.taken(node)
+        if node.op not in BRANCHES or len(callees) > 1:
             return node.inputs
-        branch = self.model.graphs[taken[0]]
+        branch = self.model.graphs[callees[0]]
         used = {value.node for value, _ in branch.edges()}
-        passed = zip(branch.arguments, node.inputs[1:], strict=True)
-        return (node.inputs[0], *(value for argument, value in passed if argument in used))
+        argument_values = zip(branch.arguments, node.inputs[1:], strict=True)
+        return (node.inputs[0], *(value for argument, value in argument_values if argument in used))
 
     def returns(self, name: str) -> bool:
-        """Return whether a result of the function needs a node; of the main graph, this is not known."""
+        """Return true if a result of the function needs a node; always true for the main graph, where it is unknown."""
         return self.graph.name == MAIN or name in self._returned
 
     @cached_property
     def _returned(self) -> dict[str, None]:
-        """The nodes that the function's results need."""
+        """Nodes that the function's results need."""
         return self.needed(result.value.node for result in self.graph.results)
 
     def needed(self, roots: Iterable[str]) -> dict[str, None]:
-        """The nodes that these need, themselves among them."""
-        found: dict[str, None] = {}
+        """Return the nodes that some nodes need, those included."""
+        names: dict[str, None] = {}
         waiting = list(roots)
         while waiting:
             name = waiting.pop()
-            if name in found:
+            if name in names:
                 continue
-            found[name] = None
+            names[name] = None
             node = self.graph.nodes[name]
             chosen = self.chosen(node)
-            inputs = self._passed(node) if chosen is None else (chosen,)
+            inputs = self._needed_inputs(node) if chosen is None else (chosen,)
             waiting += [v.node for v in inputs if v not in self.dead]
             waiting += [n for n in node.after if self.runs(n)]
-        return found
+        return names

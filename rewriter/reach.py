@@ -1,4 +1,4 @@
-"""Ops that reach beyond the model: files, the network, Python.
+"""Ops that reach outside the model: files, the network, Python.
 
 Source: op definitions of TensorFlow 2.21 (``tensorflow/core/ops``).
 """
@@ -44,19 +44,19 @@ NETWORK = frozenset(
 PYTHON = frozenset({"EagerPyFunc", "PyFunc", "PyFuncStateless"})
 # fmt: on
 REACHED = {**dict.fromkeys(FILES, "files"), **dict.fromkeys(NETWORK, "the network"), **dict.fromkeys(PYTHON, "Python")}
-"""What each op reaches."""
+"""Op -> the thing that it reaches, in words."""
 
 SAVES = frozenset({"MergeV2Checkpoints", "Save", "SaveSlices", "SaveV2"})
 RESTORES = frozenset({"Restore", "RestoreSlice", "RestoreV2"})
 SAVER = SAVES | RESTORES
-"""Ops that a saver in the main graph consists of, by which every model is saved and restored."""
+"""Ops of the main graph's saver, by which every model is saved and restored."""
 
 INITIALIZERS = ("saved_model_main_op", "legacy_init_op")
-"""Collections with the op that TensorFlow 1 runs when it has loaded a model."""
+"""Collections with the op that TensorFlow 1 runs after it has loaded a model."""
 
 
 class Reach(NamedTuple):
-    """A node that reaches beyond the model, and what it reaches."""
+    """A node that reaches outside the model; `what` names the thing that it reaches."""
 
     op: str
     node: str
@@ -65,72 +65,83 @@ class Reach(NamedTuple):
 
 
 def reaching(model: Model) -> tuple[Reach, ...]:
-    """All nodes that reach files, the network or Python when they run, but for those of the model's own saver."""
+    """Return all nodes that reach files, the network or Python when they run, except those of the model's own saver."""
     return tuple(_reaching(model))
 
 
 def refuse_reaching(path: str | Path, model: Model, *, trust: bool) -> None:
-    """Refuse to run a model that reaches beyond itself, unless it is trusted.
+    """Refuse to run a model that reaches outside itself, unless it is trusted.
 
     Raises:
-        Error: says which ops reach what, and where the first of each is.
+        Error: the model does; the message lists the ops, what they reach, and the first node of each.
     """
-    found: dict[str, list[Reach]] = {}
+    by_op: dict[str, list[Reach]] = {}
     for reach in () if trust else reaching(model):
-        found.setdefault(reach.op, []).append(reach)
-    if found:
-        each = (
-            f"{n[0].what} by {op} ({len(n)}, first {n[0].node} in {n[0].graph or 'the main graph'})"
-            for op, n in found.items()
+        by_op.setdefault(reach.op, []).append(reach)
+    if by_op:
+        descriptions = (
+            f"{reaches[0].what} by {op} ({len(reaches)}, first {reaches[0].node} "
+            f"in {reaches[0].graph or 'the main graph'})"
+            for op, reaches in by_op.items()
         )
-        raise Error(f"{path} would be run, and reaches {'; '.join(each)}; pass --trust if you trust it")
+        raise Error(f"{path} would be run, and reaches {'; '.join(descriptions)}; pass --trust if you trust it")
 
 
 def _reaching(model: Model) -> Iterator[Reach]:
     saver = _Saver(model)
     for graph in model.graphs.values():
         for node in graph.nodes.values():
-            what = _reached(node)
+            what = _target_of(node)
             if what and not saver.exempts(graph, node):
                 yield Reach(node.op, node.name, graph.name, what)
 
 
-def _reached(node: Node) -> str:
+def _target_of(node: Node) -> str:
+    """Return the thing outside the model that a node reaches, in words; "" if there is none."""
     if node.op == "PrintV2":
         return "files" if op_defs.attribute(node, "output_stream").s.startswith(b"file://") else ""
     return REACHED.get(node.op, "")
 
 
 class _Saver:
-    """What the main graph saves and restores the model by.
+    """The saver of the main graph, which saves and restores the model.
 
-    Loading restores, from the file that the loader names: ops are exempt that read that one, directly. Nothing saves
-    but who asks for it: ops are exempt that no signature runs, nor the restoring, nor what initialises the model.
+    Loading restores the model from the file that the loader names: ops that read this file directly are exempt. Saving
+    happens only on request: ops are exempt if neither a signature, nor the restoring, nor the initialisation runs them.
+
+    Attributes:
+        served: nodes of the main graph that signatures and initialisation run.
+        restored: other nodes of the main graph that the restoring runs.
+        file: the node through which the loader passes the file's name.
+        callers: calls by callee.
+        external_functions: concrete functions, and functions that belong to captured objects.
     """
 
     def __init__(self, model: Model) -> None:
         self.model = model
         meta = model.source.proto.meta_graphs[model.source.index]
-        outputs = [name for s in meta.signature_def.values() for info in s.outputs.values() for name in _nodes_of(info)]
-        initial = [
+        outputs = [
+            name for s in meta.signature_def.values() for info in s.outputs.values() for name in _nodes_of_info(info)
+        ]
+        initializers = [
             n for key in INITIALIZERS if key in meta.collection_def for n in meta.collection_def[key].node_list.value
         ]
-        self.served = self._cone([*outputs, *(name.partition(":")[0] for name in initial)])
+        self.served = self._cone([*outputs, *(name.partition(":")[0] for name in initializers)])
         self.restored = self._cone([meta.saver_def.restore_op_name]) - self.served
         self.file = meta.saver_def.filename_tensor_name.partition(":")[0]
         self.callers: dict[str, list[Call]] = {}
         for calls in model.analysis(call_graph).calls.values():
             for call in calls:
                 self.callers.setdefault(call.callee, []).append(call)
-        self.held = set(model.entries) | {name for names in model.owned.values() for name in names}
+        self.external_functions = set(model.entries) | {name for names in model.owned.values() for name in names}
 
     def exempts(self, graph: Graph, node: Node) -> bool:
-        """Whether a node is the saver's own, and does no more than that."""
+        """Return true if a node belongs to the saver and runs only for it."""
         if node.op not in SAVER:
             return False
         calls = [] if graph.name == MAIN else self.callers.get(graph.name, [])
         places = {node.name} if graph.name == MAIN else {call.node for call in calls if call.graph == MAIN}
-        if graph.name in self.held or len(places) != max(1, len(calls)) or places & self.served:
+        if graph.name in self.external_functions or len(places) != max(1, len(calls)) or places & self.served:
             return False
         if not places & self.restored:
             return True
@@ -145,23 +156,24 @@ class _Saver:
         )
 
     def _is_file(self, main: Graph, value: Value) -> bool:
+        """Return true if a value is the name of the loader's file, directly or through Identity."""
         while value.node != self.file and main.nodes[value.node].op == "Identity":
             value = main.nodes[value.node].inputs[0]
         return bool(value.node == self.file)
 
     def _cone(self, names: list[str]) -> frozenset[str]:
-        """Nodes of the main graph, and what runs before them."""
-        nodes, found, waiting = self.model.graphs[MAIN].nodes, set[str](), names
+        """Return nodes of the main graph, and all nodes that run before them."""
+        nodes, cone, waiting = self.model.graphs[MAIN].nodes, set[str](), names
         while waiting:
             name = waiting.pop()
-            if name not in found and name in nodes:
-                found.add(name)
+            if name not in cone and name in nodes:
+                cone.add(name)
                 waiting += [*(v.node for v in nodes[name].inputs), *nodes[name].after]
-        return frozenset(found)
+        return frozenset(cone)
 
 
-def _nodes_of(info: Any) -> list[str]:
-    """The nodes that compute an output of a signature, a ``TensorInfo``."""
+def _nodes_of_info(info: Any) -> list[str]:
+    """Return the nodes that compute an output of a signature, a ``TensorInfo``."""
     if info.WhichOneof("encoding") == "composite_tensor":
-        return [name for part in info.composite_tensor.components for name in _nodes_of(part)]
+        return [name for part in info.composite_tensor.components for name in _nodes_of_info(part)]
     return [tensor.partition(":")[0] for tensor in tensors_of("", info).values()]

@@ -1,4 +1,4 @@
-"""Shapes that are known without running anything: those that TensorFlow wrote beside the nodes."""
+"""Shapes that are known without running anything, from what TensorFlow stored in attributes."""
 
 from __future__ import annotations
 
@@ -13,34 +13,35 @@ Shape = tuple[int, ...]
 
 
 def shape_of(model: Model, graph: Graph, value: Value) -> Shape | None:
-    """The shape of a value; None where even its rank is not known.
+    """Return the shape of a value; None if even its rank is unknown.
 
-    TensorFlow writes shapes into the attribute ``_output_shapes`` of nodes and ``_input_shapes`` of functions.
-    Nodes that passes added have none; of them, those that keep a shape, or read a variable, are looked through.
+    TensorFlow writes shapes into the attribute ``_output_shapes`` of nodes and ``_input_shapes`` of functions. Nodes
+    that passes added have none. If such a node keeps its input's shape, the input's shape is returned; if it reads a
+    variable, the variable's.
     """
     while True:
         node = graph.nodes[value.node]
-        written = _written(node, value.port) or _of_argument(graph, node)
-        if written is not None:
-            return None if written.unknown_rank else tuple(d.size for d in written.dim)
+        recorded = _recorded_shape(node, value.port) or _argument_shape(graph, node)
+        if recorded is not None:
+            return None if recorded.unknown_rank else tuple(d.size for d in recorded.dim)
         if node.op == "Const":
             return tuple(d.size for d in op_defs.attribute(node, "value").tensor.tensor_shape.dim)
         if node.op == "ReadVariableOp":
-            held = [o.key for o in origins(model, graph.name, value) if isinstance(o, VariableKey)]
-            return model.variables[held[0]].shape if held else None
-        fused = node.op.startswith("FusedBatchNorm") and value.port < 3  # noqa: PLR2004  the others have their own
-        passed = node.inputs[min(value.port, 1)] if fused else ops.forwarded(node, value.port)
-        if passed is None:
+            keys = [o.key for o in origins(model, graph.name, value) if isinstance(o, VariableKey)]
+            return model.variables[keys[0]].shape if keys else None
+        fused_batch_norm = node.op.startswith("FusedBatchNorm") and value.port < 3  # noqa: PLR2004  the others have their own
+        source = node.inputs[min(value.port, 1)] if fused_batch_norm else ops.forwarded(node, value.port)
+        if source is None:
             return None
-        value = passed
+        value = source
 
 
-def _written(node: Node, port: int) -> Any:
+def _recorded_shape(node: Node, port: int) -> Any:
     shapes = node.attrs.get("_output_shapes")
     return shapes.list.shape[port] if shapes is not None and len(shapes.list.shape) > port else None
 
 
-def _of_argument(graph: Graph, node: Node) -> Any:
+def _argument_shape(graph: Graph, node: Node) -> Any:
     shapes = graph.attrs.get("_input_shapes")
     if node.op != ARG or shapes is None:
         return None

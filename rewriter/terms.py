@@ -1,7 +1,7 @@
-"""Values as terms: what they are computed from, through all calls, up to variables and constants.
+"""Values as terms: their symbolic computation, through all calls, up to variables and constants.
 
-A value of a function stands for another term on each way to call it. Equal terms are one object, so that functions
-which compute the same from the same variables give the same term.
+A value of a function has a different term for each way to call the function. Equal terms are one object. So functions
+that compute the same from the same variables give the same term.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ VARIABLE = "variable"
 """Op of a term that is a variable's resource; `of` is its key."""
 
 UNKNOWN = "unknown"
-"""Op of a term that a caller of the model, or a loop, supplies; `of` says which."""
+"""Op of a term whose value a caller of the model, or a loop, supplies; `of` describes it."""
 
 SAME = frozenset({"Enter", "EnsureShape", "Identity", "PreventGradient", "Snapshot", "StopGradient", "Switch"})
-"""Ops whose outputs, where they are computed, are the first input."""
+"""Ops whose outputs, if they are computed, are the first input."""
 
 PORT = "port"
-"""Op of a term that is another output of its input than the first: `port` says which."""
+"""Op of a term that is output `port` of its input's op, where `port` is not 0."""
 
 DEEP = 100
-"""Calls that are nested deeper than this are not followed."""
+"""Limit on the nesting of calls; deeper calls are not followed."""
 
 WAYS = 16
-"""The most ways to call functions, for each node of a model: where each function calls the next twice they double."""
+"""Limit on ways to call functions, per node of a model: they double where each function calls the next one twice."""
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """The first output of an op on other terms; or another output of it, with the op `PORT` and the op's term as input.
+    """The first output of an op on other terms; for another output, `op` is `PORT` and the input is the op's term.
 
     Attributes:
-        of: the key of a variable, or what is unknown.
+        of: the key of a variable, or a description of an unknown value.
         attrs: the op's attributes, as in the graph.
-        node: (graph, node) of where it was first met.
+        node: (graph, node) of its first occurrence.
     """
 
     op: str
@@ -53,7 +53,7 @@ class Term:
 
     @property
     def variable(self) -> str:
-        """The key of the variable whose values these are, in this shape or another; "" where it is none's."""
+        """Key of the variable whose values these are, perhaps in another shape; "" if there is no such variable."""
         term = self
         while term.op in constants.VIEWS:
             term = term.inputs[0]
@@ -61,26 +61,33 @@ class Term:
 
 
 def cone(terms: Iterable[Term]) -> Iterator[Term]:
-    """Some terms and all that they are computed from, each once, the nearest first."""
+    """Yield some terms and all terms that they are computed from, each once, the nearest first."""
     waiting = list(dict.fromkeys(terms))
-    seen = set(waiting)
+    visited = set(waiting)
     for term in waiting:
         yield term
         for inner in term.inputs:
-            if inner not in seen:
-                seen.add(inner)
+            if inner not in visited:
+                visited.add(inner)
                 waiting.append(inner)
 
 
 @dataclass(frozen=True, eq=False)
 class Bound:
-    """What some arguments of a function are, by position. Of equal ones there is one object."""
+    """Terms of some arguments of a function, by position. Equal ones are one object."""
 
     terms: Mapping[int, Term]
 
 
 class _Call(NamedTuple):
-    """A function that a node calls, one of its results, and the positions of the arguments that this depends on."""
+    """A call of a function by a node, for one of the function's results.
+
+    Attributes:
+        callee: the function.
+        result: the value that it returns.
+        first: index of the node's first input that is passed on.
+        arguments: positions of the arguments that the result depends on.
+    """
 
     callee: Graph
     result: Value
@@ -89,202 +96,217 @@ class _Call(NamedTuple):
 
 
 class Terms:
-    """The terms of a model's values."""
+    """The terms of a model's values, computed on demand."""
 
     def __init__(self, model: Model) -> None:
         self.model = model
         self.calls = model.analysis(call_graph)
-        self._made: dict[tuple[Any, ...], Term] = {}
-        self._bound: dict[tuple[tuple[int, Term], ...], Bound] = {}
-        self._passing: dict[tuple[str, str, frozenset[int], Bound], Bound] = {}
-        self._known: dict[tuple[str, Bound], dict[Value, Term]] = {}
+        self._interned_terms: dict[tuple[Any, ...], Term] = {}
+        self._interned_bounds: dict[tuple[tuple[int, Term], ...], Bound] = {}
+        self._call_bounds: dict[tuple[str, str, frozenset[int], Bound], Bound] = {}
+        self._terms_of: dict[tuple[str, Bound], dict[Value, Term]] = {}
         self._dependencies: dict[str, dict[str, frozenset[int]]] = {}
         self._assumptions: dict[str, Assumption] = {}
-        self._most = 1000 + WAYS * sum(len(g.nodes) for g in model.graphs.values())
-        self._ways: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
+        self._max_bounds = 1000 + WAYS * sum(len(g.nodes) for g in model.graphs.values())
+        self._bounds_of: dict[tuple[str, frozenset[int]], tuple[Bound, ...]] = {}
 
     def ways(self, graph: str, values: Collection[Value]) -> tuple[Bound, ...]:
-        """What the arguments that some values of a function depend on are, for each way to call it."""
+        """Return the terms of the arguments that some values of a function depend on, for each way to call it."""
         return self._bounds(graph, self._arguments(self.model.graphs[graph], values))
 
-    def on(self, graph: str, value: Value, way: Bound) -> Term:
-        """The term of a value, where the function's arguments are these.
+    def on(self, graph: str, value: Value, bound: Bound) -> Term:
+        """Return the term of a value for given terms of the function's arguments.
 
         Raises:
-            Error: it is nested too deep.
+            Error: calls are nested too deep.
         """
-        return self._term(self.model.graphs[graph], value, way, 0)
+        return self._term(self.model.graphs[graph], value, bound, 0)
 
-    def _bounds(self, name: str, wanted: frozenset[int]) -> tuple[Bound, ...]:
-        if not wanted:
-            return (self._way({}),)
-        if (name, wanted) in self._ways:
-            return self._ways[name, wanted]
-        found: dict[Bound, None] = {}
+    def _bounds(self, name: str, positions: frozenset[int]) -> tuple[Bound, ...]:
+        if not positions:
+            return (self._intern_bound({}),)
+        if (name, positions) in self._bounds_of:
+            return self._bounds_of[name, positions]
+        bounds: dict[Bound, None] = {}
         entry = self.model.entries.get(name)
         if entry is not None:
             first = len(entry.inputs)
             captures = [None] * first + list(entry.captures)
-            found[self._way({p: self._captured(name, p, captures[p]) for p in sorted(wanted)})] = None
+            bounds[self._intern_bound({p: self._captured(name, p, captures[p]) for p in sorted(positions)})] = None
         for call in self.calls.callers.get(name, ()):
             if call.graph == MAIN:
-                continue  # what it binds, a concrete function binds; the others save and restore
-            outer = self.model.graphs[call.graph]
-            node = outer.nodes[call.node]
-            inputs = {p: node.inputs[call.first + p] for p in sorted(wanted)}
-            changed = self._changed(node)
-            for way in self.ways(call.graph, list(inputs.values())):
+                continue  # concrete functions cover its calls: their captures; its other calls save and restore
+            caller = self.model.graphs[call.graph]
+            node = caller.nodes[call.node]
+            inputs = {p: node.inputs[call.first + p] for p in sorted(positions)}
+            changed = self._changed_by_loop(node)
+            for bound in self.ways(call.graph, list(inputs.values())):
                 terms = {
-                    p: self._unknown(f"what a loop changes in {name}") if p in changed else self.on(call.graph, v, way)
+                    p: self._unknown(f"what a loop changes in {name}")
+                    if p in changed
+                    else self.on(call.graph, v, bound)
                     for p, v in inputs.items()
                 }
-                found[self._way(terms)] = None
-        self._ways[name, wanted] = tuple(found)
-        return self._ways[name, wanted]
+                bounds[self._intern_bound(terms)] = None
+        self._bounds_of[name, positions] = tuple(bounds)
+        return self._bounds_of[name, positions]
 
-    def _way(self, terms: dict[int, Term]) -> Bound:
-        """Terms by position, in order."""
-        if len(self._bound) > self._most:
+    def _intern_bound(self, terms: dict[int, Term]) -> Bound:
+        """Return the one `Bound` object of these terms, whose positions are in order.
+
+        Raises:
+            Error: there are too many.
+        """
+        if len(self._interned_bounds) > self._max_bounds:
             raise Error("functions call each other with too many different values to follow")
-        return self._bound.setdefault(tuple(terms.items()), Bound(terms))
+        return self._interned_bounds.setdefault(tuple(terms.items()), Bound(terms))
 
-    def _changed(self, node: Node) -> set[int]:
-        """The arguments of a loop's functions that the loop changes."""
+    def _changed_by_loop(self, node: Node) -> set[int]:
+        """Return the positions of the loop variables that a loop changes; empty for other calls."""
         if not ops.call_form_of(self.model, node).carried:
             return set()
         body = self.model.graphs[ops.callees(self.model, node)[-1]]
         return {p for p, r in enumerate(body.results) if r.value != Value(body.arguments[p])}
 
     def _captured(self, function: str, position: int, capture: str | int | None) -> Term:
+        """Return the term of a concrete function's argument: of a variable or a constant, if it captures one."""
         if isinstance(capture, str):
-            return self._make(Term(VARIABLE, of=capture))
+            return self._intern(Term(VARIABLE, of=capture))
         constant = None if capture is None else self.model.constants.get(capture)
         if constant is None:
             return self._unknown(f"argument {position} of {function}")
         node = self.model.graphs[MAIN].nodes[constant]
-        return self._make(Term(node.op, attrs=node.attrs, node=(MAIN, constant)))
+        return self._intern(Term(node.op, attrs=node.attrs, node=(MAIN, constant)))
 
     def _unknown(self, what: str) -> Term:
-        return self._make(Term(UNKNOWN, of=what))
+        return self._intern(Term(UNKNOWN, of=what))
 
-    def _make(self, term: Term) -> Term:
-        own = (
+    def _intern(self, term: Term) -> Term:
+        """Return the one object of terms equal to this one; internal attributes other than `ops.PART` do not count."""
+        attrs = (
             (k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.PART
         )
-        key = (term.op, term.inputs, term.port, term.of, tuple(sorted(own)))
-        return self._made.setdefault(key, term)
+        key = (term.op, term.inputs, term.port, term.of, tuple(sorted(attrs)))
+        return self._interned_terms.setdefault(key, term)
 
-    def _term(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
+    def _term(self, graph: Graph, value: Value, bound: Bound, depth: int) -> Term:
+        """Return the term of a value inside `depth` nested calls.
+
+        Raises:
+            Error: calls are nested too deep.
+        """
         if depth > DEEP:
             raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
-        known = self._known.setdefault((graph.name, way), {})
-        waiting, begun = [value], set[Value]()
+        terms = self._terms_of.setdefault((graph.name, bound), {})
+        waiting, started = [value], set[Value]()
         while waiting:
-            each = waiting[-1]
-            missing = [] if each in known else self._missing(graph, each, way, known)
-            if each in known:
+            current = waiting[-1]
+            missing = [] if current in terms else self._missing(graph, current, bound, terms)
+            if current in terms:
                 waiting.pop()
             elif not missing:
-                known[each] = self._new(graph, each, way, depth)
-            elif each in begun:
-                known[each] = self._unknown(f"what a loop changes in {graph.name}")
+                terms[current] = self._build(graph, current, bound, depth)
+            elif current in started:
+                terms[current] = self._unknown(f"what a loop changes in {graph.name}")
             else:
-                begun.add(each)
+                started.add(current)
                 waiting += missing
-        return known[value]
+        return terms[value]
 
-    def _missing(self, graph: Graph, value: Value, way: Bound, known: Mapping[Value, Term]) -> list[Value]:
-        """The values from which a value's term is made, of which there is none yet."""
-        called = self._call(graph.nodes[value.node], value.port)
-        if called is not None and (graph.name, value.node, called.arguments, way) in self._passing:
+    def _missing(self, graph: Graph, value: Value, bound: Bound, terms: Mapping[Value, Term]) -> list[Value]:
+        """Return the values whose terms are still needed for a value's term."""
+        call = self._call(graph.nodes[value.node], value.port)
+        if call is not None and (graph.name, value.node, call.arguments, bound) in self._call_bounds:
             return []
-        return [v for v in self._needed(graph, value) if v not in known]
+        return [v for v in self._sources(graph, value) if v not in terms]
 
-    def _needed(self, graph: Graph, value: Value) -> tuple[Value, ...]:
-        """The values of the same graph from which a value's term is made."""
+    def _sources(self, graph: Graph, value: Value) -> tuple[Value, ...]:
+        """Return the values of the same graph from which a value's term is built."""
         node = graph.nodes[value.node]
         if node.op in SAME:
             return node.inputs[:1]
-        chosen = self._assumed(graph).chosen(node)
+        chosen = self._assumption(graph).chosen(node)
         if chosen is not None and not value.port:
             return (chosen,)
-        return () if node.op in VARIABLES else tuple(node.inputs[p] for p in self._passed(node, value.port))
+        return () if node.op in VARIABLES else tuple(node.inputs[p] for p in self._used_inputs(node, value.port))
 
-    def _passed(self, node: Node, port: int) -> tuple[int, ...]:
-        """The inputs of a node on which an output depends: of a call, those that the result is computed from."""
-        called = self._call(node, port)
-        if called is None:
+    def _used_inputs(self, node: Node, port: int) -> tuple[int, ...]:
+        """Return the positions of a node's inputs that an output depends on; for a call, those that its result uses."""
+        call = self._call(node, port)
+        if call is None:
             return tuple(range(len(node.inputs)))
-        return tuple(called.first + p for p in sorted(called.arguments))
+        return tuple(call.first + p for p in sorted(call.arguments))
 
     def _call(self, node: Node, port: int) -> _Call | None:
-        """What computes an output of a node, where that is a function."""
-        form, called = ops.call_form(self.model, node), self._called(node)
-        if form is None or len(called) != 1:
+        """Return the call that computes an output of a node; None if the node does not call exactly one function."""
+        form, callees = ops.call_form(self.model, node), self._possible_callees(node)
+        if form is None or len(callees) != 1:
             return None
-        callee = self.model.graphs[called[0]]
+        callee = self.model.graphs[callees[0]]
         result = callee.results[port].value
         return _Call(callee, result, form.first, self._arguments(callee, [result]))
 
-    def _called(self, node: Node) -> tuple[str, ...]:
-        """The functions that a node may call; of some that compute the same, the one that always does."""
-        called = ops.callees(self.model, node)
+    def _possible_callees(self, node: Node) -> tuple[str, ...]:
+        """Return the functions that a node may call; if they compute the same, only the one that is always right."""
+        callees = ops.callees(self.model, node)
         general = node.attrs.get(ops.GENERAL_BRANCH) if node.op in ("Case", "StatelessCase") else None
-        if general is None or general.WhichOneof("value") != "i" or not 0 <= general.i < len(called):
-            return called
-        return (called[general.i],)
+        if general is None or general.WhichOneof("value") != "i" or not 0 <= general.i < len(callees):
+            return callees
+        return (callees[general.i],)
 
-    def _new(self, graph: Graph, value: Value, way: Bound, depth: int) -> Term:
-        node, known = graph.nodes[value.node], self._known[graph.name, way]
+    def _build(self, graph: Graph, value: Value, bound: Bound, depth: int) -> Term:
+        """Build the term of a value from the terms of its sources, which exist already."""
+        node, terms = graph.nodes[value.node], self._terms_of[graph.name, bound]
         if node.op == ARG:
             (position,) = self._arguments(graph, [value])
-            return way.terms.get(position) or self._unknown(f"{node.name} of {graph.name}")
+            return bound.terms.get(position) or self._unknown(f"{node.name} of {graph.name}")
         if node.op in SAME:
-            return known[node.inputs[0]]
+            return terms[node.inputs[0]]
         if node.op in VARIABLES:
             keys = [o.key for o in origins(self.model, graph.name, value) if isinstance(o, VariableKey)]
-            return self._make(Term(VARIABLE, of=keys[0])) if keys else self._unknown(node.name)
-        chosen = self._assumed(graph).chosen(node)
+            return self._intern(Term(VARIABLE, of=keys[0])) if keys else self._unknown(node.name)
+        chosen = self._assumption(graph).chosen(node)
         if chosen is not None and not value.port:
-            return known[chosen]
-        called = self._call(node, value.port)
-        if called is not None:
-            passing = (graph.name, node.name, called.arguments, way)
-            if passing not in self._passing:
-                inputs = {p: known[node.inputs[called.first + p]] for p in sorted(called.arguments)}
-                self._passing[passing] = self._way(inputs)
-            return self._term(called.callee, called.result, self._passing[passing], depth + 1)
-        operands = tuple(known[v] for v in node.inputs)
-        made = self._make(Term(node.op, operands, attrs=node.attrs, node=(graph.name, node.name)))
-        return self._make(Term(PORT, (made,), value.port, node=made.node)) if value.port else made
+            return terms[chosen]
+        call = self._call(node, value.port)
+        if call is not None:
+            passing = (graph.name, node.name, call.arguments, bound)
+            if passing not in self._call_bounds:
+                inputs = {p: terms[node.inputs[call.first + p]] for p in sorted(call.arguments)}
+                self._call_bounds[passing] = self._intern_bound(inputs)
+            return self._term(call.callee, call.result, self._call_bounds[passing], depth + 1)
+        operands = tuple(terms[v] for v in node.inputs)
+        term = self._intern(Term(node.op, operands, attrs=node.attrs, node=(graph.name, node.name)))
+        return self._intern(Term(PORT, (term,), value.port, node=term.node)) if value.port else term
 
-    def _assumed(self, graph: Graph) -> Assumption:
+    def _assumption(self, graph: Graph) -> Assumption:
         if graph.name not in self._assumptions:
             self._assumptions[graph.name] = Assumption(self.model, graph, {})
         return self._assumptions[graph.name]
 
     def _arguments(self, graph: Graph, values: Collection[Value]) -> frozenset[int]:
-        """The positions of the arguments that some values of a graph depend on."""
+        """Return the positions of the arguments that some values of a graph depend on."""
         if graph.name not in self._dependencies:
             self._dependencies[graph.name] = {a: frozenset([p]) for p, a in enumerate(graph.arguments)}
-        known = self._dependencies[graph.name]
-        begun: set[str] = set()
+        dependencies = self._dependencies[graph.name]
+        started: set[str] = set()
         waiting = [v.node for v in values]
         while waiting:
             name = waiting[-1]
             inputs = {v.node for v in graph.nodes[name].inputs}
-            missing = [n for n in inputs if n not in known and n not in begun]  # a loop comes back to what is begun
-            if name in known or not missing:
+            # A loop leads back to a node that is started already.
+            missing = [n for n in inputs if n not in dependencies and n not in started]
+            if name in dependencies or not missing:
                 waiting.pop()
-                if name not in known:
-                    known[name] = _union([known.get(n, frozenset()) for n in inputs])
+                if name not in dependencies:
+                    dependencies[name] = _union([dependencies.get(n, frozenset()) for n in inputs])
             else:
-                begun.add(name)
+                started.add(name)
                 waiting += missing
-        return _union([known[v.node] for v in values])
+        return _union([dependencies[v.node] for v in values])
 
 
 def _union(sets: Sequence[frozenset[int]]) -> frozenset[int]:
-    """The union; the largest set itself where it holds the others, as it is in most places where it is large."""
+    """Return the union; the largest set itself if it contains the others, as is usual where it is large."""
     largest = max(sets, key=len, default=frozenset[int]())
     return largest if all(s is largest or s <= largest for s in sets) else largest.union(*sets)
