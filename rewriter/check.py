@@ -1,4 +1,4 @@
-"""Is a model well-formed: do all references lead somewhere, does every call fit what it calls."""
+"""Well-formedness of a model: every reference leads to something, and every call fits its callee."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from rewriter.ir import Error, Graph, Model, Node
 
 
 def check(model: Model, before: Model | None = None) -> None:
-    """Check the graphs of a model; with `before`, only those that are not the same objects there.
+    """Check the graphs of a model; with `before`, only graphs that are not the same objects in it.
 
     Raises:
-        Error: names the graph, the node and what is wrong with it.
+        Error: the model is malformed; the message names the graph, the node and the problem.
     """
     for graph in model.graphs.values():
         if before is None or before.graphs.get(graph.name) is not graph:
@@ -26,19 +26,19 @@ def check_entries(model: Model) -> None:
     """Check that concrete functions fit their graphs.
 
     Raises:
-        Error: names the function and what is wrong with it.
+        Error: one does not; the message names the function and the problem.
     """
     for entry in model.entries.values():
         if entry.function not in model.graphs:
             raise Error(f"the concrete function {entry.function} has no graph")
         count = len(model.graphs[entry.function].arguments)
         if count != len(entry.inputs) + len(entry.captures):
-            given = f"{len(entry.inputs)} inputs and {len(entry.captures)} captures"
-            raise Error(f"the concrete function {entry.function} has {count} arguments for {given}")
+            expected = f"{len(entry.inputs)} inputs and {len(entry.captures)} captures"
+            raise Error(f"the concrete function {entry.function} has {count} arguments for {expected}")
 
 
 def problems(model: Model, graph: Graph) -> Iterator[str]:
-    """What is wrong with a graph, one sentence each."""
+    """Yield the problems of a graph, one sentence each."""
     for node in graph.nodes.values():
         yield from _input_problems(model, graph, node)
         yield from _call_problems(model, node)
@@ -80,9 +80,9 @@ def _call_problems(model: Model, node: Node) -> Iterator[str]:
 
 
 def _cycles(graph: Graph) -> Iterator[str]:
-    if _in_order(graph):
+    if _in_topological_order(graph):
         return
-    # TensorFlow 1's loops are the cycles that are meant.
+    # TensorFlow 1's while loops are cycles on purpose; each of them passes a NextIteration.
     nodes = [n for n in graph.nodes.values() if n.op not in ("NextIteration", "RefNextIteration")]
     sources = {n.name: {v.node for v in n.inputs} | set(n.after) for n in nodes}
     try:
@@ -91,11 +91,14 @@ def _cycles(graph: Graph) -> Iterator[str]:
         yield f"{e.args[1][0]} depends on itself"
 
 
-def _in_order(graph: Graph) -> bool:
-    """Whether every node stands after those it needs, as TensorFlow writes them; then there is no cycle."""
-    seen: set[str] = set()
+def _in_topological_order(graph: Graph) -> bool:
+    """Return true if every node stands after the nodes that it needs, as TensorFlow writes them.
+
+    Such a graph has no cycle, and this is cheaper to check.
+    """
+    earlier: set[str] = set()
     for node in graph.nodes.values():
-        if any(v.node not in seen for v in node.inputs) or any(name not in seen for name in node.after):
+        if any(v.node not in earlier for v in node.inputs) or any(name not in earlier for name in node.after):
             return False
-        seen.add(node.name)
+        earlier.add(node.name)
     return True

@@ -1,11 +1,11 @@
 """The in-memory form of a SavedModel: values, nodes, graphs, variables, models.
 
 Everything here is a frozen value. A node's identity is its name; an edit yields a new graph. The main
-GraphDef and every FunctionDef have the same form, so a pass needs to know neither of their two spellings
-of an edge (`name:2` against `name:output_arg:0`).
+GraphDef and every FunctionDef have the same form. So a pass need not know their two spellings of an edge (`name:2`
+against `name:output_arg:0`).
 
-Attributes are TensorFlow's ``AttrValue`` protos, carried through untouched. What a proto holds and this
-form does not model travels along, serialised, in `residue`.
+Attributes are TensorFlow's ``AttrValue`` protos, carried through untouched. Fields of a proto that this form does not
+model travel along, serialised, in `residue`.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ T = TypeVar("T")
 
 
 class Error(Exception):
-    """What a user can be told in one sentence: what is wrong and what to do."""
+    """An error whose message tells a user in one sentence what is wrong and what to do."""
 
 
 def unused(hint: str, taken: Container[str]) -> str:
-    """`hint`, or `hint` with the first number that makes it a name not taken."""
+    """Return `hint`, or `hint` with the first number that makes it a name not taken."""
     name, count = hint, 0
     while name in taken:
         count += 1
@@ -38,10 +38,10 @@ def unused(hint: str, taken: Container[str]) -> str:
 
 
 class Names:
-    """Names that are taken; with each new one there is one more.
+    """A growing set of unique names.
 
     Attributes:
-        taken: all of them.
+        taken: all names in use.
     """
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
@@ -49,7 +49,7 @@ class Names:
         self._counts: dict[str, int] = {}
 
     def new(self, hint: str) -> str:
-        """`hint`, or `hint` with the first number that makes it a name not taken."""
+        """Return and take `hint`, or `hint` with the first number that makes it a name not taken."""
         name, count = hint, self._counts.get(hint, 0)
         while name in self.taken:
             count += 1
@@ -60,14 +60,14 @@ class Names:
 
 
 class Value(NamedTuple):
-    """One output of one node. Ports count a node's outputs through, across its output arguments."""
+    """One output of one node. Ports number all outputs of a node, across its output arguments."""
 
     node: str
     port: int = 0
 
 
 class Edge(NamedTuple):
-    """One use of a value: data input `position` of `node`, or result `position` of the graph where `node` is ""."""
+    """One use of a value: data input `position` of `node`, or result `position` of the graph if `node` is ""."""
 
     graph: str
     node: str
@@ -82,7 +82,7 @@ class Node:
         inputs: data inputs, in order.
         after: names of the nodes that must run first (control inputs).
         attrs: attribute protos by name; absent ones have their op definition's default.
-        residue: serialised ``NodeDef`` (or ``ArgDef``) of the fields not modelled here.
+        residue: a serialised ``NodeDef`` (or ``ArgDef``) with the fields that are not modelled here.
     """
 
     name: str
@@ -94,13 +94,13 @@ class Node:
     residue: bytes = b""
 
     def with_attrs(self, **attrs: Any) -> Node:
-        """The same node with these attribute protos set; a value of None removes the attribute."""
+        """Return the node with these attribute protos set; a value of None removes the attribute."""
         merged = {**self.attrs, **attrs}
         return replace(self, attrs={k: v for k, v in merged.items() if v is not None})
 
 
 class Result(NamedTuple):
-    """One output of a function: its name, the value returned, and its dtype (residue: ``ArgDef``)."""
+    """One output of a function: its name, value and dtype. `residue` is a serialised ``ArgDef``."""
 
     name: str
     value: Value
@@ -109,7 +109,7 @@ class Result(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """A node that runs whenever the function does, whether or not a result needs it (control output)."""
+    """A control output: a node that runs whenever the function does, even if no result needs it."""
 
     name: str
     node: str
@@ -123,7 +123,7 @@ class Graph:
         arguments: names of the `Arg` nodes, in order.
         attrs: the FunctionDef's own attributes.
         stateful: ``OpDef.is_stateful`` of the function's signature.
-        residue: serialised ``FunctionDef`` or ``GraphDef`` of what is not modelled here.
+        residue: a serialised ``FunctionDef`` or ``GraphDef`` with the fields that are not modelled here.
     """
 
     name: str
@@ -136,7 +136,7 @@ class Graph:
     residue: bytes = b""
 
     def edges(self) -> Iterator[tuple[Value, Edge]]:
-        """Every data edge: the value used and where."""
+        """Yield every data edge: the value and its use."""
         for node in self.nodes.values():
             for index, value in enumerate(node.inputs):
                 yield value, Edge(self.name, node.name, index)
@@ -144,7 +144,7 @@ class Graph:
             yield result.value, Edge(self.name, "", index)
 
     def consumers(self) -> Mapping[Value, list[Edge]]:
-        """All uses of each value of this graph."""
+        """Return all uses of each value of this graph."""
         uses: dict[Value, list[Edge]] = {}
         for value, edge in self.edges():
             uses.setdefault(value, []).append(edge)
@@ -153,17 +153,17 @@ class Graph:
 
 @dataclass(frozen=True)
 class Variable:
-    """One variable of the model. Names need not be unique; `key`, its name in the checkpoint, is.
+    """One variable of the model. Names need not be unique; `key`, its name in the checkpoint, is unique.
 
     Attributes:
-        shape: None where unknown; -1 for an unknown dimension.
+        shape: None if unknown; -1 for an unknown dimension.
         synchronization: ``tf.VariableSynchronization`` as its integer value.
         aggregation: ``tf.VariableAggregation`` as its integer value.
-        path: for a new variable, its attribute path from the root, as ``quantization.step``.
-        initial: for a new variable, the value it is saved with.
-        node: in a model without object graph, the node of the main graph that makes it.
-        frozen: whether objects list it as one of their variables, and none as one of their trainable variables. Keras
-            freezes a layer by these lists, and leaves `trainable` as it is.
+        path: for a new variable, its attribute path from the root, such as ``quantization.step``.
+        initial: for a new variable, the value that it is saved with.
+        node: in a model without an object graph, the node of the main graph that makes it.
+        frozen: true if objects list it as one of their variables, and none lists it as a trainable variable. Keras
+            freezes a layer by these lists, and does not change `trainable`.
     """
 
     key: str
@@ -180,14 +180,14 @@ class Variable:
 
 
 class Gradient(NamedTuple):
-    """A function that differentiates ops of one kind, and how it is called: a ``SavedConcreteFunction``."""
+    """A function that differentiates ops of one kind, and its call signature, a ``SavedConcreteFunction``."""
 
     function: str
     signature: Any
 
 
 class Spec(NamedTuple):
-    """Name, dtype and shape of one tensor that goes in or out (shape None: unknown rank; -1: unknown)."""
+    """Name, dtype and shape of one input or output (shape None: unknown rank; size -1: unknown)."""
 
     name: str
     dtype: str
@@ -196,15 +196,15 @@ class Spec(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """A concrete function: a graph that can be called from outside, and what it captures.
+    """A concrete function: a graph that can be called from outside, and its captures.
 
     Attributes:
         inputs: specs of the leading arguments, which a caller supplies.
         outputs: specs of the results, in order.
-        captures: what the remaining arguments are bound to: a variable's key, or the number of another
-            object (a table, an asset, a constant).
-        paths: where the object graph holds it, as ``__call__`` or ``signatures.serving_default``.
-        keys: of what returns a dict of tensors, its keys in the order of the results; else empty.
+        captures: objects bound to the remaining arguments: a variable's key, or the number of another object (a table,
+            an asset, a constant).
+        paths: its paths in the object graph, such as ``__call__`` or ``signatures.serving_default``.
+        keys: if it returns a dict of tensors, the keys in the order of the results; else empty.
     """
 
     function: str
@@ -217,14 +217,14 @@ class Entry:
 
 @dataclass(frozen=True)
 class Signature:
-    """A signature of the model; names are those that the caller sees, in order.
+    """A signature of the model. Names of inputs and outputs are those that the caller sees, in order.
 
     Attributes:
-        entry: the concrete function that computes it; "" where the main graph does so itself.
-        feeds: in the main graph, the value that each input takes the place of.
-        fetches: in the main graph, what each output is.
-        specs: of the inputs and, after them, of the outputs, where the main graph computes it.
-        like: of a new signature in the main graph, the one whose inputs and names it has.
+        entry: the concrete function that computes it; "" if the main graph does.
+        feeds: in the main graph, the value that each input replaces.
+        fetches: in the main graph, the value of each output.
+        specs: if the main graph computes it, the specs of the inputs, followed by those of the outputs.
+        like: for a new signature in the main graph, the signature whose inputs and names it has.
     """
 
     name: str
@@ -242,12 +242,12 @@ class Endpoint:
     """A new function exposed as an attribute of the root (positional) or as a signature.
 
     Attributes:
-        like: the concrete function whose inputs and output structure it has; for a signature, one that a
-            signature holds.
+        like: the concrete function whose inputs and output structure it has; for a signature, the concrete function of
+            another signature.
         bound: the concrete function whose captures it has, in order.
-        inputs, outputs: for a signature that is like none, the names of what `like` takes and returns; the function
-            takes and returns it in the order of the names, as signatures do.
-        returns: what it returns as a dict, in the order of the keys, where that is not what `like` returns.
+        inputs, outputs: for a signature that is like no other, names of the inputs and outputs of `like`. The function
+            takes and returns them in the order of the names, as signatures do.
+        returns: specs of the dict that it returns, in the order of the keys, if `like` returns something else.
     """
 
     function: str
@@ -260,7 +260,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class VariablesOf:
-    """A list of the variables that a concrete function captures, or of the trainable ones among them."""
+    """A list of the variables that a concrete function captures, or only of the trainable ones."""
 
     function: str
     trainable_only: bool = False
@@ -275,24 +275,25 @@ class Model:
 
     Attributes:
         graphs: main graph and functions by name.
-        variables: by checkpoint key.
+        variables: variables by checkpoint key.
         entries: concrete functions by the name of their graph.
-        signatures: by name.
-        root_names: the names of the root object's attributes in the source.
-        attributes: what passes added below the root, by dotted path.
+        signatures: the source's signatures by name.
+        root_names: names of the root object's attributes in the source.
+        attributes: objects that passes added below the root, by dotted path.
         new_signatures: signatures that passes added and functions compute.
         main_signatures: signatures that passes added and the main graph computes.
         collections: the main graph's collections of nodes.
         copies: (prefix, names) of nodes of the main graph that passes copied.
-        object_based: whether it has an object graph, as TensorFlow 2 writes it; TensorFlow 1's has collections.
-        owned: concrete functions that belong to captured objects which are no variables, as those that fill a table
-            do, by the object's number.
+        object_based: true if it has an object graph, as TensorFlow 2 writes it; a model of TensorFlow 1 has
+            collections instead.
+        owned: concrete functions that belong to captured objects other than variables, by the object's number; for
+            example, those that fill a table.
         constants: the main graph's nodes of captured constants, by their number in the object graph.
+        gradients: the gradient function of each kind of op that has a custom gradient.
         op_defs: op definitions that the model brings for ops that may not be registered here.
-        gradients: what differentiates each kind of op that has a gradient of its own.
-        values: what the source's checkpoint holds, by key; read when it is asked for.
-        assigned: what is to be saved in place of that, by key.
-        source: what `rewriter.savedmodel` needs to write the model again; nothing else looks into it.
+        values: function that reads a value of the source's checkpoint, by key.
+        assigned: values to be saved instead of those of the checkpoint, by key.
+        source: the data from which `rewriter.savedmodel` writes the model again.
     """
 
     graphs: Mapping[str, Graph]
@@ -317,30 +318,30 @@ class Model:
     _graph_memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared by its successors
 
     def analysis(self, of: Callable[[Model], T]) -> T:
-        """The result of `of(self)`, computed once: models are immutable."""
+        """Return the result of `of(self)`, computed once: models are immutable."""
         if of not in self._memo:
             self._memo[of] = of(self)
         result: T = self._memo[of]
         return result
 
     def analysis_of(self, graph: Graph, of: Callable[[Model, Graph], T]) -> T:
-        """The result of `of(self, graph)`, computed once for this graph, even if other graphs change."""
-        known, result = self._graph_memo.get((of, graph.name), (None, None))
-        if known is not graph:
+        """Return the result of `of(self, graph)`, computed once for this graph, even if other graphs change."""
+        cached_graph, result = self._graph_memo.get((of, graph.name), (None, None))
+        if cached_graph is not graph:
             result = of(self, graph)
             self._graph_memo[of, graph.name] = (graph, result)
-        found: T = result
-        return found
+        typed_result: T = result
+        return typed_result
 
     def new_key(self, name: str) -> str:
-        """The checkpoint key that TensorFlow would give a new variable of this name."""
+        """Return the checkpoint key that TensorFlow would give a new variable of this name."""
         return f"{name}/.ATTRIBUTES/VARIABLE_VALUE" if self.object_based else name
 
     def value_of(self, key: str) -> Any:
-        """The value of a variable, as a pass or else the source's checkpoint has it; a NumPy array.
+        """Return the value of a variable as a NumPy array: as a pass set it, or else from the source's checkpoint.
 
         Raises:
-            Error: it cannot be read.
+            Error: the value cannot be read.
         """
         variable = self.variables[key]
         if variable.initial is not None:
@@ -352,20 +353,20 @@ class Model:
         return self.values(key)
 
     def root_entries(self, attribute: str) -> tuple[Entry, ...]:
-        """The concrete functions that the root holds under this name (one per trace)."""
+        """Return the concrete functions that are this attribute of the root (one per trace)."""
         return tuple(e for e in self.entries.values() if attribute in e.paths)
 
     def captured(self, of: VariablesOf) -> tuple[Variable, ...]:
-        """The variables that a list names, in the order in which the function captures them."""
+        """Return the variables of a list, in the order in which the function captures them."""
         captures = self.entries[of.function].captures
-        found = (self.variables[c] for c in captures if isinstance(c, str))
-        return tuple(v for v in found if v.trainable or not of.trainable_only)
+        variables = (self.variables[c] for c in captures if isinstance(c, str))
+        return tuple(v for v in variables if v.trainable or not of.trainable_only)
 
     def signature_of(self, entry: str) -> Signature:
-        """The signature that this concrete function computes.
+        """Return the signature that a concrete function computes.
 
         Raises:
-            Error: there is none.
+            Error: it computes no signature.
         """
         for signature in self.signatures.values():
             if signature.entry == entry:

@@ -17,52 +17,53 @@ class Attributed(Protocol):
 
     @property
     def op(self) -> str:
-        """The op."""
+        """Name of the op."""
 
     @property
     def attrs(self) -> Attrs:
-        """Those attributes that were written, by name."""
+        """Stored attributes by name; defaults may be absent."""
 
 
 @cache
 def registered(op: str) -> Any:
-    """The op definition registered in this TensorFlow, or None."""
+    """Return the op definition registered in this TensorFlow, or None."""
     return op_def_registry.get(op)
 
 
 def op_def(model: Model, op: str) -> Any:
-    """The definition of an op: registered here, or brought by the model.
+    """Return the definition of an op: the registered one, or else the one that the model brings.
 
     Raises:
-        Error: the op is known to neither.
+        Error: neither exists.
     """
-    found = registered(op)
-    if found is None:
-        found = model.op_defs.get(op)
-    if found is None:
+    definition = registered(op)
+    if definition is None:
+        definition = model.op_defs.get(op)
+    if definition is None:
         raise Error(f"the op {op} is neither registered in this TensorFlow nor described in the model")
-    return found
+    return definition
 
 
 def defaults(definition: Any) -> Mapping[str, Any]:
-    """The attributes of an op definition that have a default, with it, an ``AttrValue``."""
+    """Return the defaults of an op definition's attributes, as ``AttrValue`` by name."""
     return {a.name: a.default_value for a in definition.attr if a.HasField("default_value")}
 
 
 @cache
 def _registered_defaults(op: str) -> Mapping[str, Any]:
-    """The same for a registered op; empty for any other."""
+    """Return the attribute defaults of a registered op; empty for any other op."""
     definition = registered(op)
     return {} if definition is None else defaults(definition)
 
 
 def attribute(node: Attributed, name: str) -> Any:
-    """An attribute of a registered op as an ``AttrValue``: the node's own, or the default of the op's definition.
+    """Return an attribute of a registered op as an ``AttrValue``: the node's own, or the op definition's default.
 
-    TensorFlow leaves defaults out when it saves, so nothing reads the `attrs` of a node for what an op definition has.
+    TensorFlow leaves defaults out when it saves. So attributes that an op definition has are read by this function,
+    never from the `attrs` of a node.
 
     Raises:
-        Error: neither has it, which `rewriter.conformance` refuses in a model that is read.
+        Error: neither has it; `rewriter.conformance` refuses such a model when it is read.
     """
     value = node.attrs.get(name)
     if value is None:
@@ -73,12 +74,12 @@ def attribute(node: Attributed, name: str) -> Any:
 
 
 def argument_dtype(argument: Node) -> str:
-    """The dtype of a function's argument, a node of the op `Arg`, by name."""
+    """Return the dtype name of a function's argument, a node of the op `Arg`."""
     return protos.dtype_name(argument.attrs["T"].type)
 
 
 def get(model: Model, node: Node, name: str) -> Any:
-    """An attribute as a Python value (bool, int, float, str, dtype name), or its op definition's default.
+    """Return an attribute as a Python value (bool, int, float, str, dtype name), or its op definition's default.
 
     Raises:
         Error: neither the node nor the op definition has it.
@@ -96,7 +97,7 @@ def get(model: Model, node: Node, name: str) -> Any:
 
 
 def argument_counts(arguments: Any, attrs: Mapping[str, Any], defaults: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(name, number of tensors) of each input or output argument of an op definition.
+    """Yield (name, number of tensors) of each input or output argument of an op definition.
 
     Source: ``tensorflow/core/framework/op_def.proto``, ArgDef: `number_attr` and `type_list_attr`.
     """
@@ -113,14 +114,14 @@ def argument_counts(arguments: Any, attrs: Mapping[str, Any], defaults: Mapping[
 
 @cache
 def refers_to_functions(op: str) -> bool:
-    """Whether a node of this op may refer to functions; True where the op is not registered."""
+    """Return true if a node of this op may refer to functions, or if the op is not registered."""
     definition = registered(op)
     return definition is None or any(a.type in ("func", "list(func)") for a in definition.attr)
 
 
 @cache
 def _fixed_outputs(op: str) -> list[tuple[str, int]] | None:
-    """The outputs of a registered op, where their number does not depend on its attributes."""
+    """Return the outputs of a registered op if their number does not depend on its attributes; else None."""
     definition = registered(op)
     if definition is None or any(a.number_attr or a.type_list_attr for a in definition.output_arg):
         return None
@@ -128,7 +129,7 @@ def _fixed_outputs(op: str) -> list[tuple[str, int]] | None:
 
 
 def outputs(definition: Any, attrs: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """(name, number of tensors) of each output argument of a node with these attributes."""
+    """Return (name, number of tensors) of each output argument of a node with these attributes."""
     fixed = _fixed_outputs(definition.name)
     if fixed is not None:
         return fixed
@@ -136,7 +137,7 @@ def outputs(definition: Any, attrs: Mapping[str, Any]) -> list[tuple[str, int]]:
 
 
 def output_count(model: Model, node: Node) -> int:
-    """How many outputs a node has."""
+    """Return the number of a node's outputs."""
     if node.op == ARG:
         return 1
     if node.op in model.graphs:
@@ -145,7 +146,7 @@ def output_count(model: Model, node: Node) -> int:
 
 
 def output_dtype(model: Model, graph: Graph, value: Value) -> str:
-    """The dtype of a value, by name; a reference's is that of what it refers to."""
+    """Return the dtype name of a value; for a reference, the dtype of its variable."""
     node = graph.nodes[value.node]
     if node.op == ARG:
         return argument_dtype(node)
@@ -156,7 +157,7 @@ def output_dtype(model: Model, graph: Graph, value: Value) -> str:
     port = value.port
     for arg, (_, count) in zip(definition.output_arg, outputs(definition, node.attrs), strict=True):
         if port < count:
-            own = attrs[arg.type_list_attr].list.type[port] if arg.type_list_attr else arg.type
-            return protos.dtype_name(attrs[arg.type_attr].type if arg.type_attr else own).removesuffix("_ref")
+            number = attrs[arg.type_list_attr].list.type[port] if arg.type_list_attr else arg.type
+            return protos.dtype_name(attrs[arg.type_attr].type if arg.type_attr else number).removesuffix("_ref")
         port -= count
     raise IndexError(f"{value} is not an output of {node.op}")

@@ -10,13 +10,13 @@ from rewriter.ir import Error, Model, Node, Value
 
 
 class CallForm(NamedTuple):
-    """How an op calls functions.
+    """The calling convention of an op that calls functions.
 
     Attributes:
-        callees: the attributes that name them (each holds one function or a list).
-        types: the attribute that lists the dtypes of the inputs passed on; None where there is none.
+        callees: the attributes that name the functions (each holds one function or a list).
+        types: the attribute that lists the dtypes of the inputs passed on; None if there is none.
         first: index of the first input that is passed on.
-        carried: whether what goes in must come out of the callee again (loop variables).
+        carried: true if the callee must return all that it takes, as for loop variables.
         stateful: the op to use when a callee gains side effects.
     """
 
@@ -37,6 +37,7 @@ CALLS: Mapping[str, CallForm] = {
     "While": CallForm(("cond", "body"), "T", 0, True, "While"),
     "StatelessWhile": CallForm(("cond", "body"), "T", 0, True, "While"),
 }
+"""Call form of each op that calls functions named by its attributes."""
 
 
 FORWARDS: Mapping[str, int] = dict.fromkeys(
@@ -57,20 +58,20 @@ FORWARDS: Mapping[str, int] = dict.fromkeys(
     ),
     0,
 )
-"""Ops whose outputs are, or read, one of their inputs: the index of that input."""
+"""Ops whose outputs are, or read, one of their inputs -> the index of that input."""
 
 
 CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2": 1}
-"""Ops whose first output is one of several inputs: the index of the first of them."""
+"""Ops whose first output is one of several inputs -> the index of the first of them."""
 
 
 GRADIENT = "_gradient_op_type"
-"""Attribute of an op that has a gradient of its own: of which kind (``tf.custom_gradient``)."""
+"""Attribute of an op that has a custom gradient (``tf.custom_gradient``): the gradient's kind."""
 
 
 QUANTIZER_MARK = "_bnqat"
-"""Attribute of a node that stands for its last input, in another precision: TensorFlow keeps it when a user
-loads and saves a model again, on nodes but not on functions."""
+"""Attribute of a node that stands for its last input in another precision. When a user loads and saves a model again,
+TensorFlow keeps the attribute on nodes but not on functions."""
 
 
 PART = "_bnqat_part"
@@ -78,12 +79,12 @@ PART = "_bnqat_part"
 
 
 GENERAL_BRANCH = "_bnqat_general"
-"""Attribute of a Case whose branches compute the same, each under a condition of its own: the position of the one that
-does so under every condition."""
+"""Attribute of a Case whose branches compute the same result, each for its own conditions: the position of the branch
+that is right for all conditions."""
 
 
 def forwarded(node: Node, port: int) -> Value | None:
-    """The value that this output of a node is, or reads, or stands for; None where the node computes it."""
+    """Return the value that an output of a node is, or reads, or stands for; None if the node computes it."""
     if QUANTIZER_MARK in node.attrs and node.inputs:
         return node.inputs[-1]
     if node.op == "IdentityN":
@@ -92,18 +93,18 @@ def forwarded(node: Node, port: int) -> Value | None:
 
 
 def call_form(model: Model, node: Node) -> CallForm | None:
-    """How this node calls functions; None where it does not, or not in a way that inputs can be added to."""
+    """Return the call form of a node; None if it calls no function, or if its call cannot take more inputs."""
     form = CALLS.get(node.op)
-    if form is None and node.op in model.graphs:
+    if form is None and node.op in model.graphs:  # a direct call: the op is the function's name
         return CallForm((), None, 0, False, node.op)
     return form
 
 
 def call_form_of(model: Model, node: Node) -> CallForm:
-    """How this node, which is known to call a function, calls it.
+    """Return the call form of a node that is known to be a call.
 
     Raises:
-        Error: it calls none.
+        Error: the node is no call.
     """
     form = call_form(model, node)
     if form is None:
@@ -112,7 +113,7 @@ def call_form_of(model: Model, node: Node) -> CallForm:
 
 
 def callees(model: Model, node: Node) -> tuple[str, ...]:
-    """The functions that a node with a call form calls, in order."""
+    """Return the functions that a node with a call form calls, in order; empty for any other node."""
     form = CALLS.get(node.op)
     if form is None:
         return (node.op,) if node.op in model.graphs else ()

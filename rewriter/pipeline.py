@@ -1,4 +1,4 @@
-"""Passes, and running them one after the other."""
+"""Passes, and the pipeline that runs them one after the other."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rewriter.ir import Error, Model
 
 @runtime_checkable
 class Pass(Protocol):
-    """A rewrite of a model. A frozen dataclass whose fields are its options does well.
+    """A rewrite of a model, best written as a frozen dataclass whose fields are its options.
 
-    A pass proposes edits and changes nothing; a model is valid before and after each pass. Its class may have a
-    `name`, which logs and messages use.
+    A pass proposes edits and changes nothing itself. A model is valid before and after each pass. The pass's class may
+    have a `name`, which logs and messages use.
     """
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """What to change in `model`.
+        """Return the edits to make in `model`.
 
         Raises:
             Error: the pass cannot do its work on this model; the message says why.
@@ -32,13 +32,13 @@ class Pass(Protocol):
 
 
 def pass_name(by: Pass) -> str:
-    """Return the name of a pass: that of its class where it has none of its own."""
+    """Return the name of a pass: its class's `name`, or else the name of its class."""
     return str(getattr(type(by), "name", type(by).__name__))
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass did: models before and after, the edits it proposed, and the seconds it took."""
+    """The record of one pass: the models before and after it, its edits, and its duration in seconds."""
 
     by: Pass
     before: Model
@@ -48,48 +48,48 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The pass's name."""
+        """Name of the pass."""
         return pass_name(self.by)
 
     @property
     def skipped(self) -> tuple[Skip, ...]:
-        """What the pass declined to change, with reasons."""
+        """Nodes that the pass declined to change, with reasons."""
         return tuple(e for e in self.edits if isinstance(e, Skip))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the pass wants the user to know."""
+        """Sentences that the pass has for the user."""
         return tuple(e.text for e in self.edits if isinstance(e, Note))
 
 
 Observer = Callable[[Step], None]
-"""Called after each pass: for timing, dumps, progress. It cannot change anything."""
+"""Callback after each pass, for timing, dumps and progress. An observer cannot change anything."""
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. Every result is checked, and the pass that broke the model is named."""
+    """Passes in order. The pipeline checks every result, and its error names the pass that broke the model."""
 
     passes: Sequence[Pass]
     observers: Sequence[Observer] = ()
 
     def run(self, model: Model) -> tuple[Model, list[Step]]:
-        """The rewritten model, and what each pass did.
+        """Return the rewritten model, and the record of each pass.
 
         Raises:
             Error: a pass declined the model, or left it malformed.
         """
         steps = []
-        for each in self.passes:
-            name = pass_name(each)
+        for current_pass in self.passes:
+            name = pass_name(current_pass)
             start = time.perf_counter()
-            edits = tuple(each.edits(model))
+            edits = tuple(current_pass.edits(model))
             after = apply(model, edits)
             try:
                 check(after, model)
             except Error as e:
                 raise Error(f"the pass {name} left the model malformed: {e}") from e
-            step = Step(each, model, after, edits, time.perf_counter() - start)
+            step = Step(current_pass, model, after, edits, time.perf_counter() - start)
             steps.append(step)
             for observe in self.observers:
                 observe(step)
@@ -98,18 +98,18 @@ class Pipeline:
 
 
 def load_pass(name: str) -> Pass:
-    """The pass `module:Class`, made with its default options.
+    """Return an instance of the pass `module:Class`, with its default options.
 
     Raises:
-        Error: the module or the class cannot be found, needs options, or is no pass.
+        Error: the module or the class is not found, or the class needs options or is no pass.
     """
     module, _, attribute = name.partition(":")
     if not module or not attribute:
         raise Error(f"a pass is named module:Class, not {name!r}")
     try:
-        made = getattr(importlib.import_module(module), attribute)()
+        instance = getattr(importlib.import_module(module), attribute)()
     except (ImportError, AttributeError, TypeError) as e:
         raise Error(f"cannot make the pass {name}: {e}") from e
-    if not isinstance(made, Pass):
+    if not isinstance(instance, Pass):
         raise Error(f"{name} is no pass: it has no method edits(model)")
-    return made
+    return instance

@@ -14,7 +14,7 @@ from rewriter.ir import Error
 
 
 def with_functions(value: Any, names: Mapping[str, str]) -> Any:
-    """An attribute with functions' names replaced; the attribute itself where it has none of them."""
+    """Return an attribute with functions' names replaced; the same object if it has none of the names."""
     if not any(name in names for name in functions_in(value)):
         return value
     copy = type(value)()
@@ -25,7 +25,7 @@ def with_functions(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def functions_in(value: Any) -> Iterator[str]:
-    """The names of the functions that an attribute refers to."""
+    """Yield the names of the functions that an attribute refers to."""
     kind = value.WhichOneof("value")
     if kind == "func":
         yield value.func.name
@@ -36,7 +36,7 @@ def functions_in(value: Any) -> Iterator[str]:
 
 @cache
 def dtype_name(number: int) -> str:
-    """``types_pb2.DataType`` -> name, as 1 -> "float32"."""
+    """Return the name of a dtype by its ``types_pb2.DataType`` number: 1 is "float32"."""
     try:
         return str(dtypes.as_dtype(number).name)
     except TypeError as e:
@@ -45,24 +45,24 @@ def dtype_name(number: int) -> str:
 
 @cache
 def dtype_number(name: str) -> int:
-    """Name -> ``types_pb2.DataType``."""
+    """Return the ``types_pb2.DataType`` number of a dtype by its name."""
     return int(dtypes.as_dtype(name).as_datatype_enum)
 
 
 class Dtype(str):
-    """A dtype by name; `attr` makes a type attribute of it, of a plain string a bytes attribute."""
+    """A dtype by name. `attr` makes a type attribute of it, but a bytes attribute of a plain string."""
 
     __slots__ = ()
 
 
 @cache
 def dtype_attr(name: str) -> Any:
-    """A dtype as an ``AttrValue``; one proto for each dtype, as protos are never changed."""
+    """Return a dtype as an ``AttrValue``; one proto per dtype, as protos are never changed."""
     return attr(Dtype(name))
 
 
 def more_dtypes(dtypes: Any, names: list[str]) -> Any:
-    """A list of dtypes, as an ``AttrValue``, with more of them."""
+    """Return a list of dtypes, an ``AttrValue``, with more dtypes at its end."""
     longer = attr_value_pb2.AttrValue()
     longer.CopyFrom(dtypes)
     longer.list.type.extend(dtype_number(n) for n in names)
@@ -70,7 +70,7 @@ def more_dtypes(dtypes: Any, names: list[str]) -> Any:
 
 
 def more_shapes(shapes: Any, added: Sequence[tuple[int, ...] | None]) -> Any:
-    """A list of shapes, as an ``AttrValue``, with more of them; None is an unknown rank."""
+    """Return a list of shapes, an ``AttrValue``, with more shapes at its end; None is an unknown rank."""
     longer = attr_value_pb2.AttrValue()
     longer.CopyFrom(shapes)
     longer.list.shape.extend(shapes_attr([*added]).list.shape)
@@ -78,13 +78,13 @@ def more_shapes(shapes: Any, added: Sequence[tuple[int, ...] | None]) -> Any:
 
 
 class Func(str):
-    """A function by name; `attr` makes a function attribute of it."""
+    """A function by name. `attr` makes a function attribute of it."""
 
     __slots__ = ()
 
 
 def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype] | list[Func]) -> Any:
-    """A Python value as an ``AttrValue``."""
+    """Return a Python value as an ``AttrValue``."""
     proto = attr_value_pb2.AttrValue()
     if isinstance(value, bool):
         proto.b = value
@@ -101,16 +101,16 @@ def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype] | li
     elif isinstance(value, np.ndarray | np.generic):
         proto.tensor.CopyFrom(tensor_util.make_tensor_proto(value))
     else:
-        for each in value:
-            if isinstance(each, Func):
-                proto.list.func.add(name=each)
+        for element in value:
+            if isinstance(element, Func):
+                proto.list.func.add(name=element)
             else:
-                proto.list.type.append(dtype_number(each))
+                proto.list.type.append(dtype_number(element))
     return proto
 
 
 def shape_attr(shape: tuple[int, ...]) -> Any:
-    """A shape as an ``AttrValue``."""
+    """Return a shape as an ``AttrValue``."""
     proto = attr_value_pb2.AttrValue()
     proto.shape.SetInParent()
     for size in shape:
@@ -119,19 +119,19 @@ def shape_attr(shape: tuple[int, ...]) -> Any:
 
 
 def shapes_attr(shapes: list[tuple[int, ...] | None]) -> Any:
-    """A list of shapes as an ``AttrValue``; None is an unknown rank."""
+    """Return a list of shapes as an ``AttrValue``; None is an unknown rank."""
     proto = attr_value_pb2.AttrValue()
     proto.list.SetInParent()
     for shape in shapes:
-        added = proto.list.shape.add()
+        shape_proto = proto.list.shape.add()
         if shape is None:
-            added.unknown_rank = True
+            shape_proto.unknown_rank = True
         else:
             for size in shape:
-                added.dim.add().size = size
+                shape_proto.dim.add().size = size
     return proto
 
 
 def text(data: bytes) -> str:
-    """Bytes of an attribute or a constant as text; what is no UTF-8 is spelled out."""
+    """Return bytes of an attribute or a constant as text; bytes that are no UTF-8 become escape sequences."""
     return data.decode(errors="backslashreplace")

@@ -1,6 +1,6 @@
-"""What inspecting, rewriting and finalising say: one schema, as dataclasses and as JSON.
+"""Reports of inspecting, rewriting and finalising: one schema, as dataclasses and as JSON.
 
-`SCHEMA_VERSION` grows when a field changes its meaning or goes away; new fields may come without it.
+`SCHEMA_VERSION` grows when a field changes its meaning or is removed. New fields may come without a new version.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Tensor:
-    """An input or output: shape is a list with null for unknown sizes, or null where the rank is unknown."""
+    """An input or output. `shape` is a list with null for unknown sizes, or null if the rank is unknown."""
 
     name: str
     dtype: str
@@ -24,13 +24,13 @@ class Tensor:
 
     @property
     def described(self) -> str:
-        """As ``x: float32[?, 8]``."""
+        """Text such as ``x: float32[?, 8]``."""
         sizes = None if self.shape is None else ", ".join("?" if size is None else str(size) for size in self.shape)
         return f"{self.name}: {self.dtype}" + ("" if sizes is None else f"[{sizes}]")
 
     @classmethod
     def of(cls, name: str, spec: Spec) -> Tensor:
-        """A spec under the name that callers use."""
+        """Return the tensor of a spec, under the name that callers use."""
         shape = None if spec.shape is None else [None if size < 0 else size for size in spec.shape]
         return cls(name, spec.dtype, shape)
 
@@ -49,11 +49,12 @@ class SiteReport:
 
     Attributes:
         kind: ``fused``: one FusedBatchNorm node; ``decomposed``: single ops, of which `node` is the last.
-        mode: ``training``, ``inference``, or ``both`` where the graph chooses while it runs.
+        mode: ``training``, ``inference``, or ``both`` if the graph chooses while it runs.
         status: ``float``, ``quantised`` or ``skipped``.
-        reason: why it is skipped; empty otherwise.
-        quantizers: for each quantiser there: role, scheme, bits at first, range, rounding, narrow_range, batch_norm,
-            layer (its place in variables for each layer), and use: parameter, statistic (of a batch) or average.
+        reason: the reason why it is skipped; else empty.
+        quantizers: for each quantiser of the site: role, scheme, initial bits, range, rounding, narrow_range,
+            batch_norm, layer (its index in variables with a value per layer), and use: parameter, statistic (of a
+            batch) or average.
     """
 
     graph: str
@@ -67,16 +68,16 @@ class SiteReport:
 
 @dataclass(frozen=True)
 class ValuesReport:
-    """What is in one variable.
+    """Statistics of the values in one variable.
 
     Attributes:
-        channels: how many values.
-        least, greatest, mean: of the finite ones.
-        zeros: how many are exactly 0.
-        not_finite: how many are NaN or infinite.
+        channels: number of values.
+        least, greatest, mean: minimum, maximum and mean of the finite values.
+        zeros: number of values that are exactly 0.
+        not_finite: number of values that are NaN or infinite.
         histogram: counts in intervals of equal width from the least to the greatest.
-        expected_error: by width, the error that the default quantiser makes: for gamma, beta and the moving mean, the
-            norm of the error to that of the vector; for the moving variance, the root of the mean squared relative
+        expected_error: error of the default quantiser, by bit width. For gamma, beta and the moving mean: the norm of
+            the error divided by that of the vector. For the moving variance: the root of the mean squared relative
             error of 1 / sqrt(variance + epsilon).
     """
 
@@ -95,10 +96,11 @@ class BatchNormReport:
     """One batch norm.
 
     Attributes:
-        variables: names by role.
-        momentum: where a site says it.
-        momentum_of: ``source``, or of derived training ``given`` or ``assumed``; empty where no site says a momentum.
-        values: what is in the variables, by role, where the checkpoint has numbers for them.
+        variables: names of its variables by role.
+        momentum: its momentum; None if no site states one.
+        momentum_of: origin of the momentum: ``source``, or in derived training ``given`` or ``assumed``; empty if no
+            site states a momentum.
+        values: statistics of its variables by role, if the checkpoint has numbers for them.
     """
 
     name: str
@@ -112,7 +114,7 @@ class BatchNormReport:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a model; `title` is the name of its directory."""
+    """The signatures and batch norms of a model; `title` is the name of its directory."""
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
@@ -120,11 +122,11 @@ class Inspection:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
     def to_html(self) -> str:
-        """The report as a page that holds all it needs."""
+        """Return the report as a self-contained HTML page."""
         from rewriter.page.shell import page
 
         sites = {(s.graph, s.node): s for bn in self.batch_norms for s in bn.sites}
@@ -140,7 +142,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A site that was left as it is, and why."""
+    """A site that was left unchanged, and the reason."""
 
     graph: str
     node: str
@@ -149,7 +151,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Declined:
-    """A site that a pass, by its class, left as it is, and why."""
+    """A site that a pass left unchanged, and the reason; `by` is the pass's class."""
 
     by: str
     graph: str
@@ -159,7 +161,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class Changed:
-    """What one pass changed: nodes added, removed and changed (inputs, attributes) in one graph."""
+    """Changes of one pass in one graph: numbers of nodes added, removed and changed (inputs, attributes)."""
 
     by: str
     graph: str
@@ -170,23 +172,23 @@ class Changed:
 
 @dataclass(frozen=True)
 class RewriteReport:
-    """What a rewrite did.
+    """The result of a rewrite.
 
     Attributes:
-        sites_found: sites of the source.
-        sites_rewritten: those of them that are quantised in the result and were not before; where nothing is
-            quantised, those that are fused.
-        sites_added: quantised sites that the rewrite added: those of new functions, and the second one where a
-            mode is chosen while the graph runs.
-        sites_fused: the source's sites in single ops that the fused kernel computes now.
-        skipped: the source's sites that were left as they are.
-        declined: sites that another pass than the quantising one left as they are.
+        sites_found: number of sites of the source.
+        sites_rewritten: number of them that are quantised in the result and were not before; if no pass quantises,
+            number of them that are fused.
+        sites_added: number of quantised sites that the rewrite added: those of new functions, and the second site if
+            the graph chooses a mode while it runs.
+        sites_fused: number of the source's sites in single ops that the fused kernel computes now.
+        skipped: the source's sites that were left unchanged.
+        declined: sites that a pass other than the quantising one left unchanged.
         variables_added: names of the new variables.
-        notes: what the user should know: where the training function comes from, what is assumed.
-        other_changes: what had to change besides.
-        changes: nodes added and changed, by pass and graph.
+        notes: sentences for the user: the origin of the training function, assumptions.
+        other_changes: other changes that were necessary.
+        changes: numbers of nodes added, removed and changed, by pass and graph.
         options: the options in force, by pass.
-        versions: of bnqat and TensorFlow.
+        versions: versions of bnqat and TensorFlow.
     """
 
     sites_found: int
@@ -204,7 +206,7 @@ class RewriteReport:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
 
@@ -213,13 +215,13 @@ class Baked:
     """One variable that holds quantised values now.
 
     Attributes:
-        variable: its name.
-        batch_norm: that of the layer, or names of several, joined with "+".
-        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or what the user's own function is called.
-        bits: the width in force; 0: it was off, and the values are as they were trained.
-        channels: how many values.
-        error: the norm of what rounding changed, to that of the values before; 0 where these are 0.
-        added: whether it is a new variable, since the old one is used without a quantiser as well, or in two ways.
+        variable: name of the variable.
+        batch_norm: name of the layer, or names of several layers, joined with "+".
+        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
+        bits: the width in force. With 0 the quantiser was off, and the values are as trained.
+        channels: number of values.
+        error: the norm of the rounding error, divided by that of the values before; 0 if these are 0.
+        added: true if the variable is new, because the old one is also used without a quantiser, or in two ways.
     """
 
     variable: str
@@ -234,18 +236,19 @@ class Baked:
 
 @dataclass(frozen=True)
 class FinalizeReport:
-    """What became of a fine-tuned model.
+    """The result of finalising a fine-tuned model.
 
     Attributes:
         baked: the variables that hold quantised values.
-        folded: batch norms, by (graph, node), that went into the convolution before them.
-        not_folded: those that did not, and why.
-        signatures: those of the result.
-        variables_removed: names of the variables that are gone.
-        functions: how many functions the result has; before, it had `functions_before`.
-        notes: what the user should know.
-        other_changes: what had to change besides.
-        versions: of bnqat and TensorFlow.
+        folded: batch norms that were folded into the convolution before them, as (graph, node).
+        not_folded: batch norms that were not folded, and the reasons.
+        signatures: names of the result's signatures.
+        variables_removed: names of the removed variables.
+        functions_before: number of functions of the source.
+        functions: number of functions of the result.
+        notes: sentences for the user.
+        other_changes: other changes that were necessary.
+        versions: versions of bnqat and TensorFlow.
     """
 
     baked: list[Baked]
@@ -261,5 +264,5 @@ class FinalizeReport:
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=1)

@@ -1,4 +1,4 @@
-"""A graph as text, and back: for tests, dumps and diffs.
+"""The text form of a graph, and its parser: for tests, dumps and diffs.
 
 ::
 
@@ -8,9 +8,9 @@
       effect assign = assign
     }
 
-One line for a node; ``name`` stands for ``name:0``. Attributes are written plainly where their kind is
-clear (booleans, integers, floats, strings, dtypes, ``@function``), and as ``proto "..."`` otherwise. Text that
-`to_text` wrote gives an equal graph, residue apart.
+Each node has one line; ``name`` stands for ``name:0``. Attributes are written plainly if their kind is clear (booleans,
+integers, floats, strings, dtypes, ``@function``), and as ``proto "..."`` otherwise. `from_text` turns text of `to_text`
+into an equal graph, except for residues.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _EFFECT = re.compile(rf"^effect ({_NAME}) = ({_NAME})$")
 
 
 def to_text(graph: Graph) -> str:
-    """The text of a graph."""
+    """Return the text of a graph."""
     arguments = ", ".join(_argument(graph.nodes[name]) for name in graph.arguments)
     results = ", ".join(f"{r.name} = {_value(r.value)}: {r.dtype}" for r in graph.results)
     stateful = "stateful " if graph.stateful else ""
@@ -70,7 +70,7 @@ def _attrs(attrs: Any) -> str:
 
 
 def attr_text(value: Any) -> str:
-    """An attribute as `to_text` writes it."""
+    """Return an attribute as `to_text` writes it."""
     kind = value.WhichOneof("value")
     if kind == "b":
         return "true" if value.b else "false"
@@ -93,18 +93,18 @@ def _quoted(text: str) -> str:
 
 
 def from_text(text: str) -> Graph:
-    """The graph that a text describes.
+    """Return the graph that a text describes.
 
     Raises:
-        Error: a line cannot be read; it is quoted.
+        Error: a line cannot be read; the message quotes it.
     """
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     head = _HEAD.match(lines[0])
     if head is None or lines[-1] != "}":
         raise Error(f"this is no graph: {lines[0]}")
     stateful, name, arguments, results, attrs = head.groups()
-    made = [_parse_argument(a) for a in _split(arguments)]
-    nodes = {n.name: n for n in made}
+    argument_nodes = [_parse_argument(a) for a in _split(arguments)]
+    nodes = {n.name: n for n in argument_nodes}
     effects = []
     for line in lines[1:-1]:
         if effect := _EFFECT.match(line):
@@ -115,7 +115,7 @@ def from_text(text: str) -> Graph:
     return Graph(
         "" if name == "main" else name,
         nodes,
-        tuple(n.name for n in made),
+        tuple(n.name for n in argument_nodes),
         tuple(_parse_result(r) for r in _split(results)),
         tuple(effects),
         _parse_attrs(attrs or ""),
@@ -124,7 +124,7 @@ def from_text(text: str) -> Graph:
 
 
 def _split(text: str) -> list[str]:
-    """Split at commas outside quotes and braces."""
+    """Split a text at commas outside quotes and braces."""
     parts, depth, quoted, start = [], 0, False, 0
     for i, c in enumerate(text):
         if c == '"' and text[i - 1] != "\\":
@@ -138,26 +138,26 @@ def _split(text: str) -> list[str]:
 
 
 def _parse_argument(text: str) -> Node:
-    found = _ARGUMENT.match(text)
-    if found is None:
+    match = _ARGUMENT.match(text)
+    if match is None:
         raise Error(f"this is no argument: {text}")
-    name, dtype, attrs = found.groups()
+    name, dtype, attrs = match.groups()
     typed = {} if dtype == "any" else {"T": protos.attr(protos.Dtype(dtype))}
     return Node(name, ARG, attrs={**typed, **_parse_attrs(attrs or "")})
 
 
 def _parse_result(text: str) -> Result:
-    found = _RESULT.match(text)
-    if found is None:
+    match = _RESULT.match(text)
+    if match is None:
         raise Error(f"this is no result: {text}")
-    return Result(found[1], _parse_value(found[2]), found[3])
+    return Result(match[1], _parse_value(match[2]), match[3])
 
 
 def _parse_node(line: str) -> Node:
-    found = _NODE.match(line)
-    if found is None:
+    match = _NODE.match(line)
+    if match is None:
         raise Error(f"this is no node: {line}")
-    name, op, inputs, after, device, attrs = found.groups()
+    name, op, inputs, after, device, attrs = match.groups()
     return Node(
         name,
         op,
