@@ -11,7 +11,7 @@ from typing import NamedTuple
 from rewriter import op_defs, ops
 from rewriter.diff.facts import TENSOR, VARIABLE, Aspects, facts
 from rewriter.diff.match import match
-from rewriter.diff.report import Change, Detail, What
+from rewriter.diff.report import Change, ChangeState, Detail
 from rewriter.ir import ARG, Attrs, Error, Graph, Model, Node, Value
 from rewriter.protos import with_functions
 from rewriter.text import attr_text
@@ -58,14 +58,16 @@ def compare(
     """
     pairs = match(before, after)
     renamed = {old: new for old, new in pairs.items() if old != new}
-    changes = list(_graphs(_Sides(before, after, pairs, renamed, describe)))
+    changes = list(_graph_changes(_Sides(before, after, pairs, renamed, describe)))
     old, new = facts(before, renamed, values), facts(after, {}, values)
     for kind, name in sorted(old.keys() | new.keys()):
         item = (kind, name)
         if kind == TENSOR and (VARIABLE, name) in old.keys() | new.keys():
             continue  # a variable in one of the models
-        what: What = "added" if item not in old else "removed" if item not in new else "changed"
-        details = tuple(d for d in _aspects(old.get(item, {}), new.get(item, {})) if (what, d.aspect) != REMOVED_VALUE)
+        what: ChangeState = "added" if item not in old else "removed" if item not in new else "changed"
+        details = tuple(
+            d for d in _differing_aspects(old.get(item, {}), new.get(item, {})) if (what, d.aspect) != REMOVED_VALUE
+        )
         if details or what != "changed":
             changes.append(Change(kind, what, "", name, details=details))
     return Comparison(before, after, pairs, tuple(changes))
@@ -73,11 +75,11 @@ def compare(
 
 def all_keys(*models: Model) -> frozenset[str]:
     """The keys of all variables and other tensors."""
-    held = (m.source.checkpoint.shapes for m in models if m.source.checkpoint is not None)
-    return frozenset().union(*(m.variables for m in models), *held)
+    checkpoint_keys = (m.source.checkpoint.shapes for m in models if m.source.checkpoint is not None)
+    return frozenset().union(*(m.variables for m in models), *checkpoint_keys)
 
 
-def _aspects(old: Aspects, new: Aspects) -> Iterator[Detail]:
+def _differing_aspects(old: Aspects, new: Aspects) -> Iterator[Detail]:
     for aspect in dict.fromkeys((*old, *new)):
         if old.get(aspect) != new.get(aspect):
             yield Detail(aspect, old.get(aspect), new.get(aspect))
@@ -91,15 +93,15 @@ class _Sides(NamedTuple):
     describe: bool
 
 
-def _graphs(sides: _Sides) -> Iterator[Change]:
+def _graph_changes(sides: _Sides) -> Iterator[Change]:
     before, after, pairs = sides.before, sides.after, sides.pairs
-    taken = {new: old for old, new in pairs.items()}
+    names_before = {new: old for old, new in pairs.items()}
     for name, graph in after.graphs.items():
-        if name not in taken:
+        if name not in names_before:
             yield Change(FUNCTION, "added", "", name, str(len(graph.nodes)), fingerprint=fingerprint(graph))
             continue
-        old = before.graphs[taken[name]]
-        if old is not graph and not (taken[name] == name and _same_proto(before, after, name)):
+        old = before.graphs[names_before[name]]
+        if old is not graph and not (names_before[name] == name and _same_proto(before, after, name)):
             yield from _changed_graph(sides, old, graph)
     for name, graph in before.graphs.items():
         if name not in pairs:
@@ -108,33 +110,33 @@ def _graphs(sides: _Sides) -> Iterator[Change]:
 
 def _same_proto(before: Model, after: Model, name: str) -> bool:
     """Whether a graph is, in both models, what was read, and that is the same."""
-    found = [m.source.protos.get(name) for m in (before, after)]
+    sources = [m.source.protos.get(name) for m in (before, after)]
     if not all(
-        known is not None and known[0] is m.graphs[name] for known, m in zip(found, (before, after), strict=True)
+        source is not None and source[0] is m.graphs[name] for source, m in zip(sources, (before, after), strict=True)
     ):
         return False
-    old, new = (known[1] for known in found if known is not None)
+    old, new = (source[1] for source in sources if source is not None)
     return bool(name) and bool(old == new)
 
 
 def _changed_graph(sides: _Sides, old: Graph, new: Graph) -> Iterator[Change]:
     """What differs between two graphs that are a pair."""
     for name in dict.fromkeys((*old.nodes, *new.nodes)):
-        one, other = old.nodes.get(name), new.nodes.get(name)
-        if one is other:
+        old_node, new_node = old.nodes.get(name), new.nodes.get(name)
+        if old_node is new_node:
             continue
-        if one is None or other is None:
+        if old_node is None or new_node is None:
             model, graph, node = (
-                (sides.before, old, old.nodes[name]) if other is None else (sides.after, new, new.nodes[name])
+                (sides.before, old, old.nodes[name]) if new_node is None else (sides.after, new, new.nodes[name])
             )
-            details = tuple(described(model, graph, node, removed=other is None)) if sides.describe else ()
-            what: What = "added" if one is None else "removed"
+            details = tuple(described(model, graph, node, removed=new_node is None)) if sides.describe else ()
+            what: ChangeState = "added" if old_node is None else "removed"
             yield Change(NODE, what, new.name, name, node.op, details, fingerprint(graph, name))
-        elif one != other:
-            details = tuple(_differences(sides, (old, one), (new, other)))
+        elif old_node != new_node:
+            details = tuple(_node_differences(sides, (old, old_node), (new, new_node)))
             if details:
-                yield Change(NODE, "changed", new.name, name, other.op, details)
-    details = tuple(_aspects(_interface(old, new, sides.renamed), _interface(new, old, {})))
+                yield Change(NODE, "changed", new.name, name, new_node.op, details)
+    details = tuple(_differing_aspects(_interface(old, new, sides.renamed), _interface(new, old, {})))
     if details:
         yield Change(FUNCTION, "changed", "", new.name, "", details)
 
@@ -167,46 +169,48 @@ def described(model: Model, graph: Graph, node: Node, *, removed: bool) -> Itera
         yield detail("position", str(graph.arguments.index(node.name)))
 
 
-def _differences(sides: _Sides, old: tuple[Graph, Node], new: tuple[Graph, Node]) -> Iterator[Detail]:
-    one, other = old[1], new[1]
-    op = sides.renamed.get(one.op, one.op)
-    if op != other.op:
-        yield Detail("op", op, other.op)
-    for position in range(max(len(one.inputs), len(other.inputs))):
-        was, now = (n.inputs[position] if position < len(n.inputs) else None for n in (one, other))
-        if was != now:
-            port = port_name(sides.after, other, position) or port_name(sides.before, one, position)
-            yield Detail(f"input {position}", was and value_name(was), now and value_name(now), port)
-    if set(one.after) != set(other.after):
-        yield Detail("control inputs", ", ".join(sorted(one.after)), ", ".join(sorted(other.after)))
-    if one.device != other.device:
-        yield Detail("device", one.device, other.device)
-    if one.residue != other.residue:
-        yield Detail("debug information", _hash(one.residue), _hash(other.residue))
-    for name in sorted(one.attrs.keys() | other.attrs.keys()):
-        known, is_now = one.attrs.get(name), other.attrs.get(name)
-        if known is not None and sides.renamed:
-            known = with_functions(known, sides.renamed)
-        if known != is_now:
-            was_text, text = (None if a is None else attr_text(a) for a in (known, is_now))
-            yield Detail(f"attribute {name}", was_text, text)
+def _node_differences(sides: _Sides, old: tuple[Graph, Node], new: tuple[Graph, Node]) -> Iterator[Detail]:
+    old_node, new_node = old[1], new[1]
+    op = sides.renamed.get(old_node.op, old_node.op)
+    if op != new_node.op:
+        yield Detail("op", op, new_node.op)
+    for position in range(max(len(old_node.inputs), len(new_node.inputs))):
+        old_input, new_input = (n.inputs[position] if position < len(n.inputs) else None for n in (old_node, new_node))
+        if old_input != new_input:
+            port = port_name(sides.after, new_node, position) or port_name(sides.before, old_node, position)
+            yield Detail(
+                f"input {position}", old_input and value_name(old_input), new_input and value_name(new_input), port
+            )
+    if set(old_node.after) != set(new_node.after):
+        yield Detail("control inputs", ", ".join(sorted(old_node.after)), ", ".join(sorted(new_node.after)))
+    if old_node.device != new_node.device:
+        yield Detail("device", old_node.device, new_node.device)
+    if old_node.residue != new_node.residue:
+        yield Detail("debug information", _hash(old_node.residue), _hash(new_node.residue))
+    for name in sorted(old_node.attrs.keys() | new_node.attrs.keys()):
+        old_attr, new_attr = old_node.attrs.get(name), new_node.attrs.get(name)
+        if old_attr is not None and sides.renamed:
+            old_attr = with_functions(old_attr, sides.renamed)
+        if old_attr != new_attr:
+            old_text, new_text = (None if a is None else attr_text(a) for a in (old_attr, new_attr))
+            yield Detail(f"attribute {name}", old_text, new_text)
 
 
-def _interface(graph: Graph, other: Graph, renamed: Mapping[str, str]) -> Aspects:
+def _interface(graph: Graph, counterpart: Graph, renamed: Mapping[str, str]) -> Aspects:
     """What a function says of itself besides its nodes. Arguments are nodes; only the order of common ones is here."""
-    common = [name for name in graph.arguments if name in other.nodes]
-    found = {"order of arguments": ", ".join(common), "stateful": str(graph.stateful)}
+    common = [name for name in graph.arguments if name in counterpart.nodes]
+    aspects = {"order of arguments": ", ".join(common), "stateful": str(graph.stateful)}
     for result in graph.results:
-        found[f"result {result.name}"] = f"{value_name(result.value)}: {result.dtype}"
+        aspects[f"result {result.name}"] = f"{value_name(result.value)}: {result.dtype}"
         if result.residue:
-            found[f"description of result {result.name}"] = _hash(result.residue)
+            aspects[f"description of result {result.name}"] = _hash(result.residue)
     for effect in graph.effects:
-        found[f"control output {effect.name}"] = effect.node
+        aspects[f"control output {effect.name}"] = effect.node
     for name, attr in graph.attrs.items():
-        found[f"attribute {name}"] = attr_text(with_functions(attr, renamed))
+        aspects[f"attribute {name}"] = attr_text(with_functions(attr, renamed))
     if graph.name:
-        found["description and numbers of resources"] = _hash(graph.residue)
-    return found
+        aspects["description and numbers of resources"] = _hash(graph.residue)
+    return aspects
 
 
 def fingerprint(graph: Graph, only: str = "") -> str:
@@ -214,12 +218,12 @@ def fingerprint(graph: Graph, only: str = "") -> str:
     digest = hashlib.blake2b(digest_size=8)
 
     def add(attrs: Attrs, *parts: object) -> None:
-        held = [(name, attr.SerializeToString(deterministic=True)) for name, attr in sorted(attrs.items())]
-        digest.update(repr((parts, held)).encode())
+        attributes = [(name, attr.SerializeToString(deterministic=True)) for name, attr in sorted(attrs.items())]
+        digest.update(repr((parts, attributes)).encode())
 
     for name in [only] if only else sorted(graph.nodes):
         node = graph.nodes[name]
-        place = graph.arguments.index(name) if only and node.op == ARG else -1
+        argument_position = graph.arguments.index(name) if only and node.op == ARG else -1
         add(
             node.attrs,
             name,
@@ -227,7 +231,7 @@ def fingerprint(graph: Graph, only: str = "") -> str:
             [tuple(v) for v in node.inputs],
             sorted(node.after),
             node.device,
-            place,
+            argument_position,
             node.residue,
         )
     if not only:
@@ -249,9 +253,9 @@ def port_name(model: Model, node: Node, position: int) -> str:
     """What an op's definition, or the function that is called, calls an input; "" where that is not known."""
     try:
         form = ops.call_form(model, node)
-        called = ops.callees(model, node) if form is not None else ()
-        if form is not None and called and position >= form.first:
-            return model.graphs[called[0]].arguments[position - form.first]
+        callees = ops.callees(model, node) if form is not None else ()
+        if form is not None and callees and position >= form.first:
+            return model.graphs[callees[0]].arguments[position - form.first]
         definition = op_defs.op_def(model, node.op)
     except (Error, KeyError, IndexError):
         return ""

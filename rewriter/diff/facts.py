@@ -47,7 +47,7 @@ def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -
     """
     source: Source = model.source
     meta = source.proto.meta_graphs[source.index]
-    found: Facts = {}
+    items: Facts = {}
     for key, variable in model.variables.items():
         aspects = {
             "name": variable.name,
@@ -57,27 +57,27 @@ def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -
             "synchronization": SYNCHRONIZATION[variable.synchronization],
             "aggregation": AGGREGATION[variable.aggregation],
         }
-        found[VARIABLE, key] = aspects
+        items[VARIABLE, key] = aspects
     for name, signature in meta.signature_def.items():
-        found[SIGNATURE, name] = dict(_signature(signature))
+        items[SIGNATURE, name] = dict(_signature(signature))
     for name, concrete in meta.object_graph_def.concrete_functions.items():
-        found[CONCRETE, names.get(name, name)] = dict(_concrete(model, concrete))
-    found |= {(OBJECT, path): dict(aspects) for path, aspects in _objects(model, meta.object_graph_def, names)}
+        items[CONCRETE, names.get(name, name)] = dict(_concrete(model, concrete))
+    items |= {(OBJECT, path): dict(aspects) for path, aspects in _objects(model, meta.object_graph_def, names)}
     for key, device in _devices(model, meta.object_graph_def):
-        found[VARIABLE, key] = {**found[VARIABLE, key], "device": device}
+        items[VARIABLE, key] = {**items[VARIABLE, key], "device": device}
     for name, collection in meta.collection_def.items():
-        found[COLLECTION, name] = {"content": _collection(collection)}
+        items[COLLECTION, name] = {"content": _collection(collection)}
     for path in sorted(source.path.rglob("*")):
         name = path.relative_to(source.path).as_posix()
         if path.is_file() and name not in (*MODEL_FILES, *LOGS) and not name.startswith("variables/"):
-            found[FILE, name] = {"bytes": str(path.stat().st_size), "sha256": _hash_of(path)}
+            items[FILE, name] = {"bytes": str(path.stat().st_size), "sha256": _file_hash(path)}
     if source.checkpoint is not None:
-        found |= _tensors(source.checkpoint, model)
-    for item in [item for item in found if item[0] in (VARIABLE, TENSOR) and item[1] in values]:
+        items |= _tensors(source.checkpoint, model)
+    for item in [item for item in items if item[0] in (VARIABLE, TENSOR) and item[1] in values]:
         if source.checkpoint is not None and item[1] in source.checkpoint.shapes:
-            found[item] = {**found[item], "value": value_text(source.checkpoint.tensor(item[1]))}
-    found[MODEL, "meta graph"] = dict(_meta(source, meta, names))
-    return found
+            items[item] = {**items[item], "value": value_text(source.checkpoint.tensor(item[1]))}
+    items[MODEL, "meta graph"] = dict(_meta(source, meta, names))
+    return items
 
 
 def shape_text(shape: tuple[int, ...] | None) -> str:
@@ -108,8 +108,8 @@ def _signature(proto: Any) -> Iterator[tuple[str, str]]:
 def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
     yield "inputs", ", ".join(_spec(s) for s in tensor_specs(proto.canonicalized_input_signature))
     yield "outputs", ", ".join(_spec(s) for s in tensor_specs(proto.output_signature))
-    yield "input structure", _short(proto.canonicalized_input_signature)
-    yield "output structure", _short(proto.output_signature)
+    yield "input structure", _proto_hash(proto.canonicalized_input_signature)
+    yield "output structure", _proto_hash(proto.output_signature)
     keys = {number: key for key, number in model.source.numbers.items()}
     for position, number in enumerate(proto.bound_inputs):
         yield f"capture {position}", keys.get(number, f"object {number}")
@@ -125,14 +125,14 @@ def _devices(model: Model, graph: Any) -> Iterator[tuple[str, str]]:
 def _objects(model: Model, graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     """Objects other than variables, by their shortest path from the root."""
     paths = object_paths(graph)
-    known = {**paths, **{number: f"variable {key}" for key, number in model.source.numbers.items()}}
+    labels = {**paths, **{number: f"variable {key}" for key, number in model.source.numbers.items()}}
     for number, path in paths.items():
         kind = graph.nodes[number].WhichOneof("kind")
         if kind not in ("variable", None):
-            yield path or "the root", _object(graph.nodes[number], kind, names, known)
+            yield path or "the root", _object(graph.nodes[number], kind, names, labels)
 
 
-def _object(node: Any, kind: str, names: Mapping[str, str], known: Mapping[int, str]) -> Iterator[tuple[str, str]]:
+def _object(node: Any, kind: str, names: Mapping[str, str], labels: Mapping[int, str]) -> Iterator[tuple[str, str]]:
     yield "kind", kind
     content = type(getattr(node, kind))()
     content.CopyFrom(getattr(node, kind))
@@ -145,18 +145,18 @@ def _object(node: Any, kind: str, names: Mapping[str, str], known: Mapping[int, 
     elif kind == "bare_concrete_function":
         yield "functions", names.get(content.concrete_function_name, content.concrete_function_name)
         content.ClearField("concrete_function_name")
-    yield "content", _short(content) if kind in ("user_object", "function") else _one_line(content)
+    yield "content", _proto_hash(content) if kind in ("user_object", "function") else _one_line(content)
     for child in node.children:
-        yield f"child {child.local_name}", known.get(child.node_id, "") or "the root"
+        yield f"child {child.local_name}", labels.get(child.node_id, "") or "the root"
     for slot in node.slot_variables:
-        variable = known.get(slot.original_variable_node_id, "")
-        yield f"slot {slot.slot_name} of {variable}", known.get(slot.slot_variable_node_id, "a slot variable")
+        variable = labels.get(slot.original_variable_node_id, "")
+        yield f"slot {slot.slot_name} of {variable}", labels.get(slot.slot_variable_node_id, "a slot variable")
     rest = type(node)()
     rest.CopyFrom(node)
     for field in (kind, "children", "slot_variables"):
         rest.ClearField(field)
     if rest.ByteSize():
-        yield "registration", _short(rest)
+        yield "registration", _proto_hash(rest)
 
 
 def _collection(proto: Any) -> str:
@@ -164,7 +164,7 @@ def _collection(proto: Any) -> str:
     values = list(getattr(proto, kind).value) if kind else []
     if kind == "node_list":
         return ", ".join(values)
-    return f"{len(values)} of kind {kind}, {_short(proto)}"
+    return f"{len(values)} of kind {kind}, {_proto_hash(proto)}"
 
 
 def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
@@ -194,11 +194,11 @@ def _meta(source: Source, meta: Any, names: Mapping[str, str]) -> Iterator[tuple
     yield "TensorFlow revision", info.tensorflow_git_version
     yield "ops listed", ", ".join(o.name for o in info.stripped_op_list.op)
     for op in info.stripped_op_list.op:
-        yield f"definition of {op.name}", _short(op)
+        yield f"definition of {op.name}", _proto_hash(op)
     for name, alias in info.function_aliases.items():
         yield f"alias of {names.get(name, name)}", alias
     if info.HasField("any_info"):
-        yield "any info", _short(info.any_info)
+        yield "any info", _proto_hash(info.any_info)
     for asset in meta.asset_file_def:
         yield f"asset {asset.filename}", asset.tensor_info.name
     yield "SavedModel version", str(source.proto.saved_model_schema_version)
@@ -211,7 +211,7 @@ def _meta(source: Source, meta: Any, names: Mapping[str, str]) -> Iterator[tuple
         yield f"gradient of {gradient.function_name}", names.get(gradient.gradient_func, gradient.gradient_func)
     for index, other in enumerate(source.proto.meta_graphs):
         if index != source.index:
-            yield f"meta graph {', '.join(other.meta_info_def.tags)}", _short(other)
+            yield f"meta graph {', '.join(other.meta_info_def.tags)}", _proto_hash(other)
 
 
 def _one_line(proto: Any) -> str:
@@ -219,7 +219,7 @@ def _one_line(proto: Any) -> str:
     return text
 
 
-def _short(proto: Any) -> str:
+def _proto_hash(proto: Any) -> str:
     return f"sha256 {_hash(proto.SerializeToString(deterministic=True))}"
 
 
@@ -227,6 +227,6 @@ def _hash(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-def _hash_of(path: Path) -> str:
+def _file_hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -37,18 +37,18 @@ def record(source: Path, changes: tuple[Change, ...], author: Callable[[Change],
         author: who made a change; what nobody made is left out.
     """
     authors: dict[tuple[str, ...], int] = {}
-    kept: dict[str, dict[str, dict[str, Any]]] = {}
+    entries: dict[str, dict[str, dict[str, Any]]] = {}
     for change in changes:
         by = author(change)
         if by:
             number = authors.setdefault(by, len(authors))
-            places = kept.setdefault(change.kind, {}).setdefault(change.graph, {})
+            places = entries.setdefault(change.kind, {}).setdefault(change.graph, {})
             places[change.name] = [number, change.fingerprint or _hashes(change)]
     return {
         "schema_version": SCHEMA_VERSION,
         "source": graph_hash(source),
         "authors": [list(by) for by in authors],
-        "changes": kept,
+        "changes": entries,
     }
 
 
@@ -64,39 +64,41 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
     One that is only in part as the record has it becomes two; one that is missing is added, if the model before is the
     one that was rewritten. `values` says whether values were compared.
     """
-    left = _entries(known)
-    found: list[Change] = []
+    entries = _entries(known)
+    attributed: list[Change] = []
     for change in changes:
-        number, told = left.pop((change.kind, change.graph, change.name), (0, {}))
-        own = _hashes(change)
-        same = {aspect for aspect, value in own.items() if told.get(aspect) == value}
-        left_out = own.keys() if values else {*own, VALUE}
-        gone = [Detail(aspect, None, None) for aspect in told.keys() - left_out]
-        by = tuple(known["authors"][number]) if told else ()
-        if same == own.keys():
-            found.append(replace(change, by=by))
+        number, recorded = entries.pop((change.kind, change.graph, change.name), (0, {}))
+        hashes = _hashes(change)
+        agreeing = {aspect for aspect, value in hashes.items() if recorded.get(aspect) == value}
+        accounted_for = hashes.keys() if values else {*hashes, VALUE}
+        missing_details = [Detail(aspect, None, None) for aspect in recorded.keys() - accounted_for]
+        by = tuple(known["authors"][number]) if recorded else ()
+        if agreeing == hashes.keys():
+            attributed.append(replace(change, by=by))
         else:
-            rest = tuple(d for d in change.details if d.aspect not in same)
-            if WHOLE in told and WHOLE in own:
-                rest = (*rest, Detail(WHOLE, f"hash {told[WHOLE]}, as the record has it", f"hash {own[WHOLE]}"))
-            if same:
-                found.append(replace(change, details=tuple(d for d in change.details if d.aspect in same), by=by))
-            found.append(replace(change, details=rest))
-        if gone and WHOLE not in told and WHOLE not in own:
-            found.append(replace(change, what="missing", details=tuple(gone)))
+            rest = tuple(d for d in change.details if d.aspect not in agreeing)
+            if WHOLE in recorded and WHOLE in hashes:
+                rest = (*rest, Detail(WHOLE, f"hash {recorded[WHOLE]}, as the record has it", f"hash {hashes[WHOLE]}"))
+            if agreeing:
+                attributed.append(
+                    replace(change, details=tuple(d for d in change.details if d.aspect in agreeing), by=by)
+                )
+            attributed.append(replace(change, details=rest))
+        if missing_details and WHOLE not in recorded and WHOLE not in hashes:
+            attributed.append(replace(change, what="missing", details=tuple(missing_details)))
     if known["source"] == graph_hash(source):
-        for kind, graph, name in left:
-            found.append(Change(kind, "missing", graph, name))
-    return tuple(found)
+        for kind, graph, name in entries:
+            attributed.append(Change(kind, "missing", graph, name))
+    return tuple(attributed)
 
 
 def _entries(known: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str, str]]]:
     """(kind, graph, name) -> the author's number, and hashes by aspect."""
     return {
-        (kind, graph, name): (number, {WHOLE: own} if isinstance(own, str) else own)
+        (kind, graph, name): (number, {WHOLE: hashes} if isinstance(hashes, str) else hashes)
         for kind, graphs in known["changes"].items()
         for graph, names in graphs.items()
-        for name, (number, own) in names.items()
+        for name, (number, hashes) in names.items()
     }
 
 
@@ -125,8 +127,8 @@ def read_record(file: Path) -> Record | None:
         sound = sound and all(
             isinstance(number, int)
             and 0 <= number < len(authors)
-            and all(isinstance(text, str) for text in told.values())
-            for number, told in entries.values()
+            and all(isinstance(text, str) for text in hashes.values())
+            for number, hashes in entries.values()
         )
         if not sound:
             raise ValueError("authors or changes of other types")

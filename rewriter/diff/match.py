@@ -20,12 +20,12 @@ def match(before: Model, after: Model) -> dict[str, str]:
     same arguments; those that nodes of one name call in graphs that are a pair; those of the same content. TensorFlow
     numbers its functions anew each time it traces them.
     """
-    found = _Pairs(before, after)
-    found.by_key(_held(before), _held(after))
-    found.by_calls()
-    found.by_key(_contents(before, found.pairs), _contents(after, found.taken))
-    found.by_calls()
-    return found.pairs
+    matching = _Pairs(before, after)
+    matching.by_key(_by_holder(before), _by_holder(after))
+    matching.by_calls()
+    matching.by_key(_by_content(before, matching.pairs), _by_content(after, matching.matched_after))
+    matching.by_calls()
+    return matching.pairs
 
 
 class _Pairs:
@@ -40,44 +40,44 @@ class _Pairs:
         self.before = before
         self.after = after
         self.pairs: dict[str, str] = {}
-        self.taken: set[str] = set()
-        self.waiting: list[tuple[str, str]] = []
+        self.matched_after: set[str] = set()
+        self.pending: list[tuple[str, str]] = []
         for name in before.graphs:
             if name in after.graphs:
                 self.add(name, name)
 
     def add(self, old: str, new: str) -> None:
         """Let two graphs be a pair, if neither is in one."""
-        if old not in self.pairs and new not in self.taken:
+        if old not in self.pairs and new not in self.matched_after:
             self.pairs[old] = new
-            self.taken.add(new)
-            self.waiting.append((old, new))
+            self.matched_after.add(new)
+            self.pending.append((old, new))
 
     def by_key(self, old: Keyed, new: Keyed) -> None:
         """Pair the graphs that alone have a key, in either model."""
-        other = _alone(new)
-        for key, name in _alone(old).items():
-            if key in other:
-                self.add(name, other[key])
+        new_names = _with_unique_key(new)
+        for key, name in _with_unique_key(old).items():
+            if key in new_names:
+                self.add(name, new_names[key])
 
     def by_calls(self) -> None:
         """Pair what nodes of one name call, in graphs that are a pair."""
-        while self.waiting:
-            old, new = (m.graphs[n] for m, n in zip((self.before, self.after), self.waiting.pop(), strict=True))
+        while self.pending:
+            old, new = (m.graphs[n] for m, n in zip((self.before, self.after), self.pending.pop(), strict=True))
             for name in old.nodes.keys() & new.nodes.keys():
-                called = (_functions(m, g, name) for m, g in ((self.before, old), (self.after, new)))
-                for one, other in zip(*called, strict=False):
-                    self.add(one, other)
+                callees = (_named_functions(m, g, name) for m, g in ((self.before, old), (self.after, new)))
+                for old_callee, new_callee in zip(*callees, strict=False):
+                    self.add(old_callee, new_callee)
 
 
-def _alone(keyed: Keyed) -> Mapping[Hashable, str]:
+def _with_unique_key(keyed: Keyed) -> Mapping[Hashable, str]:
     """The graphs whose key no other graph has."""
     listed = list(keyed)
     count = Counter(key for key, _ in listed)
     return {key: name for key, name in listed if count[key] == 1}
 
 
-def _held(model: Model) -> Iterator[tuple[Hashable, str]]:
+def _by_holder(model: Model) -> Iterator[tuple[Hashable, str]]:
     """Concrete functions by the objects that hold them, and by what they take."""
     objects = model.source.proto.meta_graphs[model.source.index].object_graph_def
     for path, name in held_functions(objects):
@@ -85,7 +85,7 @@ def _held(model: Model) -> Iterator[tuple[Hashable, str]]:
         yield (path, signature.SerializeToString(deterministic=True)), name
 
 
-def _functions(model: Model, graph: Graph, name: str) -> list[str]:
+def _named_functions(model: Model, graph: Graph, name: str) -> list[str]:
     """The model's functions that a node names, in the order of its attributes' names."""
     node = graph.nodes[name]
     if node.op in model.graphs:
@@ -95,12 +95,12 @@ def _functions(model: Model, graph: Graph, name: str) -> list[str]:
     return [f for _, value in sorted(node.attrs.items()) for f in protos.functions_in(value) if f in model.graphs]
 
 
-def _contents(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable, str]]:
+def _by_content(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable, str]]:
     """The graphs that are in no pair, by their nodes' names, ops and inputs."""
-    known = set(paired)
+    paired_names = set(paired)
     for name, graph in model.graphs.items():
-        if name not in known:
-            own = frozenset(
+        if name not in paired_names:
+            content = frozenset(
                 (n.name, "" if n.op in model.graphs else n.op, n.inputs, n.after) for n in graph.nodes.values()
             )
-            yield own, name
+            yield content, name

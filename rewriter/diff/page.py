@@ -41,7 +41,7 @@ def diff_page(title: str, report: DiffReport, unions: Mapping[str, Union], pictu
 
 def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequence[Picture]) -> Mapping[str, Any]:
     """What the page's script decodes: the report, and pictures, with each text once."""
-    texts, authors, shown = _Table(), _Table(), _Table()
+    texts, authors, graph_names = _Table(), _Table(), _Table()
 
     def number(text: str | None) -> int:
         return NONE if text is None else texts[text]
@@ -60,11 +60,11 @@ def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequenc
         for c in report.changes
     ]
     nodes = {name: _Table() for name in unions}
-    drawn = [_picture(p, shown, nodes[p.graph]) for p in pictures]
-    lines: dict[str, dict[Line, None]] = {name: {} for name in shown}
+    drawn = [_picture(p, graph_names, nodes[p.graph]) for p in pictures]
+    lines: dict[str, dict[Line, None]] = {name: {} for name in graph_names}
     for picture in pictures:
         lines[picture.graph].update(dict.fromkeys(picture.lines))
-    graphs = [_graph(unions[name], nodes[name], lines[name], texts) for name in shown]
+    graphs = [_graph(unions[name], nodes[name], lines[name], texts) for name in graph_names]
     rest = {name: value for name, value in asdict(report).items() if name not in ("changes", "layers")}
     rest["layers"] = [
         {

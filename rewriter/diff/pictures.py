@@ -19,11 +19,11 @@ from rewriter.diff.compare import Comparison, port_name
 from rewriter.ir import Graph, Node
 
 HOPS = 3
-FAN = 12
+MAX_NEIGHBOURS = 12
 """How many unchanged neighbours of one node are drawn, to either side."""
-MOST = 100
+MAX_NODES = 100
 """How many nodes are drawn at most."""
-SMALL = 80
+MAX_WHOLE = 80
 """How many nodes a function may have to be drawn whole."""
 
 SAME, ADDED, REMOVED, CHANGED = "same", "added", "removed", "changed"
@@ -115,22 +115,22 @@ class Union:
 
     def ops(self, name: str) -> tuple[str, str]:
         """The op before and after; "" where there is no such node."""
-        found = (None if g is None else g.nodes.get(name) for g in (self.old, self.new))
-        old, new = ("" if n is None else n.op for n in found)
+        nodes = (None if g is None else g.nodes.get(name) for g in (self.old, self.new))
+        old, new = ("" if n is None else n.op for n in nodes)
         return old, new
 
 
 def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Callable[[Node], str]) -> Union:
     """A graph of the model after and its pair, or one that only the model before has."""
     new = compared.after.graphs.get(name)
-    was = compared.before.graphs.get(name) if new is None else compared.graph_before(name)
-    union = Union(name, was, new)
-    known = set(changed)
-    for graph in (g for g in (was, new) if g is not None):
+    old = compared.before.graphs.get(name) if new is None else compared.graph_before(name)
+    union = Union(name, old, new)
+    changed_nodes = set(changed)
+    for graph in (g for g in (old, new) if g is not None):
         for node in graph.nodes:
-            here = (was is not None and node in was.nodes, new is not None and node in new.nodes)
+            present = (old is not None and node in old.nodes, new is not None and node in new.nodes)
             union.states[node] = (
-                REMOVED if not here[1] else ADDED if not here[0] else CHANGED if node in known else SAME
+                REMOVED if not present[1] else ADDED if not present[0] else CHANGED if node in changed_nodes else SAME
             )
     union.inner = _inner(new) if new is not None else set()
     for line in _lines(compared, union, formula):
@@ -142,23 +142,23 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
 
 def _inner(graph: Graph) -> set[str]:
     """Proxies, and the nodes whose every use serves one. What a proxy stands for is not among them."""
-    found = {n.name for n in graph.nodes.values() if ops.QUANTIZER_MARK in n.attrs}
-    if not found:
-        return found
+    inner = {n.name for n in graph.nodes.values() if ops.QUANTIZER_MARK in n.attrs}
+    if not inner:
+        return inner
     uses: dict[str, set[str]] = {}
     for node in graph.nodes.values():
         for source in (*(v.node for v in node.inputs), *node.after):
             uses.setdefault(source, set()).add(node.name)
-    kept = {graph.nodes[name].inputs[-1].node for name in found}
-    kept |= {r.value.node for r in graph.results} | {e.node for e in graph.effects}
-    waiting = list(found)
+    outer = {graph.nodes[name].inputs[-1].node for name in inner}
+    outer |= {r.value.node for r in graph.results} | {e.node for e in graph.effects}
+    waiting = list(inner)
     while waiting:
         node = graph.nodes[waiting.pop()]
         for name in (*(v.node for v in node.inputs), *node.after):
-            if name not in found and name not in kept and uses[name] <= found:
-                found.add(name)
+            if name not in inner and name not in outer and uses[name] <= inner:
+                inner.add(name)
                 waiting.append(name)
-    return found
+    return inner
 
 
 def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -> Iterator[Line]:
@@ -173,11 +173,11 @@ def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -
         model, graph = (compared.after, union.new) if new else (compared.before, union.old)
         nodes = {} if graph is None else graph.nodes
         label = port_name(model, nodes[target], position) if position >= 0 else ""
-        made = nodes[source]
-        if new and ops.QUANTIZER_MARK in made.attrs and position >= 0:
-            raw = made.inputs[-1]
+        producer = nodes[source]
+        if new and ops.QUANTIZER_MARK in producer.attrs and position >= 0:
+            raw = producer.inputs[-1]
             was = edges.get((raw.node, target, position, raw.port), [False, False])[0]
-            yield Line(raw.node, target, label, position, was or old, True, formula(made), inner=False)
+            yield Line(raw.node, target, label, position, was or old, True, formula(producer), inner=False)
             yield Line(source, target, label, position, old, True, inner=True)
         else:
             replaced = old and not new and _is_behind_proxy(union, source, port, target, position)
@@ -190,8 +190,8 @@ def _is_behind_proxy(union: Union, source: str, port: int, target: str, position
     node = None if union.new is None else union.new.nodes.get(target)
     if union.new is None or node is None or not 0 <= position < len(node.inputs):
         return False
-    made = union.new.nodes[node.inputs[position].node]
-    return ops.QUANTIZER_MARK in made.attrs and tuple(made.inputs[-1]) == (source, port)
+    producer = union.new.nodes[node.inputs[position].node]
+    return ops.QUANTIZER_MARK in producer.attrs and tuple(producer.inputs[-1]) == (source, port)
 
 
 def around(union: Union, middle: str) -> Picture:
@@ -208,25 +208,25 @@ def whole(union: Union, middle: str) -> Picture:
 
 
 def _distances(union: Union, middle: str, *, inner: bool) -> dict[str, int]:
-    found = {middle: 0}
+    distances = {middle: 0}
     waiting = deque([middle])
-    while waiting and len(found) < MOST:
+    while waiting and len(distances) < MAX_NODES:
         name = waiting.popleft()
-        if found[name] == HOPS:
+        if distances[name] == HOPS:
             continue
-        plain = {True: 0, False: 0}
+        unchanged_counts = {True: 0, False: 0}
         for line in sorted(union.lines.get(name, ()), key=lambda e: (e.old and e.new, e.position < 0)):
-            other = line.source if line.target == name else line.target
-            if line.inner is (not inner) or other in found or (not inner and other in union.inner):
+            neighbour = line.source if line.target == name else line.target
+            if line.inner is (not inner) or neighbour in distances or (not inner and neighbour in union.inner):
                 continue
-            if union.states[other] == SAME and name != middle:
-                plain[line.target == name] += 1
-                if plain[line.target == name] > FAN:
+            if union.states[neighbour] == SAME and name != middle:
+                unchanged_counts[line.target == name] += 1
+                if unchanged_counts[line.target == name] > MAX_NEIGHBOURS:
                     continue
-            if len(found) < MOST:
-                found[other] = found[name] + 1
-                waiting.append(other)
-    return found
+            if len(distances) < MAX_NODES:
+                distances[neighbour] = distances[name] + 1
+                waiting.append(neighbour)
+    return distances
 
 
 def _picture(union: Union, middle: str, near: Mapping[str, int], far: Mapping[str, int]) -> Picture:
@@ -262,8 +262,8 @@ def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str,
     layer = {name: number for number, generation in enumerate(generations) for name in generation}
     for generation in reversed(generations):
         for name in generation:
-            used = [layer[user] for user in graph.successors(name)]
-            layer[name] = min(used) - 1 if used else layer[name]
+            user_layers = [layer[user] for user in graph.successors(name)]
+            layer[name] = min(user_layers) - 1 if user_layers else layer[name]
     columns: dict[int, list[str]] = {}
     for name in names:
         columns.setdefault(layer[name], []).append(name)
@@ -280,8 +280,8 @@ def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str,
 
 
 def _mean(values: Iterable[float], none: float = 0.0) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else none
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else none
 
 
 def pictures(
@@ -302,30 +302,30 @@ def pictures(
     for change in compared.changes:
         if change.kind == "node" and change.what != "missing":
             changed.setdefault(change.graph, set()).add(change.name)
-    wanted: dict[str, list[str]] = {}
+    sites_by_graph: dict[str, list[str]] = {}
     for graph, node in sites:
-        wanted.setdefault(graph, []).append(node)
-    alone = {c.name for c in compared.changes if c.kind == "function" and c.what in (ADDED, REMOVED)}
-    names = [*dict.fromkeys((*wanted, *changed, *sorted(alone)))]
+        sites_by_graph.setdefault(graph, []).append(node)
+    unpaired = {c.name for c in compared.changes if c.kind == "function" and c.what in (ADDED, REMOVED)}
+    names = [*dict.fromkeys((*sites_by_graph, *changed, *sorted(unpaired)))]
     if full:
-        gone = [n for n in compared.before.graphs if n not in compared.pairs]
-        names = [*dict.fromkeys((*names, *compared.after.graphs, *gone))]
+        removed_graphs = [n for n in compared.before.graphs if n not in compared.pairs]
+        names = [*dict.fromkeys((*names, *compared.after.graphs, *removed_graphs))]
     unions: dict[str, Union] = {}
-    made: list[Picture] = []
+    drawn: list[Picture] = []
     for name in names:
         union = unite(compared, name, changed.get(name, ()), formula)
         if not union.states:
             continue
         unions[name] = union
-        own = [around(union, node) for node in wanted.get(name, ())]
-        if not own and len(union.states) <= SMALL and (name in alone or full):
-            own.append(whole(union, _end(union)))
+        graph_pictures = [around(union, node) for node in sites_by_graph.get(name, ())]
+        if not graph_pictures and len(union.states) <= MAX_WHOLE and (name in unpaired or full):
+            graph_pictures.append(whole(union, _end(union)))
         if full:
-            own += _all(union, own)
-        elif name not in alone:
-            own += _covering(union, own, sorted(changed.get(name, ())))
-        made += own
-    return unions, made
+            graph_pictures += _all(union, graph_pictures)
+        elif name not in unpaired:
+            graph_pictures += _covering(union, graph_pictures, sorted(changed.get(name, ())))
+        drawn += graph_pictures
+    return unions, drawn
 
 
 def _end(union: Union) -> str:
@@ -337,37 +337,37 @@ def _end(union: Union) -> str:
 
 def _all(union: Union, pictures_: Sequence[Picture]) -> Iterator[Picture]:
     """More pictures, until every node is in one."""
-    seen = {spot.name for picture in pictures_ for spot in picture.spots}
+    covered = {spot.name for picture in pictures_ for spot in picture.spots}
     for name in union.states:
-        if name not in seen:
+        if name not in covered:
             picture = around(union, name)
-            seen.update(spot.name for spot in picture.spots)
+            covered.update(spot.name for spot in picture.spots)
             yield picture
 
 
-def _covering(union: Union, pictures_: Sequence[Picture], left: Sequence[str]) -> Iterator[Picture]:
+def _covering(union: Union, pictures_: Sequence[Picture], nodes: Sequence[str]) -> Iterator[Picture]:
     """More pictures, until every node left is near the middle of one.
 
     Of nodes that were added and hang together, one that is there is enough; what is passed over is not looked for.
     """
     added: nx.Graph[str] = nx.Graph()
-    added.add_nodes_from(name for name in left if union.states[name] == ADDED)
+    added.add_nodes_from(name for name in nodes if union.states[name] == ADDED)
     added.add_edges_from(
         (e.source, e.target) for name in added for e in union.lines.get(name, ()) if {e.source, e.target} <= added.nodes
     )
     groups = {name: group for group in nx.connected_components(added) for name in group}
-    seen: set[str] = set(union.inner)
+    covered: set[str] = set(union.inner)
 
-    def see(picture: Picture) -> None:
+    def cover(picture: Picture) -> None:
         for spot in picture.spots:
-            if spot.near is not None and spot.near.hops < HOPS and spot.name not in seen:
-                seen.update(groups.get(spot.name, {spot.name}))
+            if spot.near is not None and spot.near.hops < HOPS and spot.name not in covered:
+                covered.update(groups.get(spot.name, {spot.name}))
 
     for picture in pictures_:
-        see(picture)
+        cover(picture)
     order = (CHANGED, REMOVED, ADDED)
-    for name in sorted(left, key=lambda n: order.index(union.states[n])):
-        if name not in seen:
+    for name in sorted(nodes, key=lambda n: order.index(union.states[n])):
+        if name not in covered:
             picture = around(union, name)
-            see(picture)
+            cover(picture)
             yield picture

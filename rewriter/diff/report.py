@@ -8,7 +8,7 @@ from typing import Literal
 
 from rewriter.report import SCHEMA_VERSION
 
-What = Literal["added", "removed", "changed", "missing"]
+ChangeState = Literal["added", "removed", "changed", "missing"]
 """The last: a rewrite's record has it, and it is not so."""
 
 
@@ -44,7 +44,7 @@ class Change:
     """
 
     kind: str
-    what: What
+    what: ChangeState
     graph: str
     name: str
     op: str = ""

@@ -44,10 +44,10 @@ def picture_svg(picture: Picture, union: Union, hops: int = 1) -> str:
     ET.SubElement(root, "title").text = f"{picture.middle} in {picture.graph or 'the main graph'}"
     ground = {"x": f"{left:g}", "y": f"{top:g}", "width": f"{width:g}", "height": f"{height:g}", "fill": "#ffffff"}
     ET.SubElement(root, "rect", ground)
-    inputs, taken = Counter(e.target for e in lines), Counter[str]()
+    inputs, drawn_inputs = Counter(e.target for e in lines), Counter[str]()
     for line in sorted(lines, key=lambda e: e.position):
-        taken[line.target] += 1
-        _edge(root, line, boxes, taken[line.target] / (inputs[line.target] + 1), line.target == picture.middle)
+        drawn_inputs[line.target] += 1
+        _edge(root, line, boxes, drawn_inputs[line.target] / (inputs[line.target] + 1), line.target == picture.middle)
     for spot in spots:
         _node(root, spot.name, boxes[spot.name], union, middle=spot.name == picture.middle)
     ET.indent(root)
@@ -60,19 +60,19 @@ def _boxes(spots: list[Spot], lines: list[Line]) -> Mapping[str, Box]:
     for spot in spots:
         if spot.near is not None:
             columns.setdefault(spot.near.layer, []).append((spot.near.row, spot.name))
-    found: dict[str, Box] = {}
+    boxes: dict[str, Box] = {}
     x = 0.0
     for _, column in sorted(columns.items()):
         names = [name for _, name in sorted(column)]
         heights = [max(HEIGHT, min(40, inputs[name]) * SLOT + 6) for name in names]
         y = -(sum(heights) + SPACE * (len(names) - 1)) / 2
         for name, height in zip(names, heights, strict=True):
-            found[name] = Box(x, y, height)
+            boxes[name] = Box(x, y, height)
             y += height + SPACE
         leaving = [e for e in lines if e.source in names]
         labels = [len(text) * 5.5 + 14 for e in leaving for text in _label(e)]
         x += WIDTH + max([GAP, *labels]) + (44 if any(e.port for e in leaving) else 0)
-    return found
+    return boxes
 
 
 def _label(line: Line) -> list[str]:
@@ -91,9 +91,9 @@ def _edge(root: ET.Element, line: Line, boxes: Mapping[str, Box], fraction: floa
     ET.SubElement(root, "path", {"class": "arrow", "d": f"M{x2 + 6:g},{y2:g} l-7,-3.5 v7 z"})
     sign = [SIGNS[state]] if SIGNS.get(state) else []
     for number, text in enumerate(_label(line) or sign):
-        made = ET.SubElement(root, "text", {"class": f"label {state}", "x": f"{x1 + 6:g}"})
-        made.set("y", f"{y1 + (13 if number else -5):g}")
-        made.text = _printable(text)
+        label = ET.SubElement(root, "text", {"class": f"label {state}", "x": f"{x1 + 6:g}"})
+        label.set("y", f"{y1 + (13 if number else -5):g}")
+        label.text = _printable(text)
     if line.port and (middle or state != "same"):
         port = ET.SubElement(root, "text", {"class": "port", "x": f"{x2 - 3:g}", "y": f"{y2 - 3:g}"})
         port.set("text-anchor", "end")
@@ -106,8 +106,8 @@ def _node(root: ET.Element, name: str, box: Box, union: Union, *, middle: bool) 
     group.set("transform", f"translate({box.x:g},{box.y:g})")
     ET.SubElement(group, "title").text = _printable(f"{name} ({state})")
     ET.SubElement(group, "rect", width=str(WIDTH), height=f"{box.height:g}", rx="5")
-    was, now = union.ops(name)
-    op = f"{was} → {now}" if was and now and was != now else now or was
+    old_op, new_op = union.ops(name)
+    op = f"{old_op} → {new_op}" if old_op and new_op and old_op != new_op else new_op or old_op
     for kind, y, text in (
         ("op", "16", _shortened(f"{SIGNS[state]} {op}".strip(), 19)),
         ("name", "30", _shortened(name, 21)),

@@ -1,4 +1,8 @@
-"""Working paths beside a destination: locked while a process works there, removed by the next if it was killed."""
+"""Working paths beside a destination.
+
+A lock file marks a working path while its process runs. If the process is killed, the next one for the same destination
+removes the working path.
+"""
 
 from __future__ import annotations
 
@@ -12,23 +16,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-OWN = re.compile(r"\.(?P<target>.+)\.bnqat-[0-9a-f]{8}\.lock")
-OLD = "-old"
-"""How the name of a directory ends that waits beside the working path while the new one takes its place."""
+LOCK_NAME = re.compile(r"\.(?P<target>.+)\.bnqat-[0-9a-f]{8}\.lock")
+ASIDE_SUFFIX = "-old"
+"""Suffix of the old destination's name while it is put aside for the new one."""
 
 
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
-    """A path in the target's directory where nothing is yet; what is there when the block ends is removed.
+    """Yield an unused path in the target's directory, and remove it when the block ends.
 
-    What earlier processes left there for the same target is removed, if they no longer run.
+    Working paths of the same target whose processes no longer run are removed first.
 
     Raises:
-        OSError: nothing can be written there.
+        OSError: the directory cannot be written to.
     """
     target = target.absolute()  # "." has no name
-    _tidy(target)
-    lock, descriptor = _locked(target)
+    _remove_abandoned(target)
+    lock, descriptor = _new_lock(target)
     try:
         yield lock.with_suffix("")
     finally:
@@ -36,17 +40,17 @@ def beside(target: Path) -> Iterator[Path]:
         os.close(descriptor)
 
 
-def _tidy(target: Path) -> None:
-    """Remove what processes left that were killed."""
-    with suppress(OSError):  # a directory may be one to write to, but not to look into
+def _remove_abandoned(target: Path) -> None:
+    """Remove the working paths of killed processes."""
+    with suppress(OSError):  # a directory may allow writing, but not listing
         for lock in sorted(target.parent.iterdir()):
-            found = OWN.fullmatch(lock.name)
-            if found and found["target"] == target.name:
-                _take_over(lock, target)
+            match = LOCK_NAME.fullmatch(lock.name)
+            if match and match["target"] == target.name:
+                _remove_if_abandoned(lock, target)
 
 
-def _take_over(lock: Path, target: Path) -> None:
-    with suppress(OSError):  # it is another's, or still at work
+def _remove_if_abandoned(lock: Path, target: Path) -> None:
+    with suppress(OSError):  # the lock is another user's, or its process still runs
         descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,46 +60,46 @@ def _take_over(lock: Path, target: Path) -> None:
 
 
 def _remove(lock: Path, target: Path) -> None:
-    """Remove a working path and what was put aside, and at last the file that says whose they are.
+    """Remove a working path and the old destination put aside, and last the lock file.
 
-    Where nothing took the place of what was put aside, it is put back.
+    If there is no destination, the old one is put back instead: its process was killed between two renames.
     """
-    path, aside = lock.with_suffix(""), lock.with_name(lock.stem + OLD)
+    path, aside = lock.with_suffix(""), lock.with_name(lock.stem + ASIDE_SUFFIX)
     if aside.exists() and not os.path.lexists(target):
         aside.rename(target)
-    for left in (path, aside):
-        if left.is_dir() and not left.is_symlink():
-            _remove_directory(left)
+    for leftover in (path, aside):
+        if leftover.is_dir() and not leftover.is_symlink():
+            _remove_directory(leftover)
         else:
-            left.unlink(missing_ok=True)
+            leftover.unlink(missing_ok=True)
     if not os.path.lexists(path) and not os.path.lexists(aside):  # else the next run tries again
         lock.unlink(missing_ok=True)
 
 
 def _remove_directory(path: Path) -> None:
-    """Remove what can be removed, directories that are not to be written to included."""
+    """Remove as much of a directory as possible, read-only subdirectories included."""
     with suppress(OSError):
         path.chmod(stat.S_IRWXU)
-    for folder, names, _ in os.walk(path):  # a directory is looked into after its mode was changed
-        for each in (Path(folder) / name for name in names):
-            if not each.is_symlink():
+    for folder, names, _ in os.walk(path):  # top-down: a directory's mode is changed before os.walk lists it
+        for subfolder in (Path(folder) / name for name in names):
+            if not subfolder.is_symlink():
                 with suppress(OSError):
-                    each.chmod(stat.S_IRWXU)
+                    subfolder.chmod(stat.S_IRWXU)
     shutil.rmtree(path, ignore_errors=True)
 
 
-def _locked(target: Path) -> tuple[Path, int]:
-    """A new file that this process holds a lock on, which ends with the process."""
+def _new_lock(target: Path) -> tuple[Path, int]:
+    """Create a lock file and lock it; return its path and descriptor. The lock ends with the process."""
     while True:
         lock = target.with_name(f".{target.name}.bnqat-{secrets.token_hex(4)}.lock")
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            pass  # another process takes it for abandoned
+            pass  # another process took the new file for abandoned before it was locked, and will remove it
         except OSError:
-            return lock, descriptor  # there are no locks here, so that nobody takes it for abandoned either
+            return lock, descriptor  # this file system has no locks, so no process takes the file for abandoned
         else:
-            if lock.exists():
+            if lock.exists():  # else another process removed it before it was locked
                 return lock, descriptor
         os.close(descriptor)

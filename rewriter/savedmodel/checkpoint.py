@@ -1,7 +1,7 @@
-"""Copying a checkpoint with some tensors replaced or added, a bounded piece at a time.
+"""Reading a checkpoint, and copying it in bounded groups with some tensors replaced or added.
 
-Source: ``tensorflow/core/util/tensor_bundle``. Shards of bounded size are written with SaveV2 and joined
-with MergeV2Checkpoints, which moves data files and writes one index.
+Source: ``tensorflow/core/util/tensor_bundle``. SaveV2 writes each group as a checkpoint of its own. MergeV2Checkpoints
+joins them: it moves the data files and writes one index.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from rewriter.ir import Error
 from rewriter.savedmodel.index import refuse_index
 
 SHARD_BYTES = 32 << 20
-"""Tensors are copied in groups of at most this size; a larger tensor is a group of its own."""
+"""Largest size in bytes of a group of tensors that is copied at once; a larger tensor is a group of its own."""
 
 _SHARD = re.compile(r"\.data-(\d{5})-of-(\d{5})$")
 
 
 class Checkpoint:
-    """A checkpoint to read, by prefix.
+    """A checkpoint to read.
 
     Attributes:
-        shapes: each tensor's shape.
-        dtypes: each tensor's TensorFlow dtype.
+        prefix: the path of its files up to ``.index`` and ``.data-…``.
+        shapes: each tensor's shape, by key.
+        dtypes: each tensor's TensorFlow dtype, by key.
     """
 
     def __init__(self, prefix: Path) -> None:
@@ -36,7 +37,7 @@ class Checkpoint:
         self.prefix = prefix
         refuse_index(prefix.with_name(f"{prefix.name}.index"), _require_shards(prefix))
         try:
-            # Not tf.train.load_checkpoint, which follows the names in a file beside it.
+            # Not tf.train.load_checkpoint: if the prefix is also a directory, it follows the file "checkpoint" there.
             self._reader: Any = tf.compat.v1.train.NewCheckpointReader(str(prefix))
             self.shapes: Mapping[str, list[int]] = self._reader.get_variable_to_shape_map()
             self.dtypes: Mapping[str, Any] = self._reader.get_variable_to_dtype_map()
@@ -44,7 +45,7 @@ class Checkpoint:
             raise Error(f"cannot read the checkpoint {prefix}: {_first_line(e)}") from e
 
     def bytes_of(self, key: str) -> bytes:
-        """A scalar string tensor.
+        """Return the bytes of a scalar string tensor.
 
         Raises:
             Error: it cannot be read.
@@ -53,7 +54,7 @@ class Checkpoint:
         return value
 
     def tensor(self, key: str) -> Any:
-        """A tensor, as a NumPy array.
+        """Return a tensor as a NumPy array.
 
         Raises:
             Error: it cannot be read.
@@ -67,17 +68,17 @@ class Checkpoint:
         return value
 
     def groups(self, skip: set[str]) -> Iterator[list[str]]:
-        """The tensors' names, sorted, in groups of bounded size."""
+        """Yield the sorted keys of all tensors but those to skip, in groups of at most `SHARD_BYTES`."""
         group: list[str] = []
         size = 0
         for key in sorted(set(self.shapes) - skip):
             itemsize = max(1, self.dtypes[key].size or 8)
-            count = int(np.prod(self.shapes[key], dtype=np.int64)) * itemsize
-            if group and size + count > SHARD_BYTES:
+            nbytes = int(np.prod(self.shapes[key], dtype=np.int64)) * itemsize
+            if group and size + nbytes > SHARD_BYTES:
                 yield group
                 group, size = [], 0
             group.append(key)
-            size += count
+            size += nbytes
         if group:
             yield group
 
@@ -87,23 +88,23 @@ def _first_line(e: Exception) -> str:
 
 
 def _require_shards(prefix: Path) -> int:
-    """The bytes of all data files.
+    """Return the total size of all data files in bytes.
 
     Raises:
-        Error: one is missing, or TensorFlow would take something else for the checkpoint.
+        Error: a file is missing, or TensorFlow would take something else for the checkpoint.
     """
     if prefix.is_dir():
         raise Error(f"{prefix} is a directory, where TensorFlow looks for another checkpoint; remove it")
     if not prefix.with_name(prefix.name + ".index").is_file():
         raise Error(f"there is no checkpoint {prefix} (its .index file is missing)")
-    found: dict[int, set[int]] = {}
+    shards: dict[int, set[int]] = {}
     size = 0
     for path in prefix.parent.glob(f"{prefix.name}.data-*"):
         match = _SHARD.search(path.name)
         if match:
-            found.setdefault(int(match[2]), set()).add(int(match[1]))
+            shards.setdefault(int(match[2]), set()).add(int(match[1]))
             size += path.stat().st_size
-    if not any(have == set(range(count)) for count, have in found.items()):
+    if not any(present == set(range(count)) for count, present in shards.items()):
         raise Error(f"the checkpoint {prefix} lacks at least one of its .data files")
     return size
 
@@ -111,9 +112,13 @@ def _require_shards(prefix: Path) -> int:
 def copy(
     source: Checkpoint | None, target: Path, changed: Mapping[str, Any], keys: Collection[str] | None = None
 ) -> None:
-    """Write `source` to the prefix `target` with the tensors of `changed` replaced or added.
+    """Write a copy of a checkpoint with some tensors replaced or added.
 
-    Where there is no source, these are all. With `keys`, only they are taken from the source.
+    Args:
+        source: the checkpoint to copy; without one, only the changed tensors are written.
+        target: the prefix of the copy.
+        changed: the tensors to replace or add, by key.
+        keys: the tensors to take from the source; None stands for all.
 
     Raises:
         Error: a tensor cannot be read, or the files cannot be written.

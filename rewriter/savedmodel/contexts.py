@@ -1,7 +1,7 @@
-"""What ``tf.gradients`` needs to know of copied loops and conditionals in TensorFlow 1's format.
+"""Control flow contexts: the loops and conditionals of TensorFlow 1, as ``tf.gradients`` needs them.
 
-Source: ``tensorflow/core/protobuf/control_flow.proto``. A context names the tensors of one loop or branch; it
-is held in the collections ``while_context`` and ``cond_context``.
+Source: ``tensorflow/core/protobuf/control_flow.proto``. A context names the tensors of one loop or branch. The
+collections ``while_context`` and ``cond_context`` hold the contexts.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ KINDS = {"while_context": control_flow_pb2.WhileContextDef, "cond_context": cont
 
 
 def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
-    """Add contexts for the copies `prefix`/name of nodes: of every loop or branch that was copied.
+    """Add a context for every loop and branch among the copied nodes; a copy is named `prefix`/name.
 
-    One that lies in a branch which the copy does not choose any longer stands on its own there.
+    If the copy has no Switch for a conditional any more, the contexts nested in that conditional become top-level.
     """
 
-    def moved(text: str) -> str:
+    def renamed(text: str) -> str:
         name, colon, port = text.partition(":")
         return f"{prefix}/{name}{colon}{port}" if name in nodes else text
 
@@ -34,160 +34,164 @@ def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
         collection, context = waiting.pop(0)
         if context.pivot_name.partition(":")[0] not in nodes:
             continue
-        if collection == "while_context" or _switched(context, nodes):
-            _rename(context, prefix, moved)
+        if collection == "while_context" or _still_chooses(context, nodes):
+            _rename(context, prefix, renamed)
             values = meta.collection_def[collection].bytes_list.value
             values.append(context.SerializeToString(deterministic=True))
         else:
-            waiting += [_nested(inner) for inner in context.nested_contexts]
+            waiting += [_kind_and_context(inner) for inner in context.nested_contexts]
 
 
 def _contexts(meta: Any, collection: str) -> list[Any]:
     if collection not in meta.collection_def:
         return []
     try:
-        found = [KINDS[collection].FromString(data) for data in meta.collection_def[collection].bytes_list.value]
+        contexts = [KINDS[collection].FromString(data) for data in meta.collection_def[collection].bytes_list.value]
     except DecodeError:
-        found = [None]
-    if not all(map(_whole, found)):
+        contexts = [None]
+    if not all(map(_is_valid, contexts)):
         raise Error(f"the collection {collection!r} holds something other than loops and conditionals")
-    return found
+    return contexts
 
 
-def _whole(context: Any) -> bool:
-    """Whether it is a context, and all that are nested in it are, too."""
+def _is_valid(context: Any) -> bool:
+    """Return true if this is a context, and so is everything nested in it."""
     return context is not None and all(
-        nested.WhichOneof("ctxt") and _whole(getattr(nested, nested.WhichOneof("ctxt")))
+        nested.WhichOneof("ctxt") and _is_valid(getattr(nested, nested.WhichOneof("ctxt")))
         for nested in context.nested_contexts
     )
 
 
-def _nested(inner: Any) -> tuple[str, Any]:
+def _kind_and_context(inner: Any) -> tuple[str, Any]:
     return ("while_context", inner.while_ctxt) if inner.HasField("while_ctxt") else ("cond_context", inner.cond_ctxt)
 
 
 def complete(meta: Any, graph: Graph, outputs: Callable[[Node], int]) -> None:
-    """Let contexts know the nodes of their loops and branches that were added, and forget those that were removed.
+    """Add new nodes to the contexts of their loops and branches, and take removed nodes out.
 
-    `outputs` counts those of a node.
+    A new node belongs to the innermost context of its inputs. An Enter belongs to the loop that it enters.
 
-    A new node belongs where the innermost of its inputs does; an Enter belongs to the loop that it enters.
+    Args:
+        meta: the meta graph whose collections hold the contexts.
+        graph: the main graph with its new nodes.
+        outputs: returns the number of a node's outputs.
     """
-    found: dict[str, list[Any]] = {collection: [] for collection in KINDS}
-    before = [(collection, context) for collection in KINDS for context in _contexts(meta, collection)]
-    for collection, context in (standing for each in before for standing in _standing(*each, graph)):
-        _forget(context, graph)
-        found[collection].append(context)
-    held: dict[str, tuple[int, Any]] = {}
+    by_collection: dict[str, list[Any]] = {collection: [] for collection in KINDS}
+    source_contexts = [(collection, context) for collection in KINDS for context in _contexts(meta, collection)]
+    for collection, context in (remaining for pair in source_contexts for remaining in _remaining(*pair, graph)):
+        _drop_removed(context, graph)
+        by_collection[collection].append(context)
+    places: dict[str, tuple[int, Any]] = {}
     loops: dict[str, tuple[int, Any]] = {}
-    for collection, contexts in found.items():
+    for collection, contexts in by_collection.items():
         for context in contexts:
-            _index(collection, context, 1, held, loops)
-    for node in _in_order(graph, held) if held else ():
+            _index(collection, context, 1, places, loops)
+    for node in _in_order(graph, places) if places else ():
         place = (
             loops.get(protos.text(op_defs.attribute(node, "frame_name").s))
             if node.op in ENTERS
-            else _innermost(node, held)
+            else _innermost(node, places)
         )
         if place is not None:
             _add(place[1], node, outputs(node))
-            held[node.name] = place
-    for collection, contexts in found.items():
+            places[node.name] = place
+    for collection, contexts in by_collection.items():
         if collection in meta.collection_def:
             values = meta.collection_def[collection].bytes_list.value
             values[:] = [context.SerializeToString(deterministic=True) for context in contexts]
 
 
-def _standing(collection: str, context: Any, graph: Graph) -> Iterator[tuple[str, Any]]:
-    """A context; in place of a conditional that was removed, those that are nested in it."""
+def _remaining(collection: str, context: Any, graph: Graph) -> Iterator[tuple[str, Any]]:
+    """Yield a context, or, if its conditional was removed, the contexts that are nested in it."""
     named = (context.pivot_name, context.pred_name) if collection == "cond_context" else ()
     if all(name.partition(":")[0] in graph.nodes for name in named):
         yield collection, context
     else:
         for inner in context.nested_contexts:
-            yield from _standing(*_nested(inner), graph)
+            yield from _remaining(*_kind_and_context(inner), graph)
 
 
-def _forget(context: Any, graph: Graph) -> None:
-    held = context.values_def
-    held.values[:] = [text for text in held.values if text.partition(":")[0] in graph.nodes]
-    for outer, inner in list(held.external_values.items()):
+def _drop_removed(context: Any, graph: Graph) -> None:
+    values_def = context.values_def
+    values_def.values[:] = [text for text in values_def.values if text.partition(":")[0] in graph.nodes]
+    for outer, inner in list(values_def.external_values.items()):
         if not {outer.partition(":")[0], inner.partition(":")[0]} <= graph.nodes.keys():
-            del held.external_values[outer]
+            del values_def.external_values[outer]
     for nested in context.nested_contexts:
-        _forget(_nested(nested)[1], graph)
+        _drop_removed(_kind_and_context(nested)[1], graph)
 
 
 def _index(
-    collection: str, context: Any, depth: int, held: dict[str, tuple[int, Any]], loops: dict[str, tuple[int, Any]]
+    collection: str, context: Any, depth: int, places: dict[str, tuple[int, Any]], loops: dict[str, tuple[int, Any]]
 ) -> None:
-    """Where each node of a context, or of one nested in it, belongs: the depth and the context."""
+    """Record the innermost context of each node, with its depth, and the context of each loop's frame name."""
     outer = {text.partition(":")[0] for text in context.values_def.external_values}
     outer |= {text.partition(":")[0] for text in getattr(context, "loop_exit_names", ())}
     for text in context.values_def.values:
         name = text.partition(":")[0]
-        if name not in outer and held.get(name, (0,))[0] < depth:
-            held[name] = (depth, context)
+        if name not in outer and places.get(name, (0,))[0] < depth:
+            places[name] = (depth, context)
     if collection == "while_context":
         loops[context.context_name] = (depth, context)
     for inner in context.nested_contexts:
-        kind, nested = _nested(inner)
-        _index(kind, nested, depth + 1, held, loops)
+        kind, nested = _kind_and_context(inner)
+        _index(kind, nested, depth + 1, places, loops)
 
 
-def _in_order(graph: Graph, held: Mapping[str, Any]) -> list[Node]:
-    """The nodes that no context knows, each after its inputs, but for the ways back of loops."""
-    done: dict[str, None] = {}
+def _in_order(graph: Graph, places: Mapping[str, Any]) -> list[Node]:
+    """Return the nodes in no context, each after its inputs; the back edges of loops (NextIteration) don't count."""
+    ordered: dict[str, None] = {}
     for start in graph.nodes:
         stack = [(start, False)]
         while stack:
             name, inputs_done = stack.pop()
             if inputs_done:
-                done[name] = None
-            elif name not in done and name not in held:
+                ordered[name] = None
+            elif name not in ordered and name not in places:
                 stack.append((name, True))
                 node = graph.nodes[name]
                 if node.op != "NextIteration":
                     stack += [(v.node, False) for v in node.inputs]
-    return [graph.nodes[name] for name in done]
+    return [graph.nodes[name] for name in ordered]
 
 
-def _innermost(node: Node, held: Mapping[str, tuple[int, Any]]) -> tuple[int, Any] | None:
+def _innermost(node: Node, places: Mapping[str, tuple[int, Any]]) -> tuple[int, Any] | None:
     if node.op in ("Exit", "RefExit", "Merge", "RefMerge"):
-        return None  # what leaves a loop or a branch is not in it
+        return None  # the op that leaves a loop or branch belongs outside of it
     sources = (*(v.node for v in node.inputs), *node.after)
-    return max((held[s] for s in sources if s in held), key=lambda place: place[0], default=None)
+    return max((places[s] for s in sources if s in places), key=lambda place: place[0], default=None)
 
 
 def _add(context: Any, node: Node, count: int) -> None:
-    held = context.values_def
-    held.values.extend(f"{node.name}:{port}" for port in range(count))
+    values_def = context.values_def
+    values_def.values.extend(f"{node.name}:{port}" for port in range(count))
     if node.op in ENTERS:
+        # As tf.while_loop does it: the tensor from outside is listed too, and maps to its name inside the loop.
         outer = f"{node.inputs[0].node}:{node.inputs[0].port}"
-        held.values.append(outer)
-        held.external_values[outer] = f"{node.name}:0"
+        values_def.values.append(outer)
+        values_def.external_values[outer] = f"{node.name}:0"
 
 
-def _switched(context: Any, nodes: Collection[str]) -> bool:
-    """Whether the copy of a conditional still chooses: its own Switch, before the pivot, was copied."""
+def _still_chooses(context: Any, nodes: Collection[str]) -> bool:
+    """Return true if the copied conditional still chooses: its predicate and its Switch were copied."""
     return context.pred_name.partition(":")[0] in nodes and f"{context.context_name.rpartition('/')[0]}/Switch" in nodes
 
 
-def _rename(context: Any, prefix: str, moved: Callable[[str], str]) -> None:
+def _rename(context: Any, prefix: str, renamed: Callable[[str], str]) -> None:
     context.context_name = f"{prefix}/{context.context_name}"
     for field in ("pivot_name", "pivot_for_pred_name", "pivot_for_body_name", "maximum_iterations_name", "pred_name"):
         if getattr(context, field, ""):
-            setattr(context, field, moved(getattr(context, field)))
+            setattr(context, field, renamed(getattr(context, field)))
     for field in ("loop_exit_names", "loop_enter_names"):
         names = getattr(context, field, None)
         if names is not None:
-            names[:] = [moved(n) for n in names]
-    held = context.values_def
-    held.values[:] = [moved(n) for n in held.values]
-    external = {moved(k): moved(v) for k, v in held.external_values.items()}
-    held.external_values.clear()
+            names[:] = [renamed(n) for n in names]
+    values_def = context.values_def
+    values_def.values[:] = [renamed(n) for n in values_def.values]
+    external = {renamed(k): renamed(v) for k, v in values_def.external_values.items()}
+    values_def.external_values.clear()
     for key, value in external.items():
-        held.external_values[key] = value
+        values_def.external_values[key] = value
     for nested in getattr(context, "nested_contexts", ()):
         inner = getattr(nested, nested.WhichOneof("ctxt"))
-        _rename(inner, prefix, moved)
+        _rename(inner, prefix, renamed)

@@ -1,4 +1,4 @@
-"""The files of a SavedModel: that they are its own, and that they stay the same while it is read."""
+"""Checks of a SavedModel's files: all lie in its directory, and none changes while the model is read."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ from tensorflow.core.protobuf import meta_graph_pb2
 from rewriter.ir import Error
 
 V1_ASSETS = "saved_model_assets"
-"""The collection in which TensorFlow 1 keeps what an ``AssetFileDef`` of the meta graph says now."""
+"""Collection of TensorFlow 1 with the assets; newer models list them in the meta graph's ``asset_file_def``."""
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
-"""What a terminal obeys, or what turns text around."""
+"""Control characters, which a terminal obeys, and marks that change the direction of text."""
 
 Stamps: TypeAlias = Mapping[str, tuple[int, int, int]]
-"""Each file's path in the model, with its number, size in bytes and time of change in nanoseconds."""
+"""Path of each file in the model -> inode number, size in bytes, modification time in nanoseconds."""
 
 
 def stamps(model: Path) -> Stamps:
-    """What identifies the content of each file in a directory.
+    """Return the stamps of all files below a directory; if a file's content changes, so does its stamp.
 
     Raises:
-        Error: one is neither file nor directory, a link that leads out of the directory or to another one, or cannot
-            be looked at, or its name holds what cannot be printed.
+        Error: an entry is neither file nor directory, cannot be read, has unprintable characters in its name, or is
+            a link that leads out of the directory or to a directory.
     """
     root = model.resolve()
-    found = {}
+    by_path = {}
     try:
         for folder, folders, files in os.walk(root):
             for name in (*folders, *files):
                 path = Path(folder) / name
-                held = _own(root, path)
-                if stat.S_ISREG(held.st_mode):
-                    found[str(path.relative_to(root))] = (held.st_ino, held.st_size, held.st_mtime_ns)
+                status = _checked_status(root, path)
+                if stat.S_ISREG(status.st_mode):
+                    by_path[str(path.relative_to(root))] = (status.st_ino, status.st_size, status.st_mtime_ns)
     except OSError as e:
         raise Error(f"{model} cannot be read: {e.filename}: {e.strerror}") from e
     except RecursionError:
         raise Error(f"{model} holds directories that are nested too deep") from None
-    return found
+    return by_path
 
 
-def _own(root: Path, path: Path) -> os.stat_result:
-    """What the system says of a file or directory of a model.
+def _checked_status(root: Path, path: Path) -> os.stat_result:
+    """Return the `os.stat` result of a file or directory of a model.
 
     Raises:
-        Error: it is not of the model alone.
-        OSError: it cannot be looked at.
+        Error: its name is unprintable, it is a link that leads elsewhere, or it is neither file nor directory.
+        OSError: the system cannot read it.
     """
     if CONTROL.search(path.name):
         raise Error(f"{root} holds a file with unprintable characters in its name, {path.name!r}; rename it")
@@ -61,17 +61,17 @@ def _own(root: Path, path: Path) -> os.stat_result:
             f"{path} is a link to {os.readlink(path)!r}, which is no file of the model; copy the model with what its "
             "links lead to (cp -rL), if you trust it"
         )
-    held = path.stat()
-    if not stat.S_ISREG(held.st_mode) and not stat.S_ISDIR(held.st_mode):
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
         raise Error(f"{path} is neither a file nor a directory; remove it from the model")
-    return held
+    return status
 
 
 def refuse_names(model: Path, meta: Any) -> None:
-    """Refuse names in a meta graph that cannot be printed, and assets that are no files of the model.
+    """Refuse unprintable names in a meta graph, and assets whose paths lead out of the model.
 
     Raises:
-        Error: there is one.
+        Error: there is one; the message holds the name.
     """
     for name in _names(meta):
         if CONTROL.search(name):
@@ -83,7 +83,7 @@ def refuse_names(model: Path, meta: Any) -> None:
 
 
 def _names(meta: Any) -> Iterator[str]:
-    """Whatever a report may print."""
+    """Yield every name of a meta graph that a report may print."""
     yield from meta.meta_info_def.tags
     for graph in (meta.graph_def.node, *(f.node_def for f in meta.graph_def.library.function)):
         for node in graph:
@@ -94,17 +94,17 @@ def _names(meta: Any) -> Iterator[str]:
         yield from (a.name for a in (*function.signature.input_arg, *function.signature.output_arg))
     for name, signature in meta.signature_def.items():
         yield from (name, *signature.inputs, *signature.outputs)
-    for held in meta.object_graph_def.nodes:
-        yield from (c.local_name for c in held.children)
-        yield held.variable.name
+    for saved_object in meta.object_graph_def.nodes:
+        yield from (c.local_name for c in saved_object.children)
+        yield saved_object.variable.name
 
 
 def _assets(meta: Any) -> Iterator[str]:
     yield from (asset.filename for asset in meta.asset_file_def)
-    for held in meta.collection_def[V1_ASSETS].any_list.value if V1_ASSETS in meta.collection_def else ():
+    for packed in meta.collection_def[V1_ASSETS].any_list.value if V1_ASSETS in meta.collection_def else ():
         asset = meta_graph_pb2.AssetFileDef()
         try:
-            held.Unpack(asset)
+            packed.Unpack(asset)
         except DecodeError as e:
             raise Error(f"the collection {V1_ASSETS!r} holds something other than assets") from e
         yield asset.filename

@@ -1,7 +1,8 @@
-"""GraphDef and FunctionDef protos to graphs, and back.
+"""Conversion of GraphDef and FunctionDef protos to graphs, and back.
 
 Source: ``tensorflow/core/framework/{graph,node_def,function,op_def}.proto``. A FunctionDef spells an edge
-``node:output_arg:index`` or, for an argument, ``argument``; a GraphDef spells it ``node:port``.
+``node:output_arg:index`` or, for an argument, ``argument``; a GraphDef spells it ``node:port``. A residue is a
+serialised proto of the fields that `rewriter.ir` has no place for; they are written again unchanged.
 """
 
 from __future__ import annotations
@@ -20,22 +21,30 @@ Definitions = Callable[[str], Any]
 """An op's name -> its definition; a function of the model counts as an op. Raises Error if unknown."""
 
 
-def definitions(library: Any, brought: Mapping[str, Any]) -> Definitions:
-    """Definitions of registered ops, of the library's functions, and of ops that the model describes."""
+def definitions(library: Any, stripped_ops: Mapping[str, Any]) -> Definitions:
+    """Return a lookup of op definitions: the library's functions, then registered ops, then the model's own list.
+
+    Args:
+        library: the ``FunctionDefLibrary``.
+        stripped_ops: the ops that the model describes in ``MetaInfoDef.stripped_op_list``, by name.
+    """
     signatures = {f.signature.name: f.signature for f in library.function}
 
     def find(op: str) -> Any:
-        found = signatures.get(op) or op_defs.registered(op) or brought.get(op)
-        if found is None:
+        definition = signatures.get(op) or op_defs.registered(op) or stripped_ops.get(op)
+        if definition is None:
             raise Error(f"the op {op} is neither registered in this TensorFlow nor described in the model")
-        return found
+        return definition
 
     return find
 
 
 def described(names: set[str]) -> list[Any]:
-    """Op definitions of these ops without documentation, sorted, as ``MetaInfoDef.stripped_op_list`` has them."""
-    found = []
+    """Return the definitions of the registered ones of these ops, for ``MetaInfoDef.stripped_op_list``.
+
+    They are sorted by name and have no documentation.
+    """
+    copies = []
     for name in sorted(names):
         definition = op_defs.registered(name)
         if definition is not None:
@@ -45,12 +54,12 @@ def described(names: set[str]) -> list[Any]:
             copy.ClearField("description")
             for part in (*copy.input_arg, *copy.output_arg, *copy.attr):
                 part.ClearField("description")
-            found.append(copy)
-    return found
+            copies.append(copy)
+    return copies
 
 
 def read_main(proto: Any) -> Graph:
-    """The main graph of a GraphDef, without its library."""
+    """Return the main graph of a GraphDef, without its library."""
     nodes: dict[str, Node] = {}
     for node in proto.node:
         inputs, after = _split_inputs(node, nodes, "the main graph")
@@ -60,7 +69,7 @@ def read_main(proto: Any) -> Graph:
 
 
 def read_function(proto: Any, find: Definitions) -> Graph:
-    """The graph of a FunctionDef."""
+    """Return the graph of a FunctionDef."""
     signature = proto.signature
     nodes: dict[str, Node] = {}
     for index, arg in enumerate(signature.input_arg):
@@ -100,38 +109,38 @@ def read_function(proto: Any, find: Definitions) -> Graph:
 
 
 def _first_ports(definition: Any, attrs: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """The first port of each output argument, and how many it has."""
-    first, found = 0, {}
+    """Return the first port and the number of ports of each output argument."""
+    first, ports = 0, {}
     for name, count in op_defs.outputs(definition, attrs):
-        found[name] = first, count
+        ports[name] = first, count
         first += count
-    return found
+    return ports
 
 
-def _split_inputs(node: Any, known: Mapping[str, Node], where: str) -> tuple[list[str], tuple[str, ...]]:
-    """A node's inputs, and the nodes that it runs after.
+def _split_inputs(node: Any, nodes: Mapping[str, Node], graph_name: str) -> tuple[list[str], tuple[str, ...]]:
+    """Return a node's data inputs, and the nodes of its control inputs.
 
     Raises:
-        Error: there is a node of its name already.
+        Error: a node of the same name exists already.
     """
-    _refuse_twice(node.name, known, where)
+    _refuse_twice(node.name, nodes, graph_name)
     inputs = [i for i in node.input if i[:1] != "^"]
     return inputs, tuple(i[1:] for i in node.input if i[:1] == "^")
 
 
-def _refuse_twice(name: str, known: Mapping[str, Node], where: str) -> None:
-    if name in known:
-        raise Error(f"in {where}: there are two nodes called {name}")
+def _refuse_twice(name: str, nodes: Mapping[str, Node], graph_name: str) -> None:
+    if name in nodes:
+        raise Error(f"in {graph_name}: there are two nodes called {name}")
 
 
 _PORT = re.compile(r"\d{0,9}", re.ASCII)
 
 
 def _number(text: str, value: str) -> int:
-    """A value's port as it is spelled, where 0 may be left out.
+    """Parse the port of a value; an empty text is port 0.
 
     Raises:
-        Error: it is none.
+        Error: the text is not a number.
     """
     if not _PORT.fullmatch(text):
         raise Error(f"{value}: {text!r} is not the number of an output")
@@ -139,13 +148,17 @@ def _number(text: str, value: str) -> int:
 
 
 SPARSE = ("values", "indices", "dense_shape")
-"""The parts of a sparse tensor (``TensorInfo.CooSparse``)."""
+"""Components of a sparse tensor (``TensorInfo.CooSparse``)."""
 
 
 def tensors_of(key: str, info: Any) -> dict[str, str]:
-    """The tensors of an input or output of a signature, a ``TensorInfo``: key -> tensor; a sparse one has three.
+    """Return the tensor names of a signature's input or output by key; a sparse tensor has three.
 
-    A composite tensor's components are not looked into; it is one tensor without a name.
+    A composite tensor is a single tensor with an empty name; its components are ignored.
+
+    Args:
+        key: the name of the input or output.
+        info: its ``TensorInfo``.
     """
     if info.WhichOneof("encoding") == "coo_sparse":
         return {f"{key}.{part}": getattr(info.coo_sparse, f"{part}_tensor_name") for part in SPARSE}
@@ -153,7 +166,7 @@ def tensors_of(key: str, info: Any) -> dict[str, str]:
 
 
 def tensor_info(spec: Spec, value: Value) -> Any:
-    """A value of the main graph as an input or output of a signature."""
+    """Return the ``TensorInfo`` of a value of the main graph."""
     info = meta_graph_pb2.TensorInfo(name=f"{value.node}:{value.port}", dtype=protos.dtype_number(spec.dtype))
     if spec.shape is None:
         info.tensor_shape.unknown_rank = True
@@ -163,7 +176,7 @@ def tensor_info(spec: Spec, value: Value) -> Any:
 
 
 def main_value(text: str) -> Value:
-    """A value as a GraphDef spells it."""
+    """Parse a value as a GraphDef spells it."""
     name, _, port = text.partition(":")
     return Value(name, _number(port, text))
 
@@ -215,7 +228,7 @@ def _function_residue(proto: Any) -> bytes:
 
 
 def write_main(graph: Graph) -> Any:
-    """The GraphDef of the main graph, without a library."""
+    """Return the GraphDef of the main graph, without a library."""
     proto = graph_pb2.GraphDef.FromString(graph.residue)
     for node in graph.nodes.values():
         inputs = [v.node if v.port == 0 else f"{v.node}:{v.port}" for v in node.inputs]
@@ -224,7 +237,7 @@ def write_main(graph: Graph) -> Any:
 
 
 def write_function(graph: Graph, find: Definitions) -> Any:
-    """The FunctionDef of a graph."""
+    """Return the FunctionDef of a graph."""
     proto = function_pb2.FunctionDef.FromString(graph.residue)
     signature = proto.signature
     signature.name = graph.name

@@ -1,8 +1,7 @@
-"""What the main graph needs so that V1 loaders, ``saved_model_cli`` and serving find new variables and signatures.
+"""Additions to the main graph for V1 loaders, ``saved_model_cli`` and serving: new variables and signatures.
 
-The main graph makes every variable's resource, calls one function for each signature, and calls the
-functions that save and restore the checkpoint. A variable that these two miss cannot be loaded by
-``tf.compat.v1.saved_model.load``.
+The main graph makes every variable's resource, calls one function for each signature, and calls the functions that
+save and restore the checkpoint. ``tf.compat.v1.saved_model.load`` cannot load a variable that these two functions miss.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 
 
 class Saver(NamedTuple):
-    """The main graph's calls that save and restore, and what they call."""
+    """The main graph's calls that save and restore, and the functions that they call."""
 
     save_node: str
     save: str
@@ -32,7 +31,7 @@ class Saver(NamedTuple):
 
 
 def find_saver(model: Model, saver_def: Any) -> Saver | None:
-    """The saver of a meta graph; None where it has none.
+    """Return the saver of a meta graph; None if it has none.
 
     Raises:
         Error: the saver does not consist of two function calls, as TensorFlow 2 writes it.
@@ -43,25 +42,25 @@ def find_saver(model: Model, saver_def: Any) -> Saver | None:
     names = (saver_def.save_tensor_name.partition(":")[0], saver_def.restore_op_name)
     functions = []
     for name in names:
-        called = ops.callees(model, main.nodes[name]) if name in main.nodes else ()
-        if len(called) != 1:
+        callees = ops.callees(model, main.nodes[name]) if name in main.nodes else ()
+        if len(callees) != 1:
             raise Error(f"the saver's node {name} is not a function call; this is not how TensorFlow 2 saves")
-        functions.append(called[0])
+        functions.append(callees[0])
     return Saver(names[0], functions[0], names[1], functions[1])
 
 
-def _only(graph: Graph, op_name: str) -> Node:
-    found = [n for n in graph.nodes.values() if n.op == op_name]
-    if not found:
+def _first_node(graph: Graph, op_name: str) -> Node:
+    nodes = [n for n in graph.nodes.values() if n.op == op_name]
+    if not nodes:
         raise Error(f"the saver's function {graph.name} has no {op_name}")
-    return found[0]
+    return nodes[0]
 
 
 def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
-    """The strings that an op which saves or restores is given for each tensor: names at input 1, slices at input 2.
+    """Return the strings of a SaveV2 or RestoreV2, one for each tensor: names at input 1, slices at input 2.
 
     Raises:
-        Error: they are no constant, or not one for each tensor.
+        Error: the input is no constant, or has not one string for each tensor.
     """
     value = node.inputs[position]
     array = constants.constant_of(graph, value)
@@ -71,50 +70,62 @@ def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
 
 
 def bound_values(model: Model) -> dict[str | int, Value]:
-    """What each captured object is in the main graph, by its calls of concrete functions."""
+    """Return the main graph's value of each captured object, as its calls of concrete functions pass it."""
     main = model.graphs[MAIN]
-    found: dict[str | int, Value] = {}
+    values: dict[str | int, Value] = {}
     for call in model.analysis(call_graph).calls.get(MAIN, []):
         entry = model.entries.get(call.callee)
         if entry is not None:
-            found.update(zip(entry.captures, main.nodes[call.node].inputs[len(entry.inputs) :], strict=False))
-    return found
+            values.update(zip(entry.captures, main.nodes[call.node].inputs[len(entry.inputs) :], strict=False))
+    return values
 
 
 def captured_values(model: Model, saver: Saver | None) -> dict[str | int, Value]:
-    """What each captured object is in the main graph: by its calls of concrete functions, and by the saver."""
+    """Return the main graph's value of each captured object, as calls of concrete functions or the saver pass it."""
     main = model.graphs[MAIN]
-    found = bound_values(model)
+    values = bound_values(model)
     if saver is not None:
-        passed = main.nodes[saver.restore_node].inputs
-        found.update((key, passed[position]) for key, position in restored(model, model.graphs[saver.restore]).items())
-    return found
+        restore_inputs = main.nodes[saver.restore_node].inputs
+        values.update(
+            (key, restore_inputs[position]) for key, position in restored(model, model.graphs[saver.restore]).items()
+        )
+    return values
 
 
 def restored(model: Model, restore: Graph) -> dict[str, int]:
-    """The argument that each tensor of the checkpoint is assigned to, by position, where it is a plain variable's."""
-    node = _only(restore, "RestoreV2")
+    """Return the position of the argument that each tensor of the checkpoint is assigned to; plain variables only.
+
+    Args:
+        model: the model.
+        restore: its function that restores.
+    """
+    node = _first_node(restore, "RestoreV2")
     keys = strings(restore, node)
-    found = {}
+    positions = {}
     for assign in restore.nodes.values():
         if assign.op == "AssignVariableOp":
             resource = follow(model, restore, assign.inputs[0])
             port = _restored_port(restore, assign.inputs[1], node.name)
             if isinstance(resource, Argument) and port is not None:
-                found[protos.text(keys[port])] = resource.position
-    return found
+                positions[protos.text(keys[port])] = resource.position
+    return positions
 
 
 def saved(model: Model, save: Graph) -> dict[str, int]:
-    """The argument whose value each tensor of the checkpoint is, by position."""
-    found = {}
+    """Return the position of the argument that each tensor of the checkpoint is read from.
+
+    Args:
+        model: the model.
+        save: its function that saves.
+    """
+    positions = {}
     for node in save.nodes.values():
         if node.op == "SaveV2":
             for key, value in zip(strings(save, node), node.inputs[3:], strict=True):
                 origin = follow(model, save, value)
                 if isinstance(origin, Argument):
-                    found[protos.text(key)] = origin.position
-    return found
+                    positions[protos.text(key)] = origin.position
+    return positions
 
 
 def _restored_port(graph: Graph, value: Value, restore: str) -> int | None:
@@ -124,7 +135,13 @@ def _restored_port(graph: Graph, value: Value, restore: str) -> int | None:
 
 
 def extend(model: Model, saver_def: Any, added: list[Variable], trackables: bytes) -> tuple[Model, dict[str, Node]]:
-    """Add new variables to the saver and new signatures' calls.
+    """Add new variables to the saver, and calls of new signatures to the main graph.
+
+    Args:
+        model: the model.
+        saver_def: its ``SaverDef``.
+        added: the new variables.
+        trackables: the checkpoint's object graph, serialised.
 
     Returns:
         The model, and the node that calls each new signature.
@@ -153,8 +170,8 @@ def _pass_resources(main: Draft, name: str, values: list[Value]) -> None:
 
 
 def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes) -> None:
-    """A V1 session that saves again writes the object graph that the main graph holds as a constant."""
-    node = _only(save, "SaveV2")
+    """Replace the object graph that the main graph holds as a constant: a V1 session that saves again writes it."""
+    node = _first_node(save, "SaveV2")
     keys = strings(save, node)
     if OBJECT_GRAPH_KEY.encode() not in keys:
         return
@@ -165,7 +182,7 @@ def _replace_object_graph(main: Draft, save: Graph, call: str, trackables: bytes
 
 
 def _more_strings(draft: Draft, node: Node, position: int, added: list[str]) -> None:
-    """Extend a constant list of strings; its shape attribute would be stale."""
+    """Extend a constant list of strings, and drop its shape attribute, which is stale then."""
     old, value = strings(draft.graph, node, position), node.inputs[position]
     array = np.array([*old, *(s.encode() for s in added)], dtype=object)
     draft.set_attr(value.node, "value", protos.attr(array))
@@ -174,7 +191,7 @@ def _more_strings(draft: Draft, node: Node, position: int, added: list[str]) -> 
 
 def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
-    node = _only(graph, "SaveV2")
+    node = _first_node(graph, "SaveV2")
     _more_strings(draft, node, 1, [v.key for v in added])
     _more_strings(draft, node, 2, ["" for _ in added])
     reads = [draft.place(read(v), v.name) for v in added]
@@ -186,7 +203,7 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
 
 def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
     draft = Draft(graph, entry=False)
-    node = _only(graph, "RestoreV2")
+    node = _first_node(graph, "RestoreV2")
     first = len(op_defs.attribute(node, "dtypes").list.type)
     _more_strings(draft, node, 1, [v.key for v in added])
     _more_strings(draft, node, 2, ["" for _ in added])
@@ -207,19 +224,19 @@ def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
 
 
 def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapping[str | int, Value]) -> Node:
-    """A call of a new signature's function, with a placeholder for each input."""
+    """Add a call of a new signature's function to the main graph, with a placeholder for each input."""
     entry = model.entries[endpoint.function]
     like = Node(f"{name}_call", "StatefulPartitionedCall")
-    given = [_placeholder(spec) for spec in entry.inputs]
+    input_nodes = [_placeholder(spec) for spec in entry.inputs]
     keywords = tuple(spec.name for spec in entry.inputs)
     if not endpoint.inputs:
         signature = model.signature_of(endpoint.like)
         calls = model.analysis(call_graph).calls[MAIN]
         like = next(main.graph.nodes[c.node] for c in calls if c.callee == signature.entry)
         keywords = signature.inputs
-        given = [main.graph.nodes[v.node] for v in like.inputs[: len(keywords)]]
+        input_nodes = [main.graph.nodes[v.node] for v in like.inputs[: len(keywords)]]
     inputs = []
-    for keyword, node in zip(keywords, given, strict=True):
+    for keyword, node in zip(keywords, input_nodes, strict=True):
         placeholder = replace(node, name=main.mint(f"{name}_{keyword}"))
         main.set_node(placeholder)
         inputs.append(Value(placeholder.name))
@@ -234,7 +251,7 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
     call = call.with_attrs(**attrs, _read_only_resource_inputs=None)
     if endpoint.returns:
-        call = call.with_attrs(_output_shapes=None)  # it is of other outputs
+        call = call.with_attrs(_output_shapes=None)  # copied from a call with other outputs
     main.set_node(call)
     return call
 

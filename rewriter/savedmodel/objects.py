@@ -1,4 +1,4 @@
-"""The object graph: reading concrete functions and variables from it, and adding what passes exposed.
+"""The object graph: reads its concrete functions and variables, and adds the attributes and signatures of passes.
 
 Source: ``tensorflow/core/protobuf/{saved_object_graph,trackable_object_graph,struct}.proto``. The
 checkpoint has an object graph of its own, which numbers its nodes as the SavedModel's does.
@@ -20,8 +20,8 @@ GENERIC = "_generic_user_object"
 
 
 def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
-    """The variables by their number in the object graph."""
-    found = {}
+    """Return the variables by their number in the object graph."""
+    variables = {}
     frozen = _frozen(objects)
     for number, node in enumerate(objects.nodes):
         if node.WhichOneof("kind") != "variable":
@@ -29,7 +29,7 @@ def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
         saved = node.variable
         attributes = trackables.nodes[number].attributes if number < len(trackables.nodes) else ()
         keys = [a.checkpoint_key for a in attributes if a.name == VALUE]
-        found[number] = Variable(
+        variables[number] = Variable(
             keys[0] if keys else f"object {number}",
             saved.name,
             protos.dtype_name(saved.dtype),
@@ -39,26 +39,26 @@ def read_variables(objects: Any, trackables: Any) -> dict[int, Variable]:
             saved.aggregation,
             frozen=number in frozen,
         )
-    return found
+    return variables
 
 
 def _frozen(objects: Any) -> set[int]:
-    """The variables, by number, that objects list among their variables and none among its trainable ones."""
+    """Return the numbers of the variables that objects list as variables, and none lists as trainable."""
     listed: dict[str, set[int]] = {"variables": set(), "trainable_variables": set()}
     for node in objects.nodes:
         lists = {
             child.local_name: objects.nodes[child.node_id] for child in node.children if child.local_name in listed
         }
         if lists.keys() == listed.keys():
-            for name, held in lists.items():
-                listed[name] |= {child.node_id for child in held.children}
+            for name, wrapper in lists.items():
+                listed[name] |= {child.node_id for child in wrapper.children}
     return listed["variables"] - listed["trainable_variables"]
 
 
 def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[int, Variable]) -> dict[str, Entry]:
-    """The concrete functions by the name of their graph."""
+    """Return the concrete functions by the name of their graph."""
     paths = _paths(objects)
-    found = {}
+    entries = {}
     for name in sorted(objects.concrete_functions):
         proto = objects.concrete_functions[name]
         if name not in graphs:
@@ -74,84 +74,87 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         if len(outputs) != len(graph.results):
             outputs = tuple(Spec(r.name, r.dtype, None) for r in graph.results)
         keys = _keys(proto.output_signature) if len(outputs) == len(graph.results) else ()
-        found[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys)
-    return found
+        entries[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys)
+    return entries
 
 
 def _keys(value: Any) -> tuple[str, ...]:
-    """The keys of a dict of tensors, in the order of its tensors."""
+    """Return the keys of a dict of tensors, in the order of its tensors; nothing if it holds other values."""
     fields = value.dict_value.fields
     plain = all(fields[key].WhichOneof("kind") in ("tensor_spec_value", "bounded_tensor_spec_value") for key in fields)
     return tuple(sorted(fields)) if plain else ()
 
 
 def _paths(objects: Any) -> dict[str, list[str]]:
-    found: dict[str, list[str]] = {}
+    paths: dict[str, list[str]] = {}
     for child in objects.nodes[0].children:
         node = objects.nodes[child.node_id]
         for name in functions_of(node):
-            found.setdefault(name, []).append(child.local_name)
+            paths.setdefault(name, []).append(child.local_name)
         if node.WhichOneof("kind") == "user_object" and node.user_object.identifier == "signature_map":
             for signature in node.children:
                 for name in functions_of(objects.nodes[signature.node_id]):
-                    found.setdefault(name, []).append(f"{child.local_name}.{signature.local_name}")
-    return found
+                    paths.setdefault(name, []).append(f"{child.local_name}.{signature.local_name}")
+    return paths
 
 
 def object_paths(objects: Any) -> dict[int, str]:
-    """The shortest path from the root of each object that it reaches, as ``layers.0.gamma``; the root's is ""."""
-    found = {0: ""} if objects.nodes else {}
-    waiting = deque(found)
+    """Return the shortest path from the root to each object below it, as ``layers.0.gamma``; the root's is ""."""
+    paths = {0: ""} if objects.nodes else {}
+    waiting = deque(paths)
     while waiting:
         number = waiting.popleft()
         for child in sorted(objects.nodes[number].children, key=lambda c: str(c.local_name)):
-            if child.node_id not in found:
-                found[child.node_id] = f"{found[number]}.{child.local_name}".lstrip(".")
+            if child.node_id not in paths:
+                paths[child.node_id] = f"{paths[number]}.{child.local_name}".lstrip(".")
                 waiting.append(child.node_id)
-    return found
+    return paths
 
 
 def held_functions(objects: Any) -> Iterator[tuple[str, str]]:
-    """(path, function) of every concrete function that an object holds."""
+    """Yield (path, function) for every concrete function that an object holds."""
     for number, path in object_paths(objects).items():
         for name in functions_of(objects.nodes[number]):
             yield path, name
 
 
 def belongings(objects: Any, number: int) -> set[int]:
-    """A captured object, and all that belongs to it, by their numbers; the root, which it may refer to, does not."""
-    found: set[int] = set()
+    """Return the numbers of a captured object and of all objects that belong to it.
+
+    The root does not belong to it, even if the object refers to the root.
+    """
+    members: set[int] = set()
     waiting = [number]
     while waiting:
-        each = waiting.pop()
-        if each and each not in found:
-            found.add(each)
-            node = objects.nodes[each]
+        member = waiting.pop()
+        if member and member not in members:
+            members.add(member)
+            node = objects.nodes[member]
             waiting += [c.node_id for c in node.children]
             for saveable in node.saveable_objects.values():
                 waiting += [saveable.save_function, saveable.restore_function]
-    return found
+    return members
 
 
 def owned(objects: Any) -> dict[int, tuple[str, ...]]:
-    """The concrete functions that belong to captured objects which are no variables, by the object's number."""
+    """Return the concrete functions that belong to each captured object but variables, by the object's number."""
     captured = {n for f in objects.concrete_functions.values() for n in f.bound_inputs}
-    found = {}
+    functions = {}
     for number in sorted(captured):
         if objects.nodes[number].WhichOneof("kind") != "variable":
             names = [f for n in sorted(belongings(objects, number)) for f in functions_of(objects.nodes[n])]
-            found[number] = tuple(dict.fromkeys(names))
-    return found
+            functions[number] = tuple(dict.fromkeys(names))
+    return functions
 
 
 def make_user_object(node: Any, identifier: str = GENERIC) -> None:
-    """Let a ``SavedObject`` be a plain object, or a list."""
+    """Make a ``SavedObject`` a plain object or, by its identifier, a list."""
     node.user_object.identifier = identifier
     node.user_object.version.producer = node.user_object.version.min_consumer = 1
 
 
 def functions_of(node: Any) -> list[str]:
-    """The concrete functions that an object is, or holds."""
+    """Return the concrete functions of an object that is a function; nothing for any other object."""
     kind = node.WhichOneof("kind")
     if kind == "function":
         return list(node.function.concrete_functions)
@@ -159,7 +162,7 @@ def functions_of(node: Any) -> list[str]:
 
 
 def tensor_specs(value: Any) -> Iterator[Spec]:
-    """The tensors of a ``StructuredValue``, in the order in which ``tf.nest.flatten`` gives them."""
+    """Yield the tensors of a ``StructuredValue``, in the order of ``tf.nest.flatten``."""
     kind = value.WhichOneof("kind")
     if kind in ("tensor_spec_value", "bounded_tensor_spec_value"):
         spec = getattr(value, kind)
@@ -176,20 +179,20 @@ def tensor_specs(value: Any) -> Iterator[Spec]:
 
 
 def synchronized_otherwise(model: Model) -> list[str]:
-    """The keys of the source's variables whose synchronisation or aggregation is another one now."""
+    """Return the keys of the source's variables whose synchronisation or aggregation a pass changed."""
     source = model.source
     nodes = source.proto.meta_graphs[source.index].object_graph_def.nodes
     saved = {key: nodes[number].variable for key, number in source.numbers.items()}
-    held = {key: variable for key, variable in model.variables.items() if key in saved}
+    variables = {key: variable for key, variable in model.variables.items() if key in saved}
     return [
         key
-        for key, now in held.items()
+        for key, now in variables.items()
         if (saved[key].synchronization, saved[key].aggregation) != (now.synchronization, now.aggregation)
     ]
 
 
 def _holds_tensors(value: Any) -> bool:
-    """Whether an argument is, or contains, tensors: plain ones or composites such as ragged tensors."""
+    """Return true if an argument is, or contains, tensors: plain ones or composites such as ragged tensors."""
     kind = value.WhichOneof("kind")
     if kind == "dict_value":
         return any(_holds_tensors(v) for v in value.dict_value.fields.values())
@@ -203,9 +206,12 @@ def _shape(proto: Any) -> tuple[int, ...] | None:
 
 
 class Additions:
-    """Adds to both object graphs what a model has and its source had not.
+    """Adds a model's new variables, attributes and signatures to both object graphs.
 
     Attributes:
+        model: the model, with its additions.
+        objects: the object graph of the SavedModel.
+        trackables: the object graph of the checkpoint.
         numbers: the object number of each variable, by key.
     """
 
@@ -225,14 +231,14 @@ class Additions:
             saved.synchronization, saved.aggregation = variable.synchronization, variable.aggregation
         for path, value in self.model.attributes.items():
             if isinstance(value, Variable):
-                self._attach(path, self._variable(value))
+                self._attach(path, self._new_variable(value))
         for path, value in self.model.attributes.items():
             if isinstance(value, Endpoint):
-                self._attach(path, self._function(value))
+                self._attach(path, self._new_function(value))
             elif isinstance(value, VariablesOf):
-                self._attach(path, self._list(self.model.captured(value)))
+                self._attach(path, self._new_list(self.model.captured(value)))
         for name, endpoint in self.model.new_signatures.items():
-            self._attach(f"signatures.{name}", self._signature(endpoint))
+            self._attach(f"signatures.{name}", self._new_signature(endpoint))
         for gradient in self.model.gradients.values():
             if gradient.signature is not None and gradient.function not in self.objects.concrete_functions:
                 self.objects.concrete_functions[gradient.function].CopyFrom(gradient.signature)
@@ -241,13 +247,13 @@ class Additions:
             del proto.bound_inputs[:]
             proto.bound_inputs.extend(self.numbers[c] if isinstance(c, str) else c for c in entry.captures)
 
-    def _new(self) -> int:
+    def _new_object(self) -> int:
         self.objects.nodes.add()
         self.trackables.nodes.add()
         return len(self.objects.nodes) - 1
 
-    def _user_object(self, identifier: str) -> int:
-        number = self._new()
+    def _new_user_object(self, identifier: str) -> int:
+        number = self._new_object()
         make_user_object(self.objects.nodes[number], identifier)
         return number
 
@@ -263,19 +269,19 @@ class Additions:
 
     def _attach(self, path: str, number: int) -> None:
         *parents, name = path.split(".")
-        at = 0
+        owner = 0
         for parent in parents:
-            found = self._child(at, parent)
-            if found is None:
-                found = self._user_object("signature_map" if path.startswith("signatures.") else GENERIC)
-                self._link(at, parent, found)
-            at = found
-        if self._child(at, name) is not None:
+            child = self._child(owner, parent)
+            if child is None:
+                child = self._new_user_object("signature_map" if path.startswith("signatures.") else GENERIC)
+                self._link(owner, parent, child)
+            owner = child
+        if self._child(owner, name) is not None:
             raise Error(f"the model has an attribute {path} of its own")
-        self._link(at, name, number)
+        self._link(owner, name, number)
 
-    def _variable(self, variable: Variable) -> int:
-        number = self._new()
+    def _new_variable(self, variable: Variable) -> int:
+        number = self._new_object()
         saved = self.objects.nodes[number].variable
         saved.dtype = protos.dtype_number(variable.dtype)
         saved.shape.SetInParent()
@@ -290,77 +296,81 @@ class Additions:
         self.numbers[variable.key] = number
         return number
 
-    def _list(self, variables: tuple[Variable, ...]) -> int:
-        number = self._user_object("trackable_list_wrapper")
+    def _new_list(self, variables: tuple[Variable, ...]) -> int:
+        number = self._new_user_object("trackable_list_wrapper")
         for index, variable in enumerate(variables):
             self._link(number, str(index), self.numbers[variable.key])
         return number
 
-    def _function(self, endpoint: Endpoint) -> int:
-        """A function called with positional arguments, as its model's `like` or, for a signature, by their order."""
+    def _new_function(self, endpoint: Endpoint) -> int:
+        """Add a function with positional arguments, and return its object number.
+
+        The arguments are those of the concrete function that `endpoint.like` names. Keyword arguments become
+        positional, in the order of their names.
+        """
         if endpoint.function in self._functions:
             return self._functions[endpoint.function]
         like = self.objects.concrete_functions[endpoint.like]
         specs = self.model.entries[endpoint.like].inputs
         concrete = self.objects.concrete_functions[endpoint.function]
-        known = like.canonicalized_input_signature.tuple_value.values
-        if known:
-            arguments, keywords = known
+        like_signature = like.canonicalized_input_signature.tuple_value.values
+        if like_signature:
+            arguments, keywords = like_signature
             fields = keywords.dict_value.fields
             values = [*arguments.tuple_value.values, *(fields[name] for name in sorted(fields))]
             values = [v for v in values if _holds_tensors(v)]
         else:
-            values = [_tensor(s) for s in specs]
+            values = [_tensor_spec(s) for s in specs]
         signature = concrete.canonicalized_input_signature.tuple_value.values
         positional = signature.add().tuple_value
         positional.values.extend(values)
         positional.SetInParent()
         signature.add().dict_value.SetInParent()
-        output = _keyed(endpoint.returns) if endpoint.returns else like.output_signature
+        output = _dict_of_tensors(endpoint.returns) if endpoint.returns else like.output_signature
         if not output.WhichOneof("kind"):
-            output = _outputs(self.model.entries[endpoint.like].outputs)
+            output = _tensor_or_list(self.model.entries[endpoint.like].outputs)
         if (
             not endpoint.returns
             and output.WhichOneof("kind") == "dict_value"
             and len(output.dict_value.fields) == 1
-            and self._keyed(like)
+            and self._takes_keywords_only(like)
         ):
             (output,) = output.dict_value.fields.values()
         concrete.output_signature.CopyFrom(output)
-        number = self._new()
+        number = self._new_object()
         function = self.objects.nodes[number].function
         function.concrete_functions.append(endpoint.function)
-        named = specs if len(specs) == len(values) else [Spec("", "", None)] * len(values)
-        names = [_identifier(s.name, i) for i, s in enumerate(named)]
+        named_specs = specs if len(specs) == len(values) else [Spec("", "", None)] * len(values)
+        names = [_identifier(s.name, i) for i, s in enumerate(named_specs)]
         function.function_spec.CopyFrom(_function_spec(names, []))
         self._functions[endpoint.function] = number
         return number
 
     @staticmethod
-    def _keyed(concrete: Any) -> bool:
-        """Whether a concrete function takes keywords only, as signatures do."""
-        known = concrete.canonicalized_input_signature.tuple_value.values
-        if not known:
+    def _takes_keywords_only(concrete: Any) -> bool:
+        """Return true if a concrete function takes keywords only, as signatures do."""
+        signature = concrete.canonicalized_input_signature.tuple_value.values
+        if not signature:
             return False
-        arguments, keywords = known
+        arguments, keywords = signature
         return not arguments.tuple_value.values and bool(keywords.dict_value.fields)
 
-    def _signature(self, endpoint: Endpoint) -> int:
-        """A function called with keywords, which gives a dict of outputs."""
+    def _new_signature(self, endpoint: Endpoint) -> int:
+        """Add a function that takes keywords and returns a dict of outputs, and return its object number."""
         concrete = self.objects.concrete_functions[endpoint.function]
         if endpoint.inputs:
             entry = self.model.entries[endpoint.function]
             keywords = [s.name for s in entry.inputs]
             signature = concrete.canonicalized_input_signature.tuple_value.values
             signature.add().tuple_value.SetInParent()
-            signature.add().CopyFrom(_keyed(entry.inputs))
-            concrete.output_signature.CopyFrom(_keyed(entry.outputs))
+            signature.add().CopyFrom(_dict_of_tensors(entry.inputs))
+            concrete.output_signature.CopyFrom(_dict_of_tensors(entry.outputs))
         else:
             keywords = list(self.model.signature_of(endpoint.like).inputs)
             concrete.CopyFrom(self.objects.concrete_functions[endpoint.like])
             if endpoint.returns:
-                concrete.output_signature.CopyFrom(_keyed(endpoint.returns))
-        number = self._new()
+                concrete.output_signature.CopyFrom(_dict_of_tensors(endpoint.returns))
+        number = self._new_object()
         bare = self.objects.nodes[number].bare_concrete_function
         bare.concrete_function_name = endpoint.function
         bare.argument_keywords.extend(keywords)
@@ -369,7 +379,7 @@ class Additions:
         return number
 
 
-def _tensor(spec: Spec) -> Any:
+def _tensor_spec(spec: Spec) -> Any:
     value = struct_pb2.StructuredValue()
     value.tensor_spec_value.name = spec.name
     value.tensor_spec_value.dtype = protos.dtype_number(spec.dtype)
@@ -382,28 +392,28 @@ def _tensor(spec: Spec) -> Any:
     return value
 
 
-def _keyed(specs: Sequence[Spec]) -> Any:
-    """A dict of tensors by their names."""
+def _dict_of_tensors(specs: Sequence[Spec]) -> Any:
+    """Return the structure of a dict of tensors by their names."""
     value = struct_pb2.StructuredValue()
     value.dict_value.SetInParent()
     for spec in specs:
-        value.dict_value.fields[spec.name].CopyFrom(_tensor(spec))
+        value.dict_value.fields[spec.name].CopyFrom(_tensor_spec(spec))
     return value
 
 
-def _outputs(specs: tuple[Spec, ...]) -> Any:
-    """One tensor, or a list of them."""
+def _tensor_or_list(specs: tuple[Spec, ...]) -> Any:
+    """Return the structure of one tensor, or of a list of tensors."""
     if len(specs) == 1:
-        return _tensor(specs[0])
-    return struct_pb2.StructuredValue(list_value=struct_pb2.ListValue(values=[_tensor(s) for s in specs]))
+        return _tensor_spec(specs[0])
+    return struct_pb2.StructuredValue(list_value=struct_pb2.ListValue(values=[_tensor_spec(s) for s in specs]))
 
 
 def _identifier(name: str, index: int) -> str:
-    """A Python parameter's name for an input."""
+    """Return a valid name of a Python parameter for an input."""
     return name if name.isidentifier() else f"input_{index}"
 
 
-def _strings(names: list[str]) -> Any:
+def _string_list(names: list[str]) -> Any:
     value = struct_pb2.StructuredValue()
     value.list_value.SetInParent()
     for name in names:
@@ -412,14 +422,14 @@ def _strings(names: list[str]) -> Any:
 
 
 def _function_spec(positional: list[str], keywords: list[str]) -> Any:
-    """A ``FunctionSpec`` of a function with these parameters and no defaults."""
+    """Return the ``FunctionSpec`` of a function with these parameters and no defaults."""
     nothing = struct_pb2.StructuredValue(none_value=struct_pb2.NoneValue())
     fields = {
-        "args": _strings(positional),
+        "args": _string_list(positional),
         "varargs": nothing,
         "varkw": nothing,
         "defaults": nothing,
-        "kwonlyargs": _strings(keywords),
+        "kwonlyargs": _string_list(keywords),
         "kwonlydefaults": nothing,
         "annotations": struct_pb2.StructuredValue(dict_value=struct_pb2.DictValue()),
     }

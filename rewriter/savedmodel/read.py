@@ -1,4 +1,4 @@
-"""Reading a SavedModel into a `Model`. Nothing in the model is executed."""
+"""Reads a SavedModel into a `Model`, without executing anything in it."""
 
 from __future__ import annotations
 
@@ -36,16 +36,18 @@ SERVE_TAG = "serve"
 
 @dataclass(frozen=True)
 class Source:
-    """What a Model was read from: `rewriter.savedmodel` needs it to write the model again.
+    """The SavedModel that a Model was read from; `rewriter.savedmodel` needs it to write the model again.
 
     Attributes:
+        path: the directory.
         file: the name of the file with the graph.
         proto: the SavedModel; never changed.
-        index: which of its meta graphs was read.
+        index: the index of the meta graph that was read.
+        checkpoint: its checkpoint; None if it has none.
         trackables: the checkpoint's object graph.
         numbers: each variable's number in the object graph, by key.
-        stamps: what identified each file before any was read.
-        protos: each graph as read, with its proto, so that what no pass touched goes back verbatim.
+        protos: each graph as read, with its proto: a graph that no pass touched is written verbatim.
+        stamps: the files' stamps, taken before any file was read.
     """
 
     path: Path
@@ -64,11 +66,11 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
 
     Args:
         path: the directory.
-        tags: those of the meta graph to read, where the model holds several; None stands for the one with
+        tags: the tags of the meta graph to read, if the model holds several; None stands for the one with
             the tag "serve".
 
     Raises:
-        Error: it is missing, damaged, or of a kind that is not supported; the message says which.
+        Error: the model is missing, damaged, or of a kind that is not supported; the message says which.
     """
     path = Path(path)
     file = require_model(path)
@@ -76,15 +78,15 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     proto = _read_proto(file)
     index = _meta_graph(path, proto, tags)
     meta = proto.meta_graphs[index]
-    for each in proto.meta_graphs:  # the others are kept as they are
-        refuse_names(path, each)
-    brought = {o.name: o for o in meta.meta_info_def.stripped_op_list.op}
-    find = definitions(meta.graph_def.library, brought)
+    for meta_graph in proto.meta_graphs:  # the other meta graphs are written unchanged, so all are checked
+        refuse_names(path, meta_graph)
+    stripped_ops = {o.name: o for o in meta.meta_info_def.stripped_op_list.op}
+    find = definitions(meta.graph_def.library, stripped_ops)
     protos: dict[str, tuple[Graph, Any]] = {MAIN: (read_main(meta.graph_def), meta.graph_def)}
     for function in meta.graph_def.library.function:
         if not function.signature.name or function.signature.name in protos:
             raise Error(f"{path} holds two functions called {function.signature.name}, or one without a name")
-        if op_defs.registered(function.signature.name) is not None:  # its calls would be taken for the op's nodes
+        if op_defs.registered(function.signature.name) is not None:  # its calls would look like nodes of the op
             raise Error(f"{path} holds a function called {function.signature.name}, which is the name of an op")
         protos[function.signature.name] = (read_function(function, find), function)
     graphs = {name: graph for name, (graph, _) in protos.items()}
@@ -101,7 +103,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     for kind, gradient in gradients.items():
         if gradient.function not in graphs:
             raise Error(f"{path}: the gradient {kind} is the function {gradient.function}, which does not exist")
-    model = Model(graphs, gradients=gradients, op_defs=brought, values=values, source=source, object_based=objects)
+    model = Model(graphs, gradients=gradients, op_defs=stripped_ops, values=values, source=source, object_based=objects)
     conform(model)
     check(model)
     model = interpreted(model)
@@ -118,12 +120,12 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
 
 
 def interpreted(model: Model) -> Model:
-    """A model with what its source's proto says besides graphs: variables, concrete functions, signatures."""
+    """Return a model with the variables, concrete functions and signatures that its source's proto describes."""
     meta = model.source.proto.meta_graphs[model.source.index]
-    return _of_objects(model, meta) if model.object_based else _of_collections(model, meta)
+    return _from_objects(model, meta) if model.object_based else _from_collections(model, meta)
 
 
-def _of_objects(model: Model, meta: Any) -> Model:
+def _from_objects(model: Model, meta: Any) -> Model:
     numbered = read_variables(meta.object_graph_def, model.source.trackables)
     return replace(
         model,
@@ -141,7 +143,7 @@ def _of_objects(model: Model, meta: Any) -> Model:
     )
 
 
-def _of_collections(model: Model, meta: Any) -> Model:
+def _from_collections(model: Model, meta: Any) -> Model:
     main = model.graphs[MAIN]
     return replace(
         model,
@@ -166,43 +168,46 @@ def _read_proto(file: Path) -> Any:
 
 
 def _trackables(path: Path, checkpoint: Checkpoint | None) -> Any:
-    """The checkpoint's object graph; empty where it has none."""
-    found = trackable_object_graph_pb2.TrackableObjectGraph()
+    """Return the checkpoint's object graph; an empty one if there is none."""
+    trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     if checkpoint is not None and OBJECT_GRAPH_KEY in checkpoint.shapes:
         try:
-            found.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
+            trackables.ParseFromString(checkpoint.bytes_of(OBJECT_GRAPH_KEY))
         except (DecodeError, TypeError) as e:
             raise Error(f"{path}: the object graph of the checkpoint is damaged") from e
-    return found
+    return trackables
 
 
 def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:
-    """The index of the meta graph to read."""
-    held = [frozenset(m.meta_info_def.tags) for m in proto.meta_graphs]
-    there = "; ".join(",".join(sorted(h)) or "no tags" for h in held)
+    """Return the index of the meta graph to read."""
+    tag_sets = [frozenset(m.meta_info_def.tags) for m in proto.meta_graphs]
+    listing = "; ".join(",".join(sorted(h)) or "no tags" for h in tag_sets)
     if tags is not None:
-        if frozenset(tags) not in held:
-            raise Error(f"{path} holds no meta graph with the tags {','.join(sorted(tags))}; it holds: {there}")
-        return held.index(frozenset(tags))
-    if len(held) == 1:
+        if frozenset(tags) not in tag_sets:
+            raise Error(f"{path} holds no meta graph with the tags {','.join(sorted(tags))}; it holds: {listing}")
+        return tag_sets.index(frozenset(tags))
+    if len(tag_sets) == 1:
         return 0
-    serving = [i for i, h in enumerate(held) if h == {SERVE_TAG}]
+    serving = [i for i, h in enumerate(tag_sets) if h == {SERVE_TAG}]
     if len(serving) != 1:
-        raise Error(f"{path} holds several meta graphs ({there}); choose one with --tags")
+        raise Error(f"{path} holds several meta graphs ({listing}); choose one with --tags")
     return serving[0]
 
 
 def checkpoint_in(path: Path) -> Checkpoint | None:
-    """The checkpoint of a SavedModel; None where it has none."""
+    """Return the checkpoint of a SavedModel; None if it has none."""
     prefix = path / "variables" / "variables"
     # TensorFlow 1 leaves an empty directory where there is no variable.
     return Checkpoint(prefix) if prefix.parent.is_dir() and any(prefix.parent.iterdir()) else None
 
 
 def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
-    """The signatures that a single function computes, with input names in the order of its arguments."""
+    """Return the signatures that a single concrete function computes.
+
+    Input names are in the order of the function's arguments, output names in the order of its results.
+    """
     concrete = set(meta.object_graph_def.concrete_functions)
-    found = {}
+    signatures = {}
     for name, signature in sorted(meta.signature_def.items()):
         if name in OPS_ALONE or not signature.outputs:
             continue
@@ -217,5 +222,5 @@ def signatures_of(meta: Any, main: Graph) -> dict[str, Signature]:
         order = {v.node: i for i, v in enumerate(producer.inputs)}
         inputs = sorted(signature.inputs, key=lambda k: order.get(signature.inputs[k].name.partition(":")[0], -1))
         outputs = sorted(signature.outputs, key=lambda k: main_value(signature.outputs[k].name).port)
-        found[name] = Signature(name, function, tuple(inputs), tuple(outputs))
-    return found
+        signatures[name] = Signature(name, function, tuple(inputs), tuple(outputs))
+    return signatures

@@ -32,52 +32,52 @@ def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
         trackables.nodes.add()
     for name in set(objects.concrete_functions) - set(model.entries):
         del objects.concrete_functions[name]
-    held = {c for entry in model.entries.values() for c in entry.captures}
-    captured = {c for c in held if isinstance(c, int)} | {n for key, n in numbers.items() if key in held}
+    captures = {c for entry in model.entries.values() for c in entry.captures}
+    captured = {c for c in captures if isinstance(c, int)} | {n for key, n in numbers.items() if key in captures}
     gradients = [g.signature for g in model.gradients.values() if g.signature is not None]
     captured |= {n for signature in gradients for n in signature.bound_inputs}
-    kept = {0}.union(*(belongings(objects, number) for number in captured))
-    left = {n for n, node in enumerate(objects.nodes) if not model.entries.keys().isdisjoint(functions_of(node))}
+    kept_numbers = {0}.union(*(belongings(objects, number) for number in captured))
+    holders = {n for n, node in enumerate(objects.nodes) if not model.entries.keys().isdisjoint(functions_of(node))}
     for child in objects.nodes[0].children:
         node = objects.nodes[child.node_id]
-        if child.node_id in left or node.user_object.identifier == "signature_map":
-            kept |= {child.node_id, *(left & {c.node_id for c in node.children})}
-    moved = {old: new for new, old in enumerate(sorted(kept))}
+        if child.node_id in holders or node.user_object.identifier == "signature_map":
+            kept_numbers |= {child.node_id, *(holders & {c.node_id for c in node.children})}
+    new_numbers = {old: new for new, old in enumerate(sorted(kept_numbers))}
     for graph in (objects, trackables):
-        _keep_nodes(graph, moved)
+        _keep_nodes(graph, new_numbers)
     for node in objects.nodes:
         if node.WhichOneof("kind") == "function":
             names = [n for n in node.function.concrete_functions if n in model.entries]
             del node.function.concrete_functions[:]
             node.function.concrete_functions.extend(names)
     entries = {
-        name: replace(entry, captures=tuple(c if isinstance(c, str) else moved[c] for c in entry.captures))
+        name: replace(entry, captures=tuple(c if isinstance(c, str) else new_numbers[c] for c in entry.captures))
         for name, entry in model.entries.items()
     }
     return replace(
         model,
-        gradients={kind: renumbered(gradient, moved) for kind, gradient in model.gradients.items()},
+        gradients={kind: renumbered(gradient, new_numbers) for kind, gradient in model.gradients.items()},
         entries=entries,
-        constants={moved[n]: node for n, node in model.constants.items() if n in moved},
-        source=replace(model.source, numbers={key: moved[n] for key, n in numbers.items() if n in moved}),
+        constants={new_numbers[n]: node for n, node in model.constants.items() if n in new_numbers},
+        source=replace(model.source, numbers={key: new_numbers[n] for key, n in numbers.items() if n in new_numbers}),
     )
 
 
-def _keep_nodes(graph: Any, moved: Mapping[int, int]) -> None:
-    nodes = [graph.nodes[old] for old in moved]
-    kept = [type(node).FromString(node.SerializeToString(deterministic=True)) for node in nodes]
+def _keep_nodes(graph: Any, new_numbers: Mapping[int, int]) -> None:
+    nodes = [graph.nodes[old] for old in new_numbers]
+    copies = [type(node).FromString(node.SerializeToString(deterministic=True)) for node in nodes]
     del graph.nodes[:]
-    for node in kept:
+    for node in copies:
         for name in {"children", "dependencies"} & set(node.DESCRIPTOR.fields_by_name):
-            links = [link for link in getattr(node, name) if link.node_id in moved]
+            links = [link for link in getattr(node, name) if link.node_id in new_numbers]
             for link in links:
-                link.node_id = moved[link.node_id]
+                link.node_id = new_numbers[link.node_id]
             node.ClearField(name)
             getattr(node, name).extend(links)
         node.ClearField("slot_variables")
         for saveable in getattr(node, "saveable_objects", {}).values():  # the checkpoint's object graph has none
-            saveable.save_function = moved[saveable.save_function]
-            saveable.restore_function = moved[saveable.restore_function]
+            saveable.save_function = new_numbers[saveable.save_function]
+            saveable.restore_function = new_numbers[saveable.restore_function]
         graph.nodes.append(node)
 
 
@@ -85,17 +85,17 @@ def hold_captured(objects: Any, trackables: Any) -> None:
     """Let the root hold what functions capture; else nothing keeps it alive when the model is loaded."""
     captured = sorted({n for f in objects.concrete_functions.values() for n in f.bound_inputs})
     names = {c.local_name for c in objects.nodes[0].children}
-    for hint, kinds in (("variables", True), ("resources", False)):
-        wanted = [n for n in captured if (objects.nodes[n].WhichOneof("kind") == "variable") is kinds]
-        if wanted:
+    for hint, of_variables in (("variables", True), ("resources", False)):
+        members = [n for n in captured if (objects.nodes[n].WhichOneof("kind") == "variable") is of_variables]
+        if members:
             make_user_object(objects.nodes.add(), "trackable_list_wrapper")
             trackables.nodes.add()
             name = unused(hint, names)
             for graph in (objects, trackables):
                 number = len(graph.nodes) - 1
                 graph.nodes[0].children.add(node_id=number, local_name=name)
-                for index, each in enumerate(wanted):
-                    graph.nodes[number].children.add(node_id=each, local_name=str(index))
+                for index, member in enumerate(members):
+                    graph.nodes[number].children.add(node_id=member, local_name=str(index))
 
 
 def checkpoint_keys(trackables: Any, stored: Iterable[str]) -> set[str]:
@@ -116,9 +116,9 @@ def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
     saver = find_saver(model, saver_def)
     if saver is None:
         return model
-    wanted = {OBJECT_GRAPH_KEY.encode(), *(key.encode() for key in keys)}
-    save = _shorter(model, model.graphs[saver.save], wanted)
-    restore = _shorter(model, model.graphs[saver.restore], wanted)
+    kept_keys = {OBJECT_GRAPH_KEY.encode(), *(key.encode() for key in keys)}
+    save = _without_tensors(model, model.graphs[saver.save], kept_keys)
+    restore = _without_tensors(model, model.graphs[saver.restore], kept_keys)
     nodes = dict(model.graphs[MAIN].nodes)
     for call, positions in ((saver.save_node, saved(model, save)), (saver.restore_node, restored(model, restore))):
         inputs = list(nodes[call].inputs)
@@ -127,47 +127,51 @@ def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
                 inputs[positions[key]] = value
         nodes[call] = replace(nodes[call], inputs=tuple(inputs))
     main = replace(model.graphs[MAIN], nodes=nodes)
-    before = [v.node for call in (saver.save_node, saver.restore_node) for v in model.graphs[MAIN].nodes[call].inputs]
-    main = without_orphans(model, main, before)
+    former_inputs = [
+        v.node for call in (saver.save_node, saver.restore_node) for v in model.graphs[MAIN].nodes[call].inputs
+    ]
+    main = without_orphans(model, main, former_inputs)
     return prune(replace(model, graphs={**model.graphs, MAIN: main, saver.save: save, saver.restore: restore}))
 
 
-def _shorter(model: Model, graph: Graph, wanted: Collection[bytes]) -> Graph:
+def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -> Graph:
     """A function that saves or restores, without the tensors that are not wanted and what only they needed."""
     nodes = dict(graph.nodes)
-    dropped: set[Value] = set()
+    dropped_values: set[Value] = set()
     ports: dict[Value, Value] = {}
     for node in graph.nodes.values():
         if node.op not in ("SaveV2", "RestoreV2"):
             continue
         names = strings(graph, node)
-        stays = [i for i, name in enumerate(names) if name in wanted]
-        goes = [i for i, name in enumerate(names) if name not in wanted]
+        kept_positions = [i for i, name in enumerate(names) if name in kept_keys]
+        dropped_positions = [i for i, name in enumerate(names) if name not in kept_keys]
         for position in (1, 2):
             old = nodes[node.inputs[position].node]
             texts = strings(graph, node, position)
-            text = np.array([texts[i] for i in stays], dtype=object)
+            text = np.array([texts[i] for i in kept_positions], dtype=object)
             nodes[old.name] = old.with_attrs(value=protos.attr(text), _output_shapes=None)
         held = op_defs.attribute(node, "dtypes")
         types = type(held)()
-        types.list.type.extend(held.list.type[i] for i in stays)
+        types.list.type.extend(held.list.type[i] for i in kept_positions)
         tensors = node.inputs[3:]
-        inputs = (*node.inputs[:3], *(tensors[i] for i in stays if tensors))
+        inputs = (*node.inputs[:3], *(tensors[i] for i in kept_positions if tensors))
         nodes[node.name] = replace(node.with_attrs(dtypes=types, _output_shapes=None), inputs=inputs)
         if node.op == "SaveV2":
-            held = {follow(model, graph, tensors[i]) for i in stays}
-            freed = {follow(model, graph, tensors[i]) for i in goes} - held
-            dropped |= {Value(graph.arguments[o.position]) for o in freed if isinstance(o, Argument)}
+            held = {follow(model, graph, tensors[i]) for i in kept_positions}
+            freed = {follow(model, graph, tensors[i]) for i in dropped_positions} - held
+            dropped_values |= {Value(graph.arguments[o.position]) for o in freed if isinstance(o, Argument)}
         else:
-            dropped |= {Value(node.name, i) for i in goes}
-            ports |= {Value(node.name, old): Value(node.name, new) for new, old in enumerate(stays)}
-    dead = following(replace(graph, nodes=nodes), {n.name for n in nodes.values() if not dropped.isdisjoint(n.inputs)})
-    left = {}
+            dropped_values |= {Value(node.name, i) for i in dropped_positions}
+            ports |= {Value(node.name, old): Value(node.name, new) for new, old in enumerate(kept_positions)}
+    dead = following(
+        replace(graph, nodes=nodes), {n.name for n in nodes.values() if not dropped_values.isdisjoint(n.inputs)}
+    )
+    kept_nodes = {}
     for node in nodes.values():
         if node.name not in dead:
             inputs = tuple(ports.get(v, v) for v in node.inputs)
-            left[node.name] = replace(node, inputs=inputs, after=tuple(a for a in node.after if a not in dead))
-    return replace(graph, nodes=left, effects=tuple(e for e in graph.effects if e.node not in dead))
+            kept_nodes[node.name] = replace(node, inputs=inputs, after=tuple(a for a in node.after if a not in dead))
+    return replace(graph, nodes=kept_nodes, effects=tuple(e for e in graph.effects if e.node not in dead))
 
 
 def share_by_name(main: Graph) -> Graph:

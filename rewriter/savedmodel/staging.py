@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rewriter.ir import Error
-from rewriter.savedmodel.beside import OLD, beside
+from rewriter.savedmodel.beside import ASIDE_SUFFIX, beside
 
 MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 """The graph's file, binary or text; where both are there, TensorFlow takes the former."""
@@ -146,7 +146,7 @@ def _move(temporary: Path, target: Path, overwrite: bool) -> None:
             temporary.rename(target)
         elif not _exchange(temporary, target):
             # No atomic exchange here: whoever finds the old directory aside, and no new one, puts it back.
-            target.rename(temporary.with_name(temporary.name + OLD))
+            target.rename(temporary.with_name(temporary.name + ASIDE_SUFFIX))
             temporary.rename(target)
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST):

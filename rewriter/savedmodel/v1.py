@@ -39,14 +39,14 @@ ASSIGNS = ("Assign", "AssignVariableOp")
 
 def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
     """The variables by their name in the checkpoint; those that the saver does not know by the node's name."""
-    saved = _restored(meta.saver_def, main, model)
+    checkpoint_names = _restored(meta.saver_def, main, model)
     trainable = {d.variable_name.partition(":")[0] for d in _definitions(meta, "trainable_variables")}
-    found = {}
+    variables = {}
     for node in main.nodes.values():
         if node.op in VARIABLES:
             shape = op_defs.attribute(node, "shape").shape
-            key = saved.get(node.name, node.name)
-            found[key] = Variable(
+            key = checkpoint_names.get(node.name, node.name)
+            variables[key] = Variable(
                 key,
                 node.name,
                 op_defs.get(model, node, "dtype"),
@@ -54,7 +54,7 @@ def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
                 node.name in trainable,
                 node=node.name,
             )
-    return found
+    return variables
 
 
 def _definitions(meta: Any, collection: str) -> Iterator[Any]:
@@ -71,7 +71,7 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
         return {}
     if saver_def.restore_op_name not in main.nodes:
         raise Error(f"the saver restores by {saver_def.restore_op_name!r}, which the graph does not hold")
-    found = {}
+    checkpoint_names = {}
     for name in Assumption(model, main, {}).needed([saver_def.restore_op_name]):
         node = main.nodes[name]
         if node.op in ASSIGNS:
@@ -81,13 +81,13 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
             source = main.nodes[value.node]
             names = constants.constant_of(main, source.inputs[1]) if source.op == "RestoreV2" else None
             if names is not None:
-                found[node.inputs[0].node] = protos.text(names.ravel()[value.port])
-    return found
+                checkpoint_names[node.inputs[0].node] = protos.text(names.ravel()[value.port])
+    return checkpoint_names
 
 
 def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
     """The signatures, computed in the main graph. A sparse tensor is its three parts; what has no port is an op."""
-    found = {}
+    signatures = {}
     for name, proto in sorted(meta.signature_def.items()):
         if name in OPS_ALONE:
             continue
@@ -96,7 +96,7 @@ def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
         tensors = [t for _, t, _ in (*inputs, *outputs)]
         values = [main_value(t) for t in tensors]
         if outputs and all(":" in t for t in tensors) and all(v.node in main.nodes for v in values):
-            found[name] = Signature(
+            signatures[name] = Signature(
                 name,
                 "",
                 tuple(k for k, _, _ in inputs),
@@ -105,7 +105,7 @@ def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
                 tuple(values[len(inputs) :]),
                 tuple(s for _, _, s in (*inputs, *outputs)),
             )
-    return found
+    return signatures
 
 
 def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
@@ -125,27 +125,27 @@ def write_signature(meta: Any, signature: Signature) -> None:
     proto = meta.signature_def[signature.name]
     if signature.like:
         proto.CopyFrom(meta.signature_def[signature.like])
-    given = {name for key, info in proto.inputs.items() for name in tensors_of(key, info)}
+    present_inputs = {name for key, info in proto.inputs.items() for name in tensors_of(key, info)}
     for name, value, spec in zip(signature.inputs, signature.feeds, signature.specs, strict=False):
-        if name not in given:
+        if name not in present_inputs:
             proto.inputs[name].CopyFrom(tensor_info(spec, value))
-    names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
-    known = {name for key, info in proto.outputs.items() for name in tensors_of(key, info)}
+    tensor_names = {n: f"{v.node}:{v.port}" for n, v in zip(signature.outputs, signature.fetches, strict=True)}
+    present_outputs = {name for key, info in proto.outputs.items() for name in tensors_of(key, info)}
     specs = signature.specs[len(signature.inputs) :]
     for name, value, spec in zip(signature.outputs, signature.fetches, specs, strict=True):
-        if name not in known:
+        if name not in present_outputs:
             proto.outputs[name].CopyFrom(tensor_info(spec, value))
     for key, info in proto.outputs.items():
         if info.WhichOneof("encoding") == "coo_sparse":
             for part in SPARSE:
-                setattr(info.coo_sparse, f"{part}_tensor_name", names[f"{key}.{part}"])
+                setattr(info.coo_sparse, f"{part}_tensor_name", tensor_names[f"{key}.{part}"])
         else:
-            info.name = names[key]
+            info.name = tensor_names[key]
 
 
 def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
     """The collections of nodes, and the nodes that the definitions of variables name."""
-    found = {}
+    collections = {}
     for name in VARIABLE_COLLECTIONS:
         texts = [
             text
@@ -153,11 +153,11 @@ def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
             for text in (d.variable_name, d.initial_value_name, d.initializer_name, d.snapshot_name)
         ]
         if texts:
-            found[name] = tuple(dict.fromkeys(text.partition(":")[0] for text in texts if text))
+            collections[name] = tuple(dict.fromkeys(text.partition(":")[0] for text in texts if text))
     for name, collection in meta.collection_def.items():
         if collection.WhichOneof("kind") == "node_list":
-            found[name] = tuple(n.partition(":")[0] for n in collection.node_list.value)
-    return found
+            collections[name] = tuple(n.partition(":")[0] for n in collection.node_list.value)
+    return collections
 
 
 def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
@@ -209,9 +209,9 @@ def _read(variable: Variable, resource: Value) -> Apply:
 
 def _extend_groups(meta: Any, main: Draft, initializers: list[str]) -> None:
     """Let ops that initialise all variables initialise the new ones too."""
-    all_of = {d.initializer_name.partition(":")[0] for d in _definitions(meta, "variables")}
+    source_initializers = {d.initializer_name.partition(":")[0] for d in _definitions(meta, "variables")}
     for node in list(main.nodes.values()):
-        if node.op == "NoOp" and all_of and all_of <= set(node.after):
+        if node.op == "NoOp" and source_initializers and source_initializers <= set(node.after):
             main.set_node(replace(node, after=(*node.after, *initializers)))
 
 
@@ -250,23 +250,23 @@ def _extend_saver(
     restore = _first(main, needed, saver_def.restore_op_name, "RestoreV2")
     dtypes = [v.dtype for v in added]
     reads = [main.place(_read(v, handles[v.key]), f"save/{v.name}") for v in added]
-    for node, more in ((save, reads), (restore, [])):
+    for node, new_inputs in ((save, reads), (restore, [])):
         names, slices = (constants.constant_of(_graph(main), v) for v in node.inputs[1:3])
         if names is None or slices is None:
             raise Error(f"the saver's node {node.name} has names that are no constants")
-        longer = (
+        longer_strings = (
             _strings(names, [v.key for v in added]),
             _strings(slices, [""] * len(added)),
         )
-        inputs = (node.inputs[0], *(main.place(e, node.name) for e in longer), *node.inputs[3:], *more)
+        inputs = (node.inputs[0], *(main.place(e, node.name) for e in longer_strings), *node.inputs[3:], *new_inputs)
         attrs = {"dtypes": protos.more_dtypes(op_defs.attribute(node, "dtypes"), dtypes), "_output_shapes": None}
         main.set_node(replace(node.with_attrs(**attrs), inputs=inputs))
     first = len(op_defs.attribute(restore, "dtypes").list.type)
-    assigned = []
+    assignments = []
     for index, v in enumerate(added):
         value = Use(v.dtype, Value(restore.name, first + index))
-        assigned.append(main.place(op("AssignVariableOp", Use("resource", handles[v.key]), value), "save").node)
-    main.run_after(saver_def.restore_op_name, tuple(assigned), "save")
+        assignments.append(main.place(op("AssignVariableOp", Use("resource", handles[v.key]), value), "save").node)
+    main.run_after(saver_def.restore_op_name, tuple(assignments), "save")
 
 
 def _graph(main: Draft) -> Graph:
@@ -279,23 +279,23 @@ def _strings(old: np.ndarray, more: list[str]) -> Expr:
 
 
 def _first(main: Draft, needed: Assumption, root: str, op_name: str) -> Node:
-    found = [n for n in needed.needed([root]) if main.nodes[n].op == op_name] if root in main.graph.nodes else []
-    found = found or [n.name for n in main.nodes.values() if n.op == op_name]
-    if not found:
+    names = [n for n in needed.needed([root]) if main.nodes[n].op == op_name] if root in main.graph.nodes else []
+    names = names or [n.name for n in main.nodes.values() if n.op == op_name]
+    if not names:
         raise Error(f"the saver has no {op_name}; checkpoints of this age are not supported")
-    return main.nodes[min(found)]
+    return main.nodes[min(names)]
 
 
 def _new_saver(saver_def: Any, main: Draft) -> None:
     """A saver of no variables yet, as ``tf.compat.v1.train.Saver`` makes it."""
-    nothing = array(np.array([], dtype=object))
+    no_strings = array(np.array([], dtype=object))
     name = array(np.array(b"model", dtype=object))
     attrs = {"dtype": protos.dtype_attr("string"), "shape": protos.shape_attr(())}
     prefix = Apply("string", "PlaceholderWithDefault", (name,), attrs)
-    none: dict[str, Any] = {"dtypes": protos.attr(list[protos.Dtype]())}
-    save = Apply("", "SaveV2", (prefix, nothing, nothing), none)
+    no_dtypes: dict[str, Any] = {"dtypes": protos.attr(list[protos.Dtype]())}
+    save = Apply("", "SaveV2", (prefix, no_strings, no_strings), no_dtypes)
     saved = ordered(op("Identity", prefix), [save])
-    restored = Apply("", "NoOp", (), after=(Apply("", "RestoreV2", (prefix, nothing, nothing), none),))
+    restored = Apply("", "NoOp", (), after=(Apply("", "RestoreV2", (prefix, no_strings, no_strings), no_dtypes),))
     saver_def.CopyFrom(type(saver_def)(max_to_keep=5, version=type(saver_def).V2))
     saver_def.save_tensor_name = f"{main.place_as(saved, 'save/control_dependency').node}:0"
     saver_def.restore_op_name = main.place_as(restored, "save/restore_all").node

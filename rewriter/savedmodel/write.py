@@ -119,9 +119,9 @@ def _write(
     if log is not None:
         extra = directory / EXTRA
         extra.mkdir(exist_ok=True)
-        held = replace(written.source, path=directory, checkpoint=checkpoint_in(directory))
-        seen = interpreted(replace(written, source=held))
-        for name, text in log(Written(seen, changes)).items():
+        reread_source = replace(written.source, path=directory, checkpoint=checkpoint_in(directory))
+        reread_model = interpreted(replace(written, source=reread_source))
+        for name, text in log(Written(reread_model, changes)).items():
             (extra / name).write_text(text, encoding="utf-8")
     return changes
 
@@ -216,9 +216,9 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         model = replace(model, graphs={**model.graphs, MAIN: share_by_name(model.graphs[MAIN])})
     _write_graphs(model, meta)
     if shrunk:
-        held = signatures_of(source.proto.meta_graphs[source.index], source.protos[MAIN][0])
-        gone = held.keys() - model.signatures.keys()
-        shrink_meta(meta, model.graphs, gone)
+        source_signatures = signatures_of(source.proto.meta_graphs[source.index], source.protos[MAIN][0])
+        removed_signatures = source_signatures.keys() - model.signatures.keys()
+        shrink_meta(meta, model.graphs, removed_signatures)
         if len(proto.meta_graphs) > 1:
             # They share the checkpoint, which has no longer all that they restore.
             changes.append(f"{len(proto.meta_graphs) - 1} other meta graphs of the source are left out")
@@ -246,7 +246,7 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
     slots = {s.slot_variable_node_id for n in objects.nodes for s in n.slot_variables}
     slots -= {c.node_id for n in objects.nodes for c in n.children}
     captured = {number for f in objects.concrete_functions.values() for number in f.bound_inputs}
-    _hold_captured(objects, trackables, captured)
+    _hold_captured_slots(objects, trackables, captured)
     slots -= captured
     for graph in (objects, trackables):
         for number, node in enumerate(graph.nodes):
@@ -268,7 +268,7 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
     return changes
 
 
-def _hold_captured(objects: Any, trackables: Any, captured: set[int]) -> None:
+def _hold_captured_slots(objects: Any, trackables: Any, captured: set[int]) -> None:
     """Make slots that functions capture attributes of their optimizer, or nothing would keep them alive."""
     for number, node in enumerate(objects.nodes):
         for slot in node.slot_variables:
@@ -294,9 +294,9 @@ def _write_graphs(model: Model, meta: Any) -> None:
     if source.protos[MAIN][0] is not model.graphs[MAIN]:
         graph_def.CopyFrom(write_main(model.graphs[MAIN]))
     graph_def.library.CopyFrom(library)
-    known = {o.name for o in meta.meta_info_def.stripped_op_list.op}
-    used = {n.op for g in model.graphs.values() for n in g.nodes.values()} - set(model.graphs) - {ARG}
-    meta.meta_info_def.stripped_op_list.op.extend(described(used - known))
+    listed = {o.name for o in meta.meta_info_def.stripped_op_list.op}
+    op_names = {n.op for g in model.graphs.values() for n in g.nodes.values()} - set(model.graphs) - {ARG}
+    meta.meta_info_def.stripped_op_list.op.extend(described(op_names - listed))
     meta.meta_info_def.stripped_op_list.op.sort(key=lambda o: o.name)
 
 
@@ -304,17 +304,17 @@ def library(model: Model, functions: Collection[str]) -> Any:
     """Some functions of a model, and those that they call, as a ``FunctionDefLibrary``."""
     calls = model.analysis(call_graph)
     find = _definitions(model, model.source.proto.meta_graphs[model.source.index])
-    found = function_pb2.FunctionDefLibrary()
+    proto = function_pb2.FunctionDefLibrary()
     for name in sorted(frozenset().union(*(calls.reached(f) for f in functions))):
-        found.function.append(write_function(model.graphs[name], find))
-    return found
+        proto.function.append(write_function(model.graphs[name], find))
+    return proto
 
 
 def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
     """Definitions for writing: of registered ops, and of the model's functions by their results."""
     find = definitions(meta.graph_def.library, model.op_defs)
 
-    def of(op: str) -> Any:
+    def definition_of(op: str) -> Any:
         graph = model.graphs.get(op)
         if graph is None:
             return find(op)
@@ -323,7 +323,7 @@ def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
             definition.output_arg.add(name=result.name, type=protos.dtype_number(result.dtype))
         return definition
 
-    return of
+    return definition_of
 
 
 def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
