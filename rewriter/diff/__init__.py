@@ -1,1 +1,1 @@
-"""Two models compared by name."""
+"""Comparison of two models by name."""

@@ -1,4 +1,4 @@
-"""What differs between two models, computed from the two alone."""
+"""Differences of two models, computed from the two models alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from rewriter.text import attr_text
 
 NODE, FUNCTION = "node", "function"
 REMOVED_VALUE = ("removed", "value")
-"""What nobody needs to be told."""
+"""A change and aspect that are left out: the value of a removed variable tells the reader nothing."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models, which graph is which, and all changes."""
+    """Two models, the pairs of their graphs (name before -> name after), and all changes."""
 
     before: Model
     after: Model
@@ -32,11 +32,11 @@ class Comparison:
 
     @cached_property
     def names_before(self) -> Mapping[str, str]:
-        """The name before of each graph that is in a pair, by its name after."""
+        """The name before of each paired graph, by its name after."""
         return {new: old for old, new in self.pairs.items()}
 
     def graph_before(self, name: str) -> Graph | None:
-        """The graph before that is a pair with one after."""
+        """Return the graph before that is paired with a graph after; None if there is none."""
         old = self.names_before.get(name)
         return None if old is None else self.before.graphs[old]
 
@@ -48,13 +48,13 @@ def compare(
     values: Container[str] = (),
     describe: bool = True,
 ) -> Comparison:
-    """All differences of two models.
+    """Return all differences of two models.
 
     Args:
-        before: one model.
-        after: the other.
+        before: the model before.
+        after: the model after.
         values: the keys of the variables and other tensors whose values are compared.
-        describe: whether to say what there is to say of nodes that were added or removed.
+        describe: give the details of nodes that were added or removed, too.
     """
     pairs = match(before, after)
     renamed = {old: new for old, new in pairs.items() if old != new}
@@ -74,7 +74,7 @@ def compare(
 
 
 def all_keys(*models: Model) -> frozenset[str]:
-    """The keys of all variables and other tensors."""
+    """Return the keys of all variables and other tensors of some models."""
     checkpoint_keys = (m.source.checkpoint.shapes for m in models if m.source.checkpoint is not None)
     return frozenset().union(*(m.variables for m in models), *checkpoint_keys)
 
@@ -109,7 +109,7 @@ def _graph_changes(sides: _Sides) -> Iterator[Change]:
 
 
 def _same_proto(before: Model, after: Model, name: str) -> bool:
-    """Whether a graph is, in both models, what was read, and that is the same."""
+    """Return true if no pass touched a function in either model, and both read the same proto."""
     sources = [m.source.protos.get(name) for m in (before, after)]
     if not all(
         source is not None and source[0] is m.graphs[name] for source, m in zip(sources, (before, after), strict=True)
@@ -120,7 +120,7 @@ def _same_proto(before: Model, after: Model, name: str) -> bool:
 
 
 def _changed_graph(sides: _Sides, old: Graph, new: Graph) -> Iterator[Change]:
-    """What differs between two graphs that are a pair."""
+    """Yield the changes between two paired graphs."""
     for name in dict.fromkeys((*old.nodes, *new.nodes)):
         old_node, new_node = old.nodes.get(name), new.nodes.get(name)
         if old_node is new_node:
@@ -142,7 +142,7 @@ def _changed_graph(sides: _Sides, old: Graph, new: Graph) -> Iterator[Change]:
 
 
 def with_details(compared: Comparison, change: Change) -> Change:
-    """A change with what there is to say of a node that was added or removed."""
+    """Return a change with the details of its node, if the node was added or removed."""
     if change.kind != NODE or change.what not in ("added", "removed"):
         return change
     removed = change.what == "removed"
@@ -152,7 +152,7 @@ def with_details(compared: Comparison, change: Change) -> Change:
 
 
 def described(model: Model, graph: Graph, node: Node, *, removed: bool) -> Iterator[Detail]:
-    """All aspects of a node, as of one that is new, or was removed."""
+    """Yield all aspects of a node that was added or removed."""
 
     def detail(aspect: str, text: str, port: str = "") -> Detail:
         return Detail(aspect, text, None, port) if removed else Detail(aspect, None, text, port)
@@ -197,7 +197,10 @@ def _node_differences(sides: _Sides, old: tuple[Graph, Node], new: tuple[Graph, 
 
 
 def _interface(graph: Graph, counterpart: Graph, renamed: Mapping[str, str]) -> Aspects:
-    """What a function says of itself besides its nodes. Arguments are nodes; only the order of common ones is here."""
+    """Return the aspects of a function besides its nodes.
+
+    Arguments are nodes. Of these, the result has only the order of those that both functions have.
+    """
     common = [name for name in graph.arguments if name in counterpart.nodes]
     aspects = {"order of arguments": ", ".join(common), "stateful": str(graph.stateful)}
     for result in graph.results:
@@ -214,7 +217,7 @@ def _interface(graph: Graph, counterpart: Graph, renamed: Mapping[str, str]) -> 
 
 
 def fingerprint(graph: Graph, only: str = "") -> str:
-    """A hash of a function, or of a single node of it."""
+    """Return a hash of a function, or of a single node of it."""
     digest = hashlib.blake2b(digest_size=8)
 
     def add(attrs: Attrs, *parts: object) -> None:
@@ -245,12 +248,12 @@ def _hash(content: bytes) -> str:
 
 
 def value_name(value: Value) -> str:
-    """A value as TensorFlow writes it, port 0 left out."""
+    """Return a value as TensorFlow spells it; port 0 is left out."""
     return f"{value.node}:{value.port}" if value.port else value.node
 
 
 def port_name(model: Model, node: Node, position: int) -> str:
-    """What an op's definition, or the function that is called, calls an input; "" where that is not known."""
+    """Return the name of an input in the op's definition or the called function; "" if it is unknown."""
     try:
         form = ops.call_form(model, node)
         callees = ops.callees(model, node) if form is not None else ()

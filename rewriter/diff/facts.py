@@ -1,7 +1,7 @@
-"""What can be said of a model besides its nodes, as items with named aspects, each a text.
+"""Facts about a model besides its nodes: items with named aspects, each a text.
 
-Source: ``tensorflow/core/protobuf/{meta_graph,saved_object_graph,saver}.proto``. Functions that are a pair in two
-models have one name here.
+Source: ``tensorflow/core/protobuf/{meta_graph,saved_object_graph,saver}.proto``. Paired functions of two models have
+the same name here.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ VARIABLE, SIGNATURE, CONCRETE, OBJECT = "variable", "signature", "concrete funct
 COLLECTION, FILE, TENSOR, MODEL = "collection", "file", "checkpoint tensor", "model"
 
 LOGS = ("assets.extra/bnqat.json", "assets.extra/bnqat_changes.json")
-"""What a rewrite says of itself is no part of the model."""
+"""Files that a rewrite writes about itself; they are no part of the model."""
 
 SYNCHRONIZATION = ("AUTO", "NONE", "ON_WRITE", "ON_READ")
 AGGREGATION = ("NONE", "SUM", "MEAN", "ONLY_FIRST_REPLICA")
 
 Item = tuple[str, str]
-"""QuantizerSpec and name."""
+"""Kind and name, as ("variable", key)."""
 Aspects = Mapping[str, str]
 Facts = dict[Item, Aspects]
 
 
 def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -> Facts:
-    """All items of a model.
+    """Return all items of a model, with their aspects.
 
     Args:
-        model: as it was read, or as it is written.
-        names: other names of functions.
-        values: the keys of the variables and other tensors whose values are looked at.
+        model: a model as it was read, or as it is written.
+        names: new names of functions, by their names in the model.
+        values: the keys of the variables and other tensors whose values are an aspect.
     """
     source: Source = model.source
     meta = source.proto.meta_graphs[source.index]
@@ -81,7 +81,7 @@ def facts(model: Model, names: Mapping[str, str], values: Container[str] = ()) -
 
 
 def shape_text(shape: tuple[int, ...] | None) -> str:
-    """A shape, with ? for what is unknown."""
+    """Return a shape as text, with ? for an unknown size."""
     return "unknown rank" if shape is None else "[" + ", ".join("?" if s < 0 else str(s) for s in shape) + "]"
 
 
@@ -116,14 +116,14 @@ def _concrete(model: Model, proto: Any) -> Iterator[tuple[str, str]]:
 
 
 def _devices(model: Model, graph: Any) -> Iterator[tuple[str, str]]:
-    """The devices of the variables that have one."""
+    """Yield key and device of each variable that has a device."""
     for key, number in model.source.numbers.items():
         if graph.nodes[number].variable.device:
             yield key, graph.nodes[number].variable.device
 
 
 def _objects(model: Model, graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
-    """Objects other than variables, by their shortest path from the root."""
+    """Yield path and aspects of each object but variables; the path is the shortest one from the root."""
     paths = object_paths(graph)
     labels = {**paths, **{number: f"variable {key}" for key, number in model.source.numbers.items()}}
     for number, path in paths.items():
@@ -168,7 +168,7 @@ def _collection(proto: Any) -> str:
 
 
 def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
-    """What the checkpoint holds besides the variables: an optimizer's state, a counter of saves."""
+    """Return the checkpoint's tensors besides the variables: an optimizer's state, a counter of saves."""
     return {
         (TENSOR, key): {"dtype": checkpoint.dtypes[key].name, "shape": shape_text(tuple(shape))}
         for key, shape in checkpoint.shapes.items()
@@ -177,7 +177,7 @@ def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
 
 
 def value_text(value: Any) -> str:
-    """A short text that differs where values do: the least, the greatest, and a hash of the bytes."""
+    """Return a short text that identifies a value: minimum, maximum, and a hash of the bytes."""
     array = np.asarray(value)
     content = repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
     if array.dtype.kind in "fiu" and array.size:

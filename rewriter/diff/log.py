@@ -1,8 +1,8 @@
-"""The record that a rewrite keeps of what it changed, and holding a comparison against it.
+"""The record of a rewrite's changes, and the check of a comparison against it.
 
-The record is made from the models in memory, pass by pass; a comparison is made from the two models on the disk. It
-has, for everything that changed, who changed it and a hash of what is different, so that nothing passes for the
-rewrite's work that only happens to be in the same place.
+The record is made from the models in memory, pass by pass; a comparison is made from the two models on the disk. For
+each change, the record has its author and a hash of the difference. Without the hash, another change in the same
+place would pass for the rewrite's work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 WHOLE, VALUE = "all of it", "value"
 
 LOG, RECORD = "bnqat.json", "bnqat_changes.json"
-"""Files in ``assets.extra``: what a rewrite says to its user, and the record."""
+"""Files in ``assets.extra``: the rewrite's report to its user, and the record."""
 
 Record = Mapping[str, Any]
 """``{"schema_version": 1, "source": hash, "authors": [[pass, ...], ...], "changes": {kind: {graph: {name: [author, hash
@@ -29,12 +29,12 @@ or hashes by aspect]}}}}``; author is an index into authors, source a hash of th
 
 
 def record(source: Path, changes: tuple[Change, ...], author: Callable[[Change], tuple[str, ...]]) -> Record:
-    """What to keep of the changes of a model.
+    """Return the record of the changes of a model.
 
     Args:
-        source: the file with its graph.
-        changes: nodes need no description.
-        author: who made a change; what nobody made is left out.
+        source: the file with the source's graph.
+        changes: the changes; those of nodes need no details.
+        author: returns the passes that made a change; a change without an author is left out.
     """
     authors: dict[tuple[str, ...], int] = {}
     entries: dict[str, dict[str, dict[str, Any]]] = {}
@@ -53,16 +53,22 @@ def record(source: Path, changes: tuple[Change, ...], author: Callable[[Change],
 
 
 def graph_hash(file: Path) -> str:
-    """A hash of the file with a model's graph."""
+    """Return a hash of the file with a model's graph."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
 def explained(changes: tuple[Change, ...], known: Record, source: Path, *, values: bool) -> tuple[Change, ...]:
-    """The changes with their authors.
+    """Return the changes with their authors.
 
-    One that is only in part as the record has it becomes two; one that is missing is added, if the model before is the
-    one that was rewritten. `values` says whether values were compared.
+    A change that agrees with the record only in part becomes two: one with an author, one without. A recorded change
+    that is missing is added, if the model before is the one that was rewritten.
+
+    Args:
+        changes: the changes of a comparison.
+        known: the record.
+        source: the file with the graph of the model before.
+        values: true if the values of tensors were compared, too.
     """
     entries = _entries(known)
     attributed: list[Change] = []
@@ -93,7 +99,7 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
 
 
 def _entries(known: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str, str]]]:
-    """(kind, graph, name) -> the author's number, and hashes by aspect."""
+    """Return a record's entries: (kind, graph, name) -> the author's number, and hashes by aspect."""
     return {
         (kind, graph, name): (number, {WHOLE: hashes} if isinstance(hashes, str) else hashes)
         for kind, graphs in known["changes"].items()
@@ -103,7 +109,7 @@ def _entries(known: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str
 
 
 def _hashes(change: Change) -> Mapping[str, str]:
-    """A hash of all of what was added or removed, if it is a node or function, else one for each aspect."""
+    """Return the fingerprint of a node or function that was added or removed; otherwise a hash of each aspect."""
     return {WHOLE: change.fingerprint} if change.fingerprint else {d.aspect: _hash(d) for d in change.details}
 
 
@@ -112,10 +118,10 @@ def _hash(detail: Detail) -> str:
 
 
 def read_record(file: Path) -> Record | None:
-    """The record in a file; None where there is none.
+    """Return the record in a file; None if there is no file.
 
     Raises:
-        Error: it is no such record, or of a later version.
+        Error: the file holds no record, or one of a later version.
     """
     try:
         known: Record = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""Which graph of one model is which of another: by name, else by what it is for."""
+"""Pairs of the graphs of two models: by name, else by holder, caller or content."""
 
 from __future__ import annotations
 
@@ -10,15 +10,19 @@ from rewriter.ir import Graph, Model
 from rewriter.savedmodel.objects import held_functions
 
 Keyed = Iterable[tuple[Hashable, str]]
-"""Graphs by what may tell them from others."""
+"""Pairs (key, graph's name); the key may identify the graph in both models."""
 
 
 def match(before: Model, after: Model) -> dict[str, str]:
-    """Pairs of graphs, by the name that each has before.
+    """Return the pairs of graphs: name before -> name after.
 
-    Graphs of one name are a pair. Of the others, in this order: those that an object of the same path holds for the
-    same arguments; those that nodes of one name call in graphs that are a pair; those of the same content. TensorFlow
-    numbers its functions anew each time it traces them.
+    Names alone do not suffice: TensorFlow numbers its functions anew each time it traces them. Graphs are paired in
+    this order:
+
+    1. graphs of the same name;
+    2. concrete functions that an object of the same path holds for the same arguments;
+    3. functions that nodes of the same name call in paired graphs;
+    4. graphs of the same content.
     """
     matching = _Pairs(before, after)
     matching.by_key(_by_holder(before), _by_holder(after))
@@ -29,11 +33,12 @@ def match(before: Model, after: Model) -> dict[str, str]:
 
 
 class _Pairs:
-    """Pairs found so far; no graph is in two.
+    """Pairs found so far; no graph is in two pairs.
 
     Attributes:
-        taken: those of the graphs after that are in a pair.
-        waiting: pairs whose calls are still to be looked at.
+        pairs: name before -> name after.
+        matched_after: the graphs after that are in a pair.
+        pending: pairs whose calls are still to be paired.
     """
 
     def __init__(self, before: Model, after: Model) -> None:
@@ -47,21 +52,21 @@ class _Pairs:
                 self.add(name, name)
 
     def add(self, old: str, new: str) -> None:
-        """Let two graphs be a pair, if neither is in one."""
+        """Pair two graphs, if neither is in a pair."""
         if old not in self.pairs and new not in self.matched_after:
             self.pairs[old] = new
             self.matched_after.add(new)
             self.pending.append((old, new))
 
     def by_key(self, old: Keyed, new: Keyed) -> None:
-        """Pair the graphs that alone have a key, in either model."""
+        """Pair graphs with the same key, if no other graph of either model has this key."""
         new_names = _with_unique_key(new)
         for key, name in _with_unique_key(old).items():
             if key in new_names:
                 self.add(name, new_names[key])
 
     def by_calls(self) -> None:
-        """Pair what nodes of one name call, in graphs that are a pair."""
+        """Pair the functions that nodes of the same name call in paired graphs."""
         while self.pending:
             old, new = (m.graphs[n] for m, n in zip((self.before, self.after), self.pending.pop(), strict=True))
             for name in old.nodes.keys() & new.nodes.keys():
@@ -71,14 +76,14 @@ class _Pairs:
 
 
 def _with_unique_key(keyed: Keyed) -> Mapping[Hashable, str]:
-    """The graphs whose key no other graph has."""
+    """Return the graphs whose key no other graph has, by key."""
     listed = list(keyed)
     count = Counter(key for key, _ in listed)
     return {key: name for key, name in listed if count[key] == 1}
 
 
 def _by_holder(model: Model) -> Iterator[tuple[Hashable, str]]:
-    """Concrete functions by the objects that hold them, and by what they take."""
+    """Yield the concrete functions, keyed by the path of the object that holds them and by their arguments."""
     objects = model.source.proto.meta_graphs[model.source.index].object_graph_def
     for path, name in held_functions(objects):
         signature = objects.concrete_functions[name].canonicalized_input_signature
@@ -86,7 +91,7 @@ def _by_holder(model: Model) -> Iterator[tuple[Hashable, str]]:
 
 
 def _named_functions(model: Model, graph: Graph, name: str) -> list[str]:
-    """The model's functions that a node names, in the order of its attributes' names."""
+    """Return the model's functions that a node names, in the order of its attributes' names."""
     node = graph.nodes[name]
     if node.op in model.graphs:
         return [node.op]
@@ -96,7 +101,7 @@ def _named_functions(model: Model, graph: Graph, name: str) -> list[str]:
 
 
 def _by_content(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable, str]]:
-    """The graphs that are in no pair, by their nodes' names, ops and inputs."""
+    """Yield the graphs that are in no pair, keyed by their nodes' names, ops and inputs."""
     paired_names = set(paired)
     for name, graph in model.graphs.items():
         if name not in paired_names:

@@ -1,4 +1,4 @@
-"""The page of a comparison, as one file."""
+"""The HTML page of a comparison, as one file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class _Table(dict[Any, int]):
 
 
 def diff_page(title: str, report: DiffReport, unions: Mapping[str, Union], pictures: Sequence[Picture]) -> str:
-    """The page of a report with these pictures.
+    """Return the HTML page of a report with these pictures.
 
-    What a model says (names, attributes) is data, which the page's script writes as text.
+    The names and attributes of a model are untrusted. They are data, which the page's script writes as text.
     """
     return page(
         "diff.html.j2",
@@ -40,7 +40,7 @@ def diff_page(title: str, report: DiffReport, unions: Mapping[str, Union], pictu
 
 
 def page_data(report: DiffReport, unions: Mapping[str, Union], pictures: Sequence[Picture]) -> Mapping[str, Any]:
-    """What the page's script decodes: the report, and pictures, with each text once."""
+    """Return the data for the page's script: the report and the pictures, as numbers into a table of texts."""
     texts, authors, graph_names = _Table(), _Table(), _Table()
 
     def number(text: str | None) -> int:
@@ -91,7 +91,10 @@ def _fields(row: SiteDiff | InputDiff) -> dict[str, Any]:
 
 
 def _graph(union: Union, nodes: Mapping[str, int], lines: Iterable[Line], texts: _Table) -> Mapping[str, Any]:
-    """A graph's nodes and edges that are in pictures. An edge is in all that both its ends are in."""
+    """Return the nodes and edges of a graph that are in pictures.
+
+    An edge is in every picture that both its ends are in, so pictures do not list edges.
+    """
     return {
         "name": texts[union.name],
         "before": None if union.old is None else len(union.old.nodes),

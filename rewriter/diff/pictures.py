@@ -1,8 +1,8 @@
-"""Pictures of places in two models: a node and what is around it, before and after, in layers.
+"""Pictures of places in two models: a node and its neighbourhood, before and after, drawn in layers.
 
-Both models are in one picture, so that what is in both is in the same place. A node that stands for a value in another
-precision (`rewriter.ops.QUANTIZER_MARK`) is passed over, with what only serves such nodes, unless it is asked for: the
-edge says what happens there.
+A picture shows both models as one graph, so that a node of both is in one place. Quantisers, i.e. nodes with
+`rewriter.ops.QUANTIZER_MARK`, are hidden unless the user asks for them, and so are nodes that only serve quantisers.
+A formula at the edge stands for them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from rewriter.diff.compare import Comparison, port_name
 from rewriter.ir import Graph, Node
 
 HOPS = 3
+"""Distance in edges that a picture reaches from its middle."""
 MAX_NEIGHBOURS = 12
-"""How many unchanged neighbours of one node are drawn, to either side."""
+"""Largest number of unchanged inputs, and of unchanged users, that are drawn for one node."""
 MAX_NODES = 100
-"""How many nodes are drawn at most."""
+"""Largest number of nodes in a picture of a place."""
 MAX_WHOLE = 80
-"""How many nodes a function may have to be drawn whole."""
+"""Largest number of nodes of a function that is drawn whole."""
 
 SAME, ADDED, REMOVED, CHANGED = "same", "added", "removed", "changed"
 
@@ -35,10 +36,10 @@ class Line(NamedTuple):
     Attributes:
         port: the name of the input where it ends; "" for a control input.
         position: the number of that input, -1 for a control input.
-        old: whether the model before has it.
-        new: whether the model after has it.
-        formula: what stands for the nodes that are passed over.
-        inner: whether it is drawn only with those nodes; None where it is drawn with and without.
+        old: true if the model before has the edge.
+        new: true if the model after has it.
+        formula: the formula that stands for a hidden quantiser; "" where there is none.
+        inner: true if the edge is drawn only with the hidden nodes, false if only without; None if in both cases.
     """
 
     source: str
@@ -52,11 +53,11 @@ class Line(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a node is in a picture.
+    """The position of a node in a picture.
 
     Attributes:
-        hops: how many edges it is away from the middle.
-        layer: its column: every edge leads to a higher one, but for the way back of a loop and control inputs.
+        hops: its distance from the middle in edges.
+        layer: its column; every edge leads to a higher one, except back edges of loops and control inputs.
         row: its place in the column.
     """
 
@@ -69,8 +70,8 @@ class Spot(NamedTuple):
     """A node of a picture.
 
     Attributes:
-        near: where it is without the nodes that are passed over; None where it is one of them, or too far away.
-        far: where it is with them.
+        near: its place if quantisers are hidden; None if the node is hidden itself, or too far away.
+        far: its place if quantisers are shown.
     """
 
     name: str
@@ -80,10 +81,12 @@ class Spot(NamedTuple):
 
 @dataclass(frozen=True)
 class Picture:
-    """A place: a node of a graph (its name in the model after, if it is there), and what is around it.
+    """A node of a graph and its neighbourhood.
 
     Attributes:
-        hidden: how many nodes of the graph are not in the picture, by state.
+        graph: the graph's name in the model after, or in the model before if that alone has it.
+        middle: the node's name.
+        hidden: the number of the graph's nodes that are not in the picture, by state.
     """
 
     graph: str
@@ -95,11 +98,14 @@ class Picture:
 
 @dataclass
 class Union:
-    """Two graphs that are a pair, or one that has none, as one.
+    """Two paired graphs, or one graph without a pair, as one graph.
 
     Attributes:
-        nodes: by name, before and after.
-        inner: nodes that only serve proxies, and these.
+        old: the graph before; None if there is none.
+        new: the graph after; None if there is none.
+        states: the state of each node: same, added, removed or changed.
+        lines: the edges at each node, by the node's name.
+        inner: the quantisers, and the nodes that only serve quantisers.
     """
 
     name: str
@@ -110,18 +116,18 @@ class Union:
     inner: set[str] = field(default_factory=set)
 
     def node(self, name: str) -> Node:
-        """The node after, or before if there is none."""
+        """Return the node after, or the node before if there is none."""
         return next(g.nodes[name] for g in (self.new, self.old) if g is not None and name in g.nodes)
 
     def ops(self, name: str) -> tuple[str, str]:
-        """The op before and after; "" where there is no such node."""
+        """Return the op before and the op after; "" if there is no such node."""
         nodes = (None if g is None else g.nodes.get(name) for g in (self.old, self.new))
         old, new = ("" if n is None else n.op for n in nodes)
         return old, new
 
 
 def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Callable[[Node], str]) -> Union:
-    """A graph of the model after and its pair, or one that only the model before has."""
+    """Return the union of a graph of the model after and its pair, or a graph that only the model before has."""
     new = compared.after.graphs.get(name)
     old = compared.before.graphs.get(name) if new is None else compared.graph_before(name)
     union = Union(name, old, new)
@@ -141,7 +147,10 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
 
 
 def _inner(graph: Graph) -> set[str]:
-    """Proxies, and the nodes whose every use serves one. What a proxy stands for is not among them."""
+    """Return the quantisers, and the nodes that only serve quantisers.
+
+    The value that a quantiser stands for (its last input) is not among them.
+    """
     inner = {n.name for n in graph.nodes.values() if ops.QUANTIZER_MARK in n.attrs}
     if not inner:
         return inner
@@ -176,17 +185,21 @@ def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -
         producer = nodes[source]
         if new and ops.QUANTIZER_MARK in producer.attrs and position >= 0:
             raw = producer.inputs[-1]
-            was = edges.get((raw.node, target, position, raw.port), [False, False])[0]
-            yield Line(raw.node, target, label, position, was or old, True, formula(producer), inner=False)
+            was_raw = edges.get((raw.node, target, position, raw.port), [False, False])[0]
+            # With quantisers hidden, the edge leads from the float value; shown, it leads from the quantiser.
+            yield Line(raw.node, target, label, position, was_raw or old, True, formula(producer), inner=False)
             yield Line(source, target, label, position, old, True, inner=True)
         else:
-            replaced = old and not new and _is_behind_proxy(union, source, port, target, position)
+            replaced = old and not new and _is_behind_quantizer(union, source, port, target, position)
             inner = True if replaced or source in union.inner or target in union.inner else None
             yield Line(source, target, label, position, old, new, inner=inner)
 
 
-def _is_behind_proxy(union: Union, source: str, port: int, target: str, position: int) -> bool:
-    """Whether an edge before leads from what, after, a proxy stands for that takes its place."""
+def _is_behind_quantizer(union: Union, source: str, port: int, target: str, position: int) -> bool:
+    """Return true if an edge's source before is, in the model after, the value that a quantiser stands for.
+
+    The quantiser is then the input in the edge's place.
+    """
     node = None if union.new is None else union.new.nodes.get(target)
     if union.new is None or node is None or not 0 <= position < len(node.inputs):
         return False
@@ -195,14 +208,14 @@ def _is_behind_proxy(union: Union, source: str, port: int, target: str, position
 
 
 def around(union: Union, middle: str) -> Picture:
-    """The picture of a place, up to `HOPS` edges away."""
+    """Return the picture of a node and its neighbourhood, up to `HOPS` edges away."""
     near = {} if middle in union.inner else _distances(union, middle, inner=False)
     far = _distances(union, middle, inner=True)
     return _picture(union, middle, near, {**dict.fromkeys(near, HOPS), **far})
 
 
 def whole(union: Union, middle: str) -> Picture:
-    """The picture of a whole graph."""
+    """Return the picture of a whole graph."""
     near = {name: int(name != middle) for name in union.states if name not in union.inner}
     return _picture(union, middle, near, {name: int(name != middle) for name in union.states})
 
@@ -249,11 +262,11 @@ def _picture(union: Union, middle: str, near: Mapping[str, int], far: Mapping[st
 
 
 def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """The layer and row of each node: as far right as what uses it allows, and near to what it uses."""
+    """Return the layer and row of each node: left of its users by one layer, in a row near its inputs and users."""
     graph: nx.DiGraph[str] = nx.DiGraph()
     graph.add_nodes_from(names)
     graph.add_edges_from(e for e in edges if e[0] != e[1])
-    if not nx.is_directed_acyclic_graph(graph):  # before and after together may go round
+    if not nx.is_directed_acyclic_graph(graph):  # the edges before and after may form a cycle together
         kept = nx.DiGraph(graph)
         for component in [c for c in nx.strongly_connected_components(graph) if len(c) > 1]:
             kept.remove_edges_from([e for e in graph.edges(component) if e[1] in component])
@@ -287,13 +300,13 @@ def _mean(values: Iterable[float], none: float = 0.0) -> float:
 def pictures(
     compared: Comparison, sites: Iterable[tuple[str, str]], formula: Callable[[Node], str], *, full: bool = False
 ) -> tuple[dict[str, Union], list[Picture]]:
-    """Pictures of these places, and of others until all that changed is in one.
+    """Return pictures of the given sites, and further pictures until every changed node is in one.
 
     Args:
-        compared: two models.
-        sites: (graph, node) of places that have a picture in any case.
-        formula: what to say of a proxy.
-        full: go on until every node of the models is in a picture.
+        compared: the two models.
+        sites: (graph, node) of the places that always have a picture.
+        formula: returns the formula of a quantiser.
+        full: add pictures until every node of the models is in one.
 
     Returns:
         The graphs that have pictures, by name, and the pictures.
@@ -329,14 +342,14 @@ def pictures(
 
 
 def _end(union: Union) -> str:
-    """A node that a function returns, or its last one."""
+    """Return a node that a function returns, or its last node."""
     graph = union.new or union.old
     returned = [] if graph is None else [r.value.node for r in graph.results]
     return returned[0] if returned else list(union.states)[-1]
 
 
 def _all(union: Union, pictures_: Sequence[Picture]) -> Iterator[Picture]:
-    """More pictures, until every node is in one."""
+    """Yield more pictures, until every node is in one."""
     covered = {spot.name for picture in pictures_ for spot in picture.spots}
     for name in union.states:
         if name not in covered:
@@ -346,9 +359,9 @@ def _all(union: Union, pictures_: Sequence[Picture]) -> Iterator[Picture]:
 
 
 def _covering(union: Union, pictures_: Sequence[Picture], nodes: Sequence[str]) -> Iterator[Picture]:
-    """More pictures, until every node left is near the middle of one.
+    """Yield more pictures, until every given node is less than `HOPS` edges from the middle of one.
 
-    Of nodes that were added and hang together, one that is there is enough; what is passed over is not looked for.
+    One node of a connected group of added nodes is enough. Hidden nodes need no picture.
     """
     added: nx.Graph[str] = nx.Graph()
     added.add_nodes_from(name for name in nodes if union.states[name] == ADDED)

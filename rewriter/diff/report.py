@@ -1,4 +1,4 @@
-"""What comparing says: one schema, as dataclasses and as JSON."""
+"""The report of a comparison: one schema, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Literal
 from rewriter.report import SCHEMA_VERSION
 
 ChangeState = Literal["added", "removed", "changed", "missing"]
-"""The last: a rewrite's record has it, and it is not so."""
+"""State of a change; "missing" means that a rewrite's record has the change, and the models do not."""
 
 
 @dataclass(frozen=True)
 class Detail:
-    """One aspect that differs; None where one of the models has none such.
+    """One aspect that differs.
 
     Attributes:
-        aspect: as "input 2", "attribute epsilon", "control inputs", "dtype".
+        aspect: for example "input 2", "attribute epsilon", "control inputs", "dtype".
+        old: its text in the model before; None if that has no such aspect.
+        new: its text in the model after; None if that has no such aspect.
         port: of a node's input, the name of the op's or called function's argument.
     """
 
@@ -32,15 +34,15 @@ class Change:
     """One item that differs.
 
     Attributes:
-        kind: "node", "function", "variable", "checkpoint tensor" (no variable's),
-            "signature", "concrete function", "object" (of the object graph), "collection", "file", "model".
+        kind: "node", "function", "variable", "checkpoint tensor" (not a variable's), "signature",
+            "concrete function", "object" (of the object graph), "collection", "file" or "model".
         graph: of a node, its graph's name in the model after (in the one before, if that graph was removed); "" is
             the main graph.
-        op: of a node, its op (the new one, if it has one); of a function that was added or removed, how many nodes it
-            has.
-        details: what differs; of what was added or removed, what there is to say of it.
+        op: of a node, its op in the model after (in the one before, if the node was removed); of a function that was
+            added or removed, the number of its nodes.
+        details: the aspects that differ; of an item that was added or removed, its aspects.
         fingerprint: of a node or function that was added or removed, a hash of all of it.
-        by: the passes that made it, by the rewrite's record; empty where no record explains it.
+        by: the passes that made the change, by the rewrite's record; empty if no record explains it.
     """
 
     kind: str
@@ -55,17 +57,18 @@ class Change:
 
 @dataclass(frozen=True)
 class InputDiff:
-    """What enters a site in one place.
+    """One input of a site in two models.
 
     Attributes:
-        role: "x", gamma, beta, moving_mean or moving_variance.
+        role: "x", "gamma", "beta", "moving_mean" or "moving_variance".
         use: "input" of the site, or "statistic" on its way to a moving average.
-        graph: where the node is that takes it.
+        graph: the graph of the node that takes the input.
+        node: that node.
         port: the name of that node's input.
-        old: the value there in the model before, as "node:port"; null where there was no such input.
-        new: the value there now.
-        formula: what a quantiser makes of it first; empty where there is none.
-        quantized: of a quantiser, the value that it quantises.
+        old: the value there in the model before, as "node:port"; null if there was no such input.
+        new: the value there in the model after.
+        formula: the formula of the quantiser of this input; empty if there is none.
+        quantized: the value that the quantiser quantises.
     """
 
     role: str
@@ -84,9 +87,9 @@ class SiteDiff:
     """A site in two models.
 
     Attributes:
-        what: whether the site is in both ("same"), or was "added" or "removed".
+        what: "same" if both models have the site, otherwise "added" or "removed".
         status: in the model after (in the one before, if it was removed): ``float``, ``quantised`` or ``skipped``.
-        reason: why it was skipped.
+        reason: the reason why it was skipped.
     """
 
     graph: str
@@ -109,17 +112,17 @@ class LayerDiff:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one wants to know first.
+    """Summary of a comparison, in numbers.
 
     Attributes:
-        batch_norms: of the model before.
-        sites_found: its sites.
-        sites_rewritten: those of them that are quantised in the model after and were not before.
+        batch_norms: batch norms of the model before.
+        sites_found: sites of the model before.
+        sites_rewritten: those of them that are quantised in the model after only.
         sites_added: quantised sites that only the model after has.
-        sites_skipped: sites found that are quantised in neither.
-        other_changes: how many changes no record explains; null where there is no record to hold them against.
-        signatures_intact: signatures of the model before whose inputs and outputs are the same.
-        signatures_found: all of them.
+        sites_skipped: sites found that are quantised in neither model.
+        other_changes: changes that no record explains; null if there is no record.
+        signatures_intact: signatures of the model before whose inputs and outputs are the same in the model after.
+        signatures_found: all signatures of the model before.
     """
 
     batch_norms: int
@@ -134,13 +137,13 @@ class Verdict:
 
 @dataclass(frozen=True)
 class DiffReport:
-    """What differs between two models.
+    """The differences of two models.
 
     Attributes:
-        changes: all of them; other changes first.
-        ops: how many nodes of each op there are, before and after.
-        renamed: functions of another name that are a pair: name before -> name after.
-        skipped: reasons, and how many sites were skipped for each.
+        changes: all changes; those that no record explains come first.
+        ops: op -> its number of nodes before and after.
+        renamed: paired functions with different names: name before -> name after.
+        skipped: reason -> number of sites skipped for it.
     """
 
     verdict: Verdict
@@ -153,9 +156,9 @@ class DiffReport:
 
     @property
     def other(self) -> list[Change]:
-        """What no record explains; without a record, nothing."""
+        """The changes that no record explains; empty without a record."""
         return [] if self.verdict.other_changes is None else [c for c in self.changes if not c.by]
 
     def to_json(self) -> str:
-        """The report as JSON text."""
+        """Return the report as JSON text."""
         return json.dumps(asdict(self), indent=1)

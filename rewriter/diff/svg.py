@@ -1,4 +1,4 @@
-"""One picture as an SVG file: both models in one, as the page draws them."""
+"""One picture as an SVG file, with both models in one graph as on the page."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from rewriter.diff.pictures import Line, Picture, Spot, Union
 from rewriter.page.shell import read
 
 WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 150, 38, 40, 16, 14, 20
-"""In pixels: of a node, between columns and rows, for each input; as in picture.js."""
+"""Sizes in pixels, as in picture.js: a node's width and height, the gap between columns, the space between rows, the
+height for each input, the margin."""
 
 SIGNS = {"added": "+", "removed": "\N{MINUS SIGN}", "changed": "~", "same": ""}
 
 
 class Box(NamedTuple):
-    """Where a node is drawn."""
+    """Position and height of a drawn node, in pixels."""
 
     x: float
     y: float
@@ -26,9 +27,10 @@ class Box(NamedTuple):
 
 
 def picture_svg(picture: Picture, union: Union, hops: int = 1) -> str:
-    """A picture, up to so many edges from its middle; what quantises is a formula at an edge.
+    """Return a picture as SVG, up to `hops` edges from its middle; a quantiser is a formula at an edge.
 
-    Solid lines are in both models, or, with a "+", in the model after only; dashed ones, with a "−", in the one before.
+    A solid line is in both models or, with a "+", only in the model after. A dashed line, with a "−", is only in the
+    model before.
     """
     spots = [s for s in picture.spots if s.near is not None and s.near.hops <= hops]
     names = {s.name for s in spots}
@@ -120,11 +122,11 @@ def _shortened(text: str, most: int) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text without the characters that XML cannot hold."""
+    """Return a text with the characters that XML cannot hold replaced."""
     return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "�", text)
 
 
 def _style() -> str:
-    """The page's styles of pictures, in the light colours."""
+    """Return the page's style sheet for pictures, in the light colours."""
     colours = dict(re.findall(r"(--[a-z-]+): (#[0-9a-f]+)", read("colours.css").partition("@media")[0]))
     return re.sub(r"var\((--[a-z-]+)\)", lambda match: colours[match[1]], read("picture.css"))

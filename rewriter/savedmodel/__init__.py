@@ -1,1 +1,1 @@
-"""SavedModels on disk: the one place that knows the format."""
+"""SavedModels on disk: the only package that knows the format."""

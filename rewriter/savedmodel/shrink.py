@@ -1,7 +1,7 @@
-"""Both object graphs, the saver and the signatures without what a model no longer has.
+"""Removal of what a model no longer has from both object graphs, the saver and the signatures.
 
-What stays below the root: its functions and signatures that are left, the variables and resources that these bind, and
-whatever belongs to such a resource, such as the functions that fill a table.
+These objects stay: the root, its functions and signatures that the model still has, the variables and resources that
+these capture, and the objects that belong to such a resource, such as the functions that fill a table.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from rewriter.savedmodel.objects import belongings, functions_of, make_user_obje
 
 
 def shrink_objects(model: Model, objects: Any, trackables: Any) -> Model:
-    """Take out of both object graphs what the model does not need.
+    """Remove the objects that the model does not need from both object graphs.
 
     Returns:
         The model, with the objects' new numbers.
@@ -75,14 +75,14 @@ def _keep_nodes(graph: Any, new_numbers: Mapping[int, int]) -> None:
             node.ClearField(name)
             getattr(node, name).extend(links)
         node.ClearField("slot_variables")
-        for saveable in getattr(node, "saveable_objects", {}).values():  # the checkpoint's object graph has none
+        for saveable in getattr(node, "saveable_objects", {}).values():  # the checkpoint's objects lack this field
             saveable.save_function = new_numbers[saveable.save_function]
             saveable.restore_function = new_numbers[saveable.restore_function]
         graph.nodes.append(node)
 
 
 def hold_captured(objects: Any, trackables: Any) -> None:
-    """Let the root hold what functions capture; else nothing keeps it alive when the model is loaded."""
+    """Make the root hold all captured objects in lists; otherwise nothing keeps them alive in a loaded model."""
     captured = sorted({n for f in objects.concrete_functions.values() for n in f.bound_inputs})
     names = {c.local_name for c in objects.nodes[0].children}
     for hint, of_variables in (("variables", True), ("resources", False)):
@@ -99,7 +99,7 @@ def hold_captured(objects: Any, trackables: Any) -> None:
 
 
 def checkpoint_keys(trackables: Any, stored: Iterable[str]) -> set[str]:
-    """Of the tensors stored in a checkpoint, those of the objects in its object graph.
+    """Return the keys of the stored tensors that belong to objects in the checkpoint's object graph.
 
     A table's attribute ``.../table`` is stored in several tensors, ``.../table-keys`` and ``.../table-values``.
     """
@@ -108,10 +108,10 @@ def checkpoint_keys(trackables: Any, stored: Iterable[str]) -> set[str]:
 
 
 def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
-    """The model whose saver knows these tensors alone.
+    """Return a model whose saver saves and restores these tensors alone.
 
-    A variable that an export holds twice has two resources in the main graph; that which concrete functions are given
-    is the one to save and to restore then.
+    A variable that an export holds twice has two resources in the main graph. The saver must use the resource that
+    the main graph passes to concrete functions.
     """
     saver = find_saver(model, saver_def)
     if saver is None:
@@ -135,7 +135,7 @@ def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
 
 
 def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -> Graph:
-    """A function that saves or restores, without the tensors that are not wanted and what only they needed."""
+    """Return a function that saves or restores, without all other tensors and the nodes that only these needed."""
     nodes = dict(graph.nodes)
     dropped_values: set[Value] = set()
     ports: dict[Value, Value] = {}
@@ -150,15 +150,15 @@ def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -
             texts = strings(graph, node, position)
             text = np.array([texts[i] for i in kept_positions], dtype=object)
             nodes[old.name] = old.with_attrs(value=protos.attr(text), _output_shapes=None)
-        held = op_defs.attribute(node, "dtypes")
-        types = type(held)()
-        types.list.type.extend(held.list.type[i] for i in kept_positions)
+        dtypes = op_defs.attribute(node, "dtypes")
+        kept_dtypes = type(dtypes)()
+        kept_dtypes.list.type.extend(dtypes.list.type[i] for i in kept_positions)
         tensors = node.inputs[3:]
         inputs = (*node.inputs[:3], *(tensors[i] for i in kept_positions if tensors))
-        nodes[node.name] = replace(node.with_attrs(dtypes=types, _output_shapes=None), inputs=inputs)
+        nodes[node.name] = replace(node.with_attrs(dtypes=kept_dtypes, _output_shapes=None), inputs=inputs)
         if node.op == "SaveV2":
-            held = {follow(model, graph, tensors[i]) for i in kept_positions}
-            freed = {follow(model, graph, tensors[i]) for i in dropped_positions} - held
+            kept_origins = {follow(model, graph, tensors[i]) for i in kept_positions}
+            freed = {follow(model, graph, tensors[i]) for i in dropped_positions} - kept_origins
             dropped_values |= {Value(graph.arguments[o.position]) for o in freed if isinstance(o, Argument)}
         else:
             dropped_values |= {Value(node.name, i) for i in dropped_positions}
@@ -175,7 +175,10 @@ def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -
 
 
 def share_by_name(main: Graph) -> Graph:
-    """The main graph with each variable's resource under the name of its node, which LiteRT's converter looks for."""
+    """Return the main graph with each variable's ``shared_name`` set to its node's name.
+
+    LiteRT's converter looks for the variable under this name.
+    """
     nodes = {
         name: node.with_attrs(shared_name=protos.attr(name)) if node.op == "VarHandleOp" else node
         for name, node in main.nodes.items()
@@ -184,7 +187,13 @@ def share_by_name(main: Graph) -> Graph:
 
 
 def shrink_meta(meta: Any, graphs: Mapping[str, Graph], signatures: Collection[str]) -> None:
-    """Take signatures out of a meta graph, and what else speaks of nodes and functions that are gone."""
+    """Remove signatures from a meta graph, and all signatures, aliases and assets of nodes or functions that are gone.
+
+    Args:
+        meta: the meta graph.
+        graphs: the graphs of the model to write.
+        signatures: the names of the signatures to remove.
+    """
     main = graphs[MAIN]
     for name, signature in list(meta.signature_def.items()):
         tensors = (*signature.inputs.values(), *signature.outputs.values())

@@ -1,4 +1,4 @@
-"""Directories: that a source is a SavedModel, that a destination is there whole or not at all."""
+"""Source and destination paths: a source must hold a SavedModel; a destination is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewriter.ir import Error
 from rewriter.savedmodel.beside import ASIDE_SUFFIX, beside
 
 MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
-"""The graph's file, binary or text; where both are there, TensorFlow takes the former."""
+"""Names of the graph's file, binary and text; if both exist, TensorFlow reads the binary one."""
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -22,9 +22,9 @@ _RENAME_EXCHANGE = 2
 
 @contextmanager
 def staged(target: Path, overwrite: bool) -> Iterator[Path]:
-    """A new directory beside `target` that becomes `target` when the block ends without an exception.
+    """Yield a new directory beside `target`, which becomes `target` when the block ends without an exception.
 
-    With `overwrite`, an existing `target` is exchanged for it in one step where the system can (Linux).
+    With `overwrite`, it is exchanged for an existing `target` in one step if the system can do so (Linux).
 
     Raises:
         Error: `target` exists and is not to be overwritten, or its parent cannot be written to.
@@ -42,10 +42,10 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def write_whole(file: Path, content: bytes) -> None:
-    """Write a file, whole or not at all; what is no ordinary file, like a pipe, is written to as it is.
+    """Write a file, whole or not at all; a pipe or device is written to directly.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     if (file.exists() and not file.is_file()) or file.absolute().is_relative_to("/dev"):
         with file.open("ab") as opened:
@@ -61,12 +61,12 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def real(path: Path) -> Path:
-    """A path without links; of links in a circle, where `Path.resolve` raises what is no OSError, the first."""
+    """Return a path without links. Unlike `Path.resolve`, this raises no RuntimeError if links form a circle."""
     return Path(os.path.realpath(path))
 
 
 def reason(error: OSError) -> str:
-    """Why the system refused, and about what, in words."""
+    """Return the system's reason for an error, preceded by the file that it is about."""
     if isinstance(error, shutil.Error):  # holds (source, target, why) of each file that was not copied
         return "; ".join(f"{source}: {why}" for source, _, why in error.args[0][:1])
     why = error.strerror or str(error)
@@ -74,10 +74,10 @@ def reason(error: OSError) -> str:
 
 
 def require_model(path: Path) -> Path:
-    """The file with a SavedModel's graph.
+    """Return the file with a SavedModel's graph.
 
     Raises:
-        Error: the directory holds none, or TensorFlow does not take its name.
+        Error: the directory holds none, or TensorFlow cannot read a path with this name.
     """
     _refuse_name(path)
     if not path.is_dir():
@@ -98,7 +98,7 @@ def _refuse_name(path: Path) -> None:
 
 
 def refuse_overlap(source: Path, target: Path) -> None:
-    """Refuse a destination that is the source, holds it, or lies in it: the source is never changed.
+    """Refuse a destination that is the source, contains it, or lies in it: the source is never changed.
 
     Raises:
         Error: the two overlap.
@@ -109,10 +109,11 @@ def refuse_overlap(source: Path, target: Path) -> None:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Refuse a destination that is there already.
+    """Refuse a destination that exists, unless it is a SavedModel to overwrite.
 
     Raises:
-        Error: it exists, and is not to be overwritten, or is no directory, or TensorFlow does not take its name.
+        Error: it exists and is not to be overwritten, is no directory, or holds something other than a SavedModel;
+            or TensorFlow cannot read a path with this name.
     """
     _refuse_name(target)
     if not os.path.lexists(target):
@@ -126,7 +127,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
 
 
 def _sync(directory: Path) -> None:
-    """Bring everything below a directory to the disk."""
+    """Flush all files and directories below a directory to the disk."""
     for folder, _, files in os.walk(directory):
         for name in [*files, "."]:
             _sync_file(Path(folder) / name)
@@ -145,19 +146,20 @@ def _move(temporary: Path, target: Path, overwrite: bool) -> None:
         if not (overwrite and target.exists()):
             temporary.rename(target)
         elif not _exchange(temporary, target):
-            # No atomic exchange here: whoever finds the old directory aside, and no new one, puts it back.
+            # Without an atomic exchange, there is no target between the two renames. If the process is killed there,
+            # the next one puts the old directory back (`beside._remove`).
             target.rename(temporary.with_name(temporary.name + ASIDE_SUFFIX))
             temporary.rename(target)
     except OSError as e:
         if e.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise Error(f"{target} was written by another process meanwhile, and is left as it is") from e
         raise
-    with suppress(PermissionError):  # a directory may be one to write to, but not to look into
+    with suppress(PermissionError):  # a directory may allow writing, but not reading
         _sync_file(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
-    """Exchange two directories in one step (renameat2); False where the system cannot."""
+    """Exchange two directories in one step (renameat2); return false if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):

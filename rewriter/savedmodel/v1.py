@@ -1,4 +1,4 @@
-"""TensorFlow 1's format: no object graph, but collections, a saver in the main graph, and signatures on its tensors.
+"""TensorFlow 1's format: collections instead of an object graph; saver and signatures in the main graph.
 
 Source: ``tensorflow/core/protobuf/{meta_graph,saver}.proto``, ``tensorflow/core/framework/variable.proto``.
 """
@@ -38,7 +38,7 @@ ASSIGNS = ("Assign", "AssignVariableOp")
 
 
 def read_variables(meta: Any, main: Graph, model: Model) -> dict[str, Variable]:
-    """The variables by their name in the checkpoint; those that the saver does not know by the node's name."""
+    """Return the variables by their checkpoint name, or by their node's name if the saver does not restore them."""
     checkpoint_names = _restored(meta.saver_def, main, model)
     trainable = {d.variable_name.partition(":")[0] for d in _definitions(meta, "trainable_variables")}
     variables = {}
@@ -66,7 +66,7 @@ def _definitions(meta: Any, collection: str) -> Iterator[Any]:
 
 
 def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
-    """The checkpoint name of each variable that the saver restores, by the variable's node."""
+    """Return the checkpoint name of each variable that the saver restores, by the variable's node."""
     if not saver_def.restore_op_name:
         return {}
     if saver_def.restore_op_name not in main.nodes:
@@ -86,7 +86,11 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
 
 
 def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
-    """The signatures, computed in the main graph. A sparse tensor is its three parts; what has no port is an op."""
+    """Return the signatures whose tensors the main graph computes.
+
+    A sparse tensor is listed as its three components. A signature with a name that has no port is left out, as such a
+    name is an op's.
+    """
     signatures = {}
     for name, proto in sorted(meta.signature_def.items()):
         if name in OPS_ALONE:
@@ -112,7 +116,7 @@ def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
     for key in sorted(infos):
         info = infos[key]
         tensors = tensors_of(key, info)
-        unknown = info.tensor_shape.unknown_rank or len(tensors) > 1  # the shape is that of none of the parts
+        unknown = info.tensor_shape.unknown_rank or len(tensors) > 1  # no component has a sparse tensor's shape
         spec = Spec(
             key, protos.dtype_name(info.dtype), None if unknown else tuple(d.size for d in info.tensor_shape.dim)
         )
@@ -121,7 +125,10 @@ def _tensors(infos: Any) -> Iterator[tuple[str, str, Spec]]:
 
 
 def write_signature(meta: Any, signature: Signature) -> None:
-    """A SignatureDef, a new one like the one whose inputs it has, with the tensors that are its outputs."""
+    """Write a signature's outputs, and its new inputs, to its SignatureDef.
+
+    A new signature starts as a copy of the SignatureDef that `signature.like` names.
+    """
     proto = meta.signature_def[signature.name]
     if signature.like:
         proto.CopyFrom(meta.signature_def[signature.like])
@@ -144,7 +151,7 @@ def write_signature(meta: Any, signature: Signature) -> None:
 
 
 def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
-    """The collections of nodes, and the nodes that the definitions of variables name."""
+    """Return the node names in each collection: those of node lists, and those in the definitions of variables."""
     collections = {}
     for name in VARIABLE_COLLECTIONS:
         texts = [
@@ -161,7 +168,18 @@ def read_collections(meta: Any) -> dict[str, tuple[str, ...]]:
 
 
 def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
-    """Add new variables to the collections, initialisers and the saver, and say which variables are resources now."""
+    """Add new variables to the collections, initialisers and the saver, and update the definitions of all variables.
+
+    Copied loops and conditionals get control flow contexts of their own.
+
+    Args:
+        model: the model.
+        meta: the meta graph to write; it is changed.
+        added: the new variables.
+
+    Returns:
+        The model, whose main graph has the new variables.
+    """
     main = Draft(model.graphs[MAIN], entry=True)
     handles = {v.key: main.var_handle(v) for v in added}
     initializers = [_initialize(main, v, handles[v.key]) for v in added]
@@ -179,7 +197,7 @@ def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
 
 
 def _write_nodes(meta: Any, main: Draft, model: Model) -> None:
-    """In collections of nodes, an op in place of an output that it has no longer."""
+    """Replace outputs in node collections that their ops no longer have by the ops."""
     for collection in meta.collection_def.values():
         values: Any = collection.node_list.value
         for index, text in enumerate(list(values)):
@@ -194,7 +212,7 @@ def _trainable(collection: str, added: list[Variable]) -> list[Variable]:
 
 
 def _initialize(main: Draft, variable: Variable, resource: Value) -> str:
-    """The nodes that ``tf.compat.v1.Variable`` makes besides the resource; the name of the initialiser."""
+    """Add the nodes that ``tf.compat.v1.Variable`` makes besides the resource; return the initialiser's name."""
     handle = Use("resource", resource)
     initial = array(np.asarray(variable.initial, dtype=variable.dtype))
     main.place_as(initial, f"{variable.name}/Initializer/initial_value")
@@ -208,7 +226,7 @@ def _read(variable: Variable, resource: Value) -> Apply:
 
 
 def _extend_groups(meta: Any, main: Draft, initializers: list[str]) -> None:
-    """Let ops that initialise all variables initialise the new ones too."""
+    """Make ops that initialise all variables initialise the new ones, too."""
     source_initializers = {d.initializer_name.partition(":")[0] for d in _definitions(meta, "variables")}
     for node in list(main.nodes.values()):
         if node.op == "NoOp" and source_initializers and source_initializers <= set(node.after):
@@ -287,7 +305,7 @@ def _first(main: Draft, needed: Assumption, root: str, op_name: str) -> Node:
 
 
 def _new_saver(saver_def: Any, main: Draft) -> None:
-    """A saver of no variables yet, as ``tf.compat.v1.train.Saver`` makes it."""
+    """Add a saver without variables, in the form that ``tf.compat.v1.train.Saver`` makes."""
     no_strings = array(np.array([], dtype=object))
     name = array(np.array(b"model", dtype=object))
     attrs = {"dtype": protos.dtype_attr("string"), "shape": protos.shape_attr(())}

@@ -1,4 +1,4 @@
-"""Writing a `Model` as a SavedModel."""
+"""Writes a `Model` as a SavedModel."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ PREDICT = "tensorflow/serving/predict"
 
 @dataclass(frozen=True)
 class Written:
-    """What was written, seen before it takes its place.
+    """A model that was written to its working directory, which is not yet the destination.
 
     Attributes:
-        model: as a reader will find it, but for its graphs, which are those that were to be written; its source is
-            what was written.
-        changes: what had to change besides the graphs, a sentence each.
+        model: the model as a reader will find it; only its graphs are those that were written, not read again. Its
+            source is the new SavedModel.
+        changes: the changes besides the graphs, a sentence each.
     """
 
     model: Model
@@ -66,14 +66,14 @@ def save(
     """Write a model to a new directory, whole or not at all.
 
     Args:
-        model: what to write; it remembers what it was read from.
+        model: the model to write, with its source.
         target: the directory to make.
-        overwrite: whether to replace a SavedModel that is there.
-        log: what to keep in ``assets.extra``: texts by the name of their file.
+        overwrite: replace a SavedModel that is there.
+        log: returns texts to write to ``assets.extra``, by file name.
         without: names of files in ``assets.extra`` that are not copied.
 
     Returns:
-        What had to change besides the graphs, a sentence each; nothing where no pass changed anything.
+        The changes besides the graphs, a sentence each; nothing if no pass changed anything.
 
     Raises:
         Error: the destination exists, or the model or a file cannot be written.
@@ -86,7 +86,7 @@ def save(
             changes = _write(model, directory, log, without)
             _refuse_changed(source)
     except Error:
-        _refuse_changed(source)  # which explains whatever else went wrong
+        _refuse_changed(source)  # a changed source explains whatever else went wrong
         raise
     return changes
 
@@ -97,7 +97,7 @@ def _write(
     log: Callable[[Written], Mapping[str, str]] | None,
     without: Collection[str],
 ) -> list[str]:
-    """Write a model to an empty directory; what had to change besides the graphs."""
+    """Write a model to an empty directory; return the changes besides the graphs."""
     source: Source = model.source
     changed = bool(model.attributes or model.assigned or synchronized_otherwise(model))
     changed = changed or len(model.graphs) != len(source.protos)
@@ -127,10 +127,10 @@ def _write(
 
 
 def _refuse_changed(source: Source) -> None:
-    """Refuse what may have been read in part before, in part after a change.
+    """Refuse a source that changed: it may have been read in part before, in part after the change.
 
     Raises:
-        Error: files of the source are no longer what they were.
+        Error: the stamps of its files are no longer those taken before reading.
     """
     if stamps(source.path) != source.stamps:
         raise Error(f"{source.path} changed while it was read; nothing was written, run this again when it is whole")
@@ -144,7 +144,7 @@ def _write_proto(file: Path, proto: Any) -> None:
 
 
 def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
-    """Everything that is neither the graph nor the checkpoint: assets, assets.extra, and what else lies there."""
+    """Copy everything that is neither the graph nor the checkpoint: assets, assets.extra, and any other files."""
     for path in sorted(source.iterdir()):
         if path.name in {*MODEL_FILES, "variables"} | drop:
             continue
@@ -155,7 +155,7 @@ def _copy_files(source: Path, target: Path, drop: set[str]) -> None:
 
 
 def _copy_directory(source: Path, target: Path) -> None:
-    """A directory whose copy can be written to, which the source may not be."""
+    """Copy a directory, and make the copy writable even if the source is read-only."""
     shutil.copytree(source, target, copy_function=shutil.copyfile)
     for folder, _, _ in os.walk(target):
         Path(folder).chmod(Path(folder).stat().st_mode | stat.S_IRWXU)
@@ -175,14 +175,17 @@ def _added(model: Model) -> list[Any]:
 
 
 def _shrunk(model: Model) -> bool:
-    """Whether the model has fewer concrete functions or variables than its source."""
+    """Return true if the model lacks concrete functions or variables of its source."""
     source: Source = model.source
     functions = set(source.proto.meta_graphs[source.index].object_graph_def.concrete_functions)
     return not (model.entries.keys() >= functions and model.variables.keys() >= source.numbers.keys())
 
 
 def _lower(model: Model) -> tuple[Model, list[str]]:
-    """The model with what the format needs, its source the protos to write; and what else had to change."""
+    """Return the model in the form that the format needs, and the changes besides the graphs, a sentence each.
+
+    The source of the returned model holds the protos to write.
+    """
     source: Source = model.source
     proto = saved_model_pb2.SavedModel()
     proto.CopyFrom(source.proto)
@@ -220,7 +223,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         removed_signatures = source_signatures.keys() - model.signatures.keys()
         shrink_meta(meta, model.graphs, removed_signatures)
         if len(proto.meta_graphs) > 1:
-            # They share the checkpoint, which has no longer all that they restore.
+            # All meta graphs share one checkpoint, which now lacks tensors that the others restore.
             changes.append(f"{len(proto.meta_graphs) - 1} other meta graphs of the source are left out")
     for name, call in calls.items():
         _write_signature(model, meta, name, call)
@@ -237,10 +240,13 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
 
 
 def make_loadable(objects: Any, trackables: Any) -> list[str]:
-    """Let ``tf.saved_model.load`` load the model without Keras, and Keras without rebuilding its layers.
+    """Make ``tf.saved_model.load`` load the model without Keras, and Keras load it without rebuilding its layers.
 
-    Optimizer slots need an optimizer's method that plain objects lack; layers marked as Keras' would be
-    rebuilt from metadata, and the rewrite silently lost.
+    Optimizer slots need an optimizer's method that plain objects lack. Keras would rebuild objects marked as its own
+    from metadata, and silently lose the rewrite.
+
+    Returns:
+        The changes, a sentence each.
     """
     changes = []
     slots = {s.slot_variable_node_id for n in objects.nodes for s in n.slot_variables}
@@ -252,7 +258,7 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
         for number, node in enumerate(graph.nodes):
             node.ClearField("slot_variables")
             if number in slots:
-                node.Clear()  # keeps its number, which others count on
+                node.Clear()  # removing it would renumber the others
     for number in sorted(slots):
         make_user_object(objects.nodes[number])
     if slots:
@@ -269,7 +275,7 @@ def make_loadable(objects: Any, trackables: Any) -> list[str]:
 
 
 def _hold_captured_slots(objects: Any, trackables: Any, captured: set[int]) -> None:
-    """Make slots that functions capture attributes of their optimizer, or nothing would keep them alive."""
+    """Make captured slots attributes of their optimizer; otherwise nothing would keep them alive."""
     for number, node in enumerate(objects.nodes):
         for slot in node.slot_variables:
             if slot.slot_variable_node_id in captured:
@@ -279,7 +285,7 @@ def _hold_captured_slots(objects: Any, trackables: Any, captured: set[int]) -> N
 
 
 def _write_graphs(model: Model, meta: Any) -> None:
-    """Graphs that no pass touched are the protos that were read."""
+    """Write all graphs to a meta graph; a graph that no pass touched is the proto that was read."""
     source: Source = model.source
     graph_def = meta.graph_def
     library = type(graph_def.library)()
@@ -301,7 +307,7 @@ def _write_graphs(model: Model, meta: Any) -> None:
 
 
 def library(model: Model, functions: Collection[str]) -> Any:
-    """Some functions of a model, and those that they call, as a ``FunctionDefLibrary``."""
+    """Return some functions of a model, and those that they call, as a ``FunctionDefLibrary``."""
     calls = model.analysis(call_graph)
     find = _definitions(model, model.source.proto.meta_graphs[model.source.index])
     proto = function_pb2.FunctionDefLibrary()
@@ -311,7 +317,7 @@ def library(model: Model, functions: Collection[str]) -> Any:
 
 
 def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
-    """Definitions for writing: of registered ops, and of the model's functions by their results."""
+    """Return a lookup of op definitions for writing; a function of the model is defined by its current results."""
     find = definitions(meta.graph_def.library, model.op_defs)
 
     def definition_of(op: str) -> Any:
@@ -327,7 +333,10 @@ def _definitions(model: Model, meta: Any) -> Callable[[str], Any]:
 
 
 def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
-    """A SignatureDef like the one whose inputs and outputs it has, on the new call's tensors."""
+    """Write the SignatureDef of a new signature, with the tensors of its call.
+
+    It starts as a copy of the SignatureDef of `endpoint.like`, unless the endpoint names inputs of its own.
+    """
     endpoint = model.new_signatures[name]
     signature = meta.signature_def[name]
     if endpoint.inputs:
