@@ -58,7 +58,7 @@ def graph_hash(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()[:16]
 
 
-def explained(changes: tuple[Change, ...], known: Record, source: Path, *, values: bool) -> tuple[Change, ...]:
+def explained(changes: tuple[Change, ...], rewrite_record: Record, source: Path, *, values: bool) -> tuple[Change, ...]:
     """Return the changes with their authors.
 
     A change that agrees with the record only in part becomes two: one with an author, one without. A recorded change
@@ -66,11 +66,11 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
 
     Args:
         changes: the changes of a comparison.
-        known: the record.
+        rewrite_record: the record.
         source: the file with the graph of the model before.
         values: true if the values of tensors were compared, too.
     """
-    entries = _entries(known)
+    entries = _entries(rewrite_record)
     attributed: list[Change] = []
     for change in changes:
         number, recorded = entries.pop((change.kind, change.graph, change.name), (0, {}))
@@ -78,7 +78,7 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
         agreeing = {aspect for aspect, value in hashes.items() if recorded.get(aspect) == value}
         accounted_for = hashes.keys() if values else {*hashes, VALUE}
         missing_details = [Detail(aspect, None, None) for aspect in recorded.keys() - accounted_for]
-        by = tuple(known["authors"][number]) if recorded else ()
+        by = tuple(rewrite_record["authors"][number]) if recorded else ()
         if agreeing == hashes.keys():
             attributed.append(replace(change, by=by))
         else:
@@ -92,17 +92,17 @@ def explained(changes: tuple[Change, ...], known: Record, source: Path, *, value
             attributed.append(replace(change, details=rest))
         if missing_details and WHOLE not in recorded and WHOLE not in hashes:
             attributed.append(replace(change, what="missing", details=tuple(missing_details)))
-    if known["source"] == graph_hash(source):
+    if rewrite_record["source"] == graph_hash(source):
         for kind, graph, name in entries:
             attributed.append(Change(kind, "missing", graph, name))
     return tuple(attributed)
 
 
-def _entries(known: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str, str]]]:
+def _entries(rewrite_record: Record) -> dict[tuple[str, str, str], tuple[int, Mapping[str, str]]]:
     """Return a record's entries: (kind, graph, name) -> the author's number, and hashes by aspect."""
     return {
         (kind, graph, name): (number, {WHOLE: hashes} if isinstance(hashes, str) else hashes)
-        for kind, graphs in known["changes"].items()
+        for kind, graphs in rewrite_record["changes"].items()
         for graph, names in graphs.items()
         for name, (number, hashes) in names.items()
     }
@@ -124,10 +124,10 @@ def read_record(file: Path) -> Record | None:
         Error: the file holds no record, or one of a later version.
     """
     try:
-        known: Record = json.loads(file.read_text(encoding="utf-8"))
-        version = known["schema_version"]
-        authors, entries = known["authors"], _entries(known)
-        sound = isinstance(known["source"], str) and all(
+        rewrite_record: Record = json.loads(file.read_text(encoding="utf-8"))
+        version = rewrite_record["schema_version"]
+        authors, entries = rewrite_record["authors"], _entries(rewrite_record)
+        sound = isinstance(rewrite_record["source"], str) and all(
             isinstance(by, list) and all(isinstance(name, str) for name in by) for by in authors
         )
         sound = sound and all(
@@ -144,4 +144,4 @@ def read_record(file: Path) -> Record | None:
         raise Error(f"{file} is no record of a rewrite; delete it to compare without") from e
     if version != SCHEMA_VERSION:
         raise Error(f"{file} was written by a later version of bnqat; delete it to compare without")
-    return known
+    return rewrite_record

@@ -267,10 +267,10 @@ def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str,
     graph.add_nodes_from(names)
     graph.add_edges_from(e for e in edges if e[0] != e[1])
     if not nx.is_directed_acyclic_graph(graph):  # the edges before and after may form a cycle together
-        kept = nx.DiGraph(graph)
+        acyclic = nx.DiGraph(graph)
         for component in [c for c in nx.strongly_connected_components(graph) if len(c) > 1]:
-            kept.remove_edges_from([e for e in graph.edges(component) if e[1] in component])
-        graph = kept
+            acyclic.remove_edges_from([e for e in graph.edges(component) if e[1] in component])
+        graph = acyclic
     generations = list(nx.topological_generations(graph))
     layer = {name: number for number, generation in enumerate(generations) for name in generation}
     for generation in reversed(generations):

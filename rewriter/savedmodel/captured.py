@@ -79,7 +79,7 @@ class _Recapture:
     def visit(self, name: str) -> list[str]:
         """Update the gradients of one graph's ops; return the gradient functions that were copied for it.
 
-        If all captures are of this graph and no copy of the gradient exists yet, the captured tensors are edited in
+        If all captures are of this graph and the gradient is not a copy itself, the captured tensors are edited in
         place. Otherwise the graph gets a copy of the gradient, and its op names the copy's kind.
         """
         copied_functions, nodes = [], dict(self.graphs[name].nodes)

@@ -181,14 +181,14 @@ def _trackables(path: Path, checkpoint: Checkpoint | None) -> Any:
 def _meta_graph(path: Path, proto: Any, tags: Collection[str] | None) -> int:
     """Return the index of the meta graph to read."""
     tag_sets = [frozenset(m.meta_info_def.tags) for m in proto.meta_graphs]
-    listing = "; ".join(",".join(sorted(h)) or "no tags" for h in tag_sets)
+    listing = "; ".join(",".join(sorted(tag_set)) or "no tags" for tag_set in tag_sets)
     if tags is not None:
         if frozenset(tags) not in tag_sets:
             raise Error(f"{path} holds no meta graph with the tags {','.join(sorted(tags))}; it holds: {listing}")
         return tag_sets.index(frozenset(tags))
     if len(tag_sets) == 1:
         return 0
-    serving = [i for i, h in enumerate(tag_sets) if h == {SERVE_TAG}]
+    serving = [i for i, tag_set in enumerate(tag_sets) if tag_set == {SERVE_TAG}]
     if len(serving) != 1:
         raise Error(f"{path} holds several meta graphs ({listing}); choose one with --tags")
     return serving[0]

@@ -61,7 +61,10 @@ def write_whole(file: Path, content: bytes) -> None:
 
 
 def real(path: Path) -> Path:
-    """Return a path without links. Unlike `Path.resolve`, this raises no RuntimeError if links form a circle."""
+    """Return a path without links; if links form a circle, the first of them.
+
+    `Path.resolve` would raise a RuntimeError then, which callers that catch OSError miss.
+    """
     return Path(os.path.realpath(path))
 
 

@@ -88,8 +88,8 @@ def _restored(saver_def: Any, main: Graph, model: Model) -> dict[str, str]:
 def read_signatures(meta: Any, main: Graph) -> dict[str, Signature]:
     """Return the signatures whose tensors the main graph computes.
 
-    A sparse tensor is listed as its three components. A signature with a name that has no port is left out, as such a
-    name is an op's.
+    A sparse tensor is listed as its three components. A signature is left out if one of its tensors' names has no
+    port, as such a name is an op's.
     """
     signatures = {}
     for name, proto in sorted(meta.signature_def.items()):
