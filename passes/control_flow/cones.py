@@ -1,4 +1,4 @@
-"""What follows a node, up to where a graph chooses."""
+"""The nodes that follow a node, up to where a graph chooses."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rewriter.liveness import BRANCHES, SWITCHES
 from rewriter.sweep import held
 
 LONGEST = 16
-"""Nodes that may lie between a batch norm and a choice."""
+"""Largest number of nodes that may lie between a batch norm and a choice."""
 
 
 @dataclass(frozen=True)
 class Cone:
-    """A node and all that follows it, up to choices.
+    """A node and all nodes that follow it, up to choices.
 
     Attributes:
-        nodes: their names.
-        ends: what is used where a choice begins (a Switch, or an ``If``), and where.
-        others: what else uses it or waits for it, whatever is chosen: a node that cannot move, one of it that a
+        nodes: the names of the nodes.
+        ends: the inputs at which a choice begins (a Switch, or an ``If``), and the values used there.
+        others: users and waiting nodes whatever is chosen: a node that cannot move, a node of the cone that a
             signature or a collection names, or the function's caller ("").
     """
 
@@ -32,9 +32,9 @@ class Cone:
 
 
 def cone(model: Model, graph: Graph, start: Value) -> Cone:
-    """What follows one output of a node."""
+    """Return the cone of one output of a node."""
     uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
-    found: dict[str, None] = {}
+    inner: dict[str, None] = {}
     ends: dict[tuple[Edge, Value], None] = {}
     others: dict[str, None] = {}
     named = model.analysis(held) if graph.name == MAIN else frozenset()
@@ -48,12 +48,12 @@ def cone(model: Model, graph: Graph, start: Value) -> Cone:
             user = graph.nodes.get(edge.node)
             if user is not None and _chooses(user, edge):
                 ends[edge, value] = None
-            elif user is None or not moveable(user) or len(found) > LONGEST:
+            elif user is None or not moveable(user) or len(inner) > LONGEST:
                 others[edge.node] = None
-            elif user.name not in found:
-                found[user.name] = None
+            elif user.name not in inner:
+                inner[user.name] = None
                 waiting += [Value(user.name, port) for port in range(op_defs.output_count(model, user))]
-    return Cone((start.node, *found), tuple(ends), tuple(others))
+    return Cone((start.node, *inner), tuple(ends), tuple(others))
 
 
 def _chooses(node: Node, edge: Edge) -> bool:
@@ -61,7 +61,7 @@ def _chooses(node: Node, edge: Edge) -> bool:
 
 
 def moveable(node: Node) -> bool:
-    """Whether it makes no difference when a node runs."""
+    """Return true if it makes no difference when a node runs."""
     definition = op_defs.registered(node.op)
     if definition is None or definition.is_stateful or node.op in ops.CALLS or node.op in (*ops.CHOICES, *SWITCHES):
         return False

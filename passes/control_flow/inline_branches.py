@@ -1,4 +1,4 @@
-"""Branches of If that are always taken, in TensorFlow 1's format."""
+"""Branches of ``If`` that always run, inlined in TensorFlow 1's format."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from rewriter.liveness import BRANCHES, Assumption
 
 @dataclass(frozen=True)
 class InlineBranches:
-    """Put the branch that is always taken in place of an ``If`` of the main graph.
+    """Replace an ``If`` of the main graph by the branch that always runs.
 
     A V1 session cannot differentiate an ``If`` that it loaded, as its gradient needs outputs that only a newly
-    built one has; nor need it, where training is derived and the mode is known.
+    built one has. It need not, where training is derived and the mode is known.
     """
 
     name: ClassVar[str] = "inline-branches"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Nothing in a model with an object graph, whose functions can be differentiated."""
+        """Inline each decided ``If``; leave a model with an object graph, whose functions can be differentiated."""
         if model.object_based:
             return
         main = model.graphs[MAIN]
-        known = Assumption(model, main, {})
+        assumed = Assumption(model, main, {})
         for node in main.nodes.values():
-            taken = known.known(node.inputs[0]) if node.op in BRANCHES else None
+            taken = assumed.known(node.inputs[0]) if node.op in BRANCHES else None
             if taken is not None:
                 then, otherwise = ops.callees(model, node)
                 yield Inline(MAIN, node.name, then if taken else otherwise)

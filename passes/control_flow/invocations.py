@@ -1,4 +1,4 @@
-"""The ways in which graphs run when a function is called, or a signature computed."""
+"""Invocations: the ways in which graphs run when a function is called, or a signature computed."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Invocation(NamedTuple):
 
     Attributes:
         assumed: the graph, with the booleans that are known.
-        arguments: where its arguments come from; None for what the outermost caller gives, or what is not known.
+        arguments: the origins of its arguments; None if the outermost caller gives it, or if it is not known.
         needed: the nodes that run.
-        certain: whether it runs whenever the outermost function does.
+        certain: true if it runs whenever the outermost function does.
     """
 
     assumed: Assumption
@@ -38,11 +38,11 @@ class Invocation(NamedTuple):
 
     def origin(self, value: Value) -> Origin | None:
         """The origin of a value in this invocation."""
-        found = follow(self.assumed.model, self.graph, value)
-        return self.arguments[found.position] if isinstance(found, Argument) else found
+        inner_origin = follow(self.assumed.model, self.graph, value)
+        return self.arguments[inner_origin.position] if isinstance(inner_origin, Argument) else inner_origin
 
     def always(self, node: str) -> bool:
-        """Return whether a node runs in every such run, whatever Switches choose that are not decided."""
+        """Return true if a node runs in every such run, whatever the undecided Switches choose."""
         if not self.certain:
             return False
         model, graph = self.assumed.model, self.graph
@@ -55,14 +55,14 @@ class Invocation(NamedTuple):
 
 
 def of_signature(model: Model, signature: Signature) -> list[Invocation]:
-    """The invocations when the main graph computes a signature."""
+    """Return the invocations when the main graph computes a signature."""
     return list(_Walk(model).graph(MAIN, [v.node for v in signature.fetches], (), {}, certain=True))
 
 
 def of_entry(
     model: Model, entry: Entry, known: Mapping[str, bool] = NOTHING, ignored: Collection[str] = ()
 ) -> list[Invocation]:
-    """The invocations when a concrete function is called, with some booleans known and some functions left out."""
+    """Return the invocations when a concrete function is called; some booleans are known, some functions left out."""
     captured = (VariableKey(c) if isinstance(c, str) else Captured(c) for c in entry.captures)
     arguments = (*(None for _ in entry.inputs), *captured)
     values = {Value(name): value for name, value in known.items()}
@@ -71,7 +71,7 @@ def of_entry(
 
 @dataclass
 class _Walk:
-    """Each way of running a graph is met once."""
+    """A traversal that meets each way of running a graph once."""
 
     model: Model
     ignored: Collection[str] = ()
@@ -100,31 +100,36 @@ class _Walk:
             return
         self.seen.add(key)
         assumed = Assumption(self.model, self.model.graphs[name], known)
-        here = Invocation(assumed, arguments, assumed.needed(roots), certain)
-        yield here
-        for node_name in here.needed:
-            yield from self._called(here, here.graph.nodes[node_name])
+        invocation = Invocation(assumed, arguments, assumed.needed(roots), certain)
+        yield invocation
+        for node_name in invocation.needed:
+            yield from self._called(invocation, invocation.graph.nodes[node_name])
 
-    def _called(self, here: Invocation, call: Node) -> Iterator[Invocation]:
+    def _called(self, caller: Invocation, call: Node) -> Iterator[Invocation]:
         form = ops.call_form(self.model, call)
         if form is None:
             return
-        taken = [name for name in here.assumed.taken(call) if name not in self.ignored]
+        callees = [name for name in caller.assumed.taken(call) if name not in self.ignored]
         passed = call.inputs[form.first :]
         arguments = tuple(
-            None if form.carried and not self._kept(call, i) else here.origin(v) for i, v in enumerate(passed)
+            None if form.carried and not self._carried_unchanged(call, i) else caller.origin(v)
+            for i, v in enumerate(passed)
         )
-        certain = (len(taken) == 1 or form.carried) and here.always(call.name)
-        for name in taken:
-            inner = zip(self.model.graphs[name].arguments, passed, strict=True)
-            known = {Value(a): b for a, v in inner if (b := self._boolean(here, v)) is not None and not form.carried}
+        certain = (len(callees) == 1 or form.carried) and caller.always(call.name)
+        for name in callees:
+            passed_to = zip(self.model.graphs[name].arguments, passed, strict=True)
+            known = {
+                Value(a): b
+                for a, v in passed_to
+                if (b := self._known_boolean(caller, v)) is not None and not form.carried
+            }
             yield from self.function(name, arguments, known, certain=certain)
 
-    def _kept(self, loop: Node, position: int) -> bool:
-        """Return whether a loop's body returns one of its values as it was given."""
+    def _carried_unchanged(self, loop: Node, position: int) -> bool:
+        """Return true if a loop's body returns one of its values as it was given."""
         body = self.model.graphs[ops.callees(self.model, loop)[-1]]
         return follow(self.model, body, body.results[position].value) == Argument(body.name, position)
 
-    def _boolean(self, here: Invocation, value: Value) -> bool | None:
-        boolean = op_defs.output_dtype(self.model, here.graph, value) == "bool"
-        return here.assumed.known(value) if boolean else None
+    def _known_boolean(self, caller: Invocation, value: Value) -> bool | None:
+        boolean = op_defs.output_dtype(self.model, caller.graph, value) == "bool"
+        return caller.assumed.known(value) if boolean else None

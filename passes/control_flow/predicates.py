@@ -1,4 +1,4 @@
-"""What a graph chooses by while it runs, and what that leaves to choose."""
+"""Predicates by which a graph chooses while it runs, and the choices that are left once they are known."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
 
 def assumption(model: Model, graph: Graph, predicate: Value, value: bool) -> Assumption:
-    """The graph, with a boolean that is assumed to have a value."""
+    """Return the graph with a boolean that is assumed to have a value."""
     memo = model.analysis(_assumptions)
     key = (graph.name, predicate, value)
     if key not in memo:
@@ -31,12 +31,12 @@ def assumption(model: Model, graph: Graph, predicate: Value, value: bool) -> Ass
 
 
 def _assumptions(_: Model) -> dict[tuple[str, Value, bool], Assumption]:
-    """What was assumed already."""
+    """The memo of `assumption`, one for each model."""
     return {}
 
 
 def choice(model: Model, graph: Graph, merge: Node) -> Choice | None:
-    """What decides a Merge; None where that is not a single boolean."""
+    """Return the choice that a Merge passes on; None where no single boolean decides it."""
     for predicate in dict.fromkeys(_predicates(graph, merge)):
         then, otherwise = (assumption(model, graph, predicate, v).chosen(merge) for v in (True, False))
         if then is not None and otherwise is not None and then != otherwise:
@@ -46,12 +46,12 @@ def choice(model: Model, graph: Graph, merge: Node) -> Choice | None:
 
 def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
     """The booleans of the Switches before a Merge, the nearest first."""
-    waiting, seen = [v.node for v in merge.inputs], set[str]()
+    waiting, visited = [v.node for v in merge.inputs], set[str]()
     while waiting:
         name = waiting.pop(0)
-        if name in seen:
+        if name in visited:
             continue
-        seen.add(name)
+        visited.add(name)
         node = graph.nodes[name]
         if node.op in SWITCHES:
             yield decided_by(graph, node.inputs[1])
@@ -60,33 +60,33 @@ def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
 
 
 def decided_by(graph: Graph, predicate: Value) -> Value:
-    """The boolean that a predicate passes on. Two reads of one variable may differ."""
+    """Return the boolean that a predicate passes on. Reads are not looked through: two of one variable may differ."""
     while graph.nodes[predicate.node].op == "Identity":
         predicate = graph.nodes[predicate.node].inputs[0]
     return predicate
 
 
 def switches(_: Model, graph: Graph) -> Mapping[Value, frozenset[str]]:
-    """The Switches of a graph, by the boolean that decides them (to be memoised)."""
-    found: dict[Value, set[str]] = {}
+    """Return the Switches of a graph, by the boolean that decides them (to be memoised)."""
+    by_predicate: dict[Value, set[str]] = {}
     for node in graph.nodes.values():
         if node.op == "Switch":
-            found.setdefault(decided_by(graph, node.inputs[1]), set()).add(node.name)
-    return {predicate: frozenset(names) for predicate, names in found.items()}
+            by_predicate.setdefault(decided_by(graph, node.inputs[1]), set()).add(node.name)
+    return {predicate: frozenset(names) for predicate, names in by_predicate.items()}
 
 
 def gates(graph: Graph, value: Value) -> frozenset[tuple[Value, bool]]:
-    """The Switches that a value passes on its way: what decides, and for which value it is passed on.
+    """Return the Switches that a value passes on its way: the boolean that decides, and its value that lets it pass.
 
     A constant decides nothing while the graph runs.
     """
-    passed = [v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES]
-    found = {(decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed}
-    return frozenset(gate for gate in found if constants.constant_of(graph, gate[0]) is None)
+    passed_switches = [v for v in way(graph, value) if graph.nodes[v.node].op in SWITCHES]
+    pairs = {(decided_by(graph, graph.nodes[v.node].inputs[1]), bool(v.port)) for v in passed_switches}
+    return frozenset(gate for gate in pairs if constants.constant_of(graph, gate[0]) is None)
 
 
 def gated(model: Model, graph: Graph, gate: tuple[Value, bool], values: Iterable[Value]) -> bool:
-    """Whether one of some values is computed only where a boolean has a value."""
+    """Return true if one of some values is computed only where a gate's boolean has the gate's value."""
     predicate, on = gate
     return not assumption(model, graph, predicate, not on).dead.isdisjoint(values)
 
@@ -98,20 +98,26 @@ def leads_to(
     ends: Container[str],
     before: Mapping[str, Iterable[str]] = MappingProxyType({}),
 ) -> bool:
-    """Whether one of some nodes has to run before one of others; `before` has more of what runs after a node."""
+    """Return true if one of `starts` has to run before one of `ends`.
+
+    `before` maps a node to further nodes that run after it.
+    """
     return any(name in ends for name in reached(model, graph, starts, before))
 
 
 def reached(
     model: Model, graph: Graph, starts: Iterable[str], before: Mapping[str, Iterable[str]] = MappingProxyType({})
 ) -> Iterator[str]:
-    """Some nodes, and all that have to run after one of them; `before` has more of what runs after a node."""
+    """Yield some nodes, and all that have to run after one of them.
+
+    `before` maps a node to further nodes that run after it.
+    """
     uses, followers = model.analysis_of(graph, consumers), model.analysis_of(graph, following)
-    waiting, seen = list(starts), set[str]()
+    waiting, visited = list(starts), set[str]()
     while waiting:
         name = waiting.pop()
-        if name not in seen and name:
-            seen.add(name)
+        if name not in visited and name:
+            visited.add(name)
             yield name
             count = op_defs.output_count(model, graph.nodes[name])
             waiting += [edge.node for port in range(count) for edge in uses.get(Value(name, port), ())]

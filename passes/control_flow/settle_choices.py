@@ -16,16 +16,16 @@ from rewriter.liveness import BRANCHES, SWITCHES, Assumption
 
 @dataclass(frozen=True)
 class SettleChoices:
-    """Use what is chosen in place of the choice, where a constant decides it, and drop what nothing needs then.
+    """Replace each choice that a constant decides by the chosen value, and drop what nothing needs then.
 
-    A function that TensorFlow made of a TensorFlow 1 graph has the mode as a placeholder that nobody can feed: its
-    default decides, and what only training needs has no use.
+    A function that TensorFlow made of a TensorFlow 1 graph has the mode as a placeholder that nobody can feed. Its
+    default decides, and nodes that only training needs have no use.
     """
 
     name: ClassVar[str] = "settle-choices"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Settled merges, selections and conditionals of functions; those of the main graph can be fed."""
+        """Settle merges, selections and conditionals of functions; leave the main graph, which can be fed."""
         if not model.object_based:
             return
         settled = False

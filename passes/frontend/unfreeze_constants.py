@@ -20,30 +20,32 @@ from rewriter.expr import read
 from rewriter.ir import MAIN, Model, Value, Variable, unused
 
 ABSENT = {GAMMA: 1.0, BETA: 0.0}
-"""What stands for a scale or a centre that a layer was made without."""
+"""Values of the gamma or the beta of a layer that was made without it."""
 
 
 @dataclass(frozen=True)
 class UnfreezeConstants:
-    """Make variables of the constants that a batch norm normalises with, with the constants' values.
+    """Turn the constants that a batch norm normalises with into variables that hold the constants' values.
 
     Constants of one name and content, as several functions hold them, become one variable. A gamma of ones and
-    a beta of zeros stay constants: training leaves none exactly so, layers without scale or centre have them.
+    a beta of zeros stay constants: training leaves none exactly so, and layers without scale or centre have them.
     """
 
     name: ClassVar[str] = "unfreeze-constants"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """A variable for each constant, and its value wherever the constant was a parameter."""
-        made: dict[tuple[str, bytes], Variable] = {}
+        """Add a variable for each constant, and read it wherever the constant was a parameter."""
+        variables: dict[tuple[str, bytes], Variable] = {}
         for site in model.analysis(sites):
             if site.inference and any(isinstance(o, Constant | Captured) for b in site.origins for o in b[2:]):
-                yield from _unfrozen(model, site, made)
-        if made:
-            yield Note(f"{len(made)} constants are variables again: {', '.join(v.name for v in made.values())}")
+                yield from _unfrozen(model, site, variables)
+        if variables:
+            yield Note(
+                f"{len(variables)} constants are variables again: {', '.join(v.name for v in variables.values())}"
+            )
 
 
-def _unfrozen(model: Model, site: Site, made: dict[tuple[str, bytes], Variable]) -> Iterator[Edit]:
+def _unfrozen(model: Model, site: Site, variables: dict[tuple[str, bytes], Variable]) -> Iterator[Edit]:
     for index, role in enumerate(ROLES):
         origin, *others = {b[index] for b in site.origins}
         value = None if others else _value(model, origin)
@@ -52,12 +54,12 @@ def _unfrozen(model: Model, site: Site, made: dict[tuple[str, bytes], Variable])
         key = str(origin), value.tobytes()
         if isinstance(origin, Constant):
             key = origin.node, value.tobytes()
-        if key not in made:
-            made[key] = _variable(model, site, role, value, {v.name for v in made.values()})
-            yield AddVariable(made[key])
+        if key not in variables:
+            variables[key] = _variable(model, site, role, value, {v.name for v in variables.values()})
+            yield AddVariable(variables[key])
         for edge in site.inputs[role]:
             used = model.graphs[edge.graph].nodes[edge.node].inputs[edge.position]
-            yield from (Rewire(leaf.edge, read(made[key]), site.node) for leaf in leaves(model, edge, used))
+            yield from (Rewire(leaf.edge, read(variables[key]), site.node) for leaf in leaves(model, edge, used))
 
 
 def _value(model: Model, origin: Origin | None) -> np.ndarray | None:
@@ -70,9 +72,9 @@ def _value(model: Model, origin: Origin | None) -> np.ndarray | None:
             return None
 
 
-def _variable(model: Model, site: Site, role: str, value: np.ndarray, taken: set[str]) -> Variable:
+def _variable(model: Model, site: Site, role: str, value: np.ndarray, used_names: set[str]) -> Variable:
     scope = PurePosixPath(site.node).parent
-    name = unused(str(scope / role), taken | {v.name for v in model.variables.values()})
+    name = unused(str(scope / role), used_names | {v.name for v in model.variables.values()})
     return Variable(
         model.new_key(f"quantization/unfrozen/{name}") if model.object_based else name,
         name,

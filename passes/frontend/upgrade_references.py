@@ -20,7 +20,7 @@ RESOURCE_OPS: Mapping[str, str] = {
     "Identity": "ReadVariableOp",
     "IsVariableInitialized": "VarIsInitializedOp",
 }
-"""What takes the place of an op that is given a reference; further ones are named Resource<op>."""
+"""Resource ops by the op that takes a reference. The resource op of any other is named Resource<op>."""
 
 FORWARDS: Mapping[str, str] = {
     "RefEnter": "Enter",
@@ -28,7 +28,7 @@ FORWARDS: Mapping[str, str] = {
     "RefMerge": "Merge",
     "RefSwitch": "Switch",
 }
-"""Ops that pass a reference on."""
+"""Ops that pass a reference on, with the ops that pass a resource on."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class UpgradeReferences:
     """Turn every reference variable (``VariableV2``) into a resource variable of the same name.
 
     ``tf.saved_model.load`` neither lists reference variables nor gives them gradients. Every op that reads or
-    changes one is replaced by its twin for resources, in place and under its name; where a value is used that
-    an assignment gives, the variable is read after the assignment.
+    changes one is replaced by its twin for resources, in place and under its name. Where the output of an
+    assignment is used, the variable is read after the assignment.
 
     Attributes:
-        keep: leave them as they are, and say what that means.
+        keep: leave reference variables as they are, and say what that means.
     """
 
     name: ClassVar[str] = "upgrade-references"
@@ -48,17 +48,17 @@ class UpgradeReferences:
     keep: bool = False
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Nothing where there is no reference variable."""
+        """Replace every reference variable and its users; yield nothing where there is none."""
         main = model.graphs[MAIN]
         variables = [n for n in main.nodes.values() if n.op in REFERENCES]
         if self.keep:
             if variables:
                 yield Note(f"{len(variables)} reference variables are kept: the result trains in V1 sessions only")
             return
-        work = _Upgrade(model, main)
+        upgrade = _Upgrade(model, main)
         for node in variables:
             yield Replace(MAIN, node.name, Apply("resource", "VarHandleOp", (), _handle_attrs(node)))
-            yield from work.uses(Value(node.name), Value(node.name))
+            yield from upgrade.uses(Value(node.name), Value(node.name))
         if variables:
             yield Note(
                 f"{len(variables)} reference variables are resource variables now, so that they can be trained "
@@ -68,16 +68,16 @@ class UpgradeReferences:
 
 def _handle_attrs(node: Node) -> Attrs:
     name = op_defs.attribute(node, "shared_name").s
-    kept = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
-    return {**kept, "shared_name": protos.attr(name or node.name)}
+    kept_attrs = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
+    return {**kept_attrs, "shared_name": protos.attr(name or node.name)}
 
 
 @dataclass
 class _Upgrade:
-    """Follows each reference to its uses.
+    """A traversal that follows each reference to its uses.
 
     Attributes:
-        replaced: the nodes that are replaced already; one that takes several references is met once for each.
+        replaced: nodes that are replaced already. A node that takes several references is met once for each.
     """
 
     model: Model
@@ -85,7 +85,7 @@ class _Upgrade:
     replaced: set[str] = field(default_factory=set)
 
     def uses(self, reference: Value, handle: Value) -> Iterator[Edit]:
-        """Edits for what uses a reference that is `handle` now."""
+        """Yield the edits for the users of a reference that is `handle` now."""
         yield from self._fetches(reference, self._read(handle, reference))
         for edge in self.model.analysis_of(self.graph, consumers).get(reference, ()):
             user = self.graph.nodes[edge.node]
@@ -106,30 +106,30 @@ class _Upgrade:
         return name.replace("SparseApply", "ResourceSparseApply") if "SparseApply" in name else f"Resource{name}"
 
     def _takes_reference(self, user: Node, position: int) -> bool:
-        """Whether an op refers to the variable at this input, rather than take its value."""
-        if user.op == "Identity":
+        """Return true if an op takes the variable itself at this input, and not its value."""
+        if user.op == "Identity":  # it becomes ReadVariableOp
             return True
         definition = op_defs.op_def(self.model, user.op)
-        named = list(op_defs.argument_counts(definition.input_arg, user.attrs, op_defs.defaults(definition)))
-        at = [arg for arg, (_, count) in zip(definition.input_arg, named, strict=True) for _ in range(count)]
-        return bool(at[position].is_ref)
+        counts = list(op_defs.argument_counts(definition.input_arg, user.attrs, op_defs.defaults(definition)))
+        arguments = [arg for arg, (_, count) in zip(definition.input_arg, counts, strict=True) for _ in range(count)]
+        return bool(arguments[position].is_ref)
 
-    def _replace(self, user: Node, twin: str, given: Mapping[str, Any]) -> Iterator[Edit]:
+    def _replace(self, user: Node, twin: str, new_attrs: Mapping[str, Any]) -> Iterator[Edit]:
         if user.name in self.replaced:
             return
         self.replaced.add(user.name)
-        known = {a.name for a in op_defs.op_def(self.model, twin).attr}
-        attrs = {k: v for k, v in user.attrs.items() if k in known or k == "_class"}
-        own = [a.name for a in op_defs.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
-        if "dtype" in known and own:
-            attrs["dtype"] = op_defs.attribute(user, own[0])
+        attr_names = {a.name for a in op_defs.op_def(self.model, twin).attr}
+        attrs = {k: v for k, v in user.attrs.items() if k in attr_names or k == "_class"}
+        dtype_attrs = [a.name for a in op_defs.op_def(self.model, user.op).attr if a.name in ("T", "dtype")]
+        if "dtype" in attr_names and dtype_attrs:
+            attrs["dtype"] = op_defs.attribute(user, dtype_attrs[0])
         inputs = tuple(Use("", v) for v in user.inputs)
-        yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **given}))
+        yield Replace(MAIN, user.name, Apply("", twin, inputs, {**attrs, **new_attrs}))
 
     def _after(self, assign: Node, handle: Value) -> Iterator[Edit]:
-        """What used the reference that an assignment gives reads the variable after it."""
-        given = Value(assign.name)
-        yield from self._fetches(given, ordered(self._read(handle, given), [Use("", given)]))
+        """Let the users of an assignment's output reference read the variable after the assignment."""
+        assigned = Value(assign.name)
+        yield from self._fetches(assigned, ordered(self._read(handle, assigned), [Use("", assigned)]))
         for edge in self.model.analysis_of(self.graph, consumers).get(Value(assign.name), ()):
             user = self.graph.nodes[edge.node]
             if user.op in FORWARDS or (user.op != "Identity" and self._takes_reference(user, edge.position)):
@@ -140,7 +140,7 @@ class _Upgrade:
                 yield Rewire(edge, ordered(value, [Use("", Value(assign.name))]), f"{assign.name}/value")
 
     def _fetches(self, reference: Value, value: Apply) -> Iterator[Edit]:
-        """Outputs of signatures that are references."""
+        """Refetch the outputs of signatures that are this reference."""
         for signature in self.model.signatures.values():
             for position, fetched in enumerate(signature.fetches):
                 if fetched == reference:

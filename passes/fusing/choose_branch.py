@@ -11,7 +11,7 @@ import numpy as np
 
 from passes.batch_norm.sites import STATISTICS, Site, sites
 from passes.batch_norm.updates import only_assigned
-from passes.control_flow.branches import FIRST, Branches, only_one
+from passes.control_flow.branches import FIRST, Branches, claim_conditionals
 from passes.control_flow.cones import Cone, cone
 from passes.control_flow.predicates import assumption, decided_by, leads_to
 from passes.declined import DeclinedError
@@ -50,7 +50,7 @@ class ChooseBranch:
         for site in model.analysis(sites):
             if site.kind == "fused" and not site.quantized:
                 try:
-                    edits = only_one(list(_chosen(model, site)), extended)
+                    edits = claim_conditionals(list(_chosen(model, site)), extended)
                 except DeclinedError as e:
                     yield Skip(site.graph, site.node, str(e))
                     continue
@@ -151,7 +151,7 @@ class _Moved:
         (self.on,) = users
         if _always_used(self.model, self.site, self.cone):
             return
-        if not self.branches.own:
+        if not self.branches.exclusive:
             raise DeclinedError(f"the branches of {self.branches.node.name} are called elsewhere too")
         if any(Value(self.site.node, port) in self.model.analysis_of(self.graph, consumers) for port in GRADIENTS):
             raise DeclinedError(HELD)

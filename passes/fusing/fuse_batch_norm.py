@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from passes.batch_norm.kernel import normalised
 from passes.batch_norm.sites import sites
-from passes.control_flow.branches import only_one
+from passes.control_flow.branches import claim_conditionals
 from passes.declined import DeclinedError
 from passes.fusing.batch_statistics import averages_of, rewired
 from passes.fusing.fusable import Fusable, fusable, replaced
@@ -38,7 +38,7 @@ class FuseBatchNorm:
             if site.kind != "decomposed" or site.quantized:
                 continue
             try:
-                edits = only_one(list(_fused(fusable(model, site, fed.setdefault(site.graph, {})))), extended)
+                edits = claim_conditionals(list(_fused(fusable(model, site, fed.setdefault(site.graph, {})))), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
                 continue

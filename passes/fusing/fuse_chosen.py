@@ -134,7 +134,7 @@ class _Branched:
     def __init__(self, found: Fusable, node: Node, values: list[Value]) -> None:
         self.found, self.model, self.graph = found, found.model, found.graph
         self.branches = Branches(self.model, self.graph, node)
-        if not self.branches.own:
+        if not self.branches.exclusive:
             raise DeclinedError(f"the branches of {node.name}, which chooses its statistics, are called elsewhere too")
         self.ports = dict(zip(STATISTICS, (v.port for v in values), strict=True))
         ports = self.ports.values()

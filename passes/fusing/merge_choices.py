@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING
-from passes.control_flow.branches import Branches, only_one
+from passes.control_flow.branches import Branches, claim_conditionals
 from passes.control_flow.cones import moveable
 from passes.control_flow.predicates import decided_by, leads_to
 from passes.declined import DeclinedError
@@ -52,7 +52,7 @@ class MergeChoices:
             first, second = (Branches(model, graph, node) for node in nodes)
             found = _Merged(model, graph, mean, first, second, merged.setdefault(site.graph, {}))
             try:
-                yield from only_one(list(found.edits()), extended)
+                yield from claim_conditionals(list(found.edits()), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
 
@@ -83,7 +83,7 @@ class _Merged:
         ways = ((first, second), (second, first))
         if any(leads_to(self.model, self.graph, [start], {end}, self.merged) for start, end in ways):
             raise DeclinedError(f"{first} and {second}, which choose its statistics, run one after the other")
-        if not (self.first.own and self.second.own):
+        if not (self.first.exclusive and self.second.exclusive):
             raise DeclinedError(
                 f"the branches of {first} or {second}, which choose its statistics, are called elsewhere"
             )
