@@ -1,4 +1,4 @@
-"""The uses of a batch's statistics, and what the fused kernel's stand for there."""
+"""The uses of a batch's statistics, rewired to the statistics of the fused kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from rewriter.shapes import Shape, shape_of
 def final_uses(
     model: Model, graph: Graph, value: Value, precise: Collection[str], switches: Collection[str] = ()
 ) -> Iterator[tuple[Edge, Value]]:
-    """Where a value is used, after changes of its shape and dtype: the use, and the value used there.
+    """Yield the uses of a value after changes of its shape and dtype: the edge, and the value used there.
 
     A cast to a dtype that is not `precise` is a use, and so is a Switch that is not among `switches`.
     """
@@ -35,20 +35,20 @@ def final_uses(
 
 
 def _ends(model: Model, graph: Graph, user: Node, precise: Collection[str], switches: Collection[str]) -> bool:
-    """Whether a node that passes a value on means something of its own."""
+    """Return true if a node that passes a value on means something of its own."""
     rounds = user.op == "Cast" and op_defs.output_dtype(model, graph, Value(user.name)) not in precise
     return rounds or (user.op == "Switch" and user.name not in switches)
 
 
 def averages_of(
-    found: Fusable, value: Value, own: Collection[str], switches: Collection[str] = ()
+    candidate: Fusable, value: Value, batch_norm_nodes: Collection[str], switches: Collection[str] = ()
 ) -> Iterator[tuple[Edge, Value]]:
-    """The uses of a statistic in averages, outside of the nodes that compute it or normalise with it.
+    """Yield the uses of a statistic in averages, outside of `batch_norm_nodes`, which compute it or normalise with it.
 
-    Where it is used for something else too, that may be differentiated, and the kernel's outputs may not.
+    Other uses keep the statistic in single ops: they may be differentiated, and the kernel's outputs may not.
     """
-    for edge, used in final_uses(found.model, found.graph, value, found.precise, switches):
-        if edge.node not in own and only_assigned(found.model, found.graph, edge):
+    for edge, used in final_uses(candidate.model, candidate.graph, value, candidate.precise, switches):
+        if edge.node not in batch_norm_nodes and only_assigned(candidate.model, candidate.graph, edge):
             yield edge, used
 
 
@@ -61,6 +61,6 @@ def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr
 
 
 def shaped(vector: Expr, shape: Shape, dtype: str) -> Expr:
-    """A vector in another shape and dtype."""
-    found = vector if len(shape) == 1 else op("Reshape", vector, array(np.array(shape, dtype=np.int32)))
-    return found if found.dtype == dtype else op("Cast", found, DstT=protos.Dtype(dtype))
+    """Return a vector in another shape and dtype."""
+    reshaped = vector if len(shape) == 1 else op("Reshape", vector, array(np.array(shape, dtype=np.int32)))
+    return reshaped if reshaped.dtype == dtype else op("Cast", reshaped, DstT=protos.Dtype(dtype))

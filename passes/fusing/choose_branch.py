@@ -1,4 +1,4 @@
-"""Only the mode that is chosen runs, where a graph computes a batch norm in both modes and chooses afterwards."""
+"""Kernels moved behind a choice: of a batch norm that a graph computes in both modes, only the chosen mode runs."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from rewriter.liveness import SWITCHES
 from rewriter.shapes import Shape, shape_of
 
 SMALL = 1 << 16
-"""Elements of a constant that may stand for a value which a branch no longer uses."""
+"""Limit to the elements of a constant that stands for a value which a branch no longer uses."""
 
 GRADIENTS = range(3, 6)
-"""The kernel's outputs that only its gradient uses."""
+"""Ports of the kernel's outputs that only its gradient uses."""
 
 HELD = "the graph holds its gradient, which runs in both modes"
 
@@ -38,14 +38,14 @@ HELD = "the graph holds its gradient, which runs in both modes"
 class ChooseBranch:
     """Let a fused batch norm run only in the mode in which its output is used.
 
-    Averages that are updated in one mode only stay so; where an update would run in the other mode too, the
-    batch's statistics are still there for it.
+    An average that is updated in one mode only stays so. Where an update runs in the other mode too, it still gets
+    the batch's statistics.
     """
 
     name: ClassVar[str] = "choose-branch"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Switches before a kernel, or a kernel in a branch; a `Skip` where a kernel has to run in both modes."""
+        """Put Switches before a kernel, or a kernel into a branch; yield a `Skip` where it has to run in both modes."""
         extended: set[tuple[str, str]] = set()
         for site in model.analysis(sites):
             if site.kind == "fused" and not site.quantized:
@@ -59,44 +59,46 @@ class ChooseBranch:
 
 def _chosen(model: Model, site: Site) -> Iterator[Edit]:
     graph = model.graphs[site.graph]
-    found = cone(model, graph, Value(site.node))
-    if not found.ends or site.node in model.analysis_of(graph, loop_frames):
+    kernel_cone = cone(model, graph, Value(site.node))
+    if not kernel_cone.ends or site.node in model.analysis_of(graph, loop_frames):
         return
-    choosing = {edge.node for edge, _ in found.ends}
+    choosing = {edge.node for edge, _ in kernel_cone.ends}
     kinds = {graph.nodes[name].op in SWITCHES for name in choosing}
     if kinds == {True}:
-        yield from _Switched(model, graph, site, found).edits()
+        yield from _KernelBeforeSwitch(model, graph, site, kernel_cone).edits()
     elif kinds == {False} and len(choosing) == 1:
-        yield from _Moved(model, graph, site, found, Branches(model, graph, graph.nodes[choosing.pop()])).edits()
+        yield from _KernelBeforeIf(
+            model, graph, site, kernel_cone, Branches(model, graph, graph.nodes[choosing.pop()])
+        ).edits()
 
 
-def _always_used(model: Model, site: Site, found: Cone) -> bool:
-    """Whether something uses a kernel whatever is chosen.
+def _always_used(model: Model, site: Site, kernel_cone: Cone) -> bool:
+    """Return true if something uses a kernel whatever is chosen.
 
     Raises:
-        DeclinedError: naming it, where the graph computes the batch norm in the other mode too.
+        DeclinedError: something does, and the graph computes the batch norm in the other mode too.
     """
-    if not found.others:
+    if not kernel_cone.others:
         return False
-    modes = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
-    if any(other.variables & site.variables for other in modes):
-        raise DeclinedError(f"{found.others[0] or 'its caller'} uses it whatever the mode is")
+    other_modes = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
+    if any(other.variables & site.variables for other in other_modes):
+        raise DeclinedError(f"{kernel_cone.others[0] or 'its caller'} uses it whatever the mode is")
     return True
 
 
-class _Switched:
-    """A kernel before Switch: its inputs are switched instead."""
+class _KernelBeforeSwitch:
+    """A kernel before Switch, whose inputs are switched instead of its output."""
 
-    def __init__(self, model: Model, graph: Graph, site: Site, found: Cone) -> None:
+    def __init__(self, model: Model, graph: Graph, site: Site, kernel_cone: Cone) -> None:
         self.model, self.graph, self.site = model, graph, site
         self.node = graph.nodes[site.node]
         self.uses = model.analysis_of(graph, consumers)
-        self.cone = found
-        self.switches = [graph.nodes[edge.node] for edge, _ in found.ends]
-        self.made: dict[Value, tuple[Expr, Expr]] = {}
+        self.cone = kernel_cone
+        self.switches = [graph.nodes[edge.node] for edge, _ in kernel_cone.ends]
+        self.switched: dict[Value, tuple[Expr, Expr]] = {}
 
     def edits(self) -> Iterator[Edit]:
-        """Nothing where both sides of a Switch are used, or where the kernel runs on one side only already."""
+        """Switch the kernel's inputs, unless both sides of a Switch are used or the kernel runs on one side already."""
         predicates = {decided_by(self.graph, node.inputs[1]) for node in self.switches}
         ports = {port for node in self.switches for port in (0, 1) if Value(node.name, port) in self.uses}
         if len(predicates) > 1 or len(ports) > 1 or not ports:
@@ -120,31 +122,33 @@ class _Switched:
         ]
         if always:
             spares = kernel_statistics(self.model, self.graph, self.site, lambda value: self._switched(value, not on))
-            yield from (Rewire(edge, merge(own, spares[role]), self.node.name) for role, edge, own in always)
+            yield from (
+                Rewire(edge, merge(statistic, spares[role]), self.node.name) for role, edge, statistic in always
+            )
 
     def _only(self, name: str, on: bool) -> bool:
-        """Whether a node runs only where the predicate has this value."""
+        """Return true if a node runs only where the predicate has this value."""
         return not assumption(self.model, self.graph, self.predicate, not on).runs(name)
 
     def _switched(self, value: Value, on: bool) -> Expr:
         used = Use(op_defs.output_dtype(self.model, self.graph, value), value)
         if self.graph.nodes[value.node].op == "Const":
             return used
-        if value not in self.made:
-            self.made[value] = switch(used, Use("bool", self.predicate))
-        return self.made[value][on]
+        if value not in self.switched:
+            self.switched[value] = switch(used, Use("bool", self.predicate))
+        return self.switched[value][on]
 
 
-class _Moved:
-    """A kernel before an ``If``: what follows it up to there is computed in the branch that uses it."""
+class _KernelBeforeIf:
+    """A kernel before an ``If``, moved with the nodes between them into the branch that uses it."""
 
-    def __init__(self, model: Model, graph: Graph, site: Site, found: Cone, branches: Branches) -> None:
-        self.model, self.graph, self.site, self.cone, self.branches = model, graph, site, found, branches
-        self.made: dict[str, Apply] = {}
+    def __init__(self, model: Model, graph: Graph, site: Site, kernel_cone: Cone, branches: Branches) -> None:
+        self.model, self.graph, self.site, self.cone, self.branches = model, graph, site, kernel_cone, branches
+        self.moved: dict[str, Apply] = {}
         self.nodes: tuple[str, ...] = ()
 
     def edits(self) -> Iterator[Edit]:
-        """Nothing where both branches use what follows the kernel."""
+        """Move the kernel into a branch, unless both branches use what follows it."""
         users = {on for edge, _ in self.cone.ends for on in (False, True) if self.branches.uses(on, edge)}
         if len(users) != 1 or leads_to(self.model, self.graph, [self.site.node], {self.branches.predicate.node}):
             return
@@ -159,13 +163,15 @@ class _Moved:
         returned: dict[Value, int] = {}
         alike, always = self._statistics()
         if always:
-            yield from (edit for role, port in always.items() for edit in self._always(role, port, returned))
+            yield from (
+                edit for role, port in always.items() for edit in self._averages_in_either_mode(role, port, returned)
+            )
             yield from self.either.definitions()
         self.nodes = tuple(dict.fromkeys(n for c in (self.cone, *alike) for n in c.nodes))
         ends = dict.fromkeys(end for c in (self.cone, *alike) for end in c.ends)
         for edge, value in ends:
             if edge.node == self.branches.node.name:
-                yield from self._inside(edge, value)
+                yield from self._computed_inside(edge, value)
             else:
                 dtype = op_defs.output_dtype(self.model, self.graph, value)
                 yield Rewire(edge, Use(dtype, self._returned(value, returned)), self.site.node)
@@ -177,7 +183,7 @@ class _Moved:
         yield Sweep(self.graph.name, self.nodes)
 
     def _results(self, values: list[Value]) -> Iterator[Edit]:
-        """Let the ``If`` give what another one uses in the same mode."""
+        """Let the ``If`` return values of the branch that are used after it, and zeros from the other branch."""
         zeros = [self._zeros(value) for value in values]
         pairs = [(self._value(v), z) if self.on else (z, self._value(v)) for v, z in zip(values, zeros, strict=True)]
         added = {f"statistic_{index}": pair for index, pair in enumerate(pairs)}
@@ -185,21 +191,21 @@ class _Moved:
         yield from self.branches.results(added, shapes, self.site.node)
 
     def _statistics(self) -> tuple[list[Cone], dict[str, int]]:
-        """The ops after statistics that are used in the same mode only; the kernel's outputs of the others, by role."""
+        """Return the cones of statistics that are used in the same mode only, and the ports of the others by role."""
         alike, always = [], {}
         for role, port in STATISTICS.items():
-            found = cone(self.model, self.graph, Value(self.site.node, port))
-            if found.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in found.ends):
+            followers = cone(self.model, self.graph, Value(self.site.node, port))
+            if followers.others or not all(self.branches.chooses_alike(edge, self.on) for edge, _ in followers.ends):
                 always[role] = port
             else:
-                alike.append(found)
+                alike.append(followers)
         return alike, always
 
-    def _always(self, role: str, port: int, returned: dict[Value, int]) -> Iterator[Edit]:
-        """Let averages that are updated in either mode take the statistic that the branch returns, or its like.
+    def _averages_in_either_mode(self, role: str, port: int, returned: dict[Value, int]) -> Iterator[Edit]:
+        """Let averages that are updated in either mode take the statistic that the branch returns, or its equivalent.
 
         Raises:
-            DeclinedError: it is used for something else, or before the choice.
+            DeclinedError: the statistic is used for something else, or before the choice.
         """
         value = Value(self.site.node, port)
         edges = self.model.analysis_of(self.graph, consumers).get(value, ())
@@ -207,14 +213,16 @@ class _Moved:
             raise DeclinedError("its batch's statistics are used whatever the mode is")
         if not all(self.branches.serves(edge) for edge in edges):
             raise DeclinedError(f"its averages are updated before {self.branches.node.name} chooses, or without it")
-        own = Use("float32", self._returned(value, returned))
+        branch_statistic = Use("float32", self._returned(value, returned))
         for edge in edges:
             alike = self.branches.chooses_alike(edge, self.on)
-            yield Rewire(edge, own if alike else self.either.statistic(role, own), self.site.node)
+            yield Rewire(
+                edge, branch_statistic if alike else self.either.statistic(role, branch_statistic), self.site.node
+            )
 
     @cached_property
     def either(self) -> EitherMode:
-        """The batch's statistics for updates that run in inference too.
+        """The batch's statistics for updates that also run in inference.
 
         Raises:
             DeclinedError: the number of channels is not known.
@@ -232,21 +240,22 @@ class _Moved:
         return EitherMode(self.site, predicate, self.on, channels, operands, spares)
 
     def _returned(self, value: Value, returned: dict[Value, int]) -> Value:
-        """The output of the ``If`` that gives a value of the branch."""
+        """Return the output of the ``If`` that returns a value of the branch."""
         return Value(self.branches.node.name, len(self.inside.results) + returned.setdefault(value, len(returned)))
 
     def _moved(self, name: str) -> Apply:
-        """A node in the branch."""
-        if name not in self.made:
+        """Return a node of the graph as an expression of the branch."""
+        if name not in self.moved:
             node = self.graph.nodes[name]
             inputs = tuple(self._value(v) for v in node.inputs)
+            # `_class` colocates a node with others of its graph, which the branch does not have.
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
             dtype = op_defs.output_dtype(self.model, self.graph, Value(name))
-            self.made[name] = Apply(dtype, node.op, inputs, attrs)
-        return self.made[name]
+            self.moved[name] = Apply(dtype, node.op, inputs, attrs)
+        return self.moved[name]
 
     def _value(self, value: Value) -> Expr:
-        """A value of the graph in the branch."""
+        """Return a value of the graph as an expression of the branch."""
         dtype = op_defs.output_dtype(self.model, self.graph, value)
         node = self.graph.nodes[value.node]
         if node.name in self.nodes:
@@ -255,21 +264,21 @@ class _Moved:
             return Apply(dtype, "Const", (), node.attrs)
         return self.branches.bring(self.inside, dtype, value)
 
-    def _inside(self, edge: Edge, value: Value) -> Iterator[Edit]:
-        """Let the branch use what it computes, and pass it something else."""
+    def _computed_inside(self, edge: Edge, value: Value) -> Iterator[Edit]:
+        """Let the branch use the value that it now computes, and pass it a stand-in."""
         argument = Value(self.inside.arguments[edge.position - FIRST])
         for inner in self.model.analysis_of(self.inside, consumers).get(argument, ()):
             yield Rewire(inner, self._value(value), self.site.node)
-        yield Rewire(edge, self._instead(value), self.site.node)
+        yield Rewire(edge, self._stand_in(value), self.site.node)
 
-    def _instead(self, value: Value) -> Expr:
-        """A value of the same dtype and shape, which costs nothing."""
+    def _stand_in(self, value: Value) -> Expr:
+        """Return a stand-in of the same dtype and shape, which costs nothing."""
         x = self.graph.nodes[self.site.node].inputs[0]
         shapes, dtypes = (shape_of(self.model, self.graph, v) for v in (value, x)), (self._dtype(v) for v in (value, x))
         return Use(self._dtype(x), x) if len({*shapes}) == len({*dtypes}) == 1 else self._zeros(value)
 
     def _zeros(self, value: Value) -> Expr:
-        """Zeros of the same dtype and shape, none where a size is not known."""
+        """Return zeros of the same dtype and shape; an unknown size becomes 0."""
         shape = shape_of(self.model, self.graph, value)
         size = [max(s, 0) for s in shape] if shape is not None else [SMALL]
         if shape is None or np.prod(size) >= SMALL:

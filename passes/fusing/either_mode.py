@@ -30,7 +30,7 @@ class EitherMode:
         predicate: the boolean that chooses the mode.
         training: its value with which the kernel runs in its branch.
         channels: the length of a statistic.
-        operands: by parameter, the value that it stands for, and its shape.
+        operands: by parameter, the value that it stands for, and the shape of the value.
         spares: by role, the statistic as it is computed in inference, from those parameters.
     """
 
@@ -41,34 +41,38 @@ class EitherMode:
     operands: Mapping[Use, tuple[Expr, Shape | None]]
     spares: Mapping[str, Expr]
     _functions: list[Function] = field(default_factory=list)
-    _made: dict[str, Expr] = field(default_factory=dict)
+    _conditionals: dict[str, Expr] = field(default_factory=dict)
 
     def statistic(self, role: str, computed: Expr) -> Expr:
-        """A batch's statistic, a float32 vector; `computed` is the vector that the branch for training gives."""
-        if role not in self._made:
+        """Return a batch's statistic, a float32 vector; `computed` is the vector that the branch for training gives."""
+        if role not in self._conditionals:
             name = re.sub(r"\W", "_", f"{self.site.graph}_{self.site.node}_{role}")
-            own = parameter("statistic", "float32")
-            parameters = (*self.operands, own)
+            statistic = parameter("statistic", "float32")
+            parameters = (*self.operands, statistic)
             shapes = (*(shape for _, shape in self.operands.values()), (self.channels,))
-            passed = Function(f"{name}_passed", parameters, shapes, (op("Identity", own),))
+            passed = Function(f"{name}_passed", parameters, shapes, (op("Identity", statistic),))
             spare = Function(f"{name}_computed", parameters, shapes, (self.spares[role],))
             self._functions.extend((passed, spare))
             branches = (passed, spare) if self.training else (spare, passed)
-            given = computed if computed.dtype == own.dtype else op("Cast", computed, DstT=protos.Dtype(own.dtype))
-            inputs = [*(value for value, _ in self.operands.values()), given]
-            self._made[role] = cond(Use("bool", self.predicate), *branches, inputs)
-        return self._made[role]
+            vector = (
+                computed
+                if computed.dtype == statistic.dtype
+                else op("Cast", computed, DstT=protos.Dtype(statistic.dtype))
+            )
+            inputs = [*(value for value, _ in self.operands.values()), vector]
+            self._conditionals[role] = cond(Use("bool", self.predicate), *branches, inputs)
+        return self._conditionals[role]
 
     def definitions(self) -> Iterator[Edit]:
-        """The branches of the conditionals that were asked for."""
+        """Yield the definitions of the branches of all conditionals that `statistic` has returned."""
         yield from (Define(function) for function in self._functions)
 
 
 def channels_of(model: Model, graph: Graph, site: Site) -> int:
-    """The number of channels of a fused site, by its gamma.
+    """Return the number of channels of a fused site, which is the length of its gamma.
 
     Raises:
-        DeclinedError: it is not known before it runs.
+        DeclinedError: the length is not known before the graph runs.
     """
     scale = graph.nodes[site.node].inputs[1]
     (size,) = shape_of(model, graph, scale) or (-1,)
@@ -78,9 +82,9 @@ def channels_of(model: Model, graph: Graph, site: Site) -> int:
 
 
 def kernel_statistics(model: Model, graph: Graph, site: Site, bring: Callable[[Value], Expr]) -> Mapping[str, Expr]:
-    """Statistics as a fused site's kernel gives them, by role, in single ops and without its y.
+    """Return the statistics that a fused site's kernel gives, by role, in single ops and without its y.
 
-    `bring` gives a value of the graph where the statistics are computed.
+    `bring` maps a value of the graph to an expression where the statistics are computed.
 
     Raises:
         DeclinedError: the number of its channels is not known.
@@ -88,10 +92,10 @@ def kernel_statistics(model: Model, graph: Graph, site: Site, bring: Callable[[V
     node = graph.nodes[site.node]
     x, _, _, *averages = node.inputs
     channels = channels_of(model, graph, site)
-    used = bring(x)
-    mean, variance = Layout(op_defs.get(model, node, "data_format"), "same", channels).moments(used)
-    batch = {MEAN: mean, VARIANCE: sample(variance, used, channels)}
+    input_x = bring(x)
+    mean, variance = Layout(op_defs.get(model, node, "data_format"), "same", channels).moments(input_x)
+    batch = {MEAN: mean, VARIANCE: sample(variance, input_x, channels)}
     if not site.kernel_average:
         return batch
-    held = dict(zip(batch, (bring(value) for value in averages), strict=True))
-    return {role: held[role] + (batch[role] - held[role]) * site.factor for role in batch}
+    moving = dict(zip(batch, (bring(value) for value in averages), strict=True))
+    return {role: moving[role] + (batch[role] - moving[role]) * site.factor for role in batch}

@@ -12,7 +12,7 @@ from passes.control_flow.branches import claim_conditionals
 from passes.declined import DeclinedError
 from passes.fusing.batch_statistics import averages_of, rewired
 from passes.fusing.fusable import Fusable, fusable, replaced
-from passes.fusing.fuse_chosen import chosen
+from passes.fusing.fuse_chosen import fuse_both_modes
 from passes.roles import MEAN, VARIANCE
 from rewriter.edit import Edit, Skip, Sweep
 from rewriter.ir import Model
@@ -22,7 +22,7 @@ from rewriter.ir import Model
 class FuseBatchNorm:
     """Let ``FusedBatchNormV3`` compute every batch norm that a model computes in single ops.
 
-    Outputs and gradients are those of the single ops but for rounding; so are moving statistics, as the
+    Outputs and gradients are those of the single ops but for rounding. So are the moving statistics: the
     kernel's variance, which is corrected for a sample, is brought back to that of the population. Where a
     graph chooses between a batch's and the moving statistics while it runs, only one kernel runs.
     """
@@ -30,7 +30,7 @@ class FuseBatchNorm:
     name: ClassVar[str] = "fuse-batch-norm"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """A kernel for each site in single ops, or a `Skip` with what stands in the way."""
+        """Replace each site in single ops by a kernel, or yield a `Skip` with the obstacle."""
         sweeps: list[Edit] = []
         extended: set[tuple[str, str]] = set()
         fed: dict[str, dict[str, list[str]]] = {}
@@ -47,37 +47,39 @@ class FuseBatchNorm:
         yield from sweeps  # one group of ops may use what another computes
 
 
-def _fused(found: Fusable) -> Iterator[Edit]:
-    if found.site.mode == "both":
-        yield from chosen(found)
+def _fused(candidate: Fusable) -> Iterator[Edit]:
+    if candidate.site.mode == "both":
+        yield from fuse_both_modes(candidate)
     else:
-        yield from (_training if found.site.mode == "training" else _inference)(found)
+        yield from (_training if candidate.site.mode == "training" else _inference)(candidate)
 
 
-def _inference(found: Fusable) -> Iterator[Edit]:
-    site = found.site
-    found.require_own()
-    held = {role: found.used(role) for role in (MEAN, VARIANCE)}
-    vectors = found.parameters() | found.held(found.graph, held)
-    y = normalised(found.given(), vectors, found.layout, site.epsilon, training=False).y
-    yield replaced(found, found.waiting(y, found.graph, (), site.interior))
+def _inference(candidate: Fusable) -> Iterator[Edit]:
+    site = candidate.site
+    candidate.require_own()
+    moving = {role: candidate.used(role) for role in (MEAN, VARIANCE)}
+    vectors = candidate.parameters() | candidate.moving_statistics(candidate.graph, moving)
+    y = normalised(candidate.x_in(), vectors, candidate.layout, site.epsilon, training=False).y
+    yield replaced(candidate, candidate.waiting(y, candidate.graph, (), site.interior))
     yield Sweep(site.graph, site.interior)
 
 
-def _training(found: Fusable) -> Iterator[Edit]:
-    site, graph = found.site, found.graph
-    mean, variance = (found.computed(graph, found.used(role)) for role in (MEAN, VARIANCE))
-    moments = found.moments_of_x(graph, mean, variance)
-    found.require_own(moments.nodes)
-    kernel = normalised(found.given(), found.parameters(), found.layout, site.epsilon, training=True)
-    met = [found.used(role) for role in (MEAN, VARIANCE)]
-    yield replaced(found, found.waiting(kernel.y, graph, met, (*site.interior, site.node, *moments.nodes)))
-    own = {*site.interior, site.node, *moments.nodes}
-    uses = {role: list(averages_of(found, v, own)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
+def _training(candidate: Fusable) -> Iterator[Edit]:
+    site, graph = candidate.site, candidate.graph
+    mean, variance = (candidate.computed(graph, candidate.used(role)) for role in (MEAN, VARIANCE))
+    moments = candidate.moments_of_x(graph, mean, variance)
+    candidate.require_own(moments.nodes)
+    kernel = normalised(candidate.x_in(), candidate.parameters(), candidate.layout, site.epsilon, training=True)
+    statistics = [candidate.used(role) for role in (MEAN, VARIANCE)]
+    yield replaced(
+        candidate, candidate.waiting(kernel.y, graph, statistics, (*site.interior, site.node, *moments.nodes))
+    )
+    replaced_nodes = {*site.interior, site.node, *moments.nodes}
+    uses = {role: list(averages_of(candidate, v, replaced_nodes)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
     nodes = [edge.node for each in uses.values() for edge, _ in each]
-    if found.runs_with(mean) and not found.before_kernel(nodes):
-        found.feeds(nodes)
+    if candidate.runs_with(mean) and not candidate.before_kernel(nodes):
+        candidate.feeds(nodes)
         for role, statistic in ((MEAN, kernel.mean), (VARIANCE, kernel.variance)):
             for edge, used in uses[role]:
-                yield from rewired(found.model, graph, edge, used, statistic)
+                yield from rewired(candidate.model, graph, edge, used, statistic)
     yield Sweep(site.graph, site.interior)

@@ -26,54 +26,56 @@ from rewriter.shapes import shape_of
 
 STATISTICS = (MEAN, VARIANCE)
 MOMENTS = ("Mean", "Sub")
-"""Ops that give a batch's statistics."""
+"""Ops that compute a batch's statistics."""
 
 
-def chosen(found: Fusable) -> Iterator[Edit]:
-    """One kernel for each mode, of which only one runs.
+def fuse_both_modes(candidate: Fusable) -> Iterator[Edit]:
+    """Yield the edits for two kernels, one for each mode, of which only one runs.
 
     Raises:
-        DeclinedError: what chooses is neither a Merge nor an If, or does not choose between the two.
+        DeclinedError: the statistics are chosen neither by Merge nor by If, or one choice is not the batch's.
     """
-    graph = found.graph
-    values = [found.computed(graph, found.used(role)) for role in STATISTICS]
+    graph = candidate.graph
+    values = [candidate.computed(graph, candidate.used(role)) for role in STATISTICS]
     choosing = [graph.nodes[v.node] for v in values]
-    if found.site.node in found.model.analysis_of(graph, loop_frames):
+    if candidate.site.node in candidate.model.analysis_of(graph, loop_frames):
         raise DeclinedError("it chooses its mode inside of a while loop")
     if all(node.op == "Merge" for node in choosing):
-        yield from _Merged(found, choosing).edits()
+        yield from _ChosenByMerge(candidate, choosing).edits()
     elif choosing[0] == choosing[1] and choosing[0].op in BRANCHES:
-        yield from _Branched(found, choosing[0], values).edits()
+        yield from _ChosenByIf(candidate, choosing[0], values).edits()
     else:
-        what = " and ".join(dict.fromkeys(f"{node.name} ({node.op})" for node in choosing))
-        raise DeclinedError(f"its statistics are chosen by {what}; one tf.cond, or Switch and Merge, can be followed")
+        choosers = " and ".join(dict.fromkeys(f"{node.name} ({node.op})" for node in choosing))
+        raise DeclinedError(
+            f"its statistics are chosen by {choosers}; one tf.cond, or Switch and Merge, can be followed"
+        )
 
 
-def _met(found: Fusable) -> list[Value]:
-    """The mean and the variance that x meets."""
-    return [found.used(role) for role in STATISTICS]
+def _operands(candidate: Fusable) -> list[Value]:
+    """Return the mean and the variance that x meets."""
+    return [candidate.used(role) for role in STATISTICS]
 
 
 def _trains(when: dict[bool, list[tuple[Graph, Value]]]) -> bool:
-    """The value of a predicate with which mean and variance are the batch's."""
-    found = [value for value, pair in when.items() if all(g.nodes[v.node].op in MOMENTS for g, v in pair)]
-    if len(found) != 1:
+    """Return the value of a predicate with which mean and variance are the batch's."""
+    training_values = [value for value, pair in when.items() if all(g.nodes[v.node].op in MOMENTS for g, v in pair)]
+    if len(training_values) != 1:
         raise DeclinedError("it chooses its statistics, but one of the choices is not the batch's in a known form")
-    return found[0]
+    return training_values[0]
 
 
-class _Merged:
+class _ChosenByMerge:
     """Statistics chosen by Merge: x and the parameters are switched before the kernels, and y is merged."""
 
-    def __init__(self, found: Fusable, merges: list[Node]) -> None:
-        self.found, self.model, self.graph = found, found.model, found.graph
+    def __init__(self, candidate: Fusable, merges: list[Node]) -> None:
+        self.candidate, self.model, self.graph = candidate, candidate.model, candidate.graph
         self.merges = merges
         first, second = (choice(self.model, self.graph, node) for node in merges)
         if first is None or second is None or first.predicate != second.predicate:
             raise DeclinedError("what chooses its mean and its variance is not one boolean")
         self.predicate = first.predicate
         when = {True: (first.then, second.then), False: (first.otherwise, second.otherwise)}
-        values = {k: [(self.graph, found.computed(self.graph, v)) for v in pair] for k, pair in when.items()}
+        values = {k: [(self.graph, candidate.computed(self.graph, v)) for v in pair] for k, pair in when.items()}
         self.training = _trains(values)
         self.entering = when[self.training]
         self.batch = [v for _, v in values[self.training]]
@@ -82,42 +84,46 @@ class _Merged:
         self.gates = self.model.analysis_of(self.graph, switches).get(self.predicate, frozenset())
 
     def edits(self) -> Iterator[Edit]:
-        """Both kernels, and what the averages take."""
-        found, site, layout = self.found, self.found.site, self.found.layout
-        moments = found.moments_of_x(self.graph, self.batch[0], self.batch[1])
-        found.require_own(moments.nodes)
-        x, parameters = found.given(), found.parameters()
-        moving = found.held(self.graph, self.moving)
+        """Yield both kernels, and let averages use their statistics."""
+        candidate, site, layout = self.candidate, self.candidate.site, self.candidate.layout
+        moments = candidate.moments_of_x(self.graph, self.batch[0], self.batch[1])
+        candidate.require_own(moments.nodes)
+        x, parameters = candidate.x_in(), candidate.parameters()
+        moving = candidate.moving_statistics(self.graph, self.moving)
 
         def side(on: bool, vectors: dict[str, Expr], training: bool) -> Normalised:
-            known = {role: self._switched(v, on) for role, v in vectors.items()}
-            return normalised(self._switched(x, on), known, layout, site.epsilon, training=training)
+            switched = {role: self._switched(v, on) for role, v in vectors.items()}
+            return normalised(self._switched(x, on), switched, layout, site.epsilon, training=training)
 
         trained = side(self.training, parameters, training=True)
         inferred = side(not self.training, parameters | moving, training=False)
-        y = merge(inferred.y, found.waiting(trained.y, self.graph, self.entering, moments.nodes))
-        yield replaced(found, self.found.waiting(op("Identity", y), self.graph, _met(found), site.interior))
+        y = merge(inferred.y, candidate.waiting(trained.y, self.graph, self.entering, moments.nodes))
+        yield replaced(
+            candidate, self.candidate.waiting(op("Identity", y), self.graph, _operands(candidate), site.interior)
+        )
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
         spares = layout.moments(self._switched(x, not self.training))
         statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))
         for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
-            own, spare = statistics[role]
-            yield from self._averages(batch, own, merge(spare, own), moments.nodes)
-            held = self._switched(moving[role], not self.training)
-            yield from self._averages(Value(node.name), own, merge(held, own), moments.nodes)
+            trained_statistic, spare = statistics[role]
+            yield from self._averages(batch, trained_statistic, merge(spare, trained_statistic), moments.nodes)
+            moving_average = self._switched(moving[role], not self.training)
+            yield from self._averages(
+                Value(node.name), trained_statistic, merge(moving_average, trained_statistic), moments.nodes
+            )
         yield Sweep(site.graph, site.interior)
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
-        own = {*self.found.site.interior, self.found.site.node, *moments}
-        taken = {self.predicate.node, *(v.node for v in self.moving.values())}
-        for edge, used in averages_of(self.found, value, own, self.gates):
-            if not self.found.before_kernel([edge.node], taken):
-                self.found.feeds([edge.node], taken)
+        batch_norm_nodes = {*self.candidate.site.interior, self.candidate.site.node, *moments}
+        kernel_needs = {self.predicate.node, *(v.node for v in self.moving.values())}
+        for edge, used in averages_of(self.candidate, value, batch_norm_nodes, self.gates):
+            if not self.candidate.before_kernel([edge.node], kernel_needs):
+                self.candidate.feeds([edge.node], kernel_needs)
                 inside = self._only(used, self.training)
                 yield from rewired(self.model, self.graph, edge, used, statistic if inside else always)
 
     def _only(self, value: Value, on: bool) -> bool:
-        """Whether a value is computed only where the predicate has this value."""
+        """Return true if a value is computed only where the predicate has the value `on`."""
         return value in assumption(self.model, self.graph, self.predicate, not on).dead
 
     def _switched(self, value: Expr, on: bool) -> Expr:
@@ -128,11 +134,11 @@ class _Merged:
         return self.switches[value][on]
 
 
-class _Branched:
-    """Statistics chosen by If: its branches compute the kernels too, and it gives y."""
+class _ChosenByIf:
+    """Statistics chosen by If: its branches also compute the kernels, and it returns y."""
 
-    def __init__(self, found: Fusable, node: Node, values: list[Value]) -> None:
-        self.found, self.model, self.graph = found, found.model, found.graph
+    def __init__(self, candidate: Fusable, node: Node, values: list[Value]) -> None:
+        self.candidate, self.model, self.graph = candidate, candidate.model, candidate.graph
         self.branches = Branches(self.model, self.graph, node)
         if not self.branches.exclusive:
             raise DeclinedError(f"the branches of {node.name}, which chooses its statistics, are called elsewhere too")
@@ -148,46 +154,48 @@ class _Branched:
         self.inside = self.branches.taken(self.training)
         inferring = self.branches.taken(not self.training)
         self.moving = {role: inferring.results[port].value for role, port in self.ports.items()}
-        if found.before_kernel([node.name]):
+        if candidate.before_kernel([node.name]):
             raise DeclinedError(
                 f"what it normalises, or its gamma or beta, waits for {node.name}, which it would be in"
             )
-        found.feeds([node.name])
+        candidate.feeds([node.name])
         self.either = self._either_mode()
 
     def _within(self, branch: Graph, port: int) -> tuple[Graph, Value]:
-        """What a branch returns: a value that it computes, or one of the graph that it was given."""
-        value = self.found.computed(branch, branch.results[port].value)
+        """Return a branch's result with its graph: it is computed in the branch, or passed to it from the graph."""
+        value = self.candidate.computed(branch, branch.results[port].value)
         if branch.nodes[value.node].op != ARG:
             return branch, value
-        return self.graph, self.found.computed(self.graph, self.branches.outer(branch, value))
+        return self.graph, self.candidate.computed(self.graph, self.branches.outer(branch, value))
 
     def edits(self) -> Iterator[Edit]:
-        """A kernel in each branch, one more result, and what the averages take."""
-        found, site, node = self.found, self.found.site, self.branches.node
+        """Yield a kernel in each branch and a result for y, and let averages use the kernel's statistics."""
+        candidate, site, node = self.candidate, self.candidate.site, self.branches.node
         holder, mean = self.batch[0]
-        moments = found.moments_of_x(holder, mean, self.batch[1][1], lambda v: self._outer(holder, v))
+        moments = candidate.moments_of_x(holder, mean, self.batch[1][1], lambda v: self._outer(holder, v))
         nodes = moments.nodes if holder is self.graph else frozenset()
-        found.require_own(nodes)
+        candidate.require_own(nodes)
         inferring = self.branches.taken(not self.training)
-        moving = found.held(inferring, self.moving)
+        moving = candidate.moving_statistics(inferring, self.moving)
         trained, inferred = (
             normalised(
-                found.given(partial(self.branches.bring, branch)),
-                found.parameters(partial(self.branches.bring, branch)) | known,
-                found.layout,
+                candidate.x_in(partial(self.branches.bring, branch)),
+                candidate.parameters(partial(self.branches.bring, branch)) | averages,
+                candidate.layout,
                 site.epsilon,
                 training=branch is self.inside,
             )
-            for branch, known in ((self.inside, {}), (inferring, moving))
+            for branch, averages in ((self.inside, {}), (inferring, moving))
         )
         returned = [self.inside.results[port].value for port in self.ports.values()]
-        y = found.waiting(trained.y, self.inside, returned, moments.nodes - nodes)
+        y = candidate.waiting(trained.y, self.inside, returned, moments.nodes - nodes)
         pair = (y, inferred.y) if self.training else (inferred.y, y)
-        shape = shape_of(self.model, self.graph, found.x) or ()
+        shape = shape_of(self.model, self.graph, candidate.x) or ()
         yield from self.branches.results({"y": pair}, [shape], site.node)
         chosen_y = op("Identity", Use(y.dtype, Value(node.name, len(self.inside.results))))
-        yield replaced(found, found.waiting(chosen_y, self.graph, _met(found), (*site.interior, *nodes)))
+        yield replaced(
+            candidate, candidate.waiting(chosen_y, self.graph, _operands(candidate), (*site.interior, *nodes))
+        )
         statistics = {MEAN: trained.mean, VARIANCE: trained.variance}
         for (_, value), role in zip(self.batch, STATISTICS, strict=True):
             yield from self._averages(holder, value, role, statistics[role], moments.nodes)
@@ -202,72 +210,78 @@ class _Branched:
             )
         return value if holder is self.graph else self.branches.outer(holder, value)
 
-    def _averages(self, holder: Graph, value: Value, role: str, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
-        """Let the branch return the kernel's statistic, and averages use it."""
+    def _averages(
+        self, holder: Graph, value: Value, role: str, statistic: Expr, batch_norm_nodes: frozenset[str]
+    ) -> Iterator[Edit]:
+        """Let the branch return the kernel's statistic, and let averages use it."""
         self._require_averages(self.ports[role])
         node = self.branches.node
         if holder is not self.graph:
-            yield from self._within_branch(holder, value, statistic, own)
+            yield from self._within_branch(holder, value, statistic, batch_norm_nodes)
             return
-        for edge, used in final_uses(self.model, self.graph, value, self.found.precise):
+        for edge, used in final_uses(self.model, self.graph, value, self.candidate.precise):
             if edge.node == node.name:
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)
-            elif edge.node not in own and only_assigned(self.model, self.graph, edge):
+            elif edge.node not in batch_norm_nodes and only_assigned(self.model, self.graph, edge):
                 chosen_one = self._result(self.ports[role])
                 alike = self.branches.chooses_alike(edge, self.training)
-                if self.found.before_kernel([edge.node]) or not (alike or self.branches.serves(edge, self.found.fed)):
+                if self.candidate.before_kernel([edge.node]) or not (
+                    alike or self.branches.serves(edge, self.candidate.fed)
+                ):
                     continue  # it keeps the batch's statistics in single ops
-                self.found.feeds([edge.node], {node.name})
+                self.candidate.feeds([edge.node], {node.name})
                 statistic_used = chosen_one if alike else self.either.statistic(role, chosen_one)
                 yield from rewired(self.model, self.graph, edge, used, statistic_used)
 
-    def _within_branch(self, branch: Graph, value: Value, statistic: Expr, own: frozenset[str]) -> Iterator[Edit]:
-        """Let the branch return the kernel's statistic as the chosen one, and its averages use it."""
-        for edge, used in final_uses(self.model, branch, value, self.found.precise):
+    def _within_branch(
+        self, branch: Graph, value: Value, statistic: Expr, batch_norm_nodes: frozenset[str]
+    ) -> Iterator[Edit]:
+        """Let the branch return the kernel's statistic as the chosen one, and let averages in the branch use it."""
+        for edge, used in final_uses(self.model, branch, value, self.candidate.precise):
             chosen_one = not edge.node and edge.position in self.ports.values()
-            if chosen_one or (edge.node not in own and only_assigned(self.model, branch, edge)):
+            if chosen_one or (edge.node not in batch_norm_nodes and only_assigned(self.model, branch, edge)):
                 yield from rewired(self.model, branch, edge, used, statistic)
 
     def _either_mode(self) -> EitherMode:
-        """The batch's statistics for updates that run in inference too."""
-        found = self.found
-        x = parameter("x", found.dtype(self.graph, found.x))
+        """Return the batch's statistics for updates that also run in inference."""
+        candidate = self.candidate
+        x = parameter("x", candidate.dtype(self.graph, candidate.x))
         return EitherMode(
-            found.site,
+            candidate.site,
             decided_by(self.graph, self.branches.predicate),
             self.training,
-            found.layout.channels,
-            {x: (found.given(), shape_of(self.model, self.graph, found.x))},
-            dict(zip(STATISTICS, found.layout.moments(x), strict=True)),
+            candidate.layout.channels,
+            {x: (candidate.x_in(), shape_of(self.model, self.graph, candidate.x))},
+            dict(zip(STATISTICS, candidate.layout.moments(x), strict=True)),
         )
 
     def _result(self, port: int) -> Expr:
-        """A chosen statistic as a vector."""
+        """Return a chosen statistic as a vector."""
         value = Value(self.branches.node.name, port)
-        made = Use(op_defs.output_dtype(self.model, self.graph, value), value)
+        chosen = Use(op_defs.output_dtype(self.model, self.graph, value), value)
         shape = shape_of(self.model, self.graph, value) or (0,)
         if len(shape) == 1:
-            return made
-        return op("Reshape", made, array(np.array([self.found.layout.channels], dtype=np.int32)))
+            return chosen
+        return op("Reshape", chosen, array(np.array([self.candidate.layout.channels], dtype=np.int32)))
 
     def _require_averages(self, port: int) -> None:
-        """Refuse chosen statistics that are used for more than averages, as the kernel's have no gradient."""
-        own = {*self.found.site.interior, self.found.site.node}
-        for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port), self.found.precise):
-            if edge.node not in own and not only_assigned(self.model, self.graph, edge):
-                what = edge.node or "the function's caller"
-                raise DeclinedError(f"{what} uses the statistic that {self.branches.node.name} chooses")
+        """Refuse chosen statistics that are used for more than averages: the kernel's have no gradient."""
+        batch_norm_nodes = {*self.candidate.site.interior, self.candidate.site.node}
+        for edge, _ in final_uses(self.model, self.graph, Value(self.branches.node.name, port), self.candidate.precise):
+            if edge.node not in batch_norm_nodes and not only_assigned(self.model, self.graph, edge):
+                user = edge.node or "the function's caller"
+                raise DeclinedError(f"{user} uses the statistic that {self.branches.node.name} chooses")
 
     def _unused(self, edge: Edge, used: Value) -> Iterator[Edit]:
-        """Pass nothing where a branch has no use for it any longer."""
+        """Pass zeros in place of a statistic that no branch needs any longer."""
         argument = Value(self.inside.arguments[edge.position - FIRST])
         shape = shape_of(self.model, self.graph, used)
         unused = not self.branches.uses(not self.training, edge)
         replaced_by_kernel = all(
             not e.node or only_assigned(self.model, self.inside, e)
-            for e, _ in final_uses(self.model, self.inside, argument, self.found.precise)
+            for e, _ in final_uses(self.model, self.inside, argument, self.candidate.precise)
         )
         if unused and replaced_by_kernel and shape is not None:
             dtype = op_defs.output_dtype(self.model, self.graph, used)

@@ -1,4 +1,4 @@
-"""One conditional for mean and variance, where two choose them alike."""
+"""Two conditionals that choose mean and variance alike, merged into one."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from rewriter.shapes import shape_of
 from rewriter.sweep import held
 
 MOVED = ("Const", "Identity", "NoOp", "ReadVariableOp")
-"""Ops of a branch that pass on what it is given, or read it."""
+"""Ops of a branch that pass its arguments on, or read them."""
 
 
 @dataclass(frozen=True)
 class MergeChoices:
     """Let one ``If`` choose a batch norm's mean and variance, where two choose by the same boolean.
 
-    `tf.compat.v1.layers` writes two. With one, the fused kernel can be computed where it chooses.
+    `tf.compat.v1.layers` writes two. With a single one, the fused kernel can be computed in its branches.
     """
 
     name: ClassVar[str] = "merge-choices"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """One more result of the conditional that chooses the variance; a `Skip` where they cannot be one."""
+        """Add the mean to the conditional that chooses the variance; yield a `Skip` where the two cannot be merged."""
         extended: set[tuple[str, str]] = set()
         merged: dict[str, dict[str, list[str]]] = {}
         for site in model.analysis(sites):
@@ -50,20 +50,20 @@ class MergeChoices:
             if nodes[0] == nodes[1] or any(node.op not in BRANCHES for node in nodes):
                 continue
             first, second = (Branches(model, graph, node) for node in nodes)
-            found = _Merged(model, graph, mean, first, second, merged.setdefault(site.graph, {}))
+            conditionals = _MergedConditionals(model, graph, mean, first, second, merged.setdefault(site.graph, {}))
             try:
-                yield from claim_conditionals(list(found.edits()), extended)
+                yield from claim_conditionals(list(conditionals.edits()), extended)
             except DeclinedError as e:
                 yield Skip(site.graph, site.node, str(e))
 
 
 @dataclass(frozen=True)
-class _Merged:
-    """What the first conditional chooses, chosen by the second.
+class _MergedConditionals:
+    """The first conditional's mean, chosen by the second conditional.
 
     Attributes:
-        merged: conditional -> those that it runs together with, as others of the graph were merged.
-        made: what stands for nodes of the first one's branches, by the predicate's value and the node.
+        merged: conditional -> the conditionals of the graph that it was merged with, and so runs together with.
+        moved: expressions for nodes of the first one's branches, by the predicate's value and the node.
     """
 
     model: Model
@@ -72,16 +72,16 @@ class _Merged:
     first: Branches
     second: Branches
     merged: dict[str, list[str]]
-    made: dict[tuple[bool, str], Apply] = field(default_factory=dict)
+    moved: dict[tuple[bool, str], Apply] = field(default_factory=dict)
 
     def edits(self) -> Iterator[Edit]:
-        """The second returns the value, and runs when both have run; the first is gone."""
+        """Let the second return the value and run after all that both ran after; remove the first."""
         first, second = self.first.node.name, self.second.node.name
-        predicates = {decided_by(self.graph, each.predicate) for each in (self.first, self.second)}
+        predicates = {decided_by(self.graph, conditional.predicate) for conditional in (self.first, self.second)}
         if len(predicates) > 1:
             raise DeclinedError(f"{first} and {second}, which choose its statistics, do not choose by the same boolean")
-        ways = ((first, second), (second, first))
-        if any(leads_to(self.model, self.graph, [start], {end}, self.merged) for start, end in ways):
+        directions = ((first, second), (second, first))
+        if any(leads_to(self.model, self.graph, [start], {end}, self.merged) for start, end in directions):
             raise DeclinedError(f"{first} and {second}, which choose its statistics, run one after the other")
         if not (self.first.exclusive and self.second.exclusive):
             raise DeclinedError(
@@ -99,14 +99,14 @@ class _Merged:
         for node in self.model.analysis_of(self.graph, following).get(first, ()):
             yield RunAfter(self.graph.name, node.name, (second,))
         yield Sweep(self.graph.name, (first,), moved=True)
-        for name, other in ways:
+        for name, other in directions:
             self.merged.setdefault(name, []).append(other)
 
     def _effects(self) -> Iterator[Edit]:
-        """The first one's effects in the second's branches.
+        """Run the first one's effects in the second's branches.
 
         Raises:
-            DeclinedError: it would still run, and have them again; or one is not known to happen.
+            DeclinedError: the first would still run and repeat an effect, or nothing waits for an effect.
         """
         first = self.first.node.name
         for on in (True, False):
@@ -114,19 +114,19 @@ class _Merged:
             yield from (Run(other.name, self._node(on, effect.node), first) for effect in branch.effects)
             acting = [n for n in branch.nodes.values() if n.op not in (*MOVED, ARG) and not moveable(n)]
             for node in acting:
-                if (on, node.name) not in self.made:
+                if (on, node.name) not in self.moved:
                     raise DeclinedError(f"nothing in a branch of {first} waits for {node.name} ({node.op})")
             if acting and self._used_otherwise():
                 raise DeclinedError(f"{first}, which updates an average, gives more than its mean")
 
     def _used_otherwise(self) -> bool:
-        """Whether something uses the first one, other than for the value."""
+        """Return true if something uses the first one for more than the value."""
         uses = self.model.analysis_of(self.graph, consumers)
         ports = (Value(self.first.node.name, p) for p in range(len(self.first.taken(True).results)))
         return any(uses.get(v) for v in ports if v != self.value) or self.first.node.name in self.model.analysis(held)
 
     def _moved(self, on: bool, value: Value) -> Expr:
-        """A value of the first conditional's branch in the second's."""
+        """Return a value of the first conditional's branch as an expression of the second's."""
         branch = self.first.taken(on)
         node = branch.nodes[value.node]
         dtype = op_defs.output_dtype(self.model, branch, value)
@@ -136,17 +136,17 @@ class _Merged:
         return Port(dtype, moved, value.port) if value.port else moved
 
     def _node(self, on: bool, name: str) -> Apply:
-        """A node of the first conditional's branch in the second's, after what it runs after."""
+        """Return a node of the first conditional's branch as an expression of the second's, with its control inputs."""
         branch = self.first.taken(on)
         node = branch.nodes[name]
         if not (node.op in MOVED or node.op.startswith(ASSIGNING) or moveable(node)):
             raise DeclinedError(f"{node.name} ({node.op}), in a branch that gives a mean, has an effect")
-        if (on, node.name) not in self.made:
+        if (on, node.name) not in self.moved:
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
-            first = (
+            dtype = (
                 op_defs.output_dtype(self.model, branch, Value(name)) if op_defs.output_count(self.model, node) else ""
             )
             inputs = tuple(self._moved(on, v) for v in node.inputs)
             after = tuple(self._node(on, n) for n in node.after if branch.nodes[n].op != ARG)
-            self.made[on, node.name] = Apply(first, node.op, inputs, attrs, after=after)
-        return self.made[on, node.name]
+            self.moved[on, node.name] = Apply(dtype, node.op, inputs, attrs, after=after)
+        return self.moved[on, node.name]

@@ -1,4 +1,4 @@
-"""A conditional in place of `tf.where`, where that chooses between the modes of a batch norm."""
+"""Conditionals in place of `tf.where`, where it chooses between the modes of a batch norm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from rewriter.shapes import Shape, shape_of
 class SelectToBranch:
     """Let a conditional choose mean and variance, or the output, of a batch norm where ``Select`` does.
 
-    ``Select`` computes both of what it chooses from. The passes that follow move the batch norm to where it is
+    ``Select`` needs both of its choices computed. The passes that follow move the batch norm to where it is
     chosen, so that one mode runs. In a main graph the conditional is Switch and Merge, which a TensorFlow 1 session
     can differentiate; in a function it is ``If``.
     """
@@ -34,7 +34,7 @@ class SelectToBranch:
     name: ClassVar[str] = "select-to-branch"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """A conditional for each ``Select`` on a single boolean whose choices are of one shape."""
+        """Replace each ``Select`` on a single boolean, whose choices are of one shape, by a conditional."""
         for name, nodes in _selects(model).items():
             graph = model.graphs[name]
             for node in nodes.values():
@@ -42,19 +42,19 @@ class SelectToBranch:
 
 
 def _selects(model: Model) -> dict[str, dict[str, Node]]:
-    """Graph -> the nodes that choose between modes of batch norms."""
-    found: dict[str, dict[str, Node]] = {}
+    """Return graph -> the nodes that choose between modes of batch norms."""
+    nodes_of: dict[str, dict[str, Node]] = {}
     for site in model.analysis(sites):
         graph = model.graphs[site.graph]
         if not site.quantized and INPUT in site.inputs and site.node not in model.analysis_of(graph, loop_frames):
             for node in _choosing(model, graph, site):
                 if _convertible(model, graph, node):
-                    found.setdefault(site.graph, {})[node.name] = node
-    return found
+                    nodes_of.setdefault(site.graph, {})[node.name] = node
+    return nodes_of
 
 
 def _choosing(model: Model, graph: Graph, site: Site) -> Iterator[Node]:
-    """The nodes that choose a site's statistics or, where it has one mode, its output."""
+    """Yield the nodes that choose a site's statistics or, where the site has one mode, its output."""
     if site.mode == "both":
         names = [origin(graph, used(graph, site.inputs[role][0])).node for role in (MEAN, VARIANCE)]
     else:
@@ -63,7 +63,7 @@ def _choosing(model: Model, graph: Graph, site: Site) -> Iterator[Node]:
 
 
 def _convertible(model: Model, graph: Graph, node: Node) -> bool:
-    """Return whether a node chooses one of two whole values: ``Select`` may also broadcast, or choose by element."""
+    """Return true if a node chooses one of two whole values: ``Select`` may also broadcast, or choose by element."""
     predicate, then, otherwise = node.inputs
     shapes = [shape_of(model, graph, value) for value in (then, otherwise)]
     if shape_of(model, graph, predicate) != () or shapes[0] is None or shapes[0] != shapes[1]:
@@ -72,7 +72,7 @@ def _convertible(model: Model, graph: Graph, node: Node) -> bool:
 
 
 def _normalised(model: Model, graph: Graph, value: Value) -> Value | None:
-    """The input of the batch norm before a value; both have one shape."""
+    """Return the input of the batch norm before a value, which has the shape of the value."""
     ends = {s.node: s for s in model.analysis(sites) if s.graph == graph.name and INPUT in s.inputs}
     site = ends.get(origin(graph, value, shaped=True).node)
     return None if site is None else origin_of_x(graph, used(graph, site.inputs[INPUT][0]))
@@ -93,8 +93,8 @@ def _branched(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:
     )
     name = re.sub(r"\W", "_", f"{graph.name}_{node.name}")
     branches = [
-        Function(f"{name}_{each.value.node}", parameters, (shape, shape), (op("Identity", each),))
-        for each in parameters
+        Function(f"{name}_{operand.value.node}", parameters, (shape, shape), (op("Identity", operand),))
+        for operand in parameters
     ]
     yield from (Define(branch) for branch in branches)
     yield _replaced(graph, node, cond(predicate, branches[0], branches[1], choices), [shape])
@@ -105,6 +105,6 @@ def _operands(model: Model, graph: Graph, node: Node) -> tuple[Use, ...]:
 
 
 def _replaced(graph: Graph, node: Node, chosen: Apply, shapes: list[Shape | None]) -> Replace:
-    """The conditional under the node's name, with its outputs' shapes, which the passes that follow read."""
+    """Return the conditional under the node's name, with the shapes of its outputs, which later passes read."""
     attrs = {**chosen.attrs, "_output_shapes": protos.shapes_attr(shapes)}
     return Replace(graph.name, node.name, replace(chosen, attrs=attrs))
