@@ -105,11 +105,11 @@ class _ChosenByMerge:
         spares = layout.moments(self._switched(x, not self.training))
         statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))
         for role, batch, node in zip(STATISTICS, self.batch, self.merges, strict=True):
-            trained_statistic, spare = statistics[role]
-            yield from self._averages(batch, trained_statistic, merge(spare, trained_statistic), moments.nodes)
+            kernel_statistic, spare = statistics[role]
+            yield from self._averages(batch, kernel_statistic, merge(spare, kernel_statistic), moments.nodes)
             moving_average = self._switched(moving[role], not self.training)
             yield from self._averages(
-                Value(node.name), trained_statistic, merge(moving_average, trained_statistic), moments.nodes
+                Value(node.name), kernel_statistic, merge(moving_average, kernel_statistic), moments.nodes
             )
         yield Sweep(site.graph, site.interior)
 

@@ -1,4 +1,4 @@
-"""Moving statistics that replicas of a model average, where the model does not say how they do it."""
+"""Aggregation of moving statistics over replicas, where the model does not say how to do it."""
 
 from __future__ import annotations
 
@@ -15,17 +15,18 @@ from rewriter.ir import Model
 
 @dataclass(frozen=True)
 class AggregateStatistics:
-    """Let every replica move statistics of its own under `tf.distribute`, of which the mean is read and saved.
+    """Let every replica under `tf.distribute` move its own statistics, and let their mean be read and saved.
 
-    That is what Keras 2 asks for. Hand-written modules and exports of Keras 3 ask for nothing, so the replicas'
-    statistics drift apart, and only the first one's are saved. What a model asks for is kept. Trainable variables
-    cannot be read in this way, and are left; so is a model in TensorFlow 1's format, which no strategy loads.
+    Keras 2 asks for this. Hand-written modules and exports of Keras 3 ask for nothing, so the replicas' statistics
+    drift apart, and only the first one's are saved. If a model asks for an aggregation, it keeps it. Trainable
+    variables cannot be read in this way and stay as they are. So does a model in TensorFlow 1's format, which no
+    strategy loads.
     """
 
     name: ClassVar[str] = "aggregate-statistics"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """One for each moving statistic that a training function updates."""
+        """Yield one edit for each moving statistic that a training function updates."""
         if not model.object_based:
             return
         for bn in model.analysis(batch_norms):

@@ -17,32 +17,31 @@ from rewriter.ir import Entry, Error, Model
 
 AVERAGES = (ROLES.index(MEAN), ROLES.index(VARIANCE))
 SHOWN = 4
-"""Variables that a note names."""
+"""Number of variables that a note names."""
 
 
 @dataclass(frozen=True)
 class CheckAverages:
     """Refuse a training function that leaves a moving average as it is, though the source updates it.
 
-    What has to move is read off serving: the averages that it normalises with. What does move is read off the
-    training function: the variables that are assigned whenever it runs. A batch norm that training leaves in
-    inference mode needs no update.
+    The averages that serving normalises with have to move. The variables that the training function assigns
+    whenever it runs do move. A batch norm that training leaves in inference mode needs no update.
     """
 
     name: ClassVar[str] = "check-averages"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """A note where the source never updates an average, or does so under a condition of its own.
+        """Yield a note where the source never updates an average, or does so under a condition of its own.
 
         Raises:
             Error: the source updates an average, and the training function does not.
         """
-        serving, trained = _serving(model), _trained(model)
-        wanted = {key for run in serving for key in _held(model, run)} if trained else set()
+        serving, training_updates = _serving(model), _training_updates(model)
+        served_keys = {key for run in serving for key in _normalised_with(model, run)} if training_updates else set()
         never, sometimes = set[str](), set[str]()
-        for each in trained:
-            never |= wanted - each.still - each.possible
-            sometimes |= (wanted & each.possible) - each.still - each.certain
+        for updates in training_updates:
+            never |= served_keys - updates.still - updates.possible
+            sometimes |= (served_keys & updates.possible) - updates.still - updates.certain
         for key in sorted(never):
             for _, node in updates_of(model, key):
                 raise Error(
@@ -56,19 +55,19 @@ class CheckAverages:
 
 
 def _names(model: Model, keys: Collection[str]) -> str:
-    """The names of some variables, of many those of the first."""
+    """Return the names of some variables; of many, the first few and the number of the others."""
     names = sorted(model.variables[key].name for key in keys)
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 
 
-class _Trained(NamedTuple):
-    """Moving averages of one training function, by their keys.
+class _AverageUpdates(NamedTuple):
+    """The keys of the moving averages of one training function.
 
     Attributes:
-        still: those that it normalises with.
-        possible: those that it may assign.
-        certain: those that it assigns whenever it runs.
+        still: averages that it normalises with.
+        possible: averages that it may assign.
+        certain: averages that it assigns whenever it runs.
     """
 
     still: frozenset[str]
@@ -77,75 +76,79 @@ class _Trained(NamedTuple):
 
 
 def _serving(model: Model) -> list[Invocation]:
-    """The invocations of serving, whose signature or function training follows."""
+    """Return the invocations of the signature or function of serving that training follows."""
     if model.object_based:
         return of_entry(model, serving_entry(model)) if TRAIN in model.entries else []
     signature = model.main_signatures.get("train")
     return [] if signature is None else of_signature(model, model.signatures[signature.like])
 
 
-def _trained(model: Model) -> list[_Trained]:
-    """The training functions that a rewrite made; of one that is given its mode, the run that moves most."""
+def _training_updates(model: Model) -> list[_AverageUpdates]:
+    """Return the updates of the training functions; if one takes its mode as an argument, take the best of its modes."""
     if not model.object_based:
         signature = model.main_signatures.get("train")
-        return [] if signature is None else [_of(model, of_signature(model, signature))]
+        return [] if signature is None else [_updates_in(model, of_signature(model, signature))]
     tops = [model.entries[name] for name in (TRAIN, TRAIN_SIGNATURE) if name in model.entries]
-    return [max(_by_mode(model, top), key=lambda found: (len(found.certain), len(found.possible))) for top in tops]
+    return [
+        max(_by_mode(model, top), key=lambda updates: (len(updates.certain), len(updates.possible))) for top in tops
+    ]
 
 
-def _by_mode(model: Model, top: Entry) -> Iterator[_Trained]:
-    """A training function as it is, and with each of its booleans known."""
+def _by_mode(model: Model, top: Entry) -> Iterator[_AverageUpdates]:
+    """Yield the updates of a training function as it is, and with each of its booleans known."""
     ignored = model.analysis(frozen)  # the phase after the freeze step is meant to be still
     names = model.graphs[top.function].arguments
     flags = [name for name, spec in zip(names, top.inputs, strict=False) if spec.dtype == "bool"]
     for known in ({}, *({name: value} for name in flags for value in (True, False))):
-        yield _of(model, of_entry(model, top, known, ignored))
+        yield _updates_in(model, of_entry(model, top, known, ignored))
 
 
-def _of(model: Model, runs: list[Invocation]) -> _Trained:
-    still = {key for run in runs for key in _held(model, run)}
+def _updates_in(model: Model, runs: list[Invocation]) -> _AverageUpdates:
+    normalised_keys = {key for run in runs for key in _normalised_with(model, run)}
     assigned = [(key, run.always(node)) for run in runs for key, node in _assigned(run)]
-    return _Trained(
-        frozenset(still), frozenset(key for key, _ in assigned), frozenset(key for key, always in assigned if always)
+    return _AverageUpdates(
+        frozenset(normalised_keys),
+        frozenset(key for key, _ in assigned),
+        frozenset(key for key, always in assigned if always),
     )
 
 
 def _assigned(run: Invocation) -> Iterator[tuple[str, str]]:
-    """The variables that a run assigns, and the nodes that do."""
+    """Yield the variables that a run assigns, and the nodes that assign them."""
     for name in run.needed:
         node = run.graph.nodes[name]
         if node.op.startswith(ASSIGNING) and node.inputs:
-            found = run.origin(node.inputs[0])
-            if isinstance(found, VariableKey):
-                yield found.key, name
+            source = run.origin(node.inputs[0])
+            if isinstance(source, VariableKey):
+                yield source.key, name
 
 
-def _held(model: Model, run: Invocation) -> Iterator[str]:
-    """The moving averages that a run normalises with."""
-    for site in model.analysis(_by_graph).get(run.graph.name, ()):
+def _normalised_with(model: Model, run: Invocation) -> Iterator[str]:
+    """Yield the keys of the moving averages that a run normalises with."""
+    for site in model.analysis(_sites_by_graph).get(run.graph.name, ()):
         if site.node in run.needed and site.inference and not site.reason and _infers(run, site):
             for keys in _bound(run, site):
                 yield from (key for key in (keys[index] for index in AVERAGES) if key is not None)
 
 
 def _infers(run: Invocation, site: Site) -> bool:
-    """Return whether a site may normalise with the moving statistics in a run."""
+    """Return true if a site may normalise with the moving statistics in a run."""
     return site.mode == "inference" or any(run.assumed.passes(edge) for edge in site.parameters.get(MEAN, ()))
 
 
 def _bound(run: Invocation, site: Site) -> Iterator[tuple[str | None, ...]]:
-    """The variables that a site has in a run, of those that it has in all."""
+    """Yield the variables that a site may have in a run, of all that it has in any run."""
     for keys in site.variables:
         edges = (site.inputs[role][0] for role in ROLES if role in site.inputs)
-        given = [run.origin(run.graph.nodes[e.node].inputs[e.position]) for e in edges]
-        known = {o.key for o in given if isinstance(o, VariableKey)}
-        if known <= set(keys):
+        sources = [run.origin(run.graph.nodes[e.node].inputs[e.position]) for e in edges]
+        keys_in_run = {o.key for o in sources if isinstance(o, VariableKey)}
+        if keys_in_run <= set(keys):
             yield keys
 
 
-def _by_graph(model: Model) -> dict[str, list[Site]]:
-    """The sites of each graph."""
-    found: dict[str, list[Site]] = {}
+def _sites_by_graph(model: Model) -> dict[str, list[Site]]:
+    """Return the sites of each graph."""
+    by_graph: dict[str, list[Site]] = {}
     for site in model.analysis(sites):
-        found.setdefault(site.graph, []).append(site)
-    return found
+        by_graph.setdefault(site.graph, []).append(site)
+    return by_graph

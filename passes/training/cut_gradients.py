@@ -1,4 +1,4 @@
-"""Let training functions be differentiated that hold ops which have no gradient.
+"""Stopped gradients at ops that have none, so that training functions can be differentiated.
 
 A loaded function is differentiated with respect to all its inputs, and from all its float outputs. Data augmentation
 in the graph (Keras' RandomContrast, say), or a detector's non-maximum suppression, then raises ``LookupError: No
@@ -25,21 +25,21 @@ from rewriter.liveness import Assumption
 LOOPS = ("While", "StatelessWhile")
 FLOATS = ("half", "float16", "bfloat16", "float32", "float64")
 PASSING = (*FLOATS, "complex64", "complex128", "resource", "variant")
-"""Dtypes that TensorFlow passes gradients through: numbers, and what holds lists of them."""
+"""Dtypes that TensorFlow passes gradients through: numbers, and handles that hold lists of numbers."""
 
 
 @dataclass(frozen=True)
 class CutGradients:
     """Stop the gradient after ops that have none.
 
-    Where no trainable variable precedes such an op, no variable's gradient is affected. Where some do, they get none
-    by way of it, as nothing could give them one; the rest of the function can be differentiated.
+    Where no trainable variable precedes such an op, no variable's gradient is affected. Where some do, they get no
+    gradient through the op, as nothing could give them one. The rest of the function can be differentiated.
     """
 
     name: ClassVar[str] = "cut-gradients"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Stops in the training functions and in what they call, and a note that names the ops."""
+        """Stop gradients in the training functions and in what they call, and yield a note that names the ops."""
         calls = model.analysis(call_graph)
         trained = _trained(model, calls)
         tainted = _trainable(model, calls, set(trained))
@@ -66,7 +66,7 @@ class CutGradients:
 
 
 def _trained(model: Model, calls: CallGraph) -> Mapping[str, frozenset[str]]:
-    """The graphs that run in training, and the nodes of each that do."""
+    """Return the graphs that run in training, and the nodes of each that run."""
     if "train" in model.main_signatures:
         fetches = model.main_signatures["train"].fetches
         needed = Assumption(model, model.graphs[MAIN], {}).needed(v.node for v in fetches)
@@ -77,20 +77,20 @@ def _trained(model: Model, calls: CallGraph) -> Mapping[str, frozenset[str]]:
 
 
 def _passing(model: Model, graph: Graph, nodes: frozenset[str]) -> set[str]:
-    """Of some nodes of a graph, those that a gradient of what it returns may reach."""
+    """Return those of some nodes of a graph that a gradient of the graph's results may reach."""
     fetched = [s.fetches for s in model.main_signatures.values()] if graph.name == MAIN else []
     waiting = [*(r.value for r in graph.results), *(v for values in fetched for v in values)]
-    found: set[str] = set()
+    passing: set[str] = set()
     while waiting:
         value = waiting.pop()
-        if value.node in nodes and value.node not in found and op_defs.output_dtype(model, graph, value) in PASSING:
-            found.add(value.node)
+        if value.node in nodes and value.node not in passing and op_defs.output_dtype(model, graph, value) in PASSING:
+            passing.add(value.node)
             waiting += graph.nodes[value.node].inputs
-    return found
+    return passing
 
 
 def _stops(model: Model, graph: Graph, node: Node, users: frozenset[str]) -> Iterator[Edit]:
-    """Rewire every use of a node's float outputs by the graph's results and some of its nodes."""
+    """Stop the gradient at every use of a node's float outputs by the graph's results or by nodes in `users`."""
     stopped = {}
     for port in range(op_defs.output_count(model, node)):
         dtype = op_defs.output_dtype(model, graph, Value(node.name, port))
@@ -102,7 +102,7 @@ def _stops(model: Model, graph: Graph, node: Node, users: frozenset[str]) -> Ite
 
 
 def _lacks_gradient(node: Node) -> bool:
-    """Whether TensorFlow fails to differentiate this op, rather than knowing that it has no gradient."""
+    """Return true if TensorFlow fails to differentiate this op; it passes over ops registered as not differentiable."""
     if node.op == ARG or node.op in ops.CALLS or not node.inputs or op_defs.registered(node.op) is None:
         return False
     try:
@@ -113,7 +113,7 @@ def _lacks_gradient(node: Node) -> bool:
 
 
 def _trainable(model: Model, calls: CallGraph, graphs: set[str]) -> dict[str, set[str]]:
-    """The nodes of each graph that depend on a trainable variable."""
+    """Return the nodes of each graph that depend on a trainable variable."""
     tainted: dict[str, set[str]] = {name: set() for name in graphs}
     if MAIN in graphs:
         tainted[MAIN] |= {v.node for v in model.variables.values() if v.trainable and v.node}

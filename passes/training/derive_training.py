@@ -21,12 +21,12 @@ from passes.batch_norm.entries import (
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.sites import Site, sites
 from passes.quantization.controls import step
-from passes.training.frozen_layers import counted
+from passes.training.frozen_layers import step_counter
 from passes.training.functions import FunctionClones, Switched, derived_sites, switched_sites
 from passes.training.main_graph import MainGraphTraining
-from passes.training.notes import derived, frozen, unfrozen
+from passes.training.notes import derived_notes, frozen_notes, unfrozen_notes
 from passes.training.options import Trained, TrainingOptions, TrainingRule
-from passes.training.outputs import InnerOutputs, inner_tensor, output_names, refuse_taken
+from passes.training.outputs import InnerOutputs, inner_tensor, output_names, refuse_used_names
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Note, Run
 from rewriter.ir import Endpoint, Entry, Error, Model, VariablesOf
 
@@ -40,12 +40,12 @@ class DeriveTraining:
     keep the moving averages; dropout and regularisers cannot be recovered. Every call counts one step.
 
     Attributes:
-        momentum: of derived moving averages where no training site says it; None stands for that of the others, or
-            0.99, assumed.
-        train_batch_norm: which batch norms train: "as-source", those that the source does not say are frozen; "all";
+        momentum: the momentum of derived moving averages where no training site says it; None stands for that of
+            the other batch norms, or else for 0.99.
+        train_batch_norm: the batch norms that train: "as-source", all that the source does not leave frozen; "all";
             or "none".
         rules: other options for some layers.
-        outputs: by name, the nodes whose values `train` returns besides; then it returns a dict.
+        outputs: further outputs of `train`, as name -> node; with them, `train` returns a dict.
 
     Raises:
         Error: an option is out of range.
@@ -65,7 +65,7 @@ class DeriveTraining:
         return TrainingOptions(self.momentum, self.train_batch_norm, self.rules)
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Nothing where there is no batch norm to train, or where the model has its training function already.
+        """Derive and expose training, unless there is no batch norm to train or the model has its training already.
 
         Raises:
             Error: no function serves, or one that serves cannot be trained; the message says why.
@@ -100,49 +100,49 @@ class DeriveTraining:
     def _from_trace(
         self, model: Model, trace: Entry, likes: Mapping[str, Entry], outputs: InnerOutputs
     ) -> Iterator[Edit]:
-        """The source's training function, with its inputs and outputs in the order of serving's."""
+        """Clone the source's training function, with its inputs and outputs in the order of serving's."""
         options, serving = self._options(), likes[TRAIN]
-        found = switched_sites(model, trace.function, options)
-        own = "serving function, which chooses its mode itself" if trace is serving else "training trace"
-        yield Note(f"train is the source's {own}, {trace.function}")
-        if trace is serving and found.trained:
+        switched = switched_sites(model, trace.function, options)
+        source_kind = "serving function, which chooses its mode itself" if trace is serving else "training trace"
+        yield Note(f"train is the source's {source_kind}, {trace.function}")
+        if trace is serving and switched.trained:
             raise Error(
-                f"{found.trained[0].node} cannot be trained: {trace.function} chooses its mode by an argument, and "
+                f"{switched.trained[0].node} cannot be trained: {trace.function} chooses its mode by an argument, and "
                 "runs it in inference mode in both; leave --train-batch-norm away"
             )
-        yield from unfrozen(model, found.trained, options)
-        left = computed(model, serving.function) - computed(model, trace.function, training=True)
-        changed = [_names(model, each) for each in (found.trained, found.frozen)]
-        stays = left - changed[0] | changed[1]
-        yield from frozen(model, sorted(stays), options)
+        yield from unfrozen_notes(model, switched.trained, options)
+        untrained = computed(model, serving.function) - computed(model, trace.function, training=True)
+        changed_names = [_names(model, changed_sites) for changed_sites in (switched.trained, switched.frozen)]
+        frozen_names = untrained - changed_names[0] | changed_names[1]
+        yield from frozen_notes(model, sorted(frozen_names), options)
         tops = {}
         for name, like in likes.items():
             inputs, results = align(model, trace, like) or Alignment((), ())
             tops[name] = Clone(trace.function, name, inputs=inputs, outputs=results)
-        yield from FunctionClones(model, tops, options, found, outputs).edits()
-        yield from (_count(model, name, stays) for name in likes)
+        yield from FunctionClones(model, tops, options, switched, outputs).edits()
+        yield from (_count(model, name, frozen_names) for name in likes)
 
     def _derived(self, model: Model, likes: Mapping[str, Entry], outputs: InnerOutputs) -> Iterator[Edit]:
-        """Serving, with batch norms in training mode."""
+        """Clone serving, with batch norms in training mode."""
         options = self._options()
-        found = derived_sites(model, [like.function for like in likes.values()], options)
+        trained_sites = derived_sites(model, [like.function for like in likes.values()], options)
         tops = {name: Clone(like.function, name) for name, like in likes.items()}
-        clones = FunctionClones(model, tops, options, Switched(found, []), outputs)
+        clones = FunctionClones(model, tops, options, Switched(trained_sites, []), outputs)
         yield from clones.edits()
-        yield from derived(model, clones.trained, clones.left, options)
-        left = computed(model, likes[TRAIN].function) - _names(model, found)
-        yield from frozen(model, sorted(left), options)
-        yield from (_count(model, top, left) for top in tops if top == TRAIN or TRAIN not in clones.names.values())
+        yield from derived_notes(model, clones.trained, clones.untrainable, options)
+        untrained = computed(model, likes[TRAIN].function) - _names(model, trained_sites)
+        yield from frozen_notes(model, sorted(untrained), options)
+        yield from (_count(model, top, untrained) for top in tops if top == TRAIN or TRAIN not in clones.names.values())
 
 
-def _names(model: Model, found: Iterable[Site]) -> frozenset[str]:
-    """The batch norms of sites, by name."""
+def _names(model: Model, named_sites: Iterable[Site]) -> frozenset[str]:
+    """Return the names of the batch norms of sites."""
     layer_of = model.analysis(layers_of_sites)
-    return frozenset(bn.name for s in found for bn in layer_of[s.graph, s.node].batch_norms)
+    return frozenset(bn.name for s in named_sites for bn in layer_of[s.graph, s.node].batch_norms)
 
 
 def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
-    """The entry whose inputs and outputs the signature `train` has; if there is to be none, why."""
+    """Return the entry whose inputs and outputs the signature `train` has; or None, and the reason."""
     signature = serving_signature(model)
     if "train" in model.signatures:
         return None, "the source has a signature 'train' of its own, which is kept; use the function quantization.train"
@@ -162,28 +162,28 @@ def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
 
 
 def _inner_outputs(
-    model: Model, likes: Mapping[str, Entry], trace: Entry | None, wanted: Mapping[str, str]
+    model: Model, likes: Mapping[str, Entry], trace: Entry | None, node_of: Mapping[str, str]
 ) -> InnerOutputs:
-    """Further results of the training functions.
+    """Return the further results of the training functions.
 
     Raises:
-        Error: a node is not known, is not the only one of its name, or cannot be returned; or a name is taken.
+        Error: a node is not known, is not the only one of its name, or cannot be returned; or a name is used already.
     """
     signature = serving_signature(model)
     tensors = {
-        top: [inner_tensor(model, (trace or like).function, *pair) for pair in sorted(wanted.items())]
+        top: [inner_tensor(model, (trace or like).function, *pair) for pair in sorted(node_of.items())]
         for top, like in likes.items()
-        if wanted
+        if node_of
     }
     names = {top: output_names(model, likes[top], signature) for top in tensors}
-    for top, taken in names.items():
-        refuse_taken(tensors[top], taken)
+    for top, used_names in names.items():
+        refuse_used_names(tensors[top], used_names)
     return InnerOutputs(model, tensors, names)
 
 
-def _count(model: Model, graph: str, left: Collection[str]) -> Run:
-    """One more step, after all that the graph does; it says which batch norms are left frozen."""
-    return Run(graph, counted(model, left), "quantization/step", last=True)
+def _count(model: Model, graph: str, frozen_names: Collection[str]) -> Run:
+    """Return the edit that counts one step after all that the graph does, and records the frozen batch norms."""
+    return Run(graph, step_counter(model, frozen_names), "quantization/step", last=True)
 
 
 def _expose(

@@ -20,15 +20,15 @@ from rewriter.ir import Error, Model
 class FreezeStatistics:
     """Let training normalise with the moving statistics, from the step on that `quantization.freeze_step` holds.
 
-    Of the training function there are two then, one branch at its root chooses, and only the chosen one runs: with
-    the batch's statistics, which enter the moving averages; or with the moving statistics as serving has them,
-    quantised if they are there. Everything else in them is the same, dropout and the count of steps included.
+    There are two training functions then, and one branch at the root chooses the one that runs. The first uses the
+    batch's statistics, which enter the moving averages. The second uses the moving statistics as serving has them,
+    quantised if they are there. Everything else is the same, including dropout and the count of steps.
 
     Attributes:
-        freeze_step: the first step of the second phase, the variable's initial value; None: there is no such phase.
+        freeze_step: the first step of the second phase, and the variable's initial value; None for no such phase.
 
     Raises:
-        Error: it is negative or beyond int64.
+        Error: the freeze step is negative or does not fit in an int64.
     """
 
     name: ClassVar[str] = "freeze-statistics"
@@ -40,7 +40,7 @@ class FreezeStatistics:
             raise Error(f"freeze_step {self.freeze_step}: it is a number of steps, 0 or more, that fits in an int64")
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Nothing where no freeze step is wanted, or the model has one already.
+        """Add the second phase; yield nothing where no freeze step is wanted, or the model has one already.
 
         Raises:
             Error: there is no training function whose statistics could be frozen; the message says why.
@@ -69,19 +69,19 @@ class FreezeStatistics:
         for top in tops:
             yield Clone(top, f"{top}_learning")
             yield Dispatch(top, second, names[top], f"{top}_learning")
-        found = [s for s in model.analysis(sites) if s.graph in reached and s.training]
-        _refuse(model, found, reached)
-        for site in found:
+        training_sites = [s for s in model.analysis(sites) if s.graph in reached and s.training]
+        _refuse(model, training_sites, reached)
+        for site in training_sites:
             yield from normalise_with_moving(model, site, names)
 
 
-def _refuse(model: Model, found: Iterable[Site], reached: Iterable[str]) -> None:
+def _refuse(model: Model, training_sites: Iterable[Site], reached: Iterable[str]) -> None:
     """Refuse training whose statistics cannot be frozen.
 
     Raises:
-        Error: it cannot; the message says why.
+        Error: the statistics cannot be frozen; the message says why.
     """
-    for site in found:
+    for site in training_sites:
         if site.mode == "both":
             raise Error(
                 f"statistics of {site.node} cannot be frozen: it chooses its mode while it runs; --freeze-step needs "

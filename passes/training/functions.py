@@ -14,7 +14,7 @@ from passes.frontend.split_modes import bodies
 from passes.training.frozen_layers import frozen_layers
 from passes.training.options import TrainingOptions
 from passes.training.outputs import InnerOutputs
-from passes.training.site_training import Training, averages, own_updates
+from passes.training.site_training import Training, averages, serving_updates
 from rewriter import op_defs
 from rewriter.dataflow import call_graph
 from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
@@ -26,42 +26,42 @@ PREFIX = "__inference_bnqat_"
 
 
 def derived_sites(model: Model, functions: Iterable[str], options: TrainingOptions) -> list[Site]:
-    """The sites in inference mode that functions need, and that are to train in copies of them.
+    """Return the sites in inference mode that functions need, and that are to train in copies of the functions.
 
     Raises:
-        Error: there is none in inference mode; or rules contradict each other.
+        Error: no site is in inference mode; or rules contradict each other.
     """
     reached = set().union(*(model.analysis(call_graph).reached(f) for f in functions))
-    found = [s for s in model.analysis(sites) if s.graph in reached and s.mode == "inference"]
-    if not found:
+    inference_sites = [s for s in model.analysis(sites) if s.graph in reached and s.mode == "inference"]
+    if not inference_sites:
         raise Error(
             "no training function can be derived: serving chooses the mode of its batch norms, and a constant "
             f"chooses inference; without --no-fuse each mode becomes a function{HINT}"
         )
-    return to_train(model, found, options)
+    return sites_to_train(model, inference_sites, options)
 
 
-def to_train(model: Model, found: list[Site], options: TrainingOptions) -> list[Site]:
-    """Of sites in inference mode, those that are to train.
+def sites_to_train(model: Model, inference_sites: list[Site], options: TrainingOptions) -> list[Site]:
+    """Return those of some sites in inference mode that are to train.
 
     Raises:
         Error: rules contradict each other.
     """
-    left = model.analysis(frozen_layers)
+    frozen_names = model.analysis(frozen_layers)
     layer_of = model.analysis(layers_of_sites)
-    wanted = {
-        layer.number: options.trains(model, layer, any(bn.name not in left for bn in layer.batch_norms))
-        for layer in (layer_of[s.graph, s.node] for s in found)
+    trains_by_layer = {
+        layer.number: options.trains(model, layer, any(bn.name not in frozen_names for bn in layer.batch_norms))
+        for layer in (layer_of[s.graph, s.node] for s in inference_sites)
     }
-    return [s for s in found if wanted[layer_of[s.graph, s.node].number]]
+    return [s for s in inference_sites if trains_by_layer[layer_of[s.graph, s.node].number]]
 
 
 class Switched(NamedTuple):
-    """The sites of a function whose mode is another one in training.
+    """The sites of a function whose mode changes in training.
 
     Attributes:
         trained: sites in inference mode that are to train.
-        frozen: sites in training mode that are not to.
+        frozen: sites in training mode that are not to train.
     """
 
     trained: list[Site]
@@ -69,41 +69,41 @@ class Switched(NamedTuple):
 
 
 def switched_sites(model: Model, function: str, options: TrainingOptions) -> Switched:
-    """The sites of a source's training function whose mode is to be another one.
+    """Return the sites of a source's training function whose mode has to change.
 
     Raises:
-        Error: one that is to be left frozen chooses its mode while it runs; or rules contradict each other.
+        Error: a site that is to be left frozen chooses its mode while it runs; or rules contradict each other.
     """
     layer_of = model.analysis(layers_of_sites)
     running = running_from(model, function)
-    found = [s for s in model.analysis(sites) if s.graph in running and not s.reason]
-    training = {layer_of[s.graph, s.node].number for s in found if s.training}
+    running_sites = [s for s in model.analysis(sites) if s.graph in running and not s.reason]
+    training = {layer_of[s.graph, s.node].number for s in running_sites if s.training}
     switched = Switched([], [])
-    for site in found:
+    for site in running_sites:
         layer = layer_of[site.graph, site.node]
         trains = layer.number in training
-        wanted = options.trains(model, layer, trains)
-        if site.training and not wanted:
+        to_be_trained = options.trains(model, layer, trains)
+        if site.training and not to_be_trained:
             if site.mode == "both":
                 raise Error(
                     f"{site.node} cannot be left frozen in train: it chooses its mode while it runs; leave "
                     "--train-batch-norm away, or --no-fuse"
                 )
             switched.frozen.append(site)
-        elif wanted and not trains:
+        elif to_be_trained and not trains:
             switched.trained.append(site)
     return switched
 
 
 class FunctionClones:
-    """Training clones of functions, and of all that they call on the way to what is to be another in training.
+    """Training clones of functions, and of all functions that they call on the way to what changes in training.
 
     Attributes:
         tops: the functions to clone, by the name of the clone; each with the order of its inputs and outputs.
         cloned: the graphs to clone; those that others of them call have a name in `names`.
         trained: sites that are in training mode in the clones.
-        left: those that were to be in training mode, and cannot.
-        frozen: sites that are in inference mode there.
+        untrainable: sites that were to be in training mode, and cannot.
+        frozen: sites that are in inference mode in the clones.
         updating: the graphs that update moving averages, and those that call them.
     """
 
@@ -124,7 +124,7 @@ class FunctionClones:
         self.frozen = frozen
         trainable = [bool(not s.reason and averages(model, s)) for s in trained]
         self.trained = list(compress(trained, trainable))
-        self.left = list(compress(trained, (not each for each in trainable)))
+        self.untrainable = list(compress(trained, (not can_train for can_train in trainable)))
         functions = {top.graph for top in tops.values()}
         reached = set().union(*(self.calls.reached(f) for f in functions))
         changed = {s.graph for s in trained} | set(outputs.graphs)
@@ -139,19 +139,21 @@ class FunctionClones:
                 self.names[top.graph] = name
 
     def edits(self) -> Iterator[Edit]:
-        """Clones, sites in their new mode, updates of moving statistics, and what is returned besides.
+        """Yield the clones, sites in their new mode, updates of moving statistics, and further results.
 
         Raises:
             Error: no site can be trained, or the order of two updates is not known.
         """
-        if self.left and not self.trained:
-            reason = self.left[0].reason or "its moving statistics are read in another function"
-            raise Error(f"no training function can be derived: {self.left[0].node} cannot be trained: {reason}{HINT}")
+        if self.untrainable and not self.trained:
+            reason = self.untrainable[0].reason or "its moving statistics are read in another function"
+            raise Error(
+                f"no training function can be derived: {self.untrainable[0].node} cannot be trained: {reason}{HINT}"
+            )
         clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
         for name, top in self.tops.items():
-            own = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
-            names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own}
-            clones |= {names[body]: Clone(body, names[body], names) for body in own}
+            own_bodies = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
+            names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own_bodies}
+            clones |= {names[body]: Clone(body, names[body], names) for body in own_bodies}
             clones[name] = Clone(top.graph, name, names, top.inputs, top.outputs)
         for name, clone in sorted(clones.items()):
             yield clone
@@ -166,13 +168,13 @@ class FunctionClones:
             if site.graph == graph:
                 yield from training.edits(site)
         source = self.model.graphs[graph]
-        for node in own_updates(source, training.updates, source.nodes) if training.updates else ():
+        for node in serving_updates(source, training.updates, source.nodes) if training.updates else ():
             yield Replace(target, node, Apply("", "NoOp", ()))
         for holder, value in training.updates.items():
             yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
 
     def _freeze(self, graph: str, target: str) -> Iterator[Edit]:
-        """The part of the edits that concerns this clone."""
+        """Put frozen sites into inference mode, as far as the edits concern this clone."""
         names = {**{g: "" for s in self.frozen for g in _graphs_of(s)}, **self.names, graph: target}
         for site in self.frozen:
             if graph in _graphs_of(site):
@@ -181,7 +183,7 @@ class FunctionClones:
                         yield edit
 
     def _order_calls(self, graph: str, target: str) -> Iterator[Edit]:
-        """Calls that update the same variables run one after the other, in the order of the graph."""
+        """Let calls that update the same variables run one after the other, in the order of the graph."""
         nodes = self.model.graphs[graph].nodes
         inline = {a.holder for s in self.trained if s.graph == graph for a in averages(self.model, s).values()}
         last: dict[Value, str] = {}
@@ -203,9 +205,9 @@ class FunctionClones:
 
 
 def _graphs_of(site: Site) -> set[str]:
-    """The graphs that hold a site in training mode: its op, what brings it its statistics, and its updates."""
+    """Return the graphs that hold a site in training mode: its op, the values of its statistics, and its updates."""
     statistics = [e.graph for edges in site.inputs.values() for e in edges]
-    return {site.graph, *statistics, *(g for found in site.assigns.values() for g, _ in found)}
+    return {site.graph, *statistics, *(g for assigns in site.assigns.values() for g, _ in assigns)}
 
 
 def _edited(edit: Edit) -> str:

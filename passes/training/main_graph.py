@@ -11,12 +11,12 @@ from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.sites import STATISTICS, Site, sites
 from passes.batch_norm.updates import updates_of
 from passes.quantization.controls import increment
-from passes.training.frozen_layers import counted
-from passes.training.functions import to_train
-from passes.training.notes import derived, frozen
+from passes.training.frozen_layers import step_counter
+from passes.training.functions import sites_to_train
+from passes.training.notes import derived_notes, frozen_notes
 from passes.training.options import TrainingOptions
-from passes.training.outputs import inner_tensor, refuse_taken
-from passes.training.site_training import Training, averages, own_updates
+from passes.training.outputs import inner_tensor, refuse_used_names
+from passes.training.site_training import Training, averages, serving_updates
 from rewriter import op_defs
 from rewriter.dataflow import REFERENCES, call_graph
 from rewriter.edit import AddSignature, Duplicate, Edit, MainSignature, Note, Replace, Rewire, RunAfter
@@ -28,7 +28,7 @@ from rewriter.shapes import shape_of
 
 PREFIX = "train"
 SHOWN = 4
-"""Nodes that a note names."""
+"""Number of nodes that a note names."""
 COUNT = "quantization/step"
 TRAIN_OP = "train_op"
 """Collection of the op that makes a training step of the source."""
@@ -39,7 +39,7 @@ class MainGraphTraining:
     """The signature `train`: the default signature with batch norms in training mode, their updates and the count.
 
     Where the graph itself chooses its mode by a placeholder, `train` is the graph with that placeholder at the
-    value for which batch norms train; else their mode is changed. Only nodes that this concerns are copied.
+    value for which batch norms train; else their mode is changed. Only the nodes that differ are copied.
     """
 
     model: Model
@@ -52,7 +52,7 @@ class MainGraphTraining:
         self.count = increment(self.model)
 
     def edits(self) -> Iterator[Edit]:
-        """A copy of what differs in training, its updates, and a signature for it; a note where there is none."""
+        """Copy the nodes that differ in training, with updates and a signature; yield a note where there is none."""
         yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
         signature = self._signature()
         if signature is None:
@@ -63,84 +63,84 @@ class MainGraphTraining:
             return
         mode = self._mode(signature)
         running = self._running(signature, mode)
-        own = [s for s in running if trains(s, mode)]
-        changed = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
+        source_trained = [s for s in running if trains(s, mode)]
+        candidates = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
         if self._undecided(running, mode):
             yield Note(
                 "there is no signature 'train': what chooses between training and inference is not a single boolean "
                 "placeholder"
             )
             return
-        if not changed and not own:
+        if not candidates and not source_trained:
             yield Note(
                 f"there is no signature 'train': the batch norms that the signature {signature.name} needs are "
                 "computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
             )
             return
-        if own:
-            self._refuse_freezing(own)
+        if source_trained:
+            self._refuse_freezing(source_trained)
             yield Note(_described(mode))
-        trained = self._to_train(changed, own)
-        kept = {key for s in (*own, *trained) for key in s.variables}
-        left = [
+        trained = self._sites_to_train(candidates, source_trained)
+        trained_keys = {key for s in (*source_trained, *trained) for key in s.variables}
+        frozen_names = [
             bn.name
             for bn in self.model.analysis(batch_norms)
-            if any(not s.variables & kept for s in bn.sites if s in running)
+            if any(not s.variables & trained_keys for s in bn.sites if s in running)
         ]
-        yield from frozen(self.model, left, self.options)
-        self.count = counted(self.model, left)
-        yield from self._copy(signature, mode, trained, own)
+        yield from frozen_notes(self.model, frozen_names, self.options)
+        self.count = step_counter(self.model, frozen_names)
+        yield from self._copy(signature, mode, trained, source_trained)
 
-    def _refuse_freezing(self, own: list[Site]) -> None:
+    def _refuse_freezing(self, source_trained: list[Site]) -> None:
         """Refuse to freeze what the graph itself trains.
 
         Raises:
-            Error: an option says so.
+            Error: an option asks for it.
         """
         layer_of = self.model.analysis(layers_of_sites)
-        for site in own:
+        for site in source_trained:
             if not self.options.trains(self.model, layer_of[site.graph, site.node], source=True):
                 raise Error(
                     f"{site.node} cannot be left frozen: in TensorFlow 1's format train is the source's own graph, "
                     "which trains it; leave --train-batch-norm away"
                 )
 
-    def _to_train(self, found: list[Site], own: list[Site]) -> list[Site]:
-        """Of sites in inference mode, those that train beside those that the graph itself trains, if there are any."""
-        if not own:
-            return to_train(self.model, found, self.options)
+    def _sites_to_train(self, candidates: list[Site], source_trained: list[Site]) -> list[Site]:
+        """Return those of some sites in inference mode that train, beside any sites that the graph itself trains."""
+        if not source_trained:
+            return sites_to_train(self.model, candidates, self.options)
         layer_of = self.model.analysis(layers_of_sites)
-        return [s for s in found if self.options.trains(self.model, layer_of[s.graph, s.node], source=False)]
+        return [s for s in candidates if self.options.trains(self.model, layer_of[s.graph, s.node], source=False)]
 
     @staticmethod
     def _undecided(running: list[Site], mode: Assumption) -> bool:
-        """Whether some batch norm may train or not, as far as the assumption says."""
+        """Return true if the assumption leaves open whether some batch norm trains."""
         training = set().union(*(_keys(s) for s in running if trains(s, mode)))
         others = [s for s in running if not trains(s, mode)]
         return any(s.mode == "both" or training & _keys(s) for s in others)
 
     def _trainable(self, site: Site) -> bool:
-        """Whether its averages can be updated; a reference cannot be read in every round of a loop."""
-        held = averages(self.model, site)
+        """Return true if a site's averages can be updated; a reference cannot be read in every round of a loop."""
+        moving = averages(self.model, site)
         looped = site.node in self.model.analysis_of(self.graph, loop_frames)
-        return bool(held) and not (
-            looped and any(self.graph.nodes[a.holder.node].op in REFERENCES for a in held.values())
+        return bool(moving) and not (
+            looped and any(self.graph.nodes[a.holder.node].op in REFERENCES for a in moving.values())
         )
 
     def _signature(self) -> Signature | None:
-        """The signature to train: the default one if it computes a batch norm, else the first that does."""
-        whole = Assumption(self.model, self.graph, {})
-        found = [s for s in self.model.signatures.values() if self._running(s, whole)]
-        return min(found, key=lambda s: (s.name != "serving_default", s.name), default=None)
+        """Return the signature to train: the default one if it computes a batch norm, else the first that does."""
+        unassumed = Assumption(self.model, self.graph, {})
+        signatures = [s for s in self.model.signatures.values() if self._running(s, unassumed)]
+        return min(signatures, key=lambda s: (s.name != "serving_default", s.name), default=None)
 
     def _running(self, signature: Signature, mode: Assumption) -> list[Site]:
-        """The sites that a signature needs."""
+        """Return the sites that a signature needs."""
         needed = mode.needed(v.node for v in signature.fetches)
         called = mode.called(needed)
         return [s for s in self.sites if (s.node in needed if s.graph == MAIN else s.graph in called)]
 
     def _mode(self, signature: Signature) -> Assumption:
-        """The assumption under which most of a signature's batch norms train; an empty one where none helps."""
+        """Return the assumption under which most of a signature's batch norms train; an empty one where none helps."""
         needed = Assumption(self.model, self.graph, {}).needed(v.node for v in signature.fetches)
         values: dict[Value, bool] = {}
         for name in needed:
@@ -149,19 +149,21 @@ class MainGraphTraining:
                 node.op in ("Placeholder", "PlaceholderWithDefault")
                 and op_defs.get(self.model, node, "dtype") == "bool"
             ):
-                counts = [self._training(signature, {**values, Value(name): value}) for value in (False, True)]
+                counts = [self._training_margin(signature, {**values, Value(name): value}) for value in (False, True)]
                 if counts[0] != counts[1]:
                     values[Value(name)] = counts[1] > counts[0]
         return Assumption(self.model, self.graph, values)
 
-    def _training(self, signature: Signature, values: Mapping[Value, bool]) -> int:
+    def _training_margin(self, signature: Signature, values: Mapping[Value, bool]) -> int:
         assumed = Assumption(self.model, self.graph, values)
         running = self._running(signature, assumed)
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
 
-    def _copy(self, signature: Signature, mode: Assumption, changed: list[Site], own: list[Site]) -> Iterator[Edit]:
-        linked = [r for s in own for g, r in s.runs if g == MAIN and mode.runs(r)]
-        unlinked = self._unlinked(own, mode)
+    def _copy(
+        self, signature: Signature, mode: Assumption, changed: list[Site], source_trained: list[Site]
+    ) -> Iterator[Edit]:
+        linked = [r for s in source_trained for g, r in s.runs if g == MAIN and mode.runs(r)]
+        unlinked = self._unlinked(source_trained, mode)
         if unlinked:
             yield Note(
                 f"{', '.join(unlinked[:SHOWN])} update moving averages with statistics computed apart from the batch "
@@ -169,16 +171,16 @@ class MainGraphTraining:
             )
         runs = tuple(dict.fromkeys([*linked, *unlinked]))
         inner = [inner_tensor(self.model, MAIN, *pair) for pair in sorted(self.outputs.items())]
-        refuse_taken(inner, signature.outputs)
+        refuse_used_names(inner, signature.outputs)
         fetched_values = [*signature.fetches, *(tensor.value for tensor in inner)]
         needed = mode.needed([*(v.node for v in fetched_values), *runs])
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
         edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
-        held = {average.holder for s in changed for average in averages(self.model, s).values()}
-        served = list(own_updates(self.graph, held, needed))
-        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *served]
-        copied = _Copied(self.graph, mode, needed, differing, frame_of)
+        holders = {average.holder for s in changed for average in averages(self.model, s).values()}
+        serving_assigns = list(serving_updates(self.graph, holders, needed))
+        differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *serving_assigns]
+        copied = _TrainingCopy(self.graph, mode, needed, differing, frame_of)
         prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
         yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
 
@@ -189,9 +191,9 @@ class MainGraphTraining:
             for position, used in enumerate(self.graph.nodes[node_name].inputs):
                 placeholder = copied.resolved(used)
                 if placeholder in mode.values:
-                    known = constant(mode.values[placeholder], "bool")
-                    yield Rewire(Edge(MAIN, name(node_name), position), known, prefix)
-        yield from (Replace(MAIN, name(node), Apply("", "NoOp", ())) for node in served)
+                    mode_value = constant(mode.values[placeholder], "bool")
+                    yield Rewire(Edge(MAIN, name(node_name), position), mode_value, prefix)
+        yield from (Replace(MAIN, name(node), Apply("", "NoOp", ())) for node in serving_assigns)
         training = Training(self.model, MAIN, name, self.options, copied.resolved)
         for site in changed:
             yield from training.edits(site)
@@ -218,18 +220,20 @@ class MainGraphTraining:
             names = ", ".join(spec.name for spec, _ in feeds)
             yield Note(f"the signature train also takes {names}, which its updates of the moving averages need")
         yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added, feeds))
-        if not own:
-            yield from derived(self.model, changed, [], self.options)
+        if not source_trained:
+            yield from derived_notes(self.model, changed, [], self.options)
 
-    def _unlinked(self, own: list[Site], mode: Assumption) -> list[str]:
-        """The nodes that update averages of sites otherwise than with the statistics of these, as known so far."""
-        norms = [bn for bn in self.model.analysis(batch_norms) if any(s in own and not s.runs for s in bn.sites)]
+    def _unlinked(self, source_trained: list[Site], mode: Assumption) -> list[str]:
+        """Return the nodes that update averages of sites with statistics not known to be those of the sites."""
+        norms = [
+            bn for bn in self.model.analysis(batch_norms) if any(s in source_trained and not s.runs for s in bn.sites)
+        ]
         keys = {bn.variables[role] for bn in norms for role in STATISTICS if role in bn.variables}
-        found = (self._outermost(*update) for key in sorted(keys) for update in updates_of(self.model, key))
-        return [node for node in dict.fromkeys(found) if mode.runs(node)]
+        update_nodes = (self._outermost(*update) for key in sorted(keys) for update in updates_of(self.model, key))
+        return [node for node in dict.fromkeys(update_nodes) if mode.runs(node)]
 
     def _outermost(self, graph: str, node: str) -> str:
-        """The node of the main graph by which a node of a function runs."""
+        """Return the node of the main graph by which a node of a function runs."""
         callers = self.model.analysis(call_graph).callers
         while graph != MAIN:
             graph, node, *_ = callers[graph][0]
@@ -238,19 +242,19 @@ class MainGraphTraining:
     def _further_inputs(
         self, signature: Signature, mode: Assumption, needed: Iterable[str]
     ) -> Iterator[tuple[Spec, Value]]:
-        """The placeholders that training needs and the signature does not feed, as a momentum may be one."""
-        given = {v.node for v in (*signature.feeds, *mode.values)}
+        """Yield the placeholders that training needs and the signature does not feed; a momentum may be one."""
+        fed = {v.node for v in (*signature.feeds, *mode.values)}
         names = set(signature.inputs)
         for node in needed:
-            if self.graph.nodes[node].op == "Placeholder" and node not in given:
+            if self.graph.nodes[node].op == "Placeholder" and node not in fed:
                 value = Value(node)
                 name = unused(re.sub(r"\W", "_", node), names)
                 names.add(name)
                 dtype = op_defs.output_dtype(self.model, self.graph, value)
                 yield Spec(name, dtype, shape_of(self.model, self.graph, value)), value
 
-    def _rounds(self, inside: str, copied: _Copied) -> list[str]:
-        """The ends of the rounds of the loop that a node lies in."""
+    def _rounds(self, inside: str, copied: _TrainingCopy) -> list[str]:
+        """Return the ends of the rounds of the loop that a node lies in."""
         frame_of = copied.frame_of
         if inside not in frame_of:
             return []
@@ -258,19 +262,19 @@ class MainGraphTraining:
         return [n for n in ends if frame_of[n] == frame_of[inside]]
 
     def _assign(self, name: Callable[[str], str], holder: Value, value: Expr) -> Expr:
-        held = Value(name(holder.node), holder.port)
+        variable = Value(name(holder.node), holder.port)
         if self.graph.nodes[holder.node].op in REFERENCES:
-            return op("Assign", Use(value.dtype, held), value)
-        return op("AssignVariableOp", Use("resource", held), value)
+            return op("Assign", Use(value.dtype, variable), value)
+        return op("AssignVariableOp", Use("resource", variable), value)
 
 
 def _keys(site: Site) -> set[str]:
-    """The variables of a site."""
+    """Return the keys of the variables of a site."""
     return {key for keys in site.variables for key in keys if key is not None}
 
 
 def trains(site: Site, mode: Assumption) -> bool:
-    """Whether a site normalises with the batch's statistics under an assumption."""
+    """Return true if a site normalises with the batch's statistics under an assumption."""
     if site.mode != "both":
         return site.mode == "training"
     return not any(mode.passes(edge) for edge in site.parameters.get("moving_mean", ()))
@@ -284,12 +288,12 @@ def _described(mode: Assumption) -> str:
 
 
 @dataclass
-class _Copied:
-    """Which nodes differ in training: sites whose mode changes, what needs a placeholder that has a value, and so on.
+class _TrainingCopy:
+    """The nodes that differ in training: sites whose mode changes, placeholders with a known value, and what follows.
 
     Attributes:
         names: the nodes to copy.
-        instead: what stands for an output of a node that only chooses.
+        instead: an output of a node that only chooses -> the value that it chooses.
     """
 
     graph: Graph
@@ -313,18 +317,18 @@ class _Copied:
         for name, frame in self.frame_of.items():
             loops.setdefault(frame[0], []).append(name)
         waiting = [*self.changed, *(v.node for v in (*self.mode.values, *self.instead))]
-        found = set(self.changed)
+        differing = set(self.changed)
         while waiting:
             for user in users.get(waiting.pop(), ()):
                 for name in loops.get(self.frame_of.get(user, ("",))[0], (user,)):
-                    if name not in found:
-                        found.add(name)
+                    if name not in differing:
+                        differing.add(name)
                         waiting.append(name)
         choosing = {v.node for v in self.instead}
-        self.names = tuple(n for n in self.graph.nodes if n in found and n in self.needed and n not in choosing)
+        self.names = tuple(n for n in self.graph.nodes if n in differing and n in self.needed and n not in choosing)
 
     def resolved(self, value: Value) -> Value:
-        """What a value is, where choices are known."""
+        """Return the value that a value stands for, where choices are known."""
         while value in self.instead:
             value = self.instead[value]
         return value

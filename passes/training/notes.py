@@ -13,20 +13,24 @@ from rewriter.edit import Note
 from rewriter.ir import Model
 
 SHOWN = 3
+"""Number of names that a note lists."""
 
 
-def derived(model: Model, trained: Sequence[Site], left: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:
-    """Notes on training that was derived from serving; sites in `left` could not be put into training mode."""
+def derived_notes(
+    model: Model, trained: Sequence[Site], untrainable: Sequence[Site], options: TrainingOptions
+) -> Iterator[Note]:
+    """Yield notes on training that is derived from serving; sites in `untrainable` stay in inference mode."""
     text = "train is derived from serving: dropout and regularisers of the original are absent"
     layer_of = model.analysis(layers_of_sites)
     layers = {layer_of[s.graph, s.node].number: layer_of[s.graph, s.node] for s in trained}
     unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
-    if any(options.chosen(model, layer) == "as-source" for layer in unsaid):
+    if any(options.train_batch_norm_of(model, layer) == "as-source" for layer in unsaid):
         text += "; that batch norms train is assumed (--train-batch-norm says otherwise)"
     yield Note(text + _assumed(model, trained, options))
-    if left:
+    if untrainable:
         yield Note(
-            f"{len(left)} sites stay in inference mode in train, as another function reads their moving statistics"
+            f"{len(untrainable)} sites stay in inference mode in train, "
+            "as another function reads their moving statistics"
         )
     if any(len(factors(model, s)) > 1 for s in trained):
         yield Note("a function is shared by batch norms of different momentum; train uses that of the first")
@@ -39,18 +43,18 @@ def derived(model: Model, trained: Sequence[Site], left: Sequence[Site], options
         yield Note(f"the momentum given for {_listed(_names(model, ruled))} has no influence: the source's own is used")
 
 
-def unfrozen(model: Model, trained: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:
-    """Notes on sites that train beside those of the source's training function; there may be none."""
-    given = options.momentum is not None or any(rule.momentum is not None for rule in options.rules)
+def unfrozen_notes(model: Model, trained: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:
+    """Yield notes on sites that train beside those of the source's training function; there may be none."""
+    momentum_given = options.momentum is not None or any(rule.momentum is not None for rule in options.rules)
     if trained:
         names = _listed(_names(model, trained))
         yield Note(f"train also trains what the source leaves frozen: {names}{_assumed(model, trained, options)}")
-    elif given:
+    elif momentum_given:
         yield Note("the momentum given has no influence: the training trace has its own")
 
 
 def _assumed(model: Model, trained: Sequence[Site], options: TrainingOptions) -> str:
-    """The momentum that is assumed for sites; empty where none is."""
+    """Return the text on the momentum that is assumed for sites; "" where none is assumed."""
     momenta = [(site, options.momentum_of(model, site)) for site in trained]
     assumed = [(site, f"{m.value:.6g}") for site, m in momenta if m.whose == "assumed"]
     if not assumed:
@@ -62,15 +66,15 @@ def _assumed(model: Model, trained: Sequence[Site], options: TrainingOptions) ->
     return f"; momentum {value}{why} is assumed{which} (--momentum sets it)"
 
 
-def frozen(model: Model, left: Collection[str], options: TrainingOptions) -> Iterator[Note]:
-    """Notes on the batch norms, by name, that stay frozen in training."""
-    source = model.analysis(frozen_layers)
+def frozen_notes(model: Model, frozen_names: Collection[str], options: TrainingOptions) -> Iterator[Note]:
+    """Yield notes on the batch norms, by name, that stay frozen in training."""
+    frozen_by_source = model.analysis(frozen_layers)
     reasons: dict[str, list[str]] = {}
     layer_of = {bn.name: layer for layer in model.analysis(layers_of_sites).values() for bn in layer.batch_norms}
-    for name in left:
+    for name in frozen_names:
         layer = layer_of[name]
-        if name in source and options.chosen(model, layer) == "as-source":
-            why = f"as {source[name]}; --train-batch-norm all trains them"
+        if name in frozen_by_source and options.train_batch_norm_of(model, layer) == "as-source":
+            why = f"as {frozen_by_source[name]}; --train-batch-norm all trains them"
         elif any(rule.train_batch_norm is not None for rule in options.matching(model, layer)):
             why = "as a rule says"
         else:
@@ -87,6 +91,6 @@ def _names(model: Model, sites: Collection[Site]) -> list[str]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """As "a, b, c and 4 more"."""
+    """Return names as "a, b, c and 4 more"."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more

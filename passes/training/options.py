@@ -13,7 +13,7 @@ from passes.batch_norm.sites import Site
 from rewriter.ir import Error, Model
 
 MOMENTUM = "_bnqat_momentum"
-"""Attribute of a site that training was derived for: whose its momentum is, "source", "given" or "assumed"."""
+"""Attribute of a site that training was derived for: the source of its momentum, "source", "given" or "assumed"."""
 
 Trained = Literal["as-source", "all", "none"]
 """The batch norms that train: those that the source trains, all, or none."""
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Momentum(NamedTuple):
-    """A momentum, and whose it is: the source's, given, or assumed."""
+    """A momentum, and who set it: the model's source, the user, or nobody, so that it is assumed."""
 
     value: float
     whose: Literal["source", "given", "assumed"]
@@ -35,7 +35,7 @@ class Momentum(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingRule(Match):
-    """Other options of training for some layers; None is as elsewhere.
+    """Training options for some layers; None stands for the option of all other layers.
 
     Raises:
         Error: an option is out of range.
@@ -51,10 +51,10 @@ class TrainingRule(Match):
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of training for all layers, and rules for some, of which the last that matches counts.
+    """Training options for all layers, and rules for some, of which the last that matches counts.
 
     Attributes:
-        momentum: of moving averages where no training site of the source says it.
+        momentum: the momentum of moving averages where no training site of the source says it.
 
     Raises:
         Error: an option is out of range.
@@ -68,10 +68,10 @@ class TrainingOptions:
         _check(self.momentum, self.train_batch_norm)
 
     def refuse_unmatched(self, model: Model) -> None:
-        """Refuse a rule that is about no layer.
+        """Refuse a rule that matches no layer.
 
         Raises:
-            Error: there is one.
+            Error: there is such a rule.
         """
         rule = unmatched(model, self.rules, model.analysis(layers))
         if rule is not None:
@@ -79,16 +79,16 @@ class TrainingOptions:
             raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")
 
     def trains(self, model: Model, layer: Layer, source: bool) -> bool:
-        """Return whether a layer is to train, where the source trains it or not.
+        """Return true if a layer is to train; `source` is true if the source trains it.
 
         Raises:
             Error: rules say different things of batch norms that share a function.
         """
-        option = self.chosen(model, layer)
+        option = self.train_batch_norm_of(model, layer)
         return source if option == "as-source" else option == "all"
 
-    def chosen(self, model: Model, layer: Layer) -> Trained:
-        """The option `train_batch_norm` of a layer.
+    def train_batch_norm_of(self, model: Model, layer: Layer) -> Trained:
+        """Return the option `train_batch_norm` of a layer.
 
         Raises:
             Error: rules say different things of batch norms that share a function.
@@ -96,22 +96,22 @@ class TrainingOptions:
         options = [(rule, rule.train_batch_norm) for rule in self.rules if rule.train_batch_norm is not None]
         return _last(model, layer, options, "train_batch_norm") or self.train_batch_norm
 
-    def given(self, model: Model, layer: Layer) -> float | None:
-        """The momentum that is given for a layer; None where none is.
+    def given_momentum(self, model: Model, layer: Layer) -> float | None:
+        """Return the momentum that the user gives for a layer; None where none is given.
 
         Raises:
             Error: rules say different things of batch norms that share a function.
         """
         options = [(rule, rule.momentum) for rule in self.rules if rule.momentum is not None]
-        found = _last(model, layer, options, "momentum")
-        return self.momentum if found is None else found
+        by_rule = _last(model, layer, options, "momentum")
+        return self.momentum if by_rule is None else by_rule
 
     def matching(self, model: Model, layer: Layer) -> list[TrainingRule]:
-        """The rules that are about a layer."""
+        """Return the rules that match a layer."""
         return [rule for rule in self.rules if any(rule.matches(model, bn) for bn in layer.batch_norms)]
 
     def momentum_of(self, model: Model, site: Site) -> Momentum:
-        """The momentum with which a site's moving averages are derived.
+        """Return the momentum with which a site's moving averages are derived.
 
         It is that of the batch norm's own training sites, else the given one, else the one that the training sites of
         all other batch norms agree on, else 0.99.
@@ -119,21 +119,21 @@ class TrainingOptions:
         Raises:
             Error: rules say different things of batch norms that share a function.
         """
-        own = factors(model, site)
-        if own:
-            return Momentum(1 - own[0], "source")
-        given = self.given(model, model.analysis(layers_of_sites)[site.graph, site.node])
-        if given is not None:
-            return Momentum(given, "given")
-        others = {bn.factor for bn in model.analysis(batch_norms)} - {None}
-        common = next((f for f in others if f is not None and len(others) == 1), 1 - DEFAULT_MOMENTUM)
+        source_factors = factors(model, site)
+        if source_factors:
+            return Momentum(1 - source_factors[0], "source")
+        momentum = self.given_momentum(model, model.analysis(layers_of_sites)[site.graph, site.node])
+        if momentum is not None:
+            return Momentum(momentum, "given")
+        other_factors = {bn.factor for bn in model.analysis(batch_norms)} - {None}
+        common = next((f for f in other_factors if f is not None and len(other_factors) == 1), 1 - DEFAULT_MOMENTUM)
         return Momentum(1 - common, "assumed")
 
 
 def factors(model: Model, site: Site) -> list[float]:
-    """The weights of a batch's statistics that the model's training sites give the batch norms of a site."""
-    found = [bn.factor for bn in model.analysis(batch_norms) if site in bn.sites]
-    return list(dict.fromkeys(f for f in found if f is not None))
+    """Return the weights of a batch's statistics that the model's training sites give the batch norms of a site."""
+    all_factors = [bn.factor for bn in model.analysis(batch_norms) if site in bn.sites]
+    return list(dict.fromkeys(f for f in all_factors if f is not None))
 
 
 def _check(momentum: float | None, trained: str | None) -> None:
@@ -144,10 +144,10 @@ def _check(momentum: float | None, trained: str | None) -> None:
 
 
 def _last(model: Model, layer: Layer, options: Iterable[tuple[Match, T]], name: str) -> T | None:
-    """The option of the last rule that matches a layer; None where none matches."""
-    found: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
+    """Return the option of the last rule that matches a layer; None where none matches."""
+    option_of: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
     for rule, value in options:
-        found |= {bn.name: value for bn in layer.batch_norms if rule.matches(model, bn)}
-    if len(set(found.values())) > 1:
-        raise Error(f"{', '.join(found)} share a function, so rules must give them the same {name}")
-    return next(iter(found.values()))
+        option_of |= {bn.name: value for bn in layer.batch_norms if rule.matches(model, bn)}
+    if len(set(option_of.values())) > 1:
+        raise Error(f"{', '.join(option_of)} share a function, so rules must give them the same {name}")
+    return next(iter(option_of.values()))

@@ -1,4 +1,4 @@
-"""Inner tensors that a training function returns besides: which they are, and how they get out of what it calls."""
+"""Inner tensors that a training function also returns, passed up through the functions that it calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
 from rewriter.shapes import shape_of
 
 RESULT = "inner_tensor"
-"""Names of further results of functions."""
+"""Name of further results of functions."""
 
 NOT_TENSORS = ("resource", "variant")
 
@@ -28,7 +28,7 @@ class InnerTensor(NamedTuple):
 
     Attributes:
         spec: the name under which it is returned, its dtype and shape.
-        calls: the calls that lead from the function to the tensor's graph; none where it is the function's own.
+        calls: the calls that lead from the function to the tensor's graph; none if the tensor is the function's own.
         graph: the tensor's graph.
         value: the tensor.
     """
@@ -40,10 +40,10 @@ class InnerTensor(NamedTuple):
 
 
 def inner_tensor(model: Model, top: str, name: str, node: str) -> InnerTensor:
-    """The tensor that the function `top` is to return as `name`.
+    """Return the tensor that the function `top` is to return as `name`.
 
-    The text `node` is a node's name, with the function's before it if need be, and the output's number behind it if it
-    is not the first: ``boxes``, ``boxes:1``, ``__inference_heads_12:boxes``.
+    The text `node` is a node's name. The function's name may stand before it, and the output's number behind it:
+    ``boxes``, ``boxes:1``, ``__inference_heads_12:boxes``.
 
     Raises:
         Error: there is no such node, there are several, or it cannot be returned.
@@ -51,7 +51,7 @@ def inner_tensor(model: Model, top: str, name: str, node: str) -> InnerTensor:
     option = f"the training output {name} = {node}"
     if not re.fullmatch(r"[A-Za-z_]\w*", name):
         raise Error(f"{option}: a name consists of letters, digits and underscores")
-    graph, value = _found(model, top, node, option)
+    graph, value = _named_value(model, top, node, option)
     calls = _calls(model, top, graph.name, option)
     if value.port >= op_defs.output_count(model, graph.nodes[value.node]):
         raise Error(f"{option}: {value.node} has {op_defs.output_count(model, graph.nodes[value.node])} outputs")
@@ -63,8 +63,8 @@ def inner_tensor(model: Model, top: str, name: str, node: str) -> InnerTensor:
     return InnerTensor(Spec(name, dtype, shape_of(model, graph, value)), calls, graph.name, value)
 
 
-def _found(model: Model, top: str, text: str, option: str) -> tuple[Graph, Value]:
-    """The graph and the value that a text means."""
+def _named_value(model: Model, top: str, text: str, option: str) -> tuple[Graph, Value]:
+    """Return the graph and the value that a text names."""
     match = re.fullmatch(r"([^:]+)(?::(\d+))?", text)
     qualified = None if match else re.fullmatch(r"([^:]+):([^:]+)(?::(\d+))?", text)
     if match is None and qualified is None:
@@ -80,18 +80,18 @@ def _found(model: Model, top: str, text: str, option: str) -> tuple[Graph, Value
         listed = ", ".join(f"{place}:{node}" for place in places)
         raise Error(f"{option}: there are several nodes of this name; write one of {listed}")
     if not places:
-        known = [n for g in searched or sorted(reached) for n in model.graphs[g].nodes]
-        close = difflib.get_close_matches(node, known, n=3)
+        node_names = [n for g in searched or sorted(reached) for n in model.graphs[g].nodes]
+        close = difflib.get_close_matches(node, node_names, n=3)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise Error(f"{option}: {top or 'the main graph'} and what it calls hold no node {node}{hint}")
     return model.graphs[places[0]], value
 
 
 def _calls(model: Model, top: str, graph: str, option: str) -> tuple[Call, ...]:
-    """The calls that lead from a function to a graph, of which there must be one chain."""
+    """Return the calls that lead from a function to a graph, which have to be a single chain."""
     calls = model.analysis(call_graph)
     reached = calls.reached(top)
-    found: list[Call] = []
+    chain: list[Call] = []
     while graph != top:
         callers = [c for c in calls.callers.get(graph, []) if c.graph in reached]
         if len(callers) > 1:
@@ -101,16 +101,16 @@ def _calls(model: Model, top: str, graph: str, option: str) -> tuple[Call, ...]:
         node = model.graphs[call.graph].nodes[call.node]
         if call.graph == MAIN or len(ops.callees(model, node)) > 1 or ops.call_form_of(model, node).carried:
             raise Error(f"{option}: the node lies in a branch, a loop or a function of the main graph ({call.node})")
-        found.append(call)
+        chain.append(call)
         graph = call.graph
-    return tuple(reversed(found))
+    return tuple(reversed(chain))
 
 
-def refuse_taken(tensors: Sequence[InnerTensor], names: Sequence[str]) -> None:
+def refuse_used_names(tensors: Sequence[InnerTensor], names: Sequence[str]) -> None:
     """Refuse an inner tensor under the name of an output.
 
     Raises:
-        Error: there is one.
+        Error: there is such a tensor.
     """
     for tensor in tensors:
         if tensor.spec.name in names:
@@ -118,9 +118,9 @@ def refuse_taken(tensors: Sequence[InnerTensor], names: Sequence[str]) -> None:
 
 
 def output_names(model: Model, like: Entry, signature: Signature | None) -> tuple[str, ...]:
-    """The keys under which a function that is to return a dict gives its outputs.
+    """Return the keys of the outputs of a function that is to return a dict.
 
-    They are those of the dict that it returns already, else the names that the signature has for them, else
+    They are the keys of the dict that it returns already, else the names that the signature has for the outputs, else
     ``output_0`` and so on.
     """
     if like.keys:
@@ -135,11 +135,11 @@ def output_names(model: Model, like: Entry, signature: Signature | None) -> tupl
 
 @dataclass
 class InnerOutputs:
-    """Further results of training functions, by the name of each.
+    """Further results of training functions.
 
     Attributes:
-        tensors: by the name of the training function.
-        names: the keys of its other outputs.
+        tensors: the tensors to return, by the name of the training function.
+        names: the keys of the other outputs, by the name of the training function.
     """
 
     model: Model
@@ -155,7 +155,7 @@ class InnerOutputs:
         return frozenset(tensor.graph for tensors in self.tensors.values() for tensor in tensors)
 
     def all_of(self, top: str, like: Entry) -> tuple[Spec, ...]:
-        """All outputs of a training function by their keys, where it returns more than `like`; else none."""
+        """Return all outputs of a training function by their keys; nothing if it returns no more than `like`."""
         added = [tensor.spec for tensor in self.tensors.get(top, ())]
         if not added:
             return ()
@@ -163,16 +163,16 @@ class InnerOutputs:
         return tuple(sorted([*specs, *added]))
 
     def _order(self, top: str) -> tuple[int, ...]:
-        """The order of all outputs by their keys, as a function returns the tensors of a dict."""
+        """Return the order of all outputs by their keys, in which a function returns the tensors of a dict."""
         keys = [*self.names[top], *(tensor.spec.name for tensor in self.tensors[top])]
         return tuple(sorted(range(len(keys)), key=keys.__getitem__))
 
     def edits(self, clones: Mapping[str, Clone], names: Mapping[str, str]) -> Iterator[Edit]:
-        """Further results of the training functions and of all that they call on the way to the tensors.
+        """Add results to the training functions and to all functions that they call on the way to the tensors.
 
         Args:
             clones: the copies that are being made, by name.
-            names: of these, those that others call, by the function that is copied.
+            names: the names of the copies that other copies call, by the function that is copied.
         """
         results: dict[str, dict[Value, str]] = {}
         for top, tensors in self.tensors.items():
@@ -190,7 +190,7 @@ class InnerOutputs:
     def _value_in_top(
         self, tensor: InnerTensor, results: dict[str, dict[Value, str]], names: Mapping[str, str]
     ) -> Value:
-        """The tensor in the function itself; what each called function returns for it goes into `results`."""
+        """Return the tensor as a value of the function; add the results of called functions to `results`."""
         value = tensor.value
         for call in reversed(tensor.calls):
             added = results.setdefault(names[call.callee], {})
@@ -201,7 +201,7 @@ class InnerOutputs:
     def _widened_calls(
         self, results: Mapping[str, Mapping[Value, str]], clones: Mapping[str, Clone], names: Mapping[str, str]
     ) -> Iterator[Edit]:
-        """Let every call of a function that returns more say so."""
+        """Let every call of a function with further results declare them."""
         for name, clone in clones.items():
             graph = self.model.graphs[clone.graph]
             for call in self.model.analysis(call_graph).calls.get(clone.graph, []):

@@ -1,4 +1,4 @@
-"""How a site is put into training mode, and what its moving averages become."""
+"""Sites put into training mode, and the updates of their moving averages."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ RESOURCE_ASSIGNS = ("AssignVariableOp", "AssignAddVariableOp", "AssignSubVariabl
 
 
 class Average(NamedTuple):
-    """A moving average as a graph reads it: what holds it (a resource or a reference), and the value read."""
+    """A moving average as a graph reads it: its holder (a resource or a reference), and the value that is read."""
 
     holder: Value
     old: Value
 
 
 def averages(model: Model, site: Site) -> Mapping[str, Average]:
-    """The moving averages of a site by role; none where one of them is read in another graph."""
+    """Return the moving averages of a site by role; none if one of them is read in another graph."""
     graph = model.graphs[site.graph]
-    found = {}
+    by_role = {}
     for role in STATISTICS:
         edge = site.inputs[role][0]
         average = _average(graph, graph.nodes[edge.node].inputs[edge.position])
         if average is None:
             return {}
-        found[role] = average
-    return found
+        by_role[role] = average
+    return by_role
 
 
-def own_updates(graph: Graph, holders: Iterable[Value], nodes: Iterable[str]) -> Iterator[str]:
-    """Of some nodes, those by which serving itself updates averages; derived training does so in its own way."""
-    held = {origin(graph, holder) for holder in holders}
+def serving_updates(graph: Graph, holders: Iterable[Value], nodes: Iterable[str]) -> Iterator[str]:
+    """Yield those of some nodes by which serving itself updates averages; derived training has its own updates."""
+    variables = {origin(graph, holder) for holder in holders}
     for name in nodes:
         node = graph.nodes[name]
-        if node.op in RESOURCE_ASSIGNS and origin(graph, node.inputs[0]) in held:
+        if node.op in RESOURCE_ASSIGNS and origin(graph, node.inputs[0]) in variables:
             yield name
 
 
@@ -74,12 +74,12 @@ class Training:
     """Sites of one graph in training mode, in that graph or in a copy.
 
     Attributes:
-        graph: where the copy is.
+        graph: the graph that holds the copy.
         copied: a node's name -> its name in the copy.
-        options: those of training; they have the momentum where no training site says it.
-        resolved: a value -> the value that stands for it in the copy, where that chooses nothing any longer.
-        updates: what each average, by what holds it, is to become.
-        after: the site that each update follows.
+        options: the options of training, with the momentum where no training site says it.
+        resolved: a value -> the value that stands for it in the copy, where choices are decided.
+        updates: the new value of each average, by its holder.
+        after: the site that each update follows, by the holder.
     """
 
     model: Model
@@ -91,7 +91,7 @@ class Training:
     after: dict[Value, Site] = field(default_factory=dict)
 
     def edits(self, site: Site) -> Iterator[Edit]:
-        """Let a site normalise with the batch's statistics, and note what its averages become.
+        """Let a site normalise with the batch's statistics, and record the new values of its averages.
 
         Where several sites share their variables, one update follows the other.
         """
@@ -114,7 +114,7 @@ class Training:
             self.updates[holder] = moving_average(before, statistic, momentum.factor)
 
     def _kernels(self, site: Site, node: str) -> Mapping[str, Expr]:
-        """The kernel's statistics; where it stands for single ops, the variance is the population's."""
+        """Return the kernel's statistics; where the kernel stands for single ops, the variance is the population's."""
         mean, variance = (Use("float32", Value(node, port)) for port in STATISTICS.values())
         source = self.model.graphs[site.graph].nodes[site.node]
         if POPULATION not in source.attrs:
@@ -125,7 +125,7 @@ class Training:
         return {MEAN: mean, VARIANCE: population(variance, Use(dtype, self._value(x)), channels)}
 
     def _old(self, site: Site, holder: Value, old: Value, batch: Expr) -> Expr:
-        """The average so far; in a loop, each round reads what the one before left."""
+        """Return the average so far; in a loop, each round reads what the round before assigned."""
         frame_of = self.model.analysis_of(self.model.graphs[site.graph], loop_frames)
         if frame_of.get(old.node) == frame_of.get(site.node):
             return Use(batch.dtype, self._value(old))
@@ -140,30 +140,30 @@ class Training:
         return Value(self.copied(value.node), value.port)
 
     def _moments(self, site: Site) -> Mapping[str, Expr]:
-        """Mean and (population) variance over all axes but that of the channels, as ``tf.nn.moments`` has them."""
+        """Return mean and population variance over all axes but that of the channels, as ``tf.nn.moments`` does."""
         graph = self.model.graphs[site.graph]
         value = self._entering(site)
         x: Expr = Use(op_defs.output_dtype(self.model, graph, value), self._value(value))
-        held = site.parameters[MEAN][0]
-        dtype = op_defs.output_dtype(self.model, graph, graph.nodes[held.node].inputs[held.position])
+        mean_edge = site.parameters[MEAN][0]
+        dtype = op_defs.output_dtype(self.model, graph, graph.nodes[mean_edge.node].inputs[mean_edge.position])
         if x.dtype != dtype:
             x = op("Cast", x, DstT=protos.Dtype(dtype))
-        shaped = self._shaped(graph, site, held)
-        axes = self._axes(site, held, shaped, x)
+        shaped = self._shaped(graph, site, mean_edge)
+        axes = self._axes(site, mean_edge, shaped, x)
         mean = op("Mean", x, axes, keep_dims=True)
         variance = op("Mean", op("SquaredDifference", x, stop_gradient(mean)), axes, keep_dims=True)
-        own = op("Shape", Use(dtype, self._value(self._used(graph, held))))
-        return {MEAN: op("Reshape", mean, own), VARIANCE: op("Reshape", variance, own)}
+        mean_shape = op("Shape", Use(dtype, self._value(self._used(graph, mean_edge))))
+        return {MEAN: op("Reshape", mean, mean_shape), VARIANCE: op("Reshape", variance, mean_shape)}
 
     def _entering(self, site: Site) -> Value:
-        """What a site normalises, in its own graph."""
+        """Return the value that a site normalises, in its own graph."""
         return self._used(self.model.graphs[site.graph], site.inputs[INPUT][0])
 
-    def _axes(self, site: Site, held: Edge, shaped: Expr, x: Expr) -> Expr:
-        """The axes to reduce: all that the mean is broadcast over, where it has the shape in which x meets it."""
+    def _axes(self, site: Site, mean_edge: Edge, shaped: Expr, x: Expr) -> Expr:
+        """Return the axes to reduce: those over which `shaped` is broadcast, the mean in its shape where x meets it."""
         keys = {key[2] for key in site.variables}
         vectors = all(k is not None and len(self.model.variables[k].shape or ()) == 1 for k in keys)
-        if vectors and held == site.inputs[MEAN][0]:
+        if vectors and mean_edge == site.inputs[MEAN][0]:
             shape = shape_of(self.model, self.model.graphs[site.graph], self._entering(site))
             if shape is not None:
                 return array(np.arange(len(shape) - 1, dtype=np.int32))
@@ -178,17 +178,20 @@ class Training:
     def _used(graph: Graph, edge: Edge) -> Value:
         return graph.nodes[edge.node].inputs[edge.position]
 
-    def _shaped(self, graph: Graph, site: Site, held: Edge) -> Expr:
-        """The moving mean as x meets it, made again from its own value: the graph's is rewired to the batch's."""
-        way = []
+    def _shaped(self, graph: Graph, site: Site, mean_edge: Edge) -> Expr:
+        """Return the moving mean in the shape in which x meets it.
+
+        It is computed again from its own value, as the graph's is rewired to the batch's.
+        """
+        path = []
         edge = site.inputs[MEAN][0]
-        while edge != held:
+        while edge != mean_edge:
             node = graph.nodes[self._used(graph, edge).node]
             edge = Edge(graph.name, node.name, 0)
-            way.append(node)
-        start = self._used(graph, held)
+            path.append(node)
+        start = self._used(graph, mean_edge)
         value: Expr = Use(op_defs.output_dtype(self.model, graph, start), self._value(start))
-        for node in reversed(way):
+        for node in reversed(path):
             if constants.viewed(graph, node) is not None:
                 rest = tuple(Use(op_defs.output_dtype(self.model, graph, v), self._value(v)) for v in node.inputs[1:])
                 attrs = {k: v for k, v in node.attrs.items() if not k.startswith("_")}
