@@ -84,7 +84,7 @@ def _serving(model: Model) -> list[Invocation]:
 
 
 def _training_updates(model: Model) -> list[_AverageUpdates]:
-    """Return the updates of the training functions; if one takes its mode as an argument, take the best of its modes."""
+    """Return the updates of the training functions; if one is given its mode, those of the mode with most."""
     if not model.object_based:
         signature = model.main_signatures.get("train")
         return [] if signature is None else [_updates_in(model, of_signature(model, signature))]
