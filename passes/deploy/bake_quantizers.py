@@ -1,4 +1,4 @@
-"""Quantised values in the variables, in place of quantisers before them."""
+"""Quantised values stored in the variables, in place of quantisers after them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from rewriter.ir import Edge, Error, Graph, Model, Value, Variable, unused
 from rewriter.prune import needed_without
 
 Node = tuple[str, str]
-"""A graph and a node of it."""
+"""The name of a graph, and that of a node of it."""
 
 
 @dataclass(frozen=True)
 class BakeQuantizers:
-    """Store what quantisers make of variables in these, and let the variables be used as they are.
+    """Store quantised values in the variables, and let the variables be used without the quantisers.
 
-    A variable that is used without a quantiser as well, or quantised in two ways, stays; what is quantised becomes a
-    variable of its own. Variables that only quantisers read go with them.
+    A variable that is used without a quantiser as well, or quantised in two ways, stays; the quantised value becomes
+    a variable of its own. Variables that only quantisers read go with them.
 
     Attributes:
-        trust: compute quantisers with whatever ops they have; else with such alone that are known to be harmless.
+        trust: compute quantisers whatever ops they have; else only with ops that are known to be harmless.
     """
 
     name: ClassVar[str] = "bake-quantizers"
@@ -38,24 +38,24 @@ class BakeQuantizers:
     trust: bool = False
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Nothing where the model has no quantiser.
+        """Replace every quantiser by a variable's value; yield nothing where the model has none.
 
         Raises:
-            Error: what a quantiser makes of a variable cannot be stored; the message says why.
+            Error: the quantised value of a variable cannot be stored; the message says why.
         """
-        stores = model.analysis(trusted_stores if self.trust else quantized_stores)
+        plan = model.analysis(trusted_stores if self.trust else quantized_stores)
         by_node: dict[Node, list[Quantized]] = {}
-        for each in stores.values:
-            by_node.setdefault((each.graph, each.node), []).append(each)
-        yield from (Assign(key, value) for key, value in stores.baked.items())
-        yield from (AddVariable(v) for v in stores.further.values())
+        for entry in plan.values:
+            by_node.setdefault((entry.graph, entry.node), []).append(entry)
+        yield from (Assign(key, value) for key, value in plan.baked.items())
+        yield from (AddVariable(v) for v in plan.new_variables.values())
         for name, node in tagged(model):
             graph = model.graphs[name]
             quantized = by_node.get((name, node), [])
-            if all(each.variable in stores.baked for each in quantized):  # or it can never run
+            if all(entry.variable in plan.baked for entry in quantized):  # also where the quantiser can never run
                 value = _raw(model, graph, node)
             else:
-                value = read(stores.single(quantized))
+                value = read(plan.single(quantized))
             for edge in model.analysis_of(graph, consumers).get(Value(node), ()):
                 yield Rewire(edge, value, node)
         if by_node:
@@ -63,76 +63,77 @@ class BakeQuantizers:
 
 
 class BakePlan(NamedTuple):
-    """Where quantised values are to be stored.
+    """The variables in which quantised values are to be stored.
 
     Attributes:
-        values: what is to be stored.
-        baked: variables that can hold their quantised values, with these.
-        further: new variables for the others, by the variable that is quantised and the bytes of the quantised value.
+        values: the quantised values.
+        baked: variables that can hold their quantised values: key -> value.
+        new_variables: new variables for the other values, by the variable that is quantised and the bytes of the
+            quantised value.
     """
 
     values: tuple[Quantized, ...]
     baked: Mapping[str, np.ndarray]
-    further: Mapping[tuple[str, bytes], Variable]
+    new_variables: Mapping[tuple[str, bytes], Variable]
 
     def key(self, quantized: Quantized) -> str:
-        """The checkpoint key of the variable that holds a value."""
+        """Return the checkpoint key of the variable that is to hold a value."""
         if quantized.variable in self.baked:
             return quantized.variable
-        return self.further[quantized.variable, quantized.value.tobytes()].key
+        return self.new_variables[quantized.variable, quantized.value.tobytes()].key
 
     def single(self, quantized: Sequence[Quantized]) -> Variable:
-        """The new variable for what one quantiser makes, on every way to it.
+        """Return the new variable for the value of one quantiser, on every way of calls to it.
 
         Raises:
-            Error: on one way it makes something else than on another.
+            Error: the values differ between two ways.
         """
         first = quantized[0]
-        if any(each.value.tobytes() != first.value.tobytes() for each in quantized):
+        if any(entry.value.tobytes() != first.value.tobytes() for entry in quantized):
             raise Error(
                 f"{first.tag['role']} of {first.tag['batch_norm']} is also used as it is, or quantised in two ways, "
                 f"and {first.graph} is called for several batch norms; so no variable could hold it quantised"
             )
-        return self.further[first.variable, first.value.tobytes()]
+        return self.new_variables[first.variable, first.value.tobytes()]
 
 
 def quantized_stores(model: Model) -> BakePlan:
-    """Where the values are to be stored that harmless quantisers make."""
-    return _stores(model, model.analysis(quantized_values))
+    """Return the plan for the values of quantisers whose ops are known to be harmless."""
+    return _plan(model, model.analysis(quantized_values))
 
 
 def trusted_stores(model: Model) -> BakePlan:
-    """Where the values are to be stored that quantisers make, whatever ops they have."""
-    return _stores(model, model.analysis(trusted_values))
+    """Return the plan for the values of all quantisers, whatever ops they have."""
+    return _plan(model, model.analysis(trusted_values))
 
 
-def _stores(model: Model, found: tuple[Quantized, ...]) -> BakePlan:
+def _plan(model: Model, quantized: tuple[Quantized, ...]) -> BakePlan:
     values: dict[str, dict[bytes, np.ndarray]] = {}
-    for each in found:
-        if each.variable:
-            values.setdefault(each.variable, {})[each.value.tobytes()] = each.value
+    for entry in quantized:
+        if entry.variable:
+            values.setdefault(entry.variable, {})[entry.value.tobytes()] = entry.value
     bare = needed_without(
         model, (Edge(g, n, i) for g, n in tagged(model) for i in range(len(model.graphs[g].nodes[n].inputs)))
     )
     single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
     baked = {key: value.reshape(np.shape(model.value_of(key))) for key, value in single.items()}
-    further: dict[tuple[str, bytes], Variable] = {}
-    taken: set[str] = set()
-    for each in found:
-        key = (each.variable, each.value.tobytes())
-        if each.variable not in baked and key not in further:
-            held = model.variables[each.variable].name if each.variable else each.tag["role"]
-            path = unused(f"quantized.{re.sub(r'[^A-Za-z0-9_]', '_', held)}", taken)
-            taken.add(path)
+    new_variables: dict[tuple[str, bytes], Variable] = {}
+    used_paths: set[str] = set()
+    for entry in quantized:
+        key = (entry.variable, entry.value.tobytes())
+        if entry.variable not in baked and key not in new_variables:
+            source_name = model.variables[entry.variable].name if entry.variable else entry.tag["role"]
+            path = unused(f"quantized.{re.sub(r'[^A-Za-z0-9_]', '_', source_name)}", used_paths)
+            used_paths.add(path)
             name = path.replace(".", "/")
-            further[key] = Variable(
-                model.new_key(name), name, each.value.dtype.name, each.value.shape, path=path, initial=each.value
+            new_variables[key] = Variable(
+                model.new_key(name), name, entry.value.dtype.name, entry.value.shape, path=path, initial=entry.value
             )
-    return BakePlan(found, baked, further)
+    return BakePlan(quantized, baked, new_variables)
 
 
 def _raw(model: Model, graph: Graph, node: str) -> Expr:
-    """What a quantiser is given; of several in a row, what the first is."""
+    """Return the input of a quantiser; for several in a row, the input of the first."""
     value = Value(node)
     while TAG in graph.nodes[value.node].attrs:
         value = graph.nodes[value.node].inputs[-1]

@@ -1,4 +1,4 @@
-"""Batch norms as part of the convolution before them."""
+"""Batch norms folded into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class FoldBatchNorm:
     name: ClassVar[str] = "fold-batch-norm"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Every batch norm in inference that follows a convolution; a `Skip` with the reason for the others."""
-        folds, skips = model.analysis(_chosen)
+        """Fold every batch norm in inference that follows a convolution; yield a `Skip` for each other one."""
+        folds, skips = model.analysis(_folds_and_skips)
         yield from skips
         yield from (Assign(key, value) for key, value in _assigned(folds).items())
         for fold in folds:
@@ -46,18 +46,18 @@ class FoldBatchNorm:
 
 
 def folded(model: Model) -> list[tuple[str, str]]:
-    """(graph, node) of the batch norms that become part of a convolution."""
-    return [(fold.site.graph, fold.site.node) for fold in model.analysis(_chosen)[0]]
+    """Return (graph, node) of the batch norms that become part of a convolution."""
+    return [(fold.site.graph, fold.site.node) for fold in model.analysis(_folds_and_skips)[0]]
 
 
 class _Fold(NamedTuple):
-    """A batch norm that can go into the convolution before it.
+    """A batch norm that can be folded into the convolution before it.
 
     Attributes:
-        edges: the inputs that filters, a bias and the batch norm's parameters are.
-        sums: the node whose sum is the result: the convolution, or what adds its bias.
-        bias: the input of `site` or `sums` that the new bias takes the place of, by its name.
-        values: what the filters' and the bias's variables are to hold, on every way to the function.
+        edges: the inputs of the filters, of a bias and of the batch norm's parameters.
+        sums: the node whose sum is the result: the convolution, or the op that adds its bias.
+        bias: the name of the input of `site` or `sums` that the new bias replaces.
+        values: the new values of the filters' and the bias's variables by key, on every way of calls to the function.
     """
 
     site: Site
@@ -71,16 +71,16 @@ class _Fold(NamedTuple):
         graph = model.graphs[self.site.graph]
         node = graph.nodes[self.site.node]
         dtype = op_defs.output_dtype(model, graph, Value(self.sums))
-        made: Expr = Use(dtype, Value(self.sums))
+        result: Expr = Use(dtype, Value(self.sums))
         if self.bias != BIAS:
-            held = Use(dtype, node.inputs[1 + ROLES.index(self.bias)])
-            made = op("BiasAdd", made, held, data_format=op_defs.get(model, node, "data_format"))
+            bias = Use(dtype, node.inputs[1 + ROLES.index(self.bias)])
+            result = op("BiasAdd", result, bias, data_format=op_defs.get(model, node, "data_format"))
         for edge in model.analysis_of(graph, consumers).get(Value(self.site.node), ()):
-            yield Rewire(edge, made, f"{self.site.node}/folded")
+            yield Rewire(edge, result, f"{self.site.node}/folded")
 
 
-def _chosen(model: Model) -> tuple[tuple[_Fold, ...], tuple[Skip, ...]]:
-    """What can be folded, and what not and why."""
+def _folds_and_skips(model: Model) -> tuple[tuple[_Fold, ...], tuple[Skip, ...]]:
+    """Return the batch norms that can be folded, and a `Skip` with the reason for each other one."""
     folds: list[_Fold] = []
     skips: list[Skip] = []
     terms = Terms(model)
@@ -90,14 +90,15 @@ def _chosen(model: Model) -> tuple[tuple[_Fold, ...], tuple[Skip, ...]]:
         except Error as e:
             skips.append(Skip(site.graph, site.node, str(e)))
     while True:
-        # What is used elsewhere as well has to stay as it is.
+        # A variable that is used elsewhere as well has to stay as it is. A refused fold uses its variables itself,
+        # so the search is repeated until no fold is refused.
         needed = needed_without(model, (edge for fold in folds for edge in fold.edges))
-        found = [f for f in folds if any(key in needed for key, _ in f.values)] or _clashing(folds)
-        if not found:
+        refused = [f for f in folds if any(key in needed for key, _ in f.values)] or _clashing(folds)
+        if not refused:
             return tuple(folds), tuple(skips)
-        folds = [f for f in folds if f not in found]
+        folds = [f for f in folds if f not in refused]
         reason = "the convolution's filters, or the variable for its bias, are used elsewhere as well"
-        skips += [Skip(f.site.graph, f.site.node, reason) for f in found]
+        skips += [Skip(f.site.graph, f.site.node, reason) for f in refused]
 
 
 def _assigned(folds: Iterable[_Fold]) -> Mapping[str, np.ndarray]:
@@ -105,7 +106,7 @@ def _assigned(folds: Iterable[_Fold]) -> Mapping[str, np.ndarray]:
 
 
 def _clashing(folds: list[_Fold]) -> list[_Fold]:
-    """Those that want to store different values in one variable."""
+    """Return the folds that would store different values in one variable."""
     values = _assigned(folds)
     wrong = {key for fold in folds for key, value in fold.values if value.tobytes() != values[key].tobytes()}
     return [fold for fold in folds if any(key in wrong for key, _ in fold.values)]
@@ -118,40 +119,40 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
         raise Error("it is computed in single ops, or trains")
     convolution, adding = _before(model, graph, node)
     sums = adding or convolution
-    held = {FILTER: convolution.inputs[1], **{role: node.inputs[1 + i] for i, role in enumerate(ROLES)}}
+    inputs = {FILTER: convolution.inputs[1], **{role: node.inputs[1 + i] for i, role in enumerate(ROLES)}}
     if adding:
-        held[BIAS] = adding.inputs[1]
+        inputs[BIAS] = adding.inputs[1]
     values: list[tuple[str, np.ndarray]] = []
-    stores = BIAS if adding else ""
-    for way in terms.ways(graph.name, list(held.values())):
-        found = {name: terms.on(graph.name, value, way) for name, value in held.items()}
-        stores = stores or next((r for r in (BETA, MEAN, VARIANCE) if found[r].variable), "")
-        for name in (FILTER, stores):
-            if not name or not found[name].variable:
+    bias_input = BIAS if adding else ""
+    for way in terms.ways(graph.name, list(inputs.values())):
+        term_of = {name: terms.on(graph.name, value, way) for name, value in inputs.items()}
+        bias_input = bias_input or next((r for r in (BETA, MEAN, VARIANCE) if term_of[r].variable), "")
+        for name in (FILTER, bias_input):
+            if not name or not term_of[name].variable:
                 raise Error("the convolution's filters, or everything a bias could be stored in, are no variables")
-        values += _values(model, found, stores, site.epsilon, convolution.op)
+        values += _values(model, term_of, bias_input, site.epsilon, convolution.op)
     edges = [Edge(graph.name, convolution.name, 1), *(Edge(graph.name, node.name, 1 + i) for i in range(len(ROLES)))]
     edges += [Edge(graph.name, adding.name, 1)] if adding else []
-    return _Fold(site, tuple(edges), sums.name, stores, tuple(values))
+    return _Fold(site, tuple(edges), sums.name, bias_input, tuple(values))
 
 
 def _before(model: Model, graph: Graph, node: Node) -> tuple[Node, Node | None]:
-    """The convolution before a batch norm, and the node that adds its bias."""
-    found = _made(model, graph, node)
-    adding = found if found.op == "BiasAdd" else None
+    """Return the convolution before a batch norm, and the node that adds its bias."""
+    producer = _producer(model, graph, node)
+    adding = producer if producer.op == "BiasAdd" else None
     if adding:
-        found = _made(model, graph, adding)
-    if found.op not in CONVOLUTIONS:
-        raise Error(f"what it normalises comes from {found.op}, and not from a convolution")
-    if len({op_defs.get(model, n, "data_format") for n in (found, node, adding) if n}) > 1:
+        producer = _producer(model, graph, adding)
+    if producer.op not in CONVOLUTIONS:
+        raise Error(f"what it normalises comes from {producer.op}, and not from a convolution")
+    if len({op_defs.get(model, n, "data_format") for n in (producer, node, adding) if n}) > 1:
         raise Error("its data format is not that of the convolution before it")
-    if any(op_defs.output_dtype(model, graph, Value(n.name)) != "float32" for n in (found, node)):
+    if any(op_defs.output_dtype(model, graph, Value(n.name)) != "float32" for n in (producer, node)):
         raise Error("only convolutions in float32 are folded")
-    return found, adding
+    return producer, adding
 
 
-def _made(model: Model, graph: Graph, node: Node) -> Node:
-    """What makes the first input of a node, and is used for nothing else."""
+def _producer(model: Model, graph: Graph, node: Node) -> Node:
+    """Return the node that computes the first input of a node, which nothing else may use."""
     while True:
         value = node.inputs[0]
         node = graph.nodes[value.node]
@@ -162,18 +163,18 @@ def _made(model: Model, graph: Graph, node: Node) -> Node:
 
 
 def _values(
-    model: Model, found: Mapping[str, Term], stores: str, epsilon: float, kind: str
+    model: Model, term_of: Mapping[str, Term], bias_input: str, epsilon: float, kind: str
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """What the filters and the bias become."""
-    names = list(found)
-    made = dict(zip(names, evaluated(model, [found[n] for n in names], {}, trust=False), strict=True))
-    wide = {name: np.asarray(value, np.float64) for name, value in made.items()}
+    """Yield the new values of the filters and the bias, by the keys of their variables."""
+    names = list(term_of)
+    exact = dict(zip(names, evaluated(model, [term_of[n] for n in names], {}, trust=False), strict=True))
+    wide = {name: np.asarray(value, np.float64) for name, value in exact.items()}
     with np.errstate(all="ignore"):
         scale = wide[GAMMA] / np.sqrt(wide[VARIANCE] + np.float64(epsilon))
         bias = (wide.get(BIAS, np.float64(0)) - wide[MEAN]) * scale + wide[BETA]
         filters = wide[FILTER] * (scale if kind == "Conv2D" else scale.reshape(wide[FILTER].shape[2:]))
     if not (np.isfinite(filters).all() and np.isfinite(bias).all()):
         raise Error("its scale is not finite")
-    for name, value in ((FILTER, filters), (stores, bias)):
-        key = found[name].variable
+    for name, value in ((FILTER, filters), (bias_input, bias)):
+        key = term_of[name].variable
         yield key, value.astype(np.float32).reshape(np.shape(model.value_of(key)))

@@ -1,4 +1,4 @@
-"""What functions compute, in place of their calls."""
+"""Calls of functions, replaced by the functions' nodes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
 
 @dataclass(frozen=True)
 class InlineCalls:
-    """Put what a function computes in place of each call of it, where a batch norm is in it or before it.
+    """Inline each call of a function that holds a batch norm, or computes what one normalises.
 
-    So a layer and what precedes it are in one graph, and a function that several layers share is there for each. Calls
-    within the function are left, so the pass is to be run until it has no edits; functions do not call themselves.
+    A layer and the ops before it are then in one graph, and a function that several layers share is there for each.
+    Calls within the function are left, so the pass has to run until it has no edits; functions do not call themselves.
     """
 
     name: ClassVar[str] = "inline-calls"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Every call in what can run that leads to a batch norm, or returns what one normalises."""
+        """Inline every call in a function that holds a batch norm, or that leads to one."""
         calls = model.analysis(call_graph)
-        found = {site.graph for site in model.analysis(sites)}
-        leading = found.union(*(calls.reaching(name) for name in found))
+        site_graphs = {site.graph for site in model.analysis(sites)}
+        leading = site_graphs.union(*(calls.reaching(name) for name in site_graphs))
         within = [call for name in sorted(leading - {MAIN}) for call in calls.calls.get(name, ())]
         inlined = [c for c in within if model.graphs[c.graph].nodes[c.node].op in CALLS]
         yield from (Inline(call.graph, call.node, call.callee) for call in inlined)

@@ -20,7 +20,7 @@ CALLS = ("serve", "__call__")
 """Attributes of the root that a signature is made from where there is none, in this order."""
 
 _MADE_UP = re.compile(r"unknown(_\d+)?|tensor(_\d+)?")
-"""Names that TensorFlow gives to tensors that have none."""
+"""Names that TensorFlow makes up for tensors without one."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class KeepServing:
     name: ClassVar[str] = "keep-serving"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """What serves.
+        """Keep the functions that serve, and make a signature where there is none.
 
         Raises:
             Error: the model is in TensorFlow 1's format, or nothing in it serves.
@@ -44,9 +44,9 @@ class KeepServing:
                 "the model is in TensorFlow 1's format; load it with tf.saved_model.load, save it with "
                 "tf.saved_model.save(model, path, signatures=...) without the signature train, and finalize that"
             )
-        found, helpers = model.analysis(serves), _given(model)
-        given = [e for e in found if e in helpers]
-        serving = [e for e in found if e not in given]
+        candidates, helpers = model.analysis(serves), _helpers(model)
+        left_out = [e for e in candidates if e in helpers]
+        serving = [e for e in candidates if e not in left_out]
         if not serving:
             raise Error(
                 "no signature and no function of the root normalises with the moving statistics alone: each trains, "
@@ -69,35 +69,42 @@ class KeepServing:
             kept.append(name)
         for name in sorted(set(model.signatures) - set(names)):
             yield Note(f"the signature {name} trains, or changes its mode or variables, and is left out")
-        for entry in given:
+        for entry in left_out:
             yield Note(f"{entry.paths[0]} is left out, as its caller gives it what it quantises")
         yield Keep(tuple(kept))
 
 
 def serves(model: Model) -> list[Entry]:
-    """What signatures compute, and the root's functions, as far as they only normalise with the moving statistics."""
+    """Return the functions of signatures and of the root that normalise with the moving statistics alone.
+
+    Functions that change a variable of a batch norm or of the quantisation are left out.
+    """
     signed = {s.entry for s in model.signatures.values()}
-    held = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
+    candidates = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]
     fixed = {key for bn in model.analysis(batch_norms) for key in bn.variables.values()}
     fixed |= {key for key, v in model.variables.items() if v.name.startswith("quantization")}
-    return [e for e in held if not trains(model, e.function) and not _changes(model, e.function, fixed)]
+    return [e for e in candidates if not trains(model, e.function) and not _changes(model, e.function, fixed)]
 
 
 def _changes(model: Model, function: str, fixed: Collection[str]) -> bool:
-    """Whether a function assigns one of some variables."""
-    for name, known in running_from(model, function).items():
+    """Return true if a function assigns one of some variables."""
+    for name, assumptions in running_from(model, function).items():
         for node in model.graphs[name].nodes.values():
-            if node.op.startswith(ASSIGNING) and node.inputs and any(assumed.runs(node.name) for assumed in known):
-                found = origins(model, name, node.inputs[0])
-                if any(isinstance(o, VariableKey) and o.key in fixed for o in found):
+            if (
+                node.op.startswith(ASSIGNING)
+                and node.inputs
+                and any(assumed.runs(node.name) for assumed in assumptions)
+            ):
+                variable_origins = origins(model, name, node.inputs[0])
+                if any(isinstance(o, VariableKey) and o.key in fixed for o in variable_origins):
                     return True
     return False
 
 
-def _given(model: Model) -> list[Entry]:
-    """Functions of the root, no signature's, that quantise what their caller gives them, as a helper does."""
+def _helpers(model: Model) -> list[Entry]:
+    """Return the root's functions, without those of signatures, that quantise values of their caller, as helpers do."""
     signed = {s.entry for s in model.signatures.values()}
-    given = {
+    functions = {
         o.graph
         for graph in model.graphs.values()
         for node in graph.nodes.values()
@@ -105,24 +112,24 @@ def _given(model: Model) -> list[Entry]:
         for o in origins(model, graph.name, node.inputs[-1])
         if isinstance(o, Argument)
     }
-    return [e for e in model.entries.values() if e.function in given - signed]
+    return [e for e in model.entries.values() if e.function in functions - signed]
 
 
 def _called(serving: Iterable[Entry]) -> Entry | None:
-    """The function that a signature is made from: of several traces, the one with the fewest inputs."""
-    found = [e for name in CALLS for e in serving if name in e.paths]
-    first = [e for e in found if e.paths[0] == found[0].paths[0]]
+    """Return the function that a signature is made from: of several traces, the one with the fewest inputs."""
+    candidates = [e for name in CALLS for e in serving if name in e.paths]
+    first = [e for e in candidates if e.paths[0] == candidates[0].paths[0]]
     return min(first, key=lambda e: len(e.inputs), default=None)
 
 
 def _names(entry: Entry) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a signature calls the inputs and outputs of a function: by their own names, or as TensorFlow would."""
+    """Return a signature's names for the inputs and outputs of a function: their own, or ``input_0`` and so on."""
     return _distinct([s.name for s in entry.inputs], "input"), _distinct([s.name for s in entry.outputs], "output")
 
 
 def _distinct(names: list[str], kind: str) -> tuple[str, ...]:
-    known = all(name.isidentifier() and not _MADE_UP.fullmatch(name) for name in names)
-    return tuple(names) if known and len(set(names)) == len(names) else tuple(f"{kind}_{i}" for i in range(len(names)))
+    usable = all(name.isidentifier() and not _MADE_UP.fullmatch(name) for name in names)
+    return tuple(names) if usable and len(set(names)) == len(names) else tuple(f"{kind}_{i}" for i in range(len(names)))
 
 
 def _order(names: tuple[str, ...]) -> tuple[int, ...]:

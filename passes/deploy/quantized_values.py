@@ -1,4 +1,4 @@
-"""What the quantisers of a model make of the values that its variables hold: only they are computed, nothing else."""
+"""Quantised values of a model's variables. Only the quantisers are computed, and nothing else of the model."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ _Parts = tuple[Term, Mapping[str, Term]]
 """The width in force, and the parts by name."""
 
 _Place = int | slice | None
-"""Where something is in several: in this row, at these places in a row of all, or it is alone."""
+"""The place of one value among several: a row, a slice of a row of all, or None where the value is alone."""
 
 
 class Quantized(NamedTuple):
-    """What one quantiser makes of one value.
+    """A value that one quantiser has quantised.
 
     Attributes:
-        graph, node: where the quantiser is.
-        way: which of several ways to call its function this is.
-        tag: what the rewrite said of it.
-        variable: the key of the variable that it quantises; "" where it is none's value.
-        value: the quantised value, of the variable's dtype and shape [C]; as `start_step` and ramp would have it when
-            they are over.
-        raw: the value before, likewise.
+        graph, node: the names of the quantiser's graph and node.
+        way: the way of calls to the quantiser's function, one of several.
+        tag: the metadata that the rewrite wrote on the quantiser.
+        variable: the key of the variable that it quantises; "" where the value is no variable's.
+        value: the quantised value, of the variable's dtype and shape [C], as it is once `start_step` and the ramp
+            are over.
+        raw: the value before it is quantised, likewise.
         bits: the width in force; 0 where the value passes as it is.
         parts: codes [C], scale, zero point, origin and epsilon of the arithmetic, as far as the scheme has them.
     """
@@ -57,50 +57,54 @@ class Quantized(NamedTuple):
 
 
 def tagged(model: Model) -> tuple[tuple[str, str], ...]:
-    """(graph, node) of all quantisers."""
+    """Return (graph, node) of all quantisers."""
     return tuple((g.name, n.name) for g in model.graphs.values() for n in g.nodes.values() if TAG in n.attrs)
 
 
 def quantized_values(model: Model) -> tuple[Quantized, ...]:
-    """What the quantisers make of variables, in every function that can run.
+    """Return the quantised values of variables, in every function that can run.
 
     Raises:
-        Error: a quantiser depends on what is only known while the model runs, or computes with ops that are not known
-            to be harmless.
+        Error: a quantiser depends on a value that is only known while the model runs, or computes with ops that are
+            not known to be harmless.
     """
     return _values(model, trust=False)
 
 
 def trusted_values(model: Model) -> tuple[Quantized, ...]:
-    """The same, whatever ops the quantisers compute with."""
+    """Return the quantised values of variables, whatever ops the quantisers compute with.
+
+    Raises:
+        Error: a quantiser depends on a value that is only known while the model runs.
+    """
     return _values(model, trust=True)
 
 
 def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
-    found = list(_found(model, Terms(model)))
+    quantizers = list(_quantizer_terms(model, Terms(model)))
     values: dict[Term, np.ndarray] = {}
-    for several in _parcels(found):
-        wanted: dict[Term, None] = {}
-        for each in several:
-            wanted |= dict.fromkeys((each.value, each.raw, each.width, *each.parts.values()))
+    for parcel in _parcels(quantizers):
+        terms: dict[Term, None] = {}
+        for quantizer in parcel:
+            terms |= dict.fromkeys((quantizer.value, quantizer.raw, quantizer.width, *quantizer.parts.values()))
         # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
-        amounts = {t: np.array(1, np.float32) for t in cone(wanted) if _part(t) == AMOUNT}
-        values.update(zip(wanted, evaluated(model, list(wanted), amounts, trust=trust), strict=True))
-    return tuple(each.known(values) for each in found)
+        amounts = {t: np.array(1, np.float32) for t in cone(terms) if _part(t) == AMOUNT}
+        values.update(zip(terms, evaluated(model, list(terms), amounts, trust=trust), strict=True))
+    return tuple(quantizer.quantized(values) for quantizer in quantizers)
 
 
 PARCEL = 100
-"""How many quantisers are computed in a session: the time it takes to run a graph grows faster than the graph."""
+"""Number of quantisers computed in one session: the time to run a graph grows faster than the graph."""
 
 
-def _parcels(found: Iterable[_Terms]) -> Iterator[list[_Terms]]:
-    """Quantisers in parcels to compute; those of one computation stay together."""
-    together: dict[Term, list[_Terms]] = {}
-    for each in found:
-        together.setdefault(each.whole, []).append(each)
-    parcel: list[_Terms] = []
-    for several in together.values():
-        parcel += several
+def _parcels(quantizers: Iterable[_QuantizerTerms]) -> Iterator[list[_QuantizerTerms]]:
+    """Yield quantisers in parcels to compute; quantisers of one batched computation stay together."""
+    batches: dict[Term, list[_QuantizerTerms]] = {}
+    for quantizer in quantizers:
+        batches.setdefault(quantizer.whole, []).append(quantizer)
+    parcel: list[_QuantizerTerms] = []
+    for batch in batches.values():
+        parcel += batch
         if len(parcel) >= PARCEL:
             yield parcel
             parcel = []
@@ -108,8 +112,8 @@ def _parcels(found: Iterable[_Terms]) -> Iterator[list[_Terms]]:
         yield parcel
 
 
-class _Terms(NamedTuple):
-    """A quantiser's terms, what computes them all, and where in the width and the parts what counts is."""
+class _QuantizerTerms(NamedTuple):
+    """A quantiser's terms, the term of its whole batch, and its place in the width and in the parts."""
 
     graph: str
     node: str
@@ -122,16 +126,16 @@ class _Terms(NamedTuple):
     place: _Place
     parts: Mapping[str, Term]
 
-    def known(self, values: Mapping[Term, np.ndarray]) -> Quantized:
-        """What was computed.
+    def quantized(self, values: Mapping[Term, np.ndarray]) -> Quantized:
+        """Return the quantised value from the values of the terms.
 
         Raises:
-            Error: its shapes are not a quantiser's.
+            Error: their shapes are not those of a quantiser.
         """
         shape = values[self.value].shape
         try:
-            parts = {name: self._own(values[term], whole=name == CODE) for name, term in self.parts.items()}
-            bits = int(np.ravel(self._own(values[self.width], whole=False))[0])
+            parts = {name: self._own_part(values[term], whole=name == CODE) for name, term in self.parts.items()}
+            bits = int(np.ravel(self._own_part(values[self.width], whole=False))[0])
         except IndexError:
             raise unknown(f"{self.node} in {self.graph}") from None
         if CODE in parts and (parts[CODE].shape != shape or any(_wider(parts[n], shape) for n in parts)):
@@ -148,26 +152,26 @@ class _Terms(NamedTuple):
             parts,
         )
 
-    def _own(self, array: np.ndarray, *, whole: bool) -> np.ndarray:
-        """What of an array is this quantiser's: a number for each value, or else the number that all have.
+    def _own_part(self, array: np.ndarray, *, whole: bool) -> np.ndarray:
+        """Return this quantiser's part of an array: a number for each value, or else the number that all share.
 
         Raises:
-            IndexError: it is not there.
+            IndexError: the array has no such part.
         """
         if self.place is None or not array.ndim:
             return array
         if isinstance(self.place, int):
-            own: np.ndarray = array[self.place]
-            return own
-        found = array.ravel()[self.place]
-        return found if whole else found[[0]]
+            row: np.ndarray = array[self.place]
+            return row
+        numbers = array.ravel()[self.place]
+        return numbers if whole else numbers[[0]]
 
 
-def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
+def _quantizer_terms(model: Model, terms: Terms) -> Iterator[_QuantizerTerms]:
     reached: dict[str, list[Assumption]] = {}
     for entry in model.entries:
-        for name, known in running_from(model, entry).items():
-            reached.setdefault(name, []).extend(known)
+        for name, assumptions in running_from(model, entry).items():
+            reached.setdefault(name, []).extend(assumptions)
     known_parts: dict[Term, _Parts] = {}
     for name, node in tagged(model):
         if any(assumed.runs(node) for assumed in reached.get(name, ())):
@@ -179,14 +183,14 @@ def _found(model: Model, terms: Terms) -> Iterator[_Terms]:
                 if whole not in known_parts:
                     known_parts[whole] = _parts(whole, f"{node} in {name}")
                 width, parts = known_parts[whole]
-                yield _Terms(name, node, way, tag, value, terms.on(name, raw, way), whole, width, place, parts)
+                yield _QuantizerTerms(name, node, way, tag, value, terms.on(name, raw, way), whole, width, place, parts)
 
 
 def _whole(value: Term, where: str) -> tuple[Term, _Place]:
-    """What several values are quantised in together, and where in it this one is.
+    """Return the term that quantises several values together, and the place of one value in it.
 
     Raises:
-        Error: it is not taken from there as bnqat does.
+        Error: the value is not taken from the term as bnqat does.
     """
     sliced = value.op == "Slice"
     of = value.inputs[0] if sliced else value
@@ -208,24 +212,24 @@ def _whole(value: Term, where: str) -> tuple[Term, _Place]:
 
 
 def _numbers(term: Term, position: int, where: str) -> np.ndarray:
-    """The whole numbers that an input of a term is, a constant.
+    """Return the whole numbers of a term's input, which has to be a constant.
 
     Raises:
-        Error: it is none.
+        Error: the input is no constant of whole numbers.
     """
-    given = term.inputs[position] if position < len(term.inputs) else term
-    tensor = op_defs.attribute(given, "value").tensor if given.op == "Const" else None
+    operand = term.inputs[position] if position < len(term.inputs) else term
+    tensor = op_defs.attribute(operand, "value").tensor if operand.op == "Const" else None
     if tensor is None or tensor.dtype not in WHOLE or math.prod(d.size for d in tensor.tensor_shape.dim) > LARGEST:
         raise unknown(where)
     try:
-        found: np.ndarray = tensor_util.MakeNdarray(tensor)
+        numbers: np.ndarray = tensor_util.MakeNdarray(tensor)
     except (TypeError, ValueError):
         raise unknown(where) from None
-    return found.ravel()
+    return numbers.ravel()
 
 
 def _parts(whole: Term, where: str) -> _Parts:
-    """The width and the parts of the arithmetic that quantises a value, or several in rows."""
+    """Return the width and the parts of the arithmetic that quantises a value, or several in rows."""
     parts: dict[str, Term] = {}
     width = None
     for term in cone([whole]):
@@ -241,12 +245,12 @@ def _parts(whole: Term, where: str) -> _Parts:
 
 
 def unknown(where: str) -> Error:
-    """What is marked as a quantiser, but does not compute as one."""
+    """Return the error for a node that is marked as a quantiser, but does not compute as one."""
     return Error(f"{where} is marked as a quantiser, and is none of this version's; rewrite the float model again")
 
 
 def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
-    """Whether an array does not fit to one of a shape, number by number."""
+    """Return true if an array cannot be broadcast to a shape."""
     try:
         return np.broadcast_shapes(array.shape, shape) != shape
     except ValueError:
@@ -254,5 +258,5 @@ def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def _part(term: Term) -> str:
-    found = term.attrs.get(ops.PART)
-    return "" if found is None else protos.text(found.s)
+    mark = term.attrs.get(ops.PART)
+    return "" if mark is None else protos.text(mark.s)

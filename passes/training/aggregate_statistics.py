@@ -18,7 +18,7 @@ class AggregateStatistics:
     """Let every replica under `tf.distribute` move its own statistics, and let their mean be read and saved.
 
     Keras 2 asks for this. Hand-written modules and exports of Keras 3 ask for nothing, so the replicas' statistics
-    drift apart, and only the first one's are saved. If a model asks for an aggregation, it keeps it. Trainable
+    drift apart, and only the first one's are saved. An aggregation that a model asks for is kept. Trainable
     variables cannot be read in this way and stay as they are. So does a model in TensorFlow 1's format, which no
     strategy loads.
     """

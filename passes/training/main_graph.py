@@ -155,6 +155,7 @@ class MainGraphTraining:
         return Assumption(self.model, self.graph, values)
 
     def _training_margin(self, signature: Signature, values: Mapping[Value, bool]) -> int:
+        """Return the number of sites that train under an assumption, less the number of those that do not."""
         assumed = Assumption(self.model, self.graph, values)
         running = self._running(signature, assumed)
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
