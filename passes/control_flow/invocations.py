@@ -46,6 +46,7 @@ class Invocation(NamedTuple):
         if not self.certain:
             return False
         model, graph = self.assumed.model, self.graph
+        # A LoopCond only decides whether its loop runs another round.
         deciding = (
             predicate
             for predicate in model.analysis_of(graph, switches)

@@ -126,6 +126,7 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
     bias_input = BIAS if adding else ""
     for way in terms.ways(graph.name, list(inputs.values())):
         term_of = {name: terms.on(graph.name, value, way) for name, value in inputs.items()}
+        # Without a bias of its own, the convolution gets one in the place of a vector of the batch norm.
         bias_input = bias_input or next((r for r in (BETA, MEAN, VARIANCE) if term_of[r].variable), "")
         for name in (FILTER, bias_input):
             if not name or not term_of[name].variable:
@@ -167,8 +168,8 @@ def _values(
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Yield the new values of the filters and the bias, by the keys of their variables."""
     names = list(term_of)
-    exact = dict(zip(names, evaluated(model, [term_of[n] for n in names], {}, trust=False), strict=True))
-    wide = {name: np.asarray(value, np.float64) for name, value in exact.items()}
+    values = dict(zip(names, evaluated(model, [term_of[n] for n in names], {}, trust=False), strict=True))
+    wide = {name: np.asarray(value, np.float64) for name, value in values.items()}
     with np.errstate(all="ignore"):
         scale = wide[GAMMA] / np.sqrt(wide[VARIANCE] + np.float64(epsilon))
         bias = (wide.get(BIAS, np.float64(0)) - wide[MEAN]) * scale + wide[BETA]

@@ -37,6 +37,7 @@ class UnfreezeConstants:
         """Add a variable for each constant, and read it wherever the constant was a parameter."""
         variables: dict[tuple[str, bytes], Variable] = {}
         for site in model.analysis(sites):
+            # A constant mean or variance (b[2:]) marks a frozen site; a constant gamma or beta alone does not.
             if site.inference and any(isinstance(o, Constant | Captured) for b in site.origins for o in b[2:]):
                 yield from _unfrozen(model, site, variables)
         if variables:

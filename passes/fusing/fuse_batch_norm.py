@@ -76,7 +76,7 @@ def _training(candidate: Fusable) -> Iterator[Edit]:
     )
     replaced_nodes = {*site.interior, site.node, *moments.nodes}
     uses = {role: list(averages_of(candidate, v, replaced_nodes)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
-    nodes = [edge.node for each in uses.values() for edge, _ in each]
+    nodes = [edge.node for role_uses in uses.values() for edge, _ in role_uses]
     if candidate.runs_with(mean) and not candidate.before_kernel(nodes):
         candidate.feeds(nodes)
         for role, statistic in ((MEAN, kernel.mean), (VARIANCE, kernel.variance)):

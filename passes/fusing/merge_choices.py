@@ -142,6 +142,7 @@ class _MergedConditionals:
         if not (node.op in MOVED or node.op.startswith(ASSIGNING) or moveable(node)):
             raise DeclinedError(f"{node.name} ({node.op}), in a branch that gives a mean, has an effect")
         if (on, node.name) not in self.moved:
+            # `_class` colocates a node with others of its branch, which the second's branch does not have.
             attrs = {k: v for k, v in node.attrs.items() if k != "_class"}
             dtype = (
                 op_defs.output_dtype(self.model, branch, Value(name)) if op_defs.output_count(self.model, node) else ""
