@@ -113,8 +113,8 @@ class TrainingOptions:
     def momentum_of(self, model: Model, site: Site) -> Momentum:
         """Return the momentum with which a site's moving averages are derived.
 
-        It is that of the batch norm's own training sites, else the given one, else the one that the training sites of
-        all other batch norms agree on, else 0.99.
+        In this order: the momentum of the batch norm's own training sites; the given one; the one that the training
+        sites of all other batch norms agree on; 0.99.
 
         Raises:
             Error: rules say different things of batch norms that share a function.
