@@ -1,9 +1,11 @@
 """Rewrite a float TensorFlow SavedModel into a fine-tunable one with quantised batch norms.
 
-``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)`` and ``bnqat.diff(before, after)``;
-``bnqat.verify(before, after)``, ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model,
-inputs)``, which run the models; ``bnqat.KerasLayer(path)``, ``bnqat.QuantizationLog(layer, log_dir)`` and
-``bnqat.ReestimateStatistics(dataset, steps)``, which train them with Keras 3; the passes are objects from `passes`.
+``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)``, ``bnqat.diff(before, after)`` and
+``bnqat.finalize(source, target)`` read and write models. ``bnqat.verify(before, after)``,
+``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model, inputs)`` run them.
+``bnqat.KerasLayer(path)``, ``bnqat.QuantizationLog(layer, log_dir)`` and ``bnqat.ReestimateStatistics(dataset, steps)``
+train them with Keras 3. The passes are objects from `passes`.
+
 Importing this module is fast: TensorFlow is imported when a name is first used.
 """
 
@@ -39,7 +41,7 @@ __all__ = [
     "verify",
 ]
 
-ELSEWHERE = {
+MODULES = {
     "KerasLayer": "training.layer",
     "QuantizationLog": "training.log",
     "ReestimateStatistics": "training.statistics",
@@ -49,6 +51,7 @@ ELSEWHERE = {
     "sensitivity": "sensitivity",
     "verify": "verification.claims",
 }
+"""The modules, below `rewriter.app`, of the names that `rewriter.app.api` does not define."""
 
 
 def __getattr__(name: str) -> Any:
@@ -58,8 +61,8 @@ def __getattr__(name: str) -> Any:
         from rewriter.ir import Error
 
         return Error
-    if name in ELSEWHERE:
-        return getattr(import_module(f"rewriter.app.{ELSEWHERE[name]}"), name)
+    if name in MODULES:
+        return getattr(import_module(f"rewriter.app.{MODULES[name]}"), name)
     from rewriter.app import api
 
     return getattr(api, name)

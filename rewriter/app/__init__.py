@@ -1,1 +1,1 @@
-"""What users call."""
+"""The Python interface and the command line."""

@@ -36,24 +36,26 @@ class NothingToRewriteError(Error):
 
 @gc_paused()
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
-    """The signatures and batch norms of a SavedModel, and what is in their variables.
+    """Return the signatures and batch norms of a SavedModel, and the values of their variables.
 
-    Nothing in the model is executed; what rounding its variables would cost is computed by bnqat's own quantisers.
+    Nothing in the model is executed. bnqat's own quantisers compute the error that rounding each variable would make.
 
     Args:
         model: a directory with a SavedModel.
-        tags: those of the meta graph, where it holds several; the one for serving, if not given.
+        tags: the tags of the meta graph to read, if the model holds several; by default those of the one for serving.
 
     Raises:
         Error: the model cannot be read.
     """
-    read = load(model, tags)
-    signatures = {name: describe_signature(read, s) for name, s in read.signatures.items()}
-    found = read.analysis(batch_norms)
-    held = values_of(read, found)
+    saved_model = load(model, tags)
+    signatures = {name: describe_signature(saved_model, s) for name, s in saved_model.signatures.items()}
+    layers = saved_model.analysis(batch_norms)
+    values = values_of(saved_model, layers)
     described = [
-        replace(describe(read, bn), values={r: held[bn.name, r] for r in bn.variables if (bn.name, r) in held})
-        for bn in found
+        replace(
+            describe(saved_model, bn), values={r: values[bn.name, r] for r in bn.variables if (bn.name, r) in values}
+        )
+        for bn in layers
     ]
     return Inspection(signatures, described, Path(model).resolve().name)
 
@@ -65,7 +67,7 @@ def rewrite(
     *,
     bits: ByRole[int] | None = None,
     scheme: ByRole[str] | None = None,
-    range: ByRole[str | Sequence[float]] | None = None,  # noqa: A002  what it is called everywhere else
+    range: ByRole[str | Sequence[float]] | None = None,  # noqa: A002  the option's name everywhere else
     range_momentum: ByRole[float] | None = None,
     rounding: ByRole[str] | None = None,
     narrow_range: ByRole[bool] | None = None,
@@ -95,29 +97,29 @@ def rewrite(
         bits: the width of every role's codes, 2 to 16, or widths by role (8 for those not named).
         scheme: "affine", "symmetric", "power_of_two", "log" (the moving variance only) or "none", or these by role.
         range: "dynamic", "ema", "learned" or two limits, or these by role.
-        range_momentum: of an ema range, 0.99 if not given.
+        range_momentum: the momentum of an ema range, 0.99 if not given.
         rounding: "nearest", or "stochastic" in training.
-        narrow_range: one code fewer.
+        narrow_range: use one code fewer than 2^bits.
         quantizer: a function (vector, context) -> vector in place of a scheme, or its name as "module:function".
-        quantize_average: what is quantised on the way into the moving averages: a batch's "statistic", the average
+        quantize_average: the value that the update of moving averages quantises: a batch's "statistic", the average
             before it is "stored", or "none".
         start_step: the first step at which quantisers act.
-        ramp_steps: for how many steps from there on float and quantised values are blended.
+        ramp_steps: the number of steps, from the start step on, that blend float and quantised values.
         freeze_step: the first step at which training uses the moving statistics and no longer updates them; if not
             given, there is no such phase.
-        momentum: of derived training, where the source does not say it.
-        train_batch_norm: which batch norms train: "as-source", if not given: all but those that the source says are
-            frozen; "all"; or "none".
-        train_outputs: by name, nodes whose values `train` returns besides; then it returns a dict. A node is named as
-            in the function that serves, or in the source's training function where that is used: ``boxes``,
+        momentum: the momentum of derived training, if the source does not say it.
+        train_batch_norm: the batch norms that train: "all", "none", or "as-source", the default: all but those that
+            the source says are frozen.
+        train_outputs: nodes whose values `train` also returns, by output name; then it returns a dict. A node is named
+            as in the function that serves, or in the source's training function if that is used: ``boxes``,
             ``boxes:1``, or with the function it is in, ``__inference_heads_12:boxes``.
         unfreeze_constants: make batch norms' parameters that are constants variables again.
-        fuse: let the fused kernel compute batch norms that are in single ops, and only the mode that is chosen run.
+        fuse: let the fused kernel compute batch norms that are in single ops, and run only the chosen mode.
         keep_ref: leave TensorFlow 1's reference variables as they are; then the result can be trained
             in V1 sessions only.
-        config: a TOML file with options, or what one would hold; what is given beside it counts.
-        tags: those of the meta graph to rewrite, where the model holds several; the one for serving, if not
-            given. The others are kept as they are.
+        config: a TOML file with options, or a dict of its content; options given directly override it.
+        tags: the tags of the meta graph to rewrite, if the model holds several; by default those of the one for
+            serving. The other meta graphs are kept as they are.
         passes: passes to run instead of the default ones, as objects, by name (those of `passes.PASSES`; the default
             ones are `passes.REWRITE`), or as ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
@@ -128,17 +130,20 @@ def rewrite(
         NothingToRewriteError: no pass changed anything; the message says why.
         Error: the model cannot be read or written, or an option is out of range.
     """
-    given = {name: value for name, value in locals().items() if name in (*OF_QUANTIZER, *Settings.model_fields)}
-    options = settings(config, given)
-    chosen = pass_list(options, passes)
+    # At this point, `locals()` holds the parameters only.
+    direct_options = {
+        name: value for name, value in locals().items() if name in (*OF_QUANTIZER, *Settings.model_fields)
+    }
+    options = settings(config, direct_options)
+    pipeline_passes = pass_list(options, passes)
     target = Path(target)
     if not dry_run:
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source, tags)
-    after, steps = Pipeline(chosen, observers).run(before)
+    after, steps = Pipeline(pipeline_passes, observers).run(before)
     report = report_of(before, after, steps)
-    quantizing = any(isinstance(each, QuantizeBatchNorm) for each in chosen)
+    quantizing = any(isinstance(p, QuantizeBatchNorm) for p in pipeline_passes)
     if quantizing:
         report = replace(report, notes=[*report.notes, *options.notes])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
@@ -148,11 +153,11 @@ def rewrite(
         return report
 
     def log(written: Written) -> Mapping[str, str]:
-        found = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
-        said = {**asdict(replace(report, other_changes=written.changes)), "batch_norms": found}
+        layers = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
+        summary = {**asdict(replace(report, other_changes=written.changes)), "batch_norms": layers}
         record = record_of(before, steps, written)
         return {
-            LOG: json.dumps(said, indent=1, sort_keys=True) + "\n",
+            LOG: json.dumps(summary, indent=1, sort_keys=True) + "\n",
             RECORD: json.dumps(record, separators=(",", ":"), sort_keys=True) + "\n",
         }
 

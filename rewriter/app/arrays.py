@@ -1,4 +1,4 @@
-"""Arrays that a user supplies: read from a file, fitted to what a function takes."""
+"""Arrays that a user supplies: read from a file, and fitted to a function's inputs."""
 
 from __future__ import annotations
 
@@ -14,60 +14,60 @@ from rewriter.ir import Error
 Arrays = Mapping[str, np.ndarray]
 
 NPY = b"\x93NUMPY"
-"""How a file of one array without a name begins. What begins otherwise NumPy takes for a pickle, and says so."""
+"""First bytes of an .npy file, one array without a name. NumPy takes other files for pickles, and says so."""
 
 
 def arrays(file: Path) -> dict[str, np.ndarray]:
-    """The arrays in an .npz file, by name.
+    """Return the arrays in an .npz file, by name.
 
     Raises:
-        Error: it is no such file, or holds something else.
+        Error: the file is no .npz file, or holds something other than arrays.
     """
     try:
         with file.open("rb") as opened:
             first = opened.read(len(NPY))
         if first != NPY and not is_zipfile(file):
             raise Error(f"{file} is no .npz file of arrays; write one with numpy.savez")
-        held = np.load(file)
-        if isinstance(held, np.ndarray):
+        archive = np.load(file)
+        if isinstance(archive, np.ndarray):
             raise Error(f"{file} holds one array without a name; write it with numpy.savez")
-        with held:
-            found = {name: held[name] for name in held.files}
+        with archive:
+            contents = {name: archive[name] for name in archive.files}
     except Error:
         raise
-    except Exception as e:  # of damaged files NumPy, zipfile and zlib raise a dozen kinds
+    except Exception as e:  # NumPy, zipfile and zlib raise a dozen kinds for damaged files
         raise Error(f"{file} is no .npz file of arrays: {e}") from e
-    for name, value in found.items():
+    for name, value in contents.items():
         if not isinstance(value, np.ndarray):
             raise Error(f"{file} is no .npz file of arrays: {name!r} in it is none")
-    return found
+    return contents
 
 
 def fitted(inputs: Arrays, specs: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Given arrays as what tensors by name are fed with; None where the names are others.
+    """Return the arrays as feeds of named tensors, in their dtypes; None if the names differ.
 
     Raises:
         Error: an array has another shape, is empty, or cannot have the dtype.
     """
     import tensorflow as tf
 
-    given = dict(zip(specs, inputs.values(), strict=True)) if len(specs) == len(inputs) == 1 else dict(inputs)
-    if set(given) != set(specs):
+    feeds = dict(zip(specs, inputs.values(), strict=True)) if len(specs) == len(inputs) == 1 else dict(inputs)
+    if set(feeds) != set(specs):
         return None
     for name, spec in specs.items():
-        value, dtype = np.asarray(given[name]), tf.as_dtype(spec.dtype)
+        value, dtype = np.asarray(feeds[name]), tf.as_dtype(spec.dtype)
         if not spec.shape.is_compatible_with(value.shape):
             raise Error(f"the input {name} is to have the shape {spec.shape}, not {value.shape}")
         if not value.size and spec.shape.num_elements() != 0:
             raise Error(f"the input {name} holds no values: its shape is {value.shape}")
         if value.dtype.kind not in _kinds(dtype):
             raise Error(f"the input {name} is to have the dtype {dtype.name}, not {value.dtype}")
-        given[name] = value.astype(dtype.as_numpy_dtype)
-    return given
+        feeds[name] = value.astype(dtype.as_numpy_dtype)
+    return feeds
 
 
 def odd_values(inputs: Arrays) -> Iterator[str]:
-    """Sentences on arrays that may make a sound model look broken: not finite, or of one value."""
+    """Return sentences on arrays that may make a sound model look broken: not finite, or of one value."""
     for name, value in inputs.items():
         array = np.asarray(value)
         if array.dtype.kind != "f" or array.size <= 1:
@@ -79,7 +79,7 @@ def odd_values(inputs: Arrays) -> Iterator[str]:
 
 
 def _kinds(dtype: Any) -> str:
-    """The kinds of NumPy's dtypes that are taken for one of TensorFlow's."""
+    """Return the kinds of NumPy dtypes that are accepted for a TensorFlow dtype."""
     if dtype.name == "string":
         return "OSU"
     return "biufc" if dtype.is_complex else "biuf"

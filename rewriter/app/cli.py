@@ -133,8 +133,8 @@ def rewrite(
     if source is None or target is None:
         raise click.UsageError(f"Missing argument '{'SRC' if source is None else 'DST'}'.")
     if names or options["quantizer"] or options["config"]:
-        # A pass or pipeline of one's own may lie in the current directory; last, so that nothing there hides what is
-        # installed.
+        # The user's own pass or quantiser function may lie in the current directory. That comes last, so that no file
+        # there hides an installed module.
         sys.path.append(str(Path.cwd()))
 
     def check() -> None:
@@ -168,11 +168,11 @@ def rewrite(
 
 
 def _settings(options: dict[str, Any]) -> Settings:
-    """The options in force, checked."""
+    """Return the options in force, checked."""
     from rewriter.app import settings
 
-    own = {k: v for k, v in options.items() if k in (*settings.OF_QUANTIZER, *settings.Settings.model_fields)}
-    return settings.settings(options["config"], own)
+    values = {k: v for k, v in options.items() if k in (*settings.OF_QUANTIZER, *settings.Settings.model_fields)}
+    return settings.settings(options["config"], values)
 
 
 def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:

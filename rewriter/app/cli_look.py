@@ -22,7 +22,7 @@ from rewriter.ir import Error
 from rewriter.savedmodel.staging import require_model
 
 SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
-"""How a comparison is written, and what the names of such files end with."""
+"""File name suffixes of the formats of a comparison."""
 
 
 @click.command()
@@ -78,11 +78,11 @@ def diff(
     """Show what differs between the SavedModels A and B, and what of it the record of a rewrite does not explain."""
     if form is None:
         suffix = ".txt" if output is None else output.suffix.lower()
-        form = next((f for f, known in SUFFIXES.items() if known == suffix), None)
+        form = next((f for f, s in SUFFIXES.items() if s == suffix), None)
     if form is None:
-        known = ", ".join(SUFFIXES.values())
+        suffixes = ", ".join(SUFFIXES.values())
         raise click.UsageError(
-            f"what {output} is to hold does not follow from its name ({known}): say it with --format"
+            f"what {output} is to hold does not follow from its name ({suffixes}): say it with --format"
         )
     if (site is None) == (form == "svg"):
         raise click.UsageError("--format svg draws one place: name it with --site, which is for that alone")
@@ -96,21 +96,21 @@ def diff(
         from rewriter.app.diff import diff as compare
 
         with waiting(f"comparing {before} and {after}"):
-            found = compare(before, after, **options)
-            drawn = None if site is None else found.to_svg(*found.site(site), hops)
-            text = "" if form == "text" else drawn or (found.to_json() if form == "json" else found.to_html())
+            comparison = compare(before, after, **options)
+            svg = None if site is None else comparison.to_svg(*comparison.site(site), hops)
+            text = "" if form == "text" else svg or (comparison.to_json() if form == "json" else comparison.to_html())
         if form == "text":
-            with _to(output):
-                show_diff(found.title, found.report, verbose=verbose)
+            with _stdout_to(output):
+                show_diff(comparison.title, comparison.report, verbose=verbose)
         else:
-            _put(text, output)
-    if exit_code and found.report.changes:
+            _write_comparison(text, output)
+    if exit_code and comparison.report.changes:
         sys.exit(1)
 
 
 @contextmanager
-def _to(output: Path | None) -> Iterator[None]:
-    """Let what is printed go to a file."""
+def _stdout_to(output: Path | None) -> Iterator[None]:
+    """Redirect stdout to a file, if one is given."""
     if output is None:
         yield
         return
@@ -120,7 +120,8 @@ def _to(output: Path | None) -> Iterator[None]:
     write_file(output, printed.getvalue(), "comparison")
 
 
-def _put(text: str, output: Path | None) -> None:
+def _write_comparison(text: str, output: Path | None) -> None:
+    """Write a comparison to a file, or to stdout if none is given."""
     if output is None:
         click.echo(text, nl=not text.endswith("\n"))
     else:
@@ -151,12 +152,12 @@ def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, tr
         click.echo(f"executing {before} and {after}", err=True)
         inputs = None if inputs_file is None else arrays(inputs_file)
         with waiting("running both"):
-            found = claims(before, after, inputs=inputs, seed=seed, trust=trust)
+            verification = claims(before, after, inputs=inputs, seed=seed, trust=trust)
         if as_json:
-            click.echo(found.to_json())
+            click.echo(verification.to_json())
         else:
-            show_verification(found)
-    if not found.ok:
+            show_verification(verification)
+    if not verification.ok:
         sys.exit(1)
 
 
@@ -200,7 +201,7 @@ def sensitivity(
         click.echo(f"executing {model}", err=True)
         inputs = arrays(inputs_file)
         console = Console(stderr=True)
-        found = measure.sensitivity(
+        measured = measure.sensitivity(
             model,
             inputs,
             bits=widths,
@@ -208,9 +209,9 @@ def sensitivity(
             progress=lambda runs: track(runs, "quantisers", console=console, transient=True),
         )
         if as_json:
-            click.echo(found.to_json())
+            click.echo(measured.to_json())
         else:
-            show_sensitivity(found)
+            show_sensitivity(measured)
         if plot_file is not None:
-            measure.plot(found, plot_file)
+            measure.plot(measured, plot_file)
             click.echo(f"drawn to {plot_file}", err=True)

@@ -33,7 +33,7 @@ from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import Written, save
 
 GROWTH = 4
-"""How many times larger a graph may become by inlining, before that is given up."""
+"""Largest factor by which inlining may let a graph grow; beyond it, inlining stops."""
 
 
 @gc_paused()
@@ -52,30 +52,30 @@ def finalize(
 ) -> FinalizeReport:
     """Write the SavedModel to deploy: quantised values in the variables, and nothing left that trains or quantises.
 
-    Of the model, its quantisers alone are computed, as they act from the start step and ramp on. The outputs of every
-    signature and function that is left are those of the fine-tuned model with its quantisers on, bit for bit; but for
-    rounding with `fold`, and where functions choose their mode by a constant, as the report notes. A note says where
-    moving statistics are, or may be, far from those of the batches that the model meets.
+    Nothing in the model is executed but its quantisers, as they act after the start step and the ramp. The outputs of
+    every signature and function that is left are bit for bit those of the fine-tuned model with its quantisers on.
+    There are two exceptions: rounding with `fold`, and functions that choose their mode by a constant, which the report
+    notes. A note says if moving statistics are, or may be, far from those of the batches that the model meets.
 
     Args:
-        source: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not; it is not changed.
+        source: a directory with a SavedModel that bnqat rewrote, fine-tuned or not; it is not changed.
         target: where to write; it must not exist, unless `overwrite` is given.
         params: a file to write codes, scales and zero points to, ``.npz`` or ``.json``; not with `fold`, which leaves
-            no variable that holds what they give.
+            no variable that holds the values that they describe.
         fold: let batch norms become part of the convolution before them, where there is one.
         inputs: a batch, by the names of the training function's inputs; one array may have any name. The model is
             executed on it, to compare its statistics with the moving ones.
-        trust: compute quantisers whose ops are not known to be harmless, such as those of a function of one's own;
+        trust: compute quantisers whose ops are not known to be harmless, such as those of a user's own function;
             with `inputs`, also run a model that holds ops for files, the network or Python.
-        tags: those of the meta graph, where it holds several; the one for serving, if not given.
+        tags: the tags of the meta graph, if the model holds several; by default those of the one for serving.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: report, write nothing.
         observers: called after each pass.
 
     Raises:
         NothingToRewriteError: the model has no quantisers.
-        Error: the model cannot be read or written, what quantisers make of a variable cannot be stored, or the inputs
-            are none that the training function takes.
+        Error: the model cannot be read or written, a variable's quantised values cannot be stored, or the training
+            function does not take the inputs.
     """
     target = Path(target)
     if params is not None:
@@ -92,20 +92,20 @@ def finalize(
         )
     if inputs is not None:
         refuse_reaching(source, before, trust=trust)
-    lagging = lag_notes(source, before, inputs)
-    settling = [SettleChoices()] if before.object_based and _undecided(before) else []
-    kept, steps = Pipeline([*settling, KeepServing()], tuple(observers)).run(before)
-    stores = kept.analysis(trusted_stores if trust else quantized_stores)
-    if not stores.values:
+    statistics_notes = lag_notes(source, before, inputs)
+    first_passes = [SettleChoices()] if before.object_based and _undecided(before) else []
+    serving_model, steps = Pipeline([*first_passes, KeepServing()], tuple(observers)).run(before)
+    plan = serving_model.analysis(trusted_stores if trust else quantized_stores)
+    if not plan.values:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
-    after, more = Pipeline([BakeQuantizers(trust)], tuple(observers)).run(kept)
-    table = _parameters(stores, after)
-    steps += more
+    after, more_steps = Pipeline([BakeQuantizers(trust)], tuple(observers)).run(serving_model)
+    table = _parameters(plan, after)
+    steps += more_steps
     if fold:
-        after, more = _folded(after, tuple(observers))
-        steps += more
+        after, more_steps = _folded(after, tuple(observers))
+        steps += more_steps
     report = _report(before, after, steps, table)
-    report = replace(report, notes=[*lagging, *report.notes])
+    report = replace(report, notes=[*statistics_notes, *report.notes])
     if dry_run:
         return report
 
@@ -119,42 +119,42 @@ def finalize(
 
 
 def _undecided(model: Model) -> bool:
-    """Whether what serves holds batch norms in training mode, which a constant keeps from being used."""
+    """Return true if serving functions hold batch norms in training mode, which a constant keeps from being used."""
     calls = model.analysis(call_graph)
     reached = frozenset().union(*(calls.reached(e.function) for e in model.analysis(serves)))
     return not reached or any(site.training for site in model.analysis(sites) if site.graph in reached)
 
 
 def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
-    """A model with batch norms in convolutions, whose layers are first brought into one graph."""
+    """Return a model with batch norms folded into convolutions, after inlining its layers; and the steps."""
     size = _size(model)
     inlined, steps = model, list[Step]()
     while not steps or (steps[-1].edits and _size(inlined) <= GROWTH * size):
-        inlined, more = Pipeline([InlineCalls()], observers).run(inlined)
-        steps += more
-    # Where a layer and what precedes it are still apart, or nothing was folded, functions stay as they are.
+        inlined, more_steps = Pipeline([InlineCalls()], observers).run(inlined)
+        steps += more_steps
+    # Functions stay as they are if nothing was folded, or a layer and its convolution are still in two graphs.
     if steps[-1].edits or not folded(inlined):
         inlined, steps = model, []
-    result, more = Pipeline([FoldBatchNorm()], observers).run(inlined)
-    return result, [*steps, *more]
+    result, more_steps = Pipeline([FoldBatchNorm()], observers).run(inlined)
+    return result, [*steps, *more_steps]
 
 
 def _size(model: Model) -> int:
     return sum(len(graph.nodes) for graph in model.graphs.values())
 
 
-def _parameters(stores: BakePlan, after: Model) -> list[Parameter]:
-    """One for each variable that holds quantised values, in the order of the variables."""
-    held: dict[str, Quantized] = {}
-    for each in stores.values:
-        held.setdefault(stores.key(each), each)
+def _parameters(plan: BakePlan, after: Model) -> list[Parameter]:
+    """Return a parameter for each variable that holds quantised values, in the order of the variables."""
+    value_by_key: dict[str, Quantized] = {}
+    for value in plan.values:
+        value_by_key.setdefault(plan.key(value), value)
     names = Counter(v.name for v in after.variables.values())
     table: dict[str, Parameter] = {}
     for key, variable in after.variables.items():
-        if key in held:
-            layer = f"{held[key].tag['batch_norm']}/{held[key].tag['role']}"
+        if key in value_by_key:
+            layer = f"{value_by_key[key].tag['batch_norm']}/{value_by_key[key].tag['role']}"
             name = unused(variable.name if names[variable.name] == 1 else layer, table)
-            table[name] = parameter(name, key, held[key])
+            table[name] = parameter(name, key, value_by_key[key])
     return list(table.values())
 
 

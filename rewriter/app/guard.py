@@ -1,4 +1,4 @@
-"""What surrounds a command's work: TensorFlow, imported late and quietly, and errors as one line."""
+"""Frame of a command: TensorFlow is imported late and quietly, and errors become one line."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ EXIT_FAILED = 2
 
 @contextmanager
 def report_errors(*checks: Callable[[], object], tensorflow: bool = True) -> Iterator[None]:
-    """Make the checks, which must not need TensorFlow, and import it quietly where it is needed.
+    """Run the checks, then import TensorFlow quietly if it is needed.
 
-    What a user can mend becomes one line and exit code 2.
+    The checks must not need TensorFlow. An error that a user can mend becomes one line and exit code 2.
     """
     try:
         for check in checks:
@@ -45,9 +45,9 @@ def report_errors(*checks: Callable[[], object], tensorflow: bool = True) -> Ite
     except Error as e:
         fail(str(e))
     except (BrokenPipeError, click.ClickException, click.exceptions.Exit):
-        raise  # the reader has had enough, or it is click's own, which click knows how to end
+        raise  # the reader closed the pipe, or click itself handles it
     except OSError as e:
-        fail(_of_stream(e))
+        fail(_os_reason(e))
     except MemoryError:
         fail("there is not enough memory")
     except Exception as e:
@@ -60,53 +60,53 @@ def report_errors(*checks: Callable[[], object], tensorflow: bool = True) -> Ite
         )
 
 
-def _of_stream(e: OSError) -> str:
-    """Why the system refused; what is about no file, is about a stream."""
+def _os_reason(e: OSError) -> str:
+    """Return why the system refused; an error that names no file is about stdout."""
     return reason(e) if e.filename else f"stdout cannot be written to: {reason(e)}"
 
 
 @contextmanager
 def report_done(done: str) -> Iterator[None]:
-    """Print what was done; where that fails, say at least that it was."""
+    """Let the block print what was done; if printing fails, the error says at least that it was."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError as e:
-        raise Error(f"{done} was written, but {_of_stream(e)}") from e
+        raise Error(f"{done} was written, but {_os_reason(e)}") from e
 
 
 TRACEBACK = "BNQAT_TRACEBACK"
-"""Environment variable that lets exceptions nobody foresaw through, with their traceback."""
+"""Environment variable that lets unforeseen exceptions through, with their traceback."""
 
 
 class Commands(click.Group):
-    """Commands that end with one line and exit code 2 where they are interrupted, too."""
+    """Command group that ends with one line and exit code 2 if it is interrupted, too."""
 
     def main(self, *args: Any, **options: Any) -> Any:
         """Run the command line."""
-        _open_standard()
-        terminal = os.dup(2)  # while TensorFlow is imported, what is written to stderr's own is thrown away
+        _open_standard_streams()
+        terminal = os.dup(2)  # `_quiet` discards what is written to descriptor 2 itself
         for number in SIGNALS:
             signal.signal(number, partial(_interrupt, terminal))
         try:
             return super().main(*args, **options)
         except OSError as e:
-            fail(_of_stream(e))
+            fail(_os_reason(e))
         finally:
-            for number in SIGNALS:  # all is done; while Python ends, a signal would only spoil the exit code
+            for number in SIGNALS:  # all is done; a signal while Python ends would only spoil the exit code
                 signal.signal(number, signal.SIG_IGN)
             if INTERRUPTED.is_set():
                 sys.exit(EXIT_FAILED)
 
 
-def _open_standard() -> None:
-    """Let nothing that is opened later take the place of a closed stdout or stderr; escape what cannot be encoded."""
+def _open_standard_streams() -> None:
+    """Fill closed standard descriptors, so that no later file takes their place; escape what cannot be encoded."""
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free descriptor
     sys.stdout = sys.stdout or io.StringIO()
     sys.stderr = sys.stderr or io.StringIO()
     for stream in (sys.stdout, sys.stderr):
@@ -118,15 +118,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 INTERRUPTED = threading.Event()
-"""Whether it was said that the command is interrupted."""
+"""Set once the user was told that the command is interrupted."""
 
 
 def _interrupt(terminal: int, number: int, _frame: object) -> None:
-    # What is to be tidied up takes moments, and is not to be interrupted again. Not by click: it may be at work.
+    # Tidying up takes moments, and a second signal must not interrupt it.
     signal.signal(number, signal.SIG_IGN)
     INTERRUPTED.set()
+    # click does not write this: the signal may have interrupted it in the middle of a write.
     os.write(terminal, b"bnqat: error: interrupted; nothing is left half-written\n")
-    # Where the exception arrives in a library, that may end it, or take it for an error of its own.
+    # A library in which SystemExit arrives may swallow it or take it for its own error; `main` then sets the exit code.
     sys.unraisablehook = lambda _: None
     sys.exit(EXIT_FAILED)
 
@@ -146,55 +147,61 @@ def fail(message: str) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what TensorFlow's libraries print while they are loaded off stderr."""
+    """Discard what TensorFlow's libraries print to stderr while they are loaded."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     # Rewriting has no work for an accelerator, and should not take its memory from a training run.
     os.environ["CUDA_VISIBLE_DEVICES"] = "-1"
-    saved = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
+    stderr_copy = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nothing, 2)
+        os.dup2(devnull, 2)
         importlib.import_module("tensorflow")
 
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nothing)
+        os.dup2(stderr_copy, 2)
+        os.close(stderr_copy)
+        os.close(devnull)
 
 
 def refuse_files(files: Mapping[str, Path | None], *models: Path) -> None:
-    """Refuse files to write to, by what is to be in them, that would lie in a model, in no directory, or be one file.
+    """Refuse output files that would lie in a model or in no directory, or two that would be the same file.
+
+    Args:
+        files: the files by their content, as messages call it.
+        models: directories of models.
 
     Raises:
-        Error: one would, or two would, or one cannot be looked at, as links that lead round in a circle.
+        Error: a file is refused, or cannot be looked at, such as links that form a circle.
     """
-    taken: dict[Path, str] = {}
-    for what, file in files.items():
+    content_at: dict[Path, str] = {}
+    for content, file in files.items():
         if file is None:
             continue
         if not file.absolute().parent.is_dir():
-            raise Error(f"there is no directory {file.parent} to write the {what} to")
+            raise Error(f"there is no directory {file.parent} to write the {content} to")
         try:
             file.stat()
         except FileNotFoundError:
             pass
         except OSError as e:
-            raise Error(f"the {what} cannot be written to {reason(e)}") from e
-        place = real(file)
+            raise Error(f"the {content} cannot be written to {reason(e)}") from e
+        real_path = real(file)
         for model in models:
-            if place.is_relative_to(real(model)):
-                raise Error(f"the {what} {file} would lie in the model {model}; choose another file")
-        if place in taken and not place.is_relative_to("/dev"):
-            raise Error(f"the {taken[place]} and the {what} would both be written to {file}; choose two files")
-        taken[place] = what
+            if real_path.is_relative_to(real(model)):
+                raise Error(f"the {content} {file} would lie in the model {model}; choose another file")
+        if real_path in content_at and not real_path.is_relative_to("/dev"):
+            raise Error(
+                f"the {content_at[real_path]} and the {content} would both be written to {file}; choose two files"
+            )
+        content_at[real_path] = content
 
 
 def check_parameters(file: Path, fold: bool) -> None:
     """Refuse a file for parameters.
 
     Raises:
-        Error: its name does not say its format, or there is nothing to describe.
+        Error: its name does not say its format, or `fold` leaves nothing to describe.
     """
     if file.suffix not in PARAMETER_FILES:
         raise Error(f"{file}: parameters are written to a file that ends with {' or '.join(PARAMETER_FILES)}")

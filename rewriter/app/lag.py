@@ -1,4 +1,4 @@
-"""Moving statistics that lag behind what training changed: measured on data, or told from the number of steps."""
+"""Moving statistics that lag behind the trained weights: measured on data, or told from the number of steps."""
 
 from __future__ import annotations
 
@@ -19,47 +19,48 @@ from rewriter.ir import Error, Model
 from rewriter.savedmodel.objects import object_paths
 
 FAR = 0.25
-"""The error of normalised values, in standard deviations, from which moving statistics are far from a batch's.
+"""Error of normalised values, in standard deviations, above which moving statistics are far from a batch's.
 
 Digits at 4 bits: 0.23 costs 0.4 points of accuracy, 0.32 0.7 points, 0.85 29 points (docs/quantisation.md).
 """
 ROWS = 64
-"""The fewest rows of a batch that is compared. Its statistics are known to about sqrt(1.5 / rows), 0.15, at worst."""
+"""Fewest rows of a batch that is compared. Its statistics are known to about sqrt(1.5 / rows), 0.15, at worst."""
 OLD = 0.05
-"""The share of an average from before training up to which nothing is said: that of 3 / (1 - momentum) steps."""
+"""Largest share of an average from before training without a note: the share after 3 / (1 - momentum) steps."""
 
 
 def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> list[str]:
     """Return a sentence if moving statistics are, or may be, far from those of the batches that the model meets.
 
-    With inputs, the model is loaded, its training function runs them, and their statistics are compared. Without, the
-    number of training steps says how much of an average is from before training. Statistics that training has used as
-    frozen ones are what the weights are trained for, so nothing is said about them.
+    With inputs, the model is loaded, its training function runs them, and their statistics are compared. Without
+    inputs, the number of training steps says how much of an average is from before training. If training has used
+    statistics as frozen ones, the weights are trained for them, so nothing is said about them.
 
     Args:
         path: a directory with a rewritten model, trained and saved again or not.
-        model: the same, read.
+        model: the model in that directory.
         inputs: a batch, by the names of the training function's inputs.
 
     Raises:
-        Error: the batch's statistics cannot be told: the training function does not take it, it has too few rows, or
-            the averages are of no known form.
+        Error: the batch's statistics cannot be computed: the training function does not take it, it has too few rows,
+            or the averages are of no known form.
     """
     controls = _controls(model)
     if controls.get("step", 0) > controls.get("freeze_step", NEVER):
         return []
-    return _told(model, controls) if inputs is None else _measured(statistics_errors(path, inputs))
+    return _step_notes(model, controls) if inputs is None else _batch_notes(statistics_errors(path, inputs))
 
 
 def notes_on_statistics(path: str | Path, model: Model, inputs: Arrays | None) -> list[str]:
-    """Return what `lag_notes` does; of inputs whose statistics cannot be compared, nothing."""
+    """Return the notes of `lag_notes`, or none if the statistics of the inputs cannot be compared."""
     try:
         return lag_notes(path, model, inputs)
     except Error:
         return []
 
 
-def _measured(errors: Mapping[str, float]) -> list[str]:
+def _batch_notes(errors: Mapping[str, float]) -> list[str]:
+    """Return a sentence on batch norms whose moving statistics are far from those of a batch."""
     far = {name: error for name, error in errors.items() if error > FAR}
     if not far:
         return []
@@ -72,10 +73,11 @@ def _measured(errors: Mapping[str, float]) -> list[str]:
 
 
 def statistics_errors(path: str | Path, inputs: Arrays) -> dict[str, float]:
-    """Return how far normalised values are from those of the batch's own statistics, by batch norm.
+    """Return the error of values normalised with the moving statistics, by batch norm.
 
-    The error is the root mean square over the batch, in standard deviations; of the channels, the median. The model
-    is loaded and its training function executed, with quantisers on.
+    They are compared with values normalised with the batch's own statistics. The error is the root mean square over
+    the batch, in standard deviations, and the median over the channels. The model is loaded and its training function
+    executed, with quantisers on.
 
     Raises:
         Error: as of `lag_notes`.
@@ -90,26 +92,32 @@ def statistics_errors(path: str | Path, inputs: Arrays) -> dict[str, float]:
         )
     train = trainer_of(root)
     specs = {s.name: s for s in Arguments(root.quantization.train.concrete_functions[0]).specs}
-    given = fitted(inputs, specs)
-    if given is None:
+    feeds = fitted(inputs, specs)
+    if feeds is None:
         raise Error(f"the training function takes {', '.join(specs)}, not {', '.join(inputs) or 'nothing'}")
-    rows = max((len(v) for v in given.values() if v.ndim), default=0)
+    rows = max((len(v) for v in feeds.values() if v.ndim), default=0)
     if rows < ROWS:
         raise Error(f"the inputs have {rows} rows; a batch of at least {ROWS} is needed to compare its statistics")
-    batches = [{name: tf.constant(value) for name, value in given.items()}]
-    found, why = attempt(lambda: estimates([root], train, batches, 1))
-    if found is None:
+    batches = [{name: tf.constant(value) for name, value in feeds.items()}]
+    estimated, why = attempt(lambda: estimates([root], train, batches, 1))
+    if estimated is None:
         raise Error(f"the training function does not run on the inputs: {why}")
     layers: dict[str, dict[str, tuple[np.ndarray, np.ndarray]]] = {}
-    for average, batch in found:
-        added = average.epsilon if average.role == VARIANCE else 0.0
+    for average, batch in estimated:
+        epsilon = average.epsilon if average.role == VARIANCE else 0.0
         stored = average.variable.numpy().astype(np.float64)
-        layers.setdefault(average.batch_norm, {})[average.role] = stored + added, batch + added
-    return {name: _error(*held[MEAN], *held[VARIANCE]) for name, held in layers.items() if len(held) == len(STATISTICS)}
+        layers.setdefault(average.batch_norm, {})[average.role] = stored + epsilon, batch + epsilon
+    return {
+        name: _normalisation_error(*statistics[MEAN], *statistics[VARIANCE])
+        for name, statistics in layers.items()
+        if len(statistics) == len(STATISTICS)
+    }
 
 
-def _error(moving_mean: np.ndarray, mean: np.ndarray, moving_variance: np.ndarray, variance: np.ndarray) -> float:
-    """Of values normalised with the moving statistics, to those normalised with the batch's.
+def _normalisation_error(
+    moving_mean: np.ndarray, mean: np.ndarray, moving_variance: np.ndarray, variance: np.ndarray
+) -> float:
+    """Return the error of values normalised with the moving statistics, against those with the batch's.
 
     With x = mean + d * s: (x - M) / S - d = d * (s / S - 1) + (mean - M) / S, and d has mean 0 and variance 1.
     """
@@ -120,8 +128,8 @@ def _error(moving_mean: np.ndarray, mean: np.ndarray, moving_variance: np.ndarra
     return float(np.median(np.nan_to_num(errors, nan=np.inf)))
 
 
-def _told(model: Model, controls: Mapping[str, int]) -> list[str]:
-    """A sentence on averages of which a large share is from before training."""
+def _step_notes(model: Model, controls: Mapping[str, int]) -> list[str]:
+    """Return a sentence on averages of which a large share is from before training."""
     steps = controls.get("step", 0)
     factors = {bn.name: bn.factor for bn in model.analysis(batch_norms) if bn.factor is not None and 0 < bn.factor < 1}
     if steps < 1 or not factors or _reestimated(model):
@@ -139,12 +147,13 @@ def _told(model: Model, controls: Mapping[str, int]) -> list[str]:
 
 
 def _controls(model: Model) -> dict[str, int]:
-    """The values of the control variables that say when statistics move, as far as the model has them."""
+    """Return the values of the control variables that say when statistics move, if the model has them."""
     names = {f"quantization/{name}": name for name in ("step", "freeze_step")}
-    held = {names[v.name]: key for key, v in model.variables.items() if v.name in names and v.shape == ()}
-    return {name: int(model.value_of(key)) for name, key in held.items()}
+    keys = {names[v.name]: key for key, v in model.variables.items() if v.name in names and v.shape == ()}
+    return {name: int(model.value_of(key)) for name, key in keys.items()}
 
 
 def _reestimated(model: Model) -> bool:
+    """Return true if the model carries the mark of `bnqat.reestimate_statistics`."""
     meta = model.source.proto.meta_graphs[model.source.index]
     return f"quantization.{REESTIMATED}" in object_paths(meta.object_graph_def).values()

@@ -22,23 +22,23 @@ class Arguments:
 
     @property
     def names(self) -> list[str]:
-        """Those of the inputs."""
+        """Names of the inputs, in the order of the function."""
         return [s.name for s in self.specs]
 
     @property
     def dtype(self) -> str:
-        """That of the first input of real numbers; float32 without one."""
+        """Dtype of the first input of floats; float32 if there is none."""
         return next((s.dtype.name for s in self.specs if s.dtype.is_floating), "float32")
 
     def __call__(self, inputs: Any) -> Any:
-        """Arguments and keywords.
+        """Return the positional and keyword arguments, as a pair.
 
         Raises:
-            Error: there are other inputs than the function takes.
+            Error: the inputs are not those that the function takes.
         """
         values = iter(self._ordered(inputs))
-        filled = [next(values) if isinstance(s, tf.TypeSpec) else s for s in tf.nest.flatten(self.structure)]
-        return tf.nest.pack_sequence_as(self.structure, filled)
+        arguments = [next(values) if isinstance(s, tf.TypeSpec) else s for s in tf.nest.flatten(self.structure)]
+        return tf.nest.pack_sequence_as(self.structure, arguments)
 
     def _ordered(self, inputs: Any) -> list[Any]:
         names = self.names
@@ -53,18 +53,23 @@ class Arguments:
 
 
 def variables_by_key(concrete: Any, entry: Entry) -> dict[str, Any]:
-    """A loaded function's variables by their keys in the file; under a strategy, those of all replicas."""
-    known: dict[int, Any] = {}
+    """Return a loaded function's variables by their keys in the file; under a strategy, those of all replicas."""
+    # A function captures a plain variable's handle, but under a strategy the distributed variable itself.
+    variable_by_id: dict[int, Any] = {}
     for variable in concrete.graph.variables:
-        known[id(variable)] = variable
+        variable_by_id[id(variable)] = variable
         if not hasattr(variable, "values"):
-            known[id(variable.handle)] = variable
+            variable_by_id[id(variable.handle)] = variable
     pairs = zip(entry.captures, concrete.captured_inputs, strict=True)
-    return {key: known[id(held)] for key, held in pairs if isinstance(key, str) and id(held) in known}
+    return {
+        key: variable_by_id[id(capture)]
+        for key, capture in pairs
+        if isinstance(key, str) and id(capture) in variable_by_id
+    }
 
 
 def replicas(variable: Any) -> tuple[Any, ...]:
-    """A variable's copies on the replicas of its strategy; without one, the variable itself."""
+    """Return a variable's copies on the replicas of its strategy; without a strategy, the variable itself."""
     return tuple(getattr(variable, "values", (variable,)))
 
 

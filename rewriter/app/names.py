@@ -1,4 +1,4 @@
-"""Names of the passes' options, and of files, which can be had without importing TensorFlow."""
+"""Names of the passes' options and of parameter files; importing this module does not import TensorFlow."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     "keep_ref": ("upgrade-references",),
     "unfreeze_constants": ("unfreeze-constants",),
 }
-"""The passes that each option is for, of the command line or of a configuration file."""
+"""Passes that each option of the command line or of a configuration file belongs to."""
 
 PARAMETER_FILES = (".npz", ".json")
-"""What the names of files with parameters end with."""
+"""Suffixes of parameter files."""

@@ -11,34 +11,38 @@ from passes.roles import MAX_BITS, MIN_BITS, ROLES
 
 
 class ByRole(click.ParamType[Any, Any]):
-    """``8`` or ``gamma=4,beta=8``, with values of another type."""
+    """Type of an option with one value for all roles, as ``8``, or values by role, as ``gamma=4,beta=8``."""
 
-    def __init__(self, name: str, of: Callable[[str], Any], wrong: str) -> None:
-        """`of` makes a value of a text or raises ValueError; `wrong` says what one looks like."""
+    def __init__(self, name: str, parse: Callable[[str], Any], expected: str) -> None:
+        """`parse` turns a text into a value or raises ValueError; `expected` says what a text looks like."""
         self.name = name
-        self.of = of
-        self.wrong = wrong
+        self.parse = parse
+        self.expected = expected
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """A value, or values by role."""
+        """Return a value, or values by role."""
         if not isinstance(value, str):
             return value
         pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
-        found: dict[str, Any] = {}
+        by_role: dict[str, Any] = {}
         for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
             if "=" in value and role not in ROLES:
                 self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
-            if role in found:
+            if role in by_role:
                 self.fail(f"{value!r} names {role} twice", param, ctx)
             try:
-                found[role] = self.of(text)
+                by_role[role] = self.parse(text)
             except ValueError:
-                self.fail(f"{text!r}: {self.wrong}", param, ctx)
-        return found.get("", found)
+                self.fail(f"{text!r}: {self.expected}", param, ctx)
+        return by_role.get("", by_role)
 
 
 def width(text: str) -> int:
-    """A width, or a ValueError."""
+    """Return a width.
+
+    Raises:
+        ValueError: the text is no number, or out of range.
+    """
     if not MIN_BITS <= int(text) <= MAX_BITS:
         raise ValueError(text)
     return int(text)
@@ -54,13 +58,14 @@ def _one_of(*names: str) -> Callable[[str], str]:
 
 
 def _limits(text: str) -> str | list[float]:
+    """Return a range: its name, or two limits from a text like ``-1:1``."""
     if text in RANGES:
         return text
     low, high = text.split(":")
     return [float(low), float(high)]
 
 
-def _yes(text: str) -> bool:
+def _yes_or_no(text: str) -> bool:
     return {"yes": True, "no": False}[_one_of("yes", "no")(text)]
 
 
@@ -70,7 +75,7 @@ BITS = ByRole("bits", width, f"a width is a number from {MIN_BITS} to {MAX_BITS}
 SCHEME = ByRole("scheme", _one_of(*SCHEMES), f"a scheme is one of {', '.join(SCHEMES)}")
 RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1")
 ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
-NARROW = ByRole("yes|no", _yes, "it is yes or no")
+NARROW = ByRole("yes|no", _yes_or_no, "it is yes or no")
 QUANTIZER = ByRole("module:function", str, "")
 STEPS = click.IntRange(min=0, max=2**63 - 1)
 
@@ -87,15 +92,15 @@ TRAIN_BATCH_NORM = ("as-source", "all", "none")
 
 
 def _named_nodes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
-    found: dict[str, str] = {}
+    nodes: dict[str, str] = {}
     for value in values:
         name, sign, node = value.partition("=")
         if not (name and sign and node):
             raise click.BadParameter(f"{value!r} is not NAME=NODE")
-        if name in found:
+        if name in nodes:
             raise click.BadParameter(f"the name {name} is given twice")
-        found[name] = node
-    return found or None
+        nodes[name] = node
+    return nodes or None
 
 
 TRAIN_OUTPUTS = click.option(

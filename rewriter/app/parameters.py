@@ -1,4 +1,4 @@
-"""The parameter table of a finalised model: integer codes, and what turns them into values."""
+"""Parameter table of a finalised model: integer codes, scales and zero points."""
 
 from __future__ import annotations
 
@@ -26,28 +26,28 @@ Numbers: TypeAlias = "float | int | np.ndarray"
 
 @dataclass(frozen=True)
 class Parameter:
-    """What one variable holds.
+    """Quantised values of one variable.
 
     ``value = (codes - zero_point) * scale`` in float32; for the scheme log,
-    ``value = max(float32(exp(codes * scale + origin)) - epsilon, 0)`` with the exponent in float64. What `exceptions`
-    lists has the value given there: NaN, infinities and negative variances are never quantised.
+    ``value = max(float32(exp(codes * scale + origin)) - epsilon, 0)`` with the exponent in float64. Positions in
+    `exceptions` have the value given there: NaN, infinities and negative variances are never quantised.
 
-    Where a batch norm covers several vectors, codes are [..., C], and scale, zero point and origin [..., 1].
+    If a batch norm covers several vectors, codes are [..., C], and scale, zero point and origin are [..., 1].
 
     Attributes:
-        variable: the variable's name in the finalised model; where several have that name, the layer's and the role.
-        checkpoint_key: the variable's in the finalised model's checkpoint.
+        variable: the variable's name in the finalised model; if several have that name, the layer's name and the role.
+        checkpoint_key: the variable's key in the finalised model's checkpoint.
         batch_norm: the layer's name.
-        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or what the user's own function is called.
-        bits: the width in force; 0: it was off.
-        narrow_range: whether there is one code fewer.
-        codes: int32 [C]; None where there are none: the role was off, or a function of the user's quantised it.
+        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
+        bits: the width in force; 0: the quantiser was off.
+        narrow_range: true if there is one code fewer than 2^bits.
+        codes: int32 [C]; None if there are none: the role was off, or a user's function quantised it.
         scale: float32, for log float64.
         zero_point: the code of zero.
-        origin, epsilon: of the scheme log; else None.
+        origin, epsilon: constants of the scheme log; None for other schemes.
         exceptions: values by position.
         value: the values themselves, [C].
-        error: the norm of what rounding changed, to that of the values before.
+        error: the norm of the change by rounding, relative to the norm of the values before.
     """
 
     variable: str
@@ -68,17 +68,17 @@ class Parameter:
 
 
 def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
-    """What a quantiser made of a variable's values."""
+    """Return the parameters of a variable, from its values before and after quantisation."""
     tag, value = quantized.tag, quantized.value
     parts = quantized.parts if quantized.bits else {}
-    codes = np.rint(np.nan_to_num(parts[CODE])).astype(np.int32) if CODE in parts else None  # NaN has none
-    zero = np.rint(parts[ZERO_POINT]).astype(np.int32) if ZERO_POINT in parts else np.array(0, np.int32)
-    made = value if codes is None else _dequantized(codes, zero, parts)
-    differ = np.flatnonzero(~((made.astype(value.dtype) == value) & np.isfinite(value)))
+    codes = np.rint(np.nan_to_num(parts[CODE])).astype(np.int32) if CODE in parts else None  # NaN has no code
+    zero_point = np.rint(parts[ZERO_POINT]).astype(np.int32) if ZERO_POINT in parts else np.array(0, np.int32)
+    dequantized = value if codes is None else _dequantized(codes, zero_point, parts)
+    exception_positions = np.flatnonzero(~((dequantized.astype(value.dtype) == value) & np.isfinite(value)))
     before = quantized.raw.astype(np.float64)
-    known = np.isfinite(before)
-    norm = float(np.linalg.norm(before[known]))
-    changed = float(np.linalg.norm(value.astype(np.float64)[known] - before[known]))
+    finite = np.isfinite(before)
+    norm = float(np.linalg.norm(before[finite]))
+    change = float(np.linalg.norm(value.astype(np.float64)[finite] - before[finite]))
     return Parameter(
         variable=variable,
         checkpoint_key=key,
@@ -88,25 +88,25 @@ def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
         bits=quantized.bits,
         narrow_range=bool(tag["narrow_range"]),
         codes=codes,
-        scale=_numbers(parts.get(SCALE)),
-        zero_point=None if codes is None else _numbers(zero),
-        origin=_numbers(parts.get(ORIGIN)),
+        scale=_number_or_array(parts.get(SCALE)),
+        zero_point=None if codes is None else _number_or_array(zero_point),
+        origin=_number_or_array(parts.get(ORIGIN)),
         epsilon=None if EPSILON not in parts else float(parts[EPSILON]),
-        exceptions={} if codes is None else {int(i): float(value.flat[i]) for i in differ},
+        exceptions={} if codes is None else {int(i): float(value.flat[i]) for i in exception_positions},
         value=value,
-        error=changed / norm if norm else 0.0,
+        error=change / norm if norm else 0.0,
     )
 
 
-def _numbers(found: np.ndarray | None) -> Numbers | None:
-    """A number, where there is but one."""
-    return found if found is None or found.size > 1 else found.item()
+def _number_or_array(array: np.ndarray | None) -> Numbers | None:
+    """Return an array, or its element if there is only one."""
+    return array if array is None or array.size > 1 else array.item()
 
 
-def _dequantized(codes: np.ndarray, zero: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The values of codes, as `Parameter` says."""
+def _dequantized(codes: np.ndarray, zero_point: np.ndarray, parts: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Return the values of codes, as `Parameter` says."""
     if ORIGIN not in parts:
-        linear: np.ndarray = (codes - zero).astype(np.float32) * parts[SCALE]
+        linear: np.ndarray = (codes - zero_point).astype(np.float32) * parts[SCALE]
         return linear
     shifted = np.exp(codes * parts[SCALE] + parts[ORIGIN]).astype(np.float32)
     logarithmic: np.ndarray = np.maximum(shifted - parts[EPSILON], np.float32(0))
@@ -126,40 +126,41 @@ def write_parameters(file: Path, table: Sequence[Parameter], done: str) -> None:
 
 
 def _json(table: Sequence[Parameter]) -> bytes:
-    """An object for each variable, on a line of its own."""
-    lines = ",\n".join(json.dumps({k: _plain(v) for k, v in asdict(p).items()}) for p in table)
+    """Return the table as JSON: an object for each variable, on a line of its own."""
+    lines = ",\n".join(json.dumps({k: _json_value(v) for k, v in asdict(p).items()}) for p in table)
     return f'{{"format": {FORMAT}, "variables": [\n{lines}\n]}}\n'.encode()
 
 
-def _plain(value: Any) -> Any:
-    """As JSON has it, which knows no NaN and no infinity: these become strings."""
+def _json_value(value: Any) -> Any:
+    """Return a value as JSON can hold it: NaN and infinities become strings."""
     match value:
         case np.ndarray():
-            return [_plain(v) for v in value.tolist()]
+            return [_json_value(v) for v in value.tolist()]
         case dict():
-            return {str(k): _plain(v) for k, v in value.items()}
+            return {str(k): _json_value(v) for k, v in value.items()}
         case float() if not math.isfinite(value):
             return str(value)
     return value
 
 
 def _arrays(table: Sequence[Parameter]) -> bytes:
+    """Return the table as an .npz file."""
     arrays: dict[str, np.ndarray] = {
         "format": np.array(FORMAT),
         "variables": np.array([p.variable for p in table]),
     }
-    for each in table:
-        for name, value in asdict(each).items():
+    for row in table:
+        for name, value in asdict(row).items():
             if name == "exceptions":
-                arrays[f"{each.variable}.exception_positions"] = np.array(list(value), np.int64)
-                arrays[f"{each.variable}.exception_values"] = np.array(list(value.values()), np.float32)
+                arrays[f"{row.variable}.exception_positions"] = np.array(list(value), np.int64)
+                arrays[f"{row.variable}.exception_values"] = np.array(list(value.values()), np.float32)
             elif name != "variable" and value is not None:
-                narrow = name in ("scale", "origin", "epsilon") and each.origin is None
-                arrays[f"{each.variable}.{name}"] = np.asarray(value, np.float32 if narrow else None)
-    written = io.BytesIO()
-    with zipfile.ZipFile(written, "w") as archive:  # np.savez would note the time
+                single_precision = name in ("scale", "origin", "epsilon") and row.origin is None
+                arrays[f"{row.variable}.{name}"] = np.asarray(value, np.float32 if single_precision else None)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:  # np.savez would store the current time in the file
         for name, array in arrays.items():
             member = io.BytesIO()
             np.lib.format.write_array(member, array, allow_pickle=False)
             archive.writestr(zipfile.ZipInfo(f"{name}.npy"), member.getvalue())
-    return written.getvalue()
+    return buffer.getvalue()

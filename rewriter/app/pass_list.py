@@ -14,12 +14,12 @@ from passes.roles import ROLES
 from passes.training.options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, RuleOptions, Settings
-from rewriter.app.trace import named, title, trace
+from rewriter.app.trace import import_function, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
 
 FUSING = ("split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch")
-"""Passes that `fuse` is for."""
+"""Passes that the option `fuse` switches on."""
 
 
 def pass_list(options: Settings, names: Sequence[Pass | str] | None = None) -> list[Pass]:
@@ -28,33 +28,36 @@ def pass_list(options: Settings, names: Sequence[Pass | str] | None = None) -> l
     Raises:
         Error: there is no pass of a name, or options do not go together.
     """
-    given = [name for name in names or () if isinstance(name, str)]
-    for option in sorted(options.model_fields_set - {"fuse"}) if given and len(given) == len(names or ()) else ():
+    pass_names = [name for name in names or () if isinstance(name, str)]
+    for option in (
+        sorted(options.model_fields_set - {"fuse"}) if pass_names and len(pass_names) == len(names or ()) else ()
+    ):
         owners = OPTIONS_OF[option]
-        if not set(owners) & set(given) and not _empty(options, option):
+        if not set(owners) & set(pass_names) and not _is_empty(options, option):
             raise Error(f"{option} is an option of {owners[0]}, which is not among the passes that are named")
-    wanted = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
-    default = [name for name in REWRITE if wanted.get(name, True)]
-    return [_by_name(p, options) if isinstance(p, str) else p for p in (default if names is None else names)]
+    enabled = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
+    default_names = [name for name in REWRITE if enabled.get(name, True)]
+    return [_by_name(p, options) if isinstance(p, str) else p for p in (default_names if names is None else names)]
 
 
-def _empty(options: Settings, option: str) -> bool:
-    """Return whether a table of quantisers says nothing."""
+def _is_empty(options: Settings, option: str) -> bool:
+    """Return true if an option is an empty table or list of rules."""
     value = getattr(options, option)
     return bool(value == Defaults() or value == ())
 
 
 def _by_name(name: str, options: Settings) -> Pass:
+    """Return a pass of bnqat with its options, or a user's own pass by ``module:Class``."""
     if name in PASSES:
-        made: Pass = pass_class(name)(**_arguments(name, options))
-        return made
+        instance: Pass = pass_class(name)(**_arguments(name, options))
+        return instance
     if ":" not in name:
         raise Error(f"there is no pass {name!r}; there are {', '.join(PASSES)}, and your own as module:Class")
     return load_pass(name)
 
 
 def _arguments(name: str, options: Settings) -> dict[str, Any]:
-    """The arguments of a pass's constructor."""
+    """Return the arguments of a pass's constructor."""
     match name:
         case "upgrade-references":
             return {"keep": options.keep_ref}
@@ -68,7 +71,10 @@ def _arguments(name: str, options: Settings) -> dict[str, Any]:
         case "freeze-statistics":
             return {"freeze_step": options.freeze_step}
         case "quantize-batch-norm":
-            rules = (Rule(r.match, {role: _changes(_ruled(options, r, role)) for role in ROLES}) for r in options.rules)
+            rules = (
+                Rule(r.match, {role: _changes(_rule_options_of(options, r, role)) for role in ROLES})
+                for r in options.rules
+            )
             return {
                 **{role: quantizer_of(options.quantizer(role), role) for role in ROLES},
                 "rules": tuple(rules),
@@ -80,38 +86,38 @@ def _arguments(name: str, options: Settings) -> dict[str, Any]:
 
 
 def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:
-    """A quantiser from all of its options; None for none."""
+    """Return a quantiser from all of its options; None if they leave the values float."""
     changes = _changes(options)
     return Rule("", {role: changes}).applied(role, Affine())
 
 
-def _ruled(options: Settings, rule: RuleOptions, role: str) -> Mapping[str, Any]:
-    """A rule's options for a role; of a range and its momentum, what it does not give is that of the defaults."""
-    own = rule.of(role)
-    usual = {k: v for k, v in options.quantizer(role).items() if k in ("range", "range_momentum")}
-    return {**usual, **own} if {"range", "range_momentum"} & set(own) else own
+def _rule_options_of(options: Settings, rule: RuleOptions, role: str) -> Mapping[str, Any]:
+    """Return a rule's options for a role; if it gives only a range or its momentum, the other is the default's."""
+    rule_options = rule.of(role)
+    default_range = {k: v for k, v in options.quantizer(role).items() if k in ("range", "range_momentum")}
+    return {**default_range, **rule_options} if {"range", "range_momentum"} & set(rule_options) else rule_options
 
 
 def _changes(options: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """Options as `Rule` takes them: objects in place of names; None where there is to be no quantiser."""
+    """Return options as `Rule` takes them, with objects in place of names; None for the scheme "none"."""
     if options.get("scheme") == "none":
         return None
     changes = {k: v for k, v in options.items() if k not in ("range", "range_momentum", "quantizer")}
     if "range" in options:
         changes["range"] = _range(options["range"], options.get("range_momentum"))
-    own = options.get("quantizer")
-    if own is not None:
-        function = named(own) if isinstance(own, str) else own
-        changes["quantizer"] = CustomQuantizer(function, trace, own if isinstance(own, str) else title(function))
+    custom = options.get("quantizer")
+    if custom is not None:
+        function = import_function(custom) if isinstance(custom, str) else custom
+        changes["quantizer"] = CustomQuantizer(function, trace, custom if isinstance(custom, str) else title(function))
     return changes
 
 
-def _range(given: str | Sequence[float], momentum: float | None) -> Range:
-    match given:
+def _range(option: str | Sequence[float], momentum: float | None) -> Range:
+    match option:
         case "ema":
             return Ema() if momentum is None else Ema(momentum)
         case "dynamic" | "learned":
-            return DYNAMIC if given == "dynamic" else Learned()
+            return DYNAMIC if option == "dynamic" else Learned()
         case [low, high]:
             return Fixed(float(low), float(high))
-    raise AssertionError(given)
+    raise AssertionError(option)

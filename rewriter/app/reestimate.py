@@ -20,17 +20,17 @@ from rewriter.savedmodel.read import load
 
 NEVER = 2**63 - 1
 REESTIMATED = "reestimated"
-"""A child of `quantization`, without content, of a model whose statistics were re-estimated."""
+"""Name of the empty child of `quantization` that marks a model whose statistics were re-estimated."""
 
 
 class Average(NamedTuple):
     """A moving statistic that a training function updates.
 
     Attributes:
-        variable: the loaded model's; under a strategy, that of all replicas.
+        variable: the loaded model's variable; under a strategy, the one of all replicas.
         batch_norm: the layer's name.
         role: ``moving_mean`` or ``moving_variance``.
-        epsilon: the layer's.
+        epsilon: the layer's epsilon.
         weight: the weight of a batch's statistic in an update.
     """
 
@@ -42,31 +42,32 @@ class Average(NamedTuple):
 
 
 def reestimate_statistics(model: Any, dataset: Iterable[Any], steps: int) -> None:
-    """Replace the moving statistics by the averages of the statistics of many batches, quantisers on.
+    """Replace the moving statistics by the averages of the statistics of many batches, with quantisers on.
 
-    Moving averages lag behind weights that train, and forget all but the last batches. Here every batch counts
-    alike, and nothing else changes: no weight, range or step. The variance is the average of the batches' own, as
-    the moving average approximates it. Under a distribution strategy, the first replica runs the batches, and all
+    Moving averages lag behind weights that train, and forget all but the last batches. Here every batch has the same
+    weight, and nothing else changes: no weight, range or step. The variance is the average of the batches' variances,
+    as in the moving average. Under a distribution strategy, the first replica runs the batches, and all
     replicas get the averages.
 
     Args:
         model: a rewritten model as ``tf.saved_model.load`` gives it, fine-tuned or not.
         dataset: batches, as the training function takes them: a tensor, or a tuple or dict of several inputs.
-        steps: how many batches to use, at least 1.
+        steps: the number of batches to use, at least 1.
 
     Raises:
-        Error: the model is none of bnqat's in TensorFlow 2's format, the dataset has fewer batches, or the weight of
-            a batch in an average is not constant.
+        Error: bnqat did not rewrite the model in TensorFlow 2's format, the dataset has fewer batches, or the weight
+            of a batch in an average is not constant.
     """
     assign([model], estimates([model], trainer_of(model), dataset, steps))
 
 
 def trainer_of(model: Any) -> Callable[[Any], object]:
-    """A function of a batch that calls a loaded model's training function.
+    """Return a function of a batch that calls a loaded model's training function.
+
+    The returned function raises an Error for a batch that the training function does not take.
 
     Raises:
-        Error: bnqat did not rewrite the model, or not in TensorFlow 2's format. The function raises one for a batch
-            that the training function does not take.
+        Error: bnqat did not rewrite the model, or not in TensorFlow 2's format.
     """
     quantization: Any = getattr(model, "quantization", None)
     if not hasattr(quantization, "train"):
@@ -97,7 +98,7 @@ def estimates(
     train: Callable[[Any], object],
     batches: Iterable[Any],
     steps: int,
-    kept: Sequence[Any] = (),
+    also_restored: Sequence[Any] = (),
 ) -> list[tuple[Average, np.ndarray]]:
     """Return the averages of the batches' statistics, in float64, and leave all variables as they were.
 
@@ -105,8 +106,8 @@ def estimates(
         models: rewritten models as TensorFlow loads them.
         train: a function of a batch that makes one training step of each model, on the first replica.
         batches: batches for `train`.
-        steps: how many of them to use, at least 1.
-        kept: other variables that `train` changes.
+        steps: the number of batches to use, at least 1.
+        also_restored: other variables that `train` changes.
 
     Raises:
         Error: as of `reestimate_statistics`.
@@ -114,36 +115,36 @@ def estimates(
     if steps < 1:
         raise Error(f"{steps} steps: at least one batch is needed")
     quantizations = [model.quantization for model in models]
-    read = [_averages(model) for model in models]
-    averages = [average for own, _ in read for average in own]
+    averages_of_models = [_averages(model) for model in models]
+    averages = [average for model_averages, _ in averages_of_models for average in model_averages]
     sums = [np.zeros(a.variable.shape, np.float64) for a in averages]
     variables = [v for quantization in quantizations for v in quantization.variables]
     ranges = [v for v in variables if v.name.startswith("quantization/range/")]
     remaining = iter(batches)
 
     def step_from(start: float, batch: Any) -> list[np.ndarray]:
-        """The averages after one step from averages that are all `start`; every step meets the same ranges."""
-        first = [replicas(a.variable)[0] for a in averages]
-        for variable in first:
+        """Return the averages after one step from averages that are all `start`; every step meets the same ranges."""
+        first_replicas = [replicas(a.variable)[0] for a in averages]
+        for variable in first_replicas:
             variable.assign(tf.fill(variable.shape, tf.cast(start, variable.dtype)))
         with _restored(ranges):
             train(batch)
-        return [variable.numpy().astype(np.float64) for variable in first]
+        return [variable.numpy().astype(np.float64) for variable in first_replicas]
 
-    with _restored([*variables, *kept]):
-        for quantization, (_, stored) in zip(quantizations, read, strict=True):
-            _let_act(quantization, stored)
+    with _restored([*variables, *also_restored]):
+        for quantization, (_, stores_quantized) in zip(quantizations, averages_of_models, strict=True):
+            _activate(quantization, stores_quantized)
         for done in range(steps):
             batch = next(remaining, None)
             if batch is None:
                 raise Error(f"the dataset holds {done} batches, not {steps}")
             # From an average of zero, one step leaves the batch's statistic times its weight.
-            found = step_from(0.0, batch)
+            weighted = step_from(0.0, batch)
             if done == 0:
                 for quantization in quantizations:
                     replicas(quantization.step)[0].assign_sub(1)
-                _check_weights(averages, found, step_from(1.0, batch))
-            for total, average, value in zip(sums, averages, found, strict=True):
+                _check_weights(averages, weighted, step_from(1.0, batch))
+            for total, average, value in zip(sums, averages, weighted, strict=True):
                 np.add(total, value / average.weight, out=total)
     return [(average, total / steps) for average, total in zip(averages, sums, strict=True)]
 
@@ -151,12 +152,15 @@ def estimates(
 def _check_weights(averages: list[Average], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
     """Refuse averages in which a step's batch has another weight than a single update gives it.
 
+    One update with weight w turns an average a into a * (1 - w) + w * batch. So the results from averages of one and
+    of zero differ by 1 - w.
+
     Raises:
-        Error: one is updated several times in a step, or corrected for its start.
+        Error: an average is updated several times in a step, or corrected for its start.
     """
     for average, zero, one in zip(averages, from_zero, from_one, strict=True):
-        found = 1 - float(np.mean(one - zero))
-        if abs(found - average.weight) > average.weight / 4:  # dropout changes the batch's statistics between the two
+        weight = 1 - float(np.mean(one - zero))
+        if abs(weight - average.weight) > average.weight / 4:  # dropout changes the batch's statistics between the two
             raise Error(
                 f"{average.variable.name} is updated several times in a step, or is corrected for its start "
                 "(zero-debiased): its batches' statistics cannot be told apart"
@@ -164,47 +168,51 @@ def _check_weights(averages: list[Average], from_zero: list[np.ndarray], from_on
 
 
 def _averages(model: Any) -> tuple[list[Average], bool]:
-    """The moving statistics that training updates; whether they are quantised where they are stored."""
+    """Return the moving statistics that training updates, and true if quantisers act on the stored averages."""
     with tempfile.TemporaryDirectory() as folder:
         tf.saved_model.save(model, folder)
-        read = load(Path(folder))
-        calls = read.analysis(call_graph)
-        held: dict[str, Any] = {}
+        saved = load(Path(folder))
+        calls = saved.analysis(call_graph)
+        variables: dict[str, Any] = {}
         reached: set[str] = set()
         for concrete in model.quantization.train.concrete_functions:
-            entry = read.entries[concrete.name.decode()]
+            entry = saved.entries[concrete.name.decode()]
             reached |= calls.reached(entry.function)
-            held |= variables_by_key(concrete, entry)
-        found: dict[str, Average] = {}
-        for bn in read.analysis(batch_norms):
-            keys = {role: bn.variables[role] for role in STATISTICS if role in bn.variables}
-            if any(s.training and s.graph in reached for s in bn.sites) and all(k in held for k in keys.values()):
+            variables |= variables_by_key(concrete, entry)
+        averages: dict[str, Average] = {}
+        for bn in saved.analysis(batch_norms):
+            statistics = {role: bn.variables[role] for role in STATISTICS if role in bn.variables}
+            if any(s.training and s.graph in reached for s in bn.sites) and all(
+                k in variables for k in statistics.values()
+            ):
                 if bn.factor is None:
                     raise Error(f"the weight of a batch in the averages of {bn.name} is not constant")
                 epsilon = bn.sites[0].epsilon
-                found |= {k: Average(held[k], bn.name, role, epsilon, bn.factor) for role, k in keys.items()}
-        stored = any(tag.get("use") == "average" for site in read.analysis(sites) for tag in site.quantized)
-    if not found:
+                averages |= {
+                    k: Average(variables[k], bn.name, role, epsilon, bn.factor) for role, k in statistics.items()
+                }
+        stores_quantized = any(tag.get("use") == "average" for site in saved.analysis(sites) for tag in site.quantized)
+    if not averages:
         raise Error("no moving statistics that the training function updates were found")
-    return list(found.values()), stored
+    return list(averages.values()), stores_quantized
 
 
-def _let_act(quantization: Any, stored: bool) -> None:
-    """Let quantisers act and statistics be updated.
+def _activate(quantization: Any, stores_quantized: bool) -> None:
+    """Switch quantisers and the update of statistics on.
 
-    A stored average of one batch alone would be rounded to nothing, so those are not quantised.
+    Quantisers of stored averages are switched off: they would round an average of one batch alone to nothing.
     """
     for name, value in {"start_step": 0, "ramp_steps": 0, "freeze_step": NEVER}.items():
         if hasattr(quantization, name):
             assign_replicas(getattr(quantization, name), value)
-    for role in STATISTICS if stored else ():
+    for role in STATISTICS if stores_quantized else ():
         for widths in (getattr(quantization.bits, role), getattr(quantization.layer_bits, role)):
             assign_replicas(widths, np.zeros(widths.shape, np.int32))
 
 
 @contextmanager
 def _restored(variables: Iterable[Any]) -> Iterator[None]:
-    """Leave variables as they were, on every replica, also on failure."""
+    """Restore variables on leaving, on every replica, also on failure."""
     before = [(replica, replica.numpy()) for variable in variables for replica in replicas(variable)]
     try:
         yield

@@ -1,4 +1,4 @@
-"""What a rewrite and an inspection say, from the models before and after."""
+"""Reports of a rewrite and of an inspection, made from the models before and after."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from rewriter.report import (
 
 
 def describe_signature(model: Model, signature: Signature) -> SignatureReport:
-    """A signature's inputs and outputs."""
+    """Return the report of a signature: its inputs and outputs."""
     entry = model.entries.get(signature.entry)
     specs = signature.specs if entry is None else (*entry.inputs, *entry.outputs)
     tensors = [Tensor.of(n, s) for n, s in zip((*signature.inputs, *signature.outputs), specs, strict=True)]
@@ -35,15 +35,17 @@ def describe_signature(model: Model, signature: Signature) -> SignatureReport:
 
 
 def describe(model: Model, bn: BatchNorm) -> BatchNormReport:
-    """A batch norm and its sites."""
+    """Return the report of a batch norm and its sites."""
     names = {role: model.variables[key].name for role, key in bn.variables.items()}
     momentum = None if bn.factor is None else round(1 - bn.factor, 9)
-    sites = [_describe_site(s) for s in bn.sites]
-    return BatchNormReport(bn.name, names, bn.sites[0].epsilon, momentum, sites, momentum_of=_whose(model, bn))
+    site_reports = [_describe_site(s) for s in bn.sites]
+    return BatchNormReport(
+        bn.name, names, bn.sites[0].epsilon, momentum, site_reports, momentum_of=_momentum_source(model, bn)
+    )
 
 
-def _whose(model: Model, bn: BatchNorm) -> str:
-    """Whose the momentum of a batch norm is; empty where no site has one."""
+def _momentum_source(model: Model, bn: BatchNorm) -> str:
+    """Return where the momentum of a batch norm comes from; "" if no site has one."""
     site = next((s for s in bn.sites if s.weight is not None), None)
     if site is None:
         return ""
@@ -58,51 +60,55 @@ def _describe_site(site: Site) -> SiteReport:
 
 
 def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
-    """Why there is nothing to rewrite, in a sentence."""
-    found = model.analysis(sites)
-    if not found:
+    """Return a sentence that says why there is nothing to rewrite."""
+    all_sites = model.analysis(sites)
+    if not all_sites:
         return (
             f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
             "so there is nothing to rewrite"
         )
-    if all(s.quantized for s in found):
-        return f"all {len(found)} batch-norm sites of {source} are quantised already; there is nothing to add"
+    if all(s.quantized for s in all_sites):
+        return f"all {len(all_sites)} batch-norm sites of {source} are quantised already; there is nothing to add"
     skipped = [s for step in steps for s in step.skipped]
     if not skipped:
-        why = ": its batch norms are the fused kernel already" if all(s.kind == "fused" for s in found) else ""
+        why = ": its batch norms are the fused kernel already" if all(s.kind == "fused" for s in all_sites) else ""
         return f"the passes changed nothing in {source}{why}"
     reasons = sorted({s.reason for s in skipped})
     more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
-    left = len({(s.graph, s.node) for s in skipped})
-    sites_of = "the batch-norm site" if len(found) == 1 else f"none of the {len(found)} batch-norm sites"
-    cannot = "cannot" if len(found) == 1 else "can"
-    if left < len(found):  # the others are as these passes want them
-        sites_of, cannot = f"{left} of the {len(found)} batch-norm sites", "cannot"
+    skipped_count = len({(s.graph, s.node) for s in skipped})
+    sites_of = "the batch-norm site" if len(all_sites) == 1 else f"none of the {len(all_sites)} batch-norm sites"
+    cannot = "cannot" if len(all_sites) == 1 else "can"
+    if skipped_count < len(all_sites):  # the other sites need no change by these passes
+        sites_of, cannot = f"{skipped_count} of the {len(all_sites)} batch-norm sites", "cannot"
     return f"{sites_of} of {source} {cannot} be rewritten: {reasons[0]}{more}"
 
 
 def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
-    """What passes did.
+    """Return the report of the passes of a rewrite.
 
-    A site may have become several, as one for each mode; it counts as one, and is quantised if they are.
+    A site may have become several, such as one for each mode. It counts as one, and is quantised if all of them are.
     """
-    found = {(s.graph, s.node): s for s in before.analysis(sites)}
-    became, left = became_of(before, after)
-    now = after.analysis(quantized)
-    single = {k for k, s in found.items() if s.kind == "decomposed"}
-    fused = {k for k in single if all(left[j].kind == "fused" for j in became[k])}
+    sites_before = {(s.graph, s.node): s for s in before.analysis(sites)}
+    became, sites_after = became_of(before, after)
+    quantized_now = after.analysis(quantized)
+    decomposed = {k for k, s in sites_before.items() if s.kind == "decomposed"}
+    fused = {k for k in decomposed if all(sites_after[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
-        rewritten = {k for k, s in found.items() if not s.quantized and now.issuperset(became[k])}
+        rewritten = {k for k, s in sites_before.items() if not s.quantized and quantized_now.issuperset(became[k])}
     else:
-        rewritten = fused | {k for k in found if became[k] != [k] or _changed(before, after, k)}
+        rewritten = fused | {k for k in sites_before if became[k] != [k] or _changed(before, after, k)}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
-    told = {k: [reasons.get(j) or left[j].reason for j in became[k]] for k in found}
+    reasons_after = {k: [reasons.get(j) or sites_after[j].reason for j in became[k]] for k in sites_before}
     return RewriteReport(
-        sites_found=len(found),
+        sites_found=len(sites_before),
         sites_rewritten=len(rewritten),
-        sites_added=len(now.difference(found, *became.values())),
+        sites_added=len(quantized_now.difference(sites_before, *became.values())),
         sites_fused=len(fused),
-        skipped=[Skipped(*k, next(filter(None, told[k]), "no pass changed it")) for k in found if k not in rewritten],
+        skipped=[
+            Skipped(*k, next(filter(None, reasons_after[k]), "no pass changed it"))
+            for k in sites_before
+            if k not in rewritten
+        ],
         declined=[
             Declined(step.name, s.graph, s.node, s.reason)
             for step in steps
@@ -123,36 +129,37 @@ Key = tuple[str, str]
 
 
 def became_of(before: Model, after: Model) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:
-    """What each site is now, and the sites that there are now, without those of functions that no longer run.
+    """Return the sites that each site became, and all sites after, without those of functions that no longer run.
 
-    A site is itself, or the new ones of its batch norm in its graph, or where its callers get to.
+    A site became itself; or, if it is gone, the new sites of its batch norm in its graph; or else those in functions
+    that are reached from entries.
     """
-    found = {(s.graph, s.node): s for s in before.analysis(sites)}
+    sites_before = {(s.graph, s.node): s for s in before.analysis(sites)}
     orphaned = before.analysis(running) - after.analysis(running)
-    left = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
-    new: dict[tuple[str | None, ...], list[Key]] = {}
-    for key, site in left.items():
-        for variables in site.variables if key not in found else ():
+    sites_after = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
+    new_sites: dict[tuple[str | None, ...], list[Key]] = {}
+    for key, site in sites_after.items():
+        for variables in site.variables if key not in sites_before else ():
             if any(variables):
-                new.setdefault(variables, []).append(key)
+                new_sites.setdefault(variables, []).append(key)
     calls = after.analysis(call_graph)
     reached = set().union(*(calls.reached(name) for name in before.entries if name in after.graphs), {MAIN})
     became: dict[Key, list[Key]] = {}
-    for key, site in found.items():
-        heirs = [heir for variables in site.variables for heir in new.get(variables, ())]
-        near = [heir for heir in heirs if heir[0] == key[0]]
-        became[key] = [key] if key in left else near or [heir for heir in heirs if heir[0] in reached]
-    return became, left
+    for key, site in sites_before.items():
+        heirs = [heir for variables in site.variables for heir in new_sites.get(variables, ())]
+        heirs_in_graph = [heir for heir in heirs if heir[0] == key[0]]
+        became[key] = [key] if key in sites_after else heirs_in_graph or [heir for heir in heirs if heir[0] in reached]
+    return became, sites_after
 
 
 def _changed(before: Model, after: Model, key: Key) -> bool:
-    """Whether a site's node is another one now."""
+    """Return true if a site's node is gone or changed."""
     graph, node = key
     return graph not in after.graphs or after.graphs[graph].nodes.get(node) != before.graphs[graph].nodes[node]
 
 
 def _changes(step: Step) -> Iterator[Changed]:
-    """What a pass changed, by comparison."""
+    """Return the numbers of nodes that a pass added, removed and changed, by graph."""
     for name, graph in step.after.graphs.items():
         old = step.before.graphs.get(name)
         if old is graph:
@@ -166,9 +173,9 @@ def _changes(step: Step) -> Iterator[Changed]:
 
 
 def versions() -> dict[str, str]:
-    """Of bnqat and TensorFlow."""
+    """Return the versions of bnqat and TensorFlow."""
     try:
-        own = version("bnqat")
+        bnqat_version = version("bnqat")
     except PackageNotFoundError:
-        own = "unknown"
-    return {"bnqat": own, "tensorflow": version("tensorflow")}
+        bnqat_version = "unknown"
+    return {"bnqat": bnqat_version, "tensorflow": version("tensorflow")}

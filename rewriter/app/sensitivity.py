@@ -1,4 +1,4 @@
-"""How much each quantiser alone changes a model's outputs, at each width."""
+"""Error that each quantiser alone makes in a model's outputs, at each width."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ WIDTHS = (8, 6, 4, 3, 2)
 
 @dataclass(frozen=True)
 class SensitivityRow:
-    """One quantiser, the others off.
+    """Errors of one quantiser while the others are off.
 
     Attributes:
-        layer: its number in variables for each layer.
+        layer: its index in the control variables that hold a value for each layer.
         name: the batch norm's name.
-        error: by width, the norm of the difference to the float outputs, relative to the norm of these.
+        error: the norm of the difference to the float outputs, relative to the norm of these, by width.
     """
 
     layer: int
@@ -39,13 +39,13 @@ class SensitivityRow:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """All quantisers of a model, and how many inputs were used."""
+    """Errors of all quantisers of a model, and the number of inputs."""
 
     rows: list[SensitivityRow]
     inputs: int
 
     def to_json(self) -> str:
-        """The table as JSON text."""
+        """Return the table as JSON text."""
         return json.dumps(asdict(self), indent=1)
 
 
@@ -63,14 +63,14 @@ def sensitivity(
 
     Args:
         model: a directory with a SavedModel that bnqat rewrote, fine-tuned and saved again or not.
-        inputs: what its default signature takes, by name; one array may have any name.
+        inputs: the inputs of its default signature, by name; one array may have any name.
         bits: the widths, each from 2 to 16.
         trust: run a model that holds ops for files, the network or Python.
         progress: wraps the runs, to show how far they are.
 
     Raises:
-        Error: the model has no quantisers, or is not trusted and holds such ops, an input is missing or of another
-            shape, or a width is out of range.
+        Error: the model has no quantisers, or is not trusted and holds such ops; or an input is missing or of another
+            shape; or a width is out of range.
     """
     import tensorflow as tf
 
@@ -81,31 +81,31 @@ def sensitivity(
     for width in bits:
         if not MIN_BITS <= width <= MAX_BITS:
             raise Error(f"{width} bits: a width is from {MIN_BITS} to {MAX_BITS}")
-    read = load(model)
-    known = _quantizers(model, read)
-    refuse_reaching(model, read, trust=trust)
+    saved_model = load(model)
+    quantizers = _quantizers(model, saved_model)
+    refuse_reaching(model, saved_model, trust=trust)
     root, why = attempt(lambda: loaded(Path(model)))
     if root is None:
         raise Error(f"TensorFlow does not load {model}: {why}")
     run, count = _runner(root, inputs)
     widths = _widths(root)
-    errors: dict[tuple[int, str], dict[int, float]] = {key: {} for key in known}
+    errors: dict[tuple[int, str], dict[int, float]] = {key: {} for key in quantizers}
     for variable in widths.values():
         variable.assign(tf.zeros_like(variable))
     expected = run()
-    for layer, role in progress(list(known)):
+    for layer, role in progress(list(quantizers)):
         for width in bits:
-            own = np.zeros(widths[role].shape, np.int32)
-            own[layer] = width
-            widths[role].assign(own)
+            layer_bits = np.zeros(widths[role].shape, np.int32)
+            layer_bits[layer] = width
+            widths[role].assign(layer_bits)
             errors[layer, role][width] = _difference(run(), expected)
         widths[role].assign(tf.zeros_like(widths[role]))
     return Sensitivity(
-        [SensitivityRow(layer, name, role, errors[layer, role]) for (layer, role), name in known.items()], count
+        [SensitivityRow(layer, name, role, errors[layer, role]) for (layer, role), name in quantizers.items()], count
     )
 
 
-def plot(found: Sensitivity, file: Path) -> None:
+def plot(measured: Sensitivity, file: Path) -> None:
     """Draw the errors as a heat map: a row for each layer and role, a column for each width.
 
     Raises:
@@ -116,13 +116,13 @@ def plot(found: Sensitivity, file: Path) -> None:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise Error("a plot needs matplotlib, which comes with the extra `plot` of bnqat") from e
-    widths = list(found.rows[0].error)
-    errors = np.array([[max(row.error[n], 1e-9) for n in widths] for row in found.rows])
-    figure = Figure(figsize=(1.5 + len(widths), 1.5 + 0.22 * len(found.rows)), layout="constrained")
+    widths = list(measured.rows[0].error)
+    errors = np.array([[max(row.error[n], 1e-9) for n in widths] for row in measured.rows])
+    figure = Figure(figsize=(1.5 + len(widths), 1.5 + 0.22 * len(measured.rows)), layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(errors, aspect="auto", norm=LogNorm(max(errors.min(), 1e-5), max(errors.max(), 2e-5)))
     axes.set_xticks(range(len(widths)), [str(n) for n in widths])
-    axes.set_yticks(range(len(found.rows)), [f"{row.name} {row.role}" for row in found.rows], fontsize=7)
+    axes.set_yticks(range(len(measured.rows)), [f"{row.name} {row.role}" for row in measured.rows], fontsize=7)
     axes.set_xlabel("bits")
     figure.colorbar(image, label="relative error of the outputs")
     try:
@@ -131,22 +131,22 @@ def plot(found: Sensitivity, file: Path) -> None:
         raise Error(f"the plot {file} cannot be written: {e}") from e
 
 
-def _quantizers(model: str | Path, read: Model) -> dict[tuple[int, str], str]:
-    """(layer, role) -> the batch norm's name, of what serving quantises, in order."""
-    found: dict[tuple[int, str], str] = {}
-    for bn in read.analysis(batch_norms):
+def _quantizers(model: str | Path, saved_model: Model) -> dict[tuple[int, str], str]:
+    """Return the batch norm's name of each quantiser that serving uses, by (layer, role), in order."""
+    names: dict[tuple[int, str], str] = {}
+    for bn in saved_model.analysis(batch_norms):
         tags = [tag for site in bn.sites if site.mode != "training" for tag in site.quantized]
-        found |= {(tag["layer"], tag["role"]): tag["batch_norm"] for tag in tags if "layer" in tag}
-    if not found:
+        names |= {(tag["layer"], tag["role"]): tag["batch_norm"] for tag in tags if "layer" in tag}
+    if not names:
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")
-    return dict(sorted(found.items(), key=lambda item: (item[0][0], ROLES.index(item[0][1]))))
+    return dict(sorted(names.items(), key=lambda item: (item[0][0], ROLES.index(item[0][1]))))
 
 
 def _widths(root: Any) -> dict[str, Any]:
-    """The widths of layers by role; quantisers act from now on."""
+    """Return the variables with the layers' widths, by role, after letting quantisers act from step 0 on."""
     quantization = getattr(root, "quantization", None)
-    held = getattr(root, "variables", ()) if quantization is None else quantization.variables
-    variables = {v.name: v for v in held}
+    candidates = getattr(root, "variables", ()) if quantization is None else quantization.variables
+    variables = {v.name: v for v in candidates}
     missing = [n for n in ("start_step", "ramp_steps") if f"quantization/{n}:0" not in variables]
     if missing:
         raise Error(f"the model's root holds no quantization.{missing[0]}; give the model that bnqat rewrote itself")
@@ -156,10 +156,10 @@ def _widths(root: Any) -> dict[str, Any]:
 
 
 def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], list[np.ndarray]], int]:
-    """What computes the default signature's outputs, and the number of inputs.
+    """Return a function that computes the default signature's float outputs, and the number of examples.
 
     Raises:
-        Error: the model has no signature, or the inputs are not what it takes.
+        Error: the model has no signature, or it does not take the inputs.
     """
     import tensorflow as tf
 
@@ -168,25 +168,25 @@ def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], l
         raise Error("the model has no signature to run")
     signature = root.signatures[names[0]]
     specs = signature.structured_input_signature[1]
-    given = fitted(inputs, specs)
-    if given is None:
+    feeds = fitted(inputs, specs)
+    if feeds is None:
         raise Error(f"the signature {names[0]} takes {', '.join(specs)}, not {', '.join(inputs) or 'nothing'}")
-    fed = {name: tf.constant(given[name], spec.dtype) for name, spec in specs.items()}
+    tensors = {name: tf.constant(feeds[name], spec.dtype) for name, spec in specs.items()}
 
     def run() -> list[np.ndarray]:
-        found, why = attempt(lambda: signature(**fed))
-        if found is None:
+        result, why = attempt(lambda: signature(**tensors))
+        if result is None:
             raise Error(f"the signature {names[0]} does not run on these inputs: {why}")
-        outputs = [value for _, value in sorted(found.items())]
+        outputs = [value for _, value in sorted(result.items())]
         return [value.numpy().astype(np.float64) for value in outputs if value.dtype.is_floating]
 
     if not run():
         raise Error(f"the signature {names[0]} gives no numbers whose error could be measured")
-    return run, max((len(value) for value in given.values() if np.ndim(value)), default=1)
+    return run, max((len(value) for value in feeds.values() if np.ndim(value)), default=1)
 
 
 def _difference(outputs: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """The norm of all differences, relative to that of what is expected."""
-    missed = sum(float(np.sum((a - b) ** 2)) for a, b in zip(outputs, expected, strict=True))
-    whole = sum(float(np.sum(b**2)) for b in expected)
-    return float(np.sqrt(missed / whole)) if whole else float(np.sqrt(missed))
+    """Return the norm of all differences, relative to the norm of the expected outputs."""
+    squared_error = sum(float(np.sum((a - b) ** 2)) for a, b in zip(outputs, expected, strict=True))
+    squared_norm = sum(float(np.sum(b**2)) for b in expected)
+    return float(np.sqrt(squared_error / squared_norm)) if squared_norm else float(np.sqrt(squared_error))

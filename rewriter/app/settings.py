@@ -1,6 +1,6 @@
-"""The options of a rewrite: built-in defaults, over them a TOML file, over it what is given directly.
+"""Options of a rewrite: options given directly override those of a TOML file, which override the defaults.
 
-Checked without importing TensorFlow, so that a mistake is answered at once.
+They are checked without importing TensorFlow, so that a mistake is reported at once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REMEDIES = {
     "bits": f"a width is a whole number from {MIN_BITS} to {MAX_BITS}; to leave something float, scheme = 'none'",
     "range": 'it is "dynamic", "ema", "learned" or two numbers, [low, high]',
 }
-"""What to do about a key that is wrong."""
+"""Advice for keys whose value is wrong."""
 
 
 class _Options(BaseModel):
@@ -35,16 +35,16 @@ class _Options(BaseModel):
 
 
 class QuantizerOptions(_Options):
-    """Options of one quantiser; what is None is as elsewhere.
+    """Options of one quantiser; an option that is None has the value of the more general table.
 
     Attributes:
         scheme: "none" leaves the values float.
         bits: 2 to 16.
         range: "dynamic", "ema", "learned", or [low, high].
-        range_momentum: of an ema range.
+        range_momentum: the momentum of an ema range.
         rounding: "stochastic" is for training; inference rounds to nearest.
-        narrow_range: one code fewer than 2^bits.
-        quantizer: a pipeline of one's own, in place of a scheme: (vector, context) -> vector, or "module:function".
+        narrow_range: use one code fewer than 2^bits.
+        quantizer: the user's own function in place of a scheme: (vector, context) -> vector, or "module:function".
     """
 
     scheme: Literal["affine", "symmetric", "power_of_two", "log", "none"] | None = None
@@ -78,12 +78,13 @@ class QuantizerOptions(_Options):
 
 
 OF_QUANTIZER = tuple(QuantizerOptions.model_fields)
+"""Names of the options of a quantiser."""
 OF_TRAINING = frozenset({"momentum", "train_batch_norm"})
-"""Options of training that rules may have."""
+"""Names of the options of training that rules may have."""
 
 
 class Defaults(QuantizerOptions):
-    """Options of all roles, and of some."""
+    """Options of all roles, and tables that override them for one role."""
 
     gamma: QuantizerOptions = QuantizerOptions()
     beta: QuantizerOptions = QuantizerOptions()
@@ -91,14 +92,14 @@ class Defaults(QuantizerOptions):
     moving_variance: QuantizerOptions = QuantizerOptions()
 
     def of(self, role: str) -> dict[str, Any]:
-        """What is said about a role."""
+        """Return the options that are set for a role, its own and those of all roles."""
         common = self.model_dump(exclude_none=True, include=set(OF_QUANTIZER))
-        own: QuantizerOptions = getattr(self, role)
-        return {**common, **own.model_dump(exclude_none=True)}
+        role_options: QuantizerOptions = getattr(self, role)
+        return {**common, **role_options.model_dump(exclude_none=True)}
 
 
 class RuleOptions(Defaults):
-    """Other options for some layers.
+    """Options for the layers that a rule matches.
 
     Attributes:
         match: a regular expression, searched in the layer's name and in those of its variables.
@@ -122,7 +123,7 @@ class RuleOptions(Defaults):
 
 
 class Settings(_Options):
-    """All options of a rewrite; those of the passes are described there."""
+    """All options of a rewrite; the docstrings of the passes describe theirs."""
 
     start_step: Steps = 0
     ramp_steps: Steps = 0
@@ -138,35 +139,35 @@ class Settings(_Options):
     rules: tuple[RuleOptions, ...] = ()
 
     @model_validator(mode="after")
-    def _together(self) -> Settings:
+    def _check_combinations(self) -> Settings:
         tables = {f"defaults.{role}": self.defaults.of(role) for role in ROLES}
         tables |= {f"rules.{number}.{role}": rule.of(role) for number, rule in enumerate(self.rules) for role in ROLES}
-        for place, own in tables.items():
+        for place, options in tables.items():
             role = place.rpartition(".")[2]
-            if own.get("scheme") == "log" and role != VARIANCE:
+            if options.get("scheme") == "log" and role != VARIANCE:
                 raise ValueError(
                     f"{place}: the scheme log is for moving_variance, as {role} may have values below zero"
                 )
-            if own.get("range") == "learned" and role in (MEAN, VARIANCE):
+            if options.get("range") == "learned" and role in (MEAN, VARIANCE):
                 raise ValueError(
                     f"{place}: no gradient reaches moving statistics, so a learned range would stay; choose ema"
                 )
-        averages = any(own.get("range") == "ema" for own in tables.values())
-        for place, own in tables.items():
-            if own.get("range_momentum") is not None and not averages:
+        averages = any(options.get("range") == "ema" for options in tables.values())
+        for place, options in tables.items():
+            if options.get("range_momentum") is not None and not averages:
                 raise ValueError(f"{place}.range_momentum has no effect, as no range is 'ema'; leave it out")
-            others = [name for name in own if name not in ("quantizer", "bits")]
-            if own.get("quantizer") is not None and others:
+            unused = [name for name in options if name not in ("quantizer", "bits")]
+            if options.get("quantizer") is not None and unused:
                 raise ValueError(
-                    f"{place}.quantizer takes the place of a scheme, so {others[0]} has no effect; leave it out"
+                    f"{place}.quantizer takes the place of a scheme, so {unused[0]} has no effect; leave it out"
                 )
         return self
 
     @property
     def notes(self) -> list[str]:
-        """Sentences on options that may be meant together, and often are not.
+        """Sentences on a combination of options that is allowed, but often a mistake.
 
-        A freeze step of 0 is meant: moving statistics stay those of the source.
+        A freeze step of 0 is no mistake: moving statistics then stay those of the source.
         """
         whole = self.start_step + self.ramp_steps
         if self.freeze_step is None or not 0 < self.freeze_step <= whole:
@@ -179,37 +180,39 @@ class Settings(_Options):
         ]
 
     def quantizer(self, role: str) -> dict[str, Any]:
-        """All options of a role's quantiser."""
+        """Return all options of a role's quantiser, with the built-in values of those that are not set."""
         scheme = "log" if role == VARIANCE else "affine"
         options = {"scheme": scheme, "bits": 8, "range": "dynamic", "rounding": "nearest", **self.defaults.of(role)}
         return {"range_momentum": Ema().momentum, **options} if options["range"] == "ema" else options
 
     def to_toml(self) -> str:
-        """What is in force, as a configuration file."""
+        """Return the options in force as the text of a configuration file."""
         import tomli_w
 
-        left = {"defaults", "rules", *(() if self.train_outputs else ("train_outputs",))}
-        plain = self.model_dump(exclude_none=True, exclude=left)
+        excluded = {"defaults", "rules", *(() if self.train_outputs else ("train_outputs",))}
+        plain = self.model_dump(exclude_none=True, exclude=excluded)
         plain["defaults"] = {role: self.quantizer(role) for role in ROLES}
         rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
-        return tomli_w.dumps(_named({**plain, **({"rules": rules} if rules else {})}))
+        return tomli_w.dumps(_with_function_names({**plain, **({"rules": rules} if rules else {})}))
 
 
-def _named(value: Any) -> Any:
-    """The same with names in place of functions."""
+def _with_function_names(value: Any) -> Any:
+    """Return a value with names in place of functions, as TOML has no functions."""
     if isinstance(value, dict):
-        return {k: _named(v) for k, v in value.items()}
+        return {k: _with_function_names(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_named(v) for v in value]
+        return [_with_function_names(v) for v in value]
     return f"{value.__module__}:{value.__qualname__}" if callable(value) else value
 
 
 def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, Any]) -> Settings:
-    """The options in force: those that are given, over those of a file, over the built-in ones.
+    """Return the options in force: those in `given` override those of `config`, which override the defaults.
+
+    An option of quantisers in `given` also overrides that option in rules.
 
     Args:
-        config: a TOML file, or what one would hold.
-        given: by name; None for what is not given. Options of quantisers are one value, or values by role.
+        config: a TOML file, or a dict of its content.
+        given: options by name; None for one that is not given. An option of quantisers is one value, or values by role.
 
     Raises:
         Error: the file cannot be read, or an option is unknown or out of range; the message names it.
@@ -217,16 +220,18 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
     if config is not None and not isinstance(config, str | Path | Mapping):
         raise Error(f"config is a TOML file's path or a dict, not {config!r}")
     where = "" if config is None or isinstance(config, Mapping) else f"{config}: "
-    held = {} if config is None else dict(config) if isinstance(config, Mapping) else _read(Path(config))
-    checked(held, where)
-    own = {k: v for k, v in given.items() if v is not None}
-    for option in OF_TRAINING & own.keys():
-        held["rules"] = [{k: v for k, v in rule.items() if k != option} for rule in held.get("rules", ())]
-    defaults = {**held.get("defaults", {})}
+    file_options = {} if config is None else dict(config) if isinstance(config, Mapping) else _read_toml(Path(config))
+    checked(file_options, where)
+    direct = {k: v for k, v in given.items() if v is not None}
+    for option in OF_TRAINING & direct.keys():
+        file_options["rules"] = [
+            {k: v for k, v in rule.items() if k != option} for rule in file_options.get("rules", ())
+        ]
+    defaults = {**file_options.get("defaults", {})}
     for option in OF_QUANTIZER:
-        if option not in own:
+        if option not in direct:
             continue
-        value = own.pop(option)
+        value = direct.pop(option)
         by_role = value if isinstance(value, Mapping) else dict.fromkeys(ROLES, value)
         unknown = set(by_role) - set(ROLES)
         if unknown:
@@ -234,23 +239,23 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
                 f"{option}: {sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}"
             )
         defaults |= {role: {**defaults.get(role, {}), option: v} for role, v in by_role.items()}
-        if "rules" in held:
-            held["rules"] = [_without(rule, option, by_role) for rule in held["rules"]]
-    return checked({**held, **own, "defaults": defaults})
+        if "rules" in file_options:
+            file_options["rules"] = [_without(rule, option, by_role) for rule in file_options["rules"]]
+    return checked({**file_options, **direct, "defaults": defaults})
 
 
 def _without(rule: Mapping[str, Any], option: str, roles: Iterable[str]) -> dict[str, Any]:
-    """A rule that does not say an option for these roles."""
+    """Return a rule without an option for these roles; what it says of all roles is written out by role."""
     common = {k: v for k, v in rule.items() if k in OF_QUANTIZER}
     tables = {role: {**common, **rule.get(role, {})} for role in ROLES}
     for role in roles:
         tables[role].pop(option, None)
-    kept = {k: v for k, v in rule.items() if k == "match" or k in OF_TRAINING}
-    return {**kept, **{role: table for role, table in tables.items() if table}}
+    rule_keys = {k: v for k, v in rule.items() if k == "match" or k in OF_TRAINING}
+    return {**rule_keys, **{role: table for role, table in tables.items() if table}}
 
 
 def checked(options: Mapping[str, Any], where: str = "") -> Settings:
-    """Settings from plain values.
+    """Return settings from plain values.
 
     Raises:
         Error: an option is unknown or out of range; the message begins with `where` and names it.
@@ -261,7 +266,7 @@ def checked(options: Mapping[str, Any], where: str = "") -> Settings:
         raise Error(where + _sentence(e.errors()[0])) from e
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
@@ -271,7 +276,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _sentence(error: Any) -> str:
-    """What is wrong with which key, and what to do."""
+    """Return a sentence that names the wrong key, and says what to do."""
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     name = place[-1] if place else ""
@@ -281,12 +286,12 @@ def _sentence(error: Any) -> str:
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}
         inner = QuantizerOptions if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
-        known = (inner if place[1:] else Settings).model_fields
+        fields = (inner if place[1:] else Settings).model_fields
         if not place[1:] and name in OF_QUANTIZER:
             return f"{key} is an option of quantisers; it belongs under [defaults], [defaults.gamma] or a rule"
-        close = difflib.get_close_matches(name, known, n=1)
+        close = difflib.get_close_matches(name, fields, n=1)
         return f"{key}: there is no such option; " + (
-            f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+            f"did you mean {close[0]}?" if close else f"there are {', '.join(fields)}"
         )
     if not place:
         return str(error["msg"].removeprefix("Value error, "))

@@ -61,11 +61,11 @@ def show_inspection(report: Inspection) -> None:
 
 
 def _show_values(report: Inspection) -> None:
-    """A row for each variable: what is in it, and what rounding it would cost."""
+    """Print a row for each variable: its values, and the error that rounding them would make."""
     from rich import box
     from rich.table import Table
 
-    rows = [(bn.name, role, held) for bn in report.batch_norms for role, held in bn.values.items()]
+    rows = [(bn.name, role, values) for bn in report.batch_norms for role, values in bn.values.items()]
     if not rows:
         return
     table = Table(box=box.SIMPLE_HEAD, title="values, and the expected error of the default quantisers")
@@ -80,22 +80,30 @@ def _show_values(report: Inspection) -> None:
         table,
         (
             (
-                *(name, role, str(held.channels), f"{held.least:.4g}", f"{held.greatest:.4g}", _bars(held.histogram)),
-                *(f"{error:.2g}" for error in held.expected_error.values()),
+                *(
+                    name,
+                    role,
+                    str(values.channels),
+                    f"{values.least:.4g}",
+                    f"{values.greatest:.4g}",
+                    _bars(values.histogram),
+                ),
+                *(f"{error:.2g}" for error in values.expected_error.values()),
             )
-            for name, role, held in rows
+            for name, role, values in rows
         ),
     )
 
 
 def _bars(counts: list[int]) -> str:
-    """A histogram in a line; what is not empty is seen."""
+    """Return a histogram as a line of bars; a bin that is not empty has a visible bar."""
     most = max(counts, default=0) or 1
+    # The double minus rounds the height up.
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in counts)
 
 
 def counted(number: int, noun: str) -> str:
-    """As "1 site", "2 sites"."""
+    """Return a number and its noun, like "1 site" or "2 sites"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
@@ -107,10 +115,10 @@ def show_rewrite(report: RewriteReport, target: Path | None) -> None:
         say(f"{counted(report.sites_fused, 'site')} in single ops became the fused kernel")
     for site in report.skipped:
         say(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-    told = {(s.graph, s.node, s.reason) for s in report.skipped}
-    for left in report.declined:
-        if (left.graph, left.node, left.reason) not in told:
-            say(f"{left.by} left {left.node} in {left.graph or 'the main graph'}: {left.reason}")
+    skipped = {(s.graph, s.node, s.reason) for s in report.skipped}
+    for declined in report.declined:
+        if (declined.graph, declined.node, declined.reason) not in skipped:
+            say(f"{declined.by} left {declined.node} in {declined.graph or 'the main graph'}: {declined.reason}")
     for note in report.notes:
         say(f"note: {note}")
     for change in report.other_changes:
@@ -154,36 +162,39 @@ def show_finalized(report: FinalizeReport, target: Path | None, params: Path | N
     say("dry run: nothing was written" if target is None else f"written to {target}")
 
 
-def show_sensitivity(found: Sensitivity) -> None:
+def show_sensitivity(measured: Sensitivity) -> None:
     """Print a row for each layer and role, and a column for each width."""
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, title=f"relative error of the outputs, {counted(found.inputs, 'input')}")
+    table = Table(box=box.SIMPLE_HEAD, title=f"relative error of the outputs, {counted(measured.inputs, 'input')}")
     table.add_column("layer", justify="right")
     table.add_column("batch norm", overflow="fold")
     table.add_column("role")
-    for width in found.rows[0].error:
+    for width in measured.rows[0].error:
         table.add_column(f"{width} bits", justify="right")
     show(
         table,
-        ((str(row.layer), row.name, row.role, *(f"{error:.2g}" for error in row.error.values())) for row in found.rows),
+        (
+            (str(row.layer), row.name, row.role, *(f"{error:.2g}" for error in row.error.values()))
+            for row in measured.rows
+        ),
     )
 
 
-def show_verification(found: Verification) -> None:
+def show_verification(verification: Verification) -> None:
     """Print a line for each claim, and a row for each output's error."""
     from rich import box
     from rich.table import Table
 
     colours = {"holds": "green", "fails": "red"}
-    say(found.inputs)
-    for claim in found.claims:
+    say(verification.inputs)
+    for claim in verification.claims:
         say(f"{claim.status:15} ", fg=colours.get(claim.status, "yellow"), nl=False)
         say(f"{claim.name}: {claim.detail}")
-    for note in found.notes:
+    for note in verification.notes:
         say(f"note: {note}")
-    rows = [row for claim in found.claims for row in claim.table]
+    rows = [row for claim in verification.claims for row in claim.table]
     if rows:
         table = Table(box=box.SIMPLE_HEAD, title="the outputs with quantisers on, to those of the source")
         table.add_column("signature", overflow="fold")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 SIGNS = {"added": ("+", "green"), "removed": ("-", "red"), "changed": ("~", "yellow"), "missing": ("?", "magenta")}
 SHORT = 120
-"""How many characters of an attribute are shown."""
+"""Largest number of characters of an attribute that is shown."""
 
 
 def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
@@ -26,14 +26,14 @@ def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
         say("no record: the second model holds no record of a rewrite of the first")
     else:
         colour = "red" if verdict.other_changes else "green"
-        told = f"{verdict.other_changes or 'no'} other change{'' if verdict.other_changes == 1 else 's'}"
-        say(told, fg=colour, bold=True, nl=False)
+        other_changes = f"{verdict.other_changes or 'no'} other change{'' if verdict.other_changes == 1 else 's'}"
+        say(other_changes, fg=colour, bold=True, nl=False)
         say(f" ({len(report.changes) - verdict.other_changes} explained by the record of the rewrite)")
     for change in report.other:
         _show_change(change)
-    found = f"{counted(verdict.batch_norms, 'batch norm')} at {counted(verdict.sites_found, 'site')}"
-    added = f"{verdict.sites_added} more in new places"
-    say(f"{found}: {verdict.sites_rewritten} rewritten, {added}, {verdict.sites_skipped} skipped")
+    totals = f"{counted(verdict.batch_norms, 'batch norm')} at {counted(verdict.sites_found, 'site')}"
+    added_sites = f"{verdict.sites_added} more in new places"
+    say(f"{totals}: {verdict.sites_rewritten} rewritten, {added_sites}, {verdict.sites_skipped} skipped")
     for reason, count in report.skipped.items():
         say(f"  skipped {count}: {reason}")
     say(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
@@ -60,33 +60,33 @@ def _show_layers(report: DiffReport) -> None:
         say("layers", bold=True)
     for layer in report.layers:
         states = [f"{site.what}, {site.status}" for site in layer.sites]
-        told = "; ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        say(f"  {layer.name}: {counted(len(layer.sites), 'site')}: {told}")
-        seen = dict.fromkeys(
+        summary = "; ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        say(f"  {layer.name}: {counted(len(layer.sites), 'site')}: {summary}")
+        quantizers = dict.fromkeys(
             (
-                i.role if i.use == "input" else f"{i.role} of a batch",
-                i.formula,
-                i.port if i.use == "input" else "average",
+                entering.role if entering.use == "input" else f"{entering.role} of a batch",
+                entering.formula,
+                entering.port if entering.use == "input" else "average",
             )
             for site in layer.sites
-            for i in site.inputs
-            if i.formula
+            for entering in site.inputs
+            if entering.formula
         )
-        for role, formula, port in seen:
+        for role, formula, port in quantizers:
             say(f"    {role} ─ {formula} ─▶ {port}")
 
 
 def _show_changes(report: DiffReport, *, verbose: bool) -> None:
-    rest = [c for c in report.changes if c.by or report.verdict.other_changes is None]
+    remaining = [c for c in report.changes if c.by or report.verdict.other_changes is None]
     graphs: dict[str, list[Change]] = {}
-    for change in rest:
+    for change in remaining:
         graphs.setdefault(change.graph if change.kind == "node" else f"\0{change.kind}", []).append(change)
     for name, changes in sorted(graphs.items()):
         counts = [f"{sign}{sum(c.what == what for c in changes)}" for what, (sign, _) in SIGNS.items()]
-        told = " ".join(c for c in counts if not c.endswith(("+0", "-0", "~0", "?0")))
-        head = f"{name[1:]}s" if name.startswith("\0") else f"in {name or 'the main graph'}"
+        summary = " ".join(c for c in counts if not c.endswith(("+0", "-0", "~0", "?0")))
+        heading = f"{name[1:]}s" if name.startswith("\0") else f"in {name or 'the main graph'}"
         say("")
-        say(f"{head}: {told}", bold=True)
+        say(f"{heading}: {summary}", bold=True)
         shown = [c for c in changes if verbose or c.kind != "node" or c.what != "added"]
         for change in shown:
             _show_change(change)
@@ -109,9 +109,11 @@ def _show_change(change: Change) -> None:
 
 
 def _pair(old: str | None, new: str | None) -> tuple[str, str]:
-    """Both texts; of long ones, what is around the first difference."""
+    """Return both texts; long ones are cut to the part around the first difference."""
     texts = ["none" if text is None else printable(text) for text in (old, new)]
-    alike = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
-    start = max(0, alike - SHORT // 3) if max(map(len, texts)) > SHORT else 0
-    was, now = (f"{'…' * (start > 0)}{t[start : start + SHORT]}{'…' * (len(t) > start + SHORT)}" for t in texts)
-    return was, now
+    first_difference = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+    start = max(0, first_difference - SHORT // 3) if max(map(len, texts)) > SHORT else 0
+    old_part, new_part = (
+        f"{'…' * (start > 0)}{t[start : start + SHORT]}{'…' * (len(t) > start + SHORT)}" for t in texts
+    )
+    return old_part, new_part

@@ -1,4 +1,4 @@
-"""Text on a terminal. What a model, a record or a path says is only text: it styles and steers nothing."""
+"""Text on a terminal. Text from a model, a record or a path is made harmless: no markup, no control characters."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import click
 
 
 def printable(text: str) -> str:
-    """A text with what a terminal would obey spelled as Python does."""
+    """Return a text with control characters escaped as in a Python literal."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def say(text: str, *, nl: bool = True, err: bool = False, **style: Any) -> None:
-    """Print a line, or with `nl` False the beginning of one; `style` is as click has it."""
+    """Print a line, or with `nl` False the beginning of one; `style` holds the style arguments of click."""
     click.secho(printable(text), nl=nl, err=err, **style)
 
 
 def show(table: Any, rows: Iterable[Iterable[str]], width: int = 160) -> None:
-    """Print a table of rich's with some rows, so wide where stdout is no terminal."""
+    """Add rows to a rich table and print it; `width` applies if stdout is no terminal."""
     from rich.console import Console
 
     for row in rows:

@@ -1,4 +1,4 @@
-"""Python functions as graphs: traced by TensorFlow, saved, and read like any other model."""
+"""Python functions as graphs: TensorFlow traces and saves them, and they are read like any other model."""
 
 from __future__ import annotations
 
@@ -16,75 +16,75 @@ from rewriter.ir import Error, Gradient, Graph, Model, Node
 from rewriter.savedmodel.read import load
 
 
-def named(name: str) -> QuantizeFunction:
-    """A function by ``module:function``.
+def import_function(name: str) -> QuantizeFunction:
+    """Return the function that ``module:function`` names.
 
     Raises:
-        Error: there is none, or it cannot be imported.
+        Error: there is no such function, or it cannot be imported.
     """
     module, _, attribute = name.partition(":")
     try:
-        found: Any = import_module(module)
+        target: Any = import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
+            target = getattr(target, part)
     except Exception as e:
         raise Error(f"there is no {name}: {type(e).__name__}: {_first_line(e)}") from e
-    if not callable(found):
+    if not callable(target):
         raise Error(f"{name} is no function")
-    function: QuantizeFunction = found
+    function: QuantizeFunction = target
     return function
 
 
 def title(function: QuantizeFunction) -> str:
-    """What a function is called in a sentence."""
+    """Return the name of a function for use in a sentence."""
     plain = getattr(function, "python_function", function)
     return getattr(plain, "__qualname__", None) or type(plain).__name__
 
 
-def trace(wanted: Sequence[TraceRequest]) -> Traced:
-    """The graphs of functions (float32 [size], context) -> float32 [size]; equal ones are one.
+def trace(requests: Sequence[TraceRequest]) -> Traced:
+    """Return the graphs of functions (float32 [size], context) -> float32 [size]; equal functions share one.
 
     Raises:
-        Error: a function fails, holds variables or ops with effects, or gives something else.
+        Error: a function fails, holds variables or ops with effects, or returns something else.
     """
     import tensorflow as tf
 
     module = tf.Module()
-    for number, each in enumerate(wanted):
-        setattr(module, f"pipeline_{number}", _concrete(each))
+    for number, request in enumerate(requests):
+        setattr(module, f"pipeline_{number}", _concrete(request))
     with tempfile.TemporaryDirectory() as folder:
         try:
             options = tf.saved_model.SaveOptions(experimental_custom_gradients=True)
             tf.saved_model.save(module, folder, options=options)
         except (AssertionError, ValueError, tf.errors.OpError) as e:
-            raise Error(f"the pipeline {title(wanted[0].function)} cannot be saved: {_first_line(e)}") from e
+            raise Error(f"the pipeline {title(requests[0].function)} cannot be saved: {_first_line(e)}") from e
         model = load(Path(folder))
     names: dict[TraceRequest, str] = {}
     graphs: dict[str, Graph] = {}
     gradients: dict[str, Gradient] = {}
-    for number, each in enumerate(wanted):
+    for number, request in enumerate(requests):
         (entry,) = model.root_entries(f"pipeline_{number}")
-        own, registered = _moved(model, entry.function, f"bnqat_pipeline_{number}")
-        _refuse_effects(each, own.values())
-        _refuse_captures(each, registered.values())
-        top, *others = own.values()
-        twin = None if others else next((g for g in graphs.values() if _alike(g, top)), None)
-        names[each] = (twin or top).name
+        moved_graphs, registered = _renamed_graphs(model, entry.function, f"bnqat_pipeline_{number}")
+        _refuse_effects(request, moved_graphs.values())
+        _refuse_captures(request, registered.values())
+        top, *helpers = moved_graphs.values()
+        twin = None if helpers else next((g for g in graphs.values() if _same_but_names(g, top)), None)
+        names[request] = (twin or top).name
         if twin is None:
-            graphs |= own
+            graphs |= moved_graphs
             gradients |= registered
     return Traced(names, graphs, gradients)
 
 
-def _concrete(wanted: TraceRequest) -> Any:
-    """The traced function for a size and a context."""
+def _concrete(request: TraceRequest) -> Any:
+    """Return the `tf.function` of a request, traced for its size and context."""
     import tensorflow as tf
 
     def pipeline(vector: Any) -> Any:
-        return wanted.function(vector, wanted.context)
+        return request.function(vector, request.context)
 
-    name, spec = title(wanted.function), tf.TensorSpec([wanted.size], tf.float32, "vector")
-    place = f"for {wanted.context.role} of {wanted.context.layer}"
+    name, spec = title(request.function), tf.TensorSpec([request.size], tf.float32, "vector")
+    place = f"for {request.context.role} of {request.context.layer}"
     function = tf.function(pipeline, input_signature=[spec])
     try:
         concrete = function.get_concrete_function()
@@ -93,9 +93,9 @@ def _concrete(wanted: TraceRequest) -> Any:
     result = concrete.structured_outputs
     if not isinstance(result, tf.Tensor | tf.TensorSpec):
         raise Error(f"the pipeline {name} gives no tensor {place}, but {result!r}")
-    if result.dtype != tf.float32 or result.shape.rank != 1 or result.shape[0] != wanted.size:
+    if result.dtype != tf.float32 or result.shape.rank != 1 or result.shape[0] != request.size:
         raise Error(
-            f"the pipeline {name} gives {result.dtype.name} {result.shape} {place}, and not float32 [{wanted.size}]"
+            f"the pipeline {name} gives {result.dtype.name} {result.shape} {place}, and not float32 [{request.size}]"
         )
     if concrete.captured_inputs:
         raise Error(
@@ -104,8 +104,8 @@ def _concrete(wanted: TraceRequest) -> Any:
     return function
 
 
-def _moved(model: Model, function: str, prefix: str) -> tuple[dict[str, Graph], dict[str, Gradient]]:
-    """A function and what it needs, under new names, itself first; and the gradient functions among them."""
+def _renamed_graphs(model: Model, function: str, prefix: str) -> tuple[dict[str, Graph], dict[str, Gradient]]:
+    """Return a function and those that it needs, renamed, itself first; and the gradients among them."""
     needed = _needed(model, function)
     names = {old: prefix if index == 0 else f"{prefix}_{index}" for index, old in enumerate(needed)}
     kinds = {
@@ -120,16 +120,16 @@ def _moved(model: Model, function: str, prefix: str) -> tuple[dict[str, Graph], 
 
 
 def _needed(model: Model, function: str) -> list[str]:
-    """A function and all that it calls or is differentiated with, itself first."""
-    waiting, found = [function], list[str]()
+    """Return a function and all functions that it calls or is differentiated with, itself first."""
+    waiting, needed = [function], list[str]()
     while waiting:
         name = waiting.pop(0)
-        if name not in found:
-            found.append(name)
+        if name not in needed:
+            needed.append(name)
             waiting += sorted(model.analysis(call_graph).reached(name) - {name})
             kinds = gradient_kinds(model.graphs[name])
             waiting += [model.gradients[kind].function for kind in kinds if kind in model.gradients]
-    return found
+    return needed
 
 
 def _renamed(node: Node, names: Mapping[str, str], kinds: Mapping[str, str]) -> Node:
@@ -139,28 +139,28 @@ def _renamed(node: Node, names: Mapping[str, str], kinds: Mapping[str, str]) -> 
     return replace(node, op=names.get(node.op, node.op), attrs=attrs)
 
 
-def _refuse_effects(wanted: TraceRequest, graphs: Iterable[Graph]) -> None:
+def _refuse_effects(request: TraceRequest, graphs: Iterable[Graph]) -> None:
     for node in (node for graph in graphs for node in graph.nodes.values()):
         definition = op_defs.registered(node.op)
         if definition is not None and definition.is_stateful and node.op not in ops.CALLS:
             raise Error(
-                f"the pipeline {title(wanted.function)} uses {node.op}, which has effects or differs from call to call "
-                "and cannot be part of a quantiser"
+                f"the pipeline {title(request.function)} uses {node.op}, which has effects or differs from call to "
+                "call and cannot be part of a quantiser"
             )
 
 
-def _refuse_captures(wanted: TraceRequest, gradients: Iterable[Gradient]) -> None:
-    # Quantisers run in branches, of which TensorFlow gives a gradient function no tensors.
+def _refuse_captures(request: TraceRequest, gradients: Iterable[Gradient]) -> None:
+    # Quantisers run in branches, and TensorFlow passes a gradient function no tensors of a branch.
     if any(gradient.signature is not None and gradient.signature.bound_inputs for gradient in gradients):
         raise Error(
-            f"the gradient function in the pipeline {title(wanted.function)} uses tensors other than its own arguments "
-            "and cannot be part of a quantiser; write v + tf.stop_gradient(f(v) - v), with tf.clip_by_value before it "
-            "where the gradient is to be 0"
+            f"the gradient function in the pipeline {title(request.function)} uses tensors other than its own "
+            "arguments and cannot be part of a quantiser; write v + tf.stop_gradient(f(v) - v), with tf.clip_by_value "
+            "before it where the gradient is to be 0"
         )
 
 
-def _alike(one: Graph, other: Graph) -> bool:
-    """Whether two functions are equal but for their names."""
+def _same_but_names(one: Graph, other: Graph) -> bool:
+    """Return true if two functions are equal but for their names."""
     return replace(one, name="") == replace(other, name="")
 
 

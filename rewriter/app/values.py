@@ -1,6 +1,6 @@
-"""What is in the variables of batch norms, and what rounding them would cost.
+"""Values of the variables of batch norms, and the error that rounding them would make.
 
-Nothing of a model is executed: its checkpoint is read, and bnqat's own quantisers run on what it holds.
+Nothing of a model is executed: its checkpoint is read, and bnqat's own quantisers run on the values.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ Key = tuple[str, str]
 
 
 def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, ValuesReport]:
-    """What the checkpoint holds for every batch norm and role, where it holds finite numbers."""
+    """Return a report of the values in the checkpoint, for every batch norm and role that has numbers there."""
     vectors: dict[Key, np.ndarray] = {}
-    kinds: dict[QuantizerSpec, list[Key]] = {}
+    keys_by_spec: dict[QuantizerSpec, list[Key]] = {}
     for bn in batch_norms:
         for role, variable in bn.variables.items():
             try:
@@ -41,14 +41,17 @@ def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, Va
             if vector.size:
                 vectors[bn.name, role] = vector
                 scheme: Scheme = Log() if role == VARIANCE else Affine()
-                kinds.setdefault(QuantizerSpec(scheme, bn.sites[0].epsilon, vector.size), []).append((bn.name, role))
+                keys_by_spec.setdefault(QuantizerSpec(scheme, bn.sites[0].epsilon, vector.size), []).append(
+                    (bn.name, role)
+                )
     errors: dict[Key, dict[int, float]] = {}
-    for kind, keys in kinds.items():
-        errors.update(zip(keys, _errors(kind, [vectors[key] for key in keys]), strict=True))
+    for spec, keys in keys_by_spec.items():
+        errors.update(zip(keys, _errors(spec, [vectors[key] for key in keys]), strict=True))
     return {key: replace(_described(vector), expected_error=errors[key]) for key, vector in vectors.items()}
 
 
 def _described(vector: np.ndarray) -> ValuesReport:
+    """Return the report of a vector, without expected errors."""
     finite = vector[np.isfinite(vector)].astype(np.float64)
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     counts, _ = np.histogram(finite, bins=BINS, range=(low, high) if high > low else (low - 0.5, low + 0.5))
@@ -64,38 +67,39 @@ def _described(vector: np.ndarray) -> ValuesReport:
     )
 
 
-def _errors(kind: QuantizerSpec, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, float]]:
-    """By width, the error that the quantiser of a kind makes, for each vector."""
+def _errors(spec: QuantizerSpec, vectors: Sequence[np.ndarray]) -> Iterator[dict[int, float]]:
+    """Return the errors that a quantiser of this spec makes, by width, for each vector."""
     rows = np.repeat(np.stack(vectors), len(WIDTHS), axis=0)
     bits = np.tile(np.array(WIDTHS, np.int32), len(vectors))[:, None]
-    quantized = run(define(fake_quantize_function(kind, len(rows))), [np.array(1, np.float32), bits, rows])
+    quantized = run(define(fake_quantize_function(spec, len(rows))), [np.array(1, np.float32), bits, rows])
     for index, vector in enumerate(vectors):
-        own = quantized[index * len(WIDTHS) : (index + 1) * len(WIDTHS)]
-        yield {n: error(kind, vector, q) for n, q in zip(WIDTHS, own, strict=True)}
+        quantized_rows = quantized[index * len(WIDTHS) : (index + 1) * len(WIDTHS)]
+        yield {n: error(spec, vector, row) for n, row in zip(WIDTHS, quantized_rows, strict=True)}
 
 
-def error(kind: QuantizerSpec, vector: np.ndarray, quantized: np.ndarray) -> float:
-    """The relative error of a quantised vector, as ``ValuesReport.expected_error`` has it."""
-    known = np.isfinite(vector)
-    v, q = vector[known].astype(np.float64), quantized[known].astype(np.float64)
-    if isinstance(kind.scheme, Log):
-        shifted = np.maximum(v + kind.epsilon, np.finfo(np.float32).tiny)
-        return float(np.sqrt(np.mean((np.sqrt(shifted / np.maximum(q + kind.epsilon, 1e-38)) - 1) ** 2)))
+def error(spec: QuantizerSpec, vector: np.ndarray, quantized: np.ndarray) -> float:
+    """Return the relative error of a quantised vector, as ``ValuesReport.expected_error`` defines it."""
+    finite = np.isfinite(vector)
+    v, q = vector[finite].astype(np.float64), quantized[finite].astype(np.float64)
+    if isinstance(spec.scheme, Log):
+        shifted = np.maximum(v + spec.epsilon, np.finfo(np.float32).tiny)
+        return float(np.sqrt(np.mean((np.sqrt(shifted / np.maximum(q + spec.epsilon, 1e-38)) - 1) ** 2)))
     norm = float(np.sqrt(np.sum(v**2)))
     return float(np.sqrt(np.sum((q - v) ** 2))) / norm if norm else 0.0
 
 
 def run(graph: Graph, inputs: Sequence[np.ndarray]) -> np.ndarray:
-    """What one of bnqat's own functions returns, or another function that needs no others and no variables."""
-    given = dict(zip(graph.arguments, inputs, strict=True))
+    """Return the result of one of bnqat's own functions, or of another that calls none and reads no variables."""
+    feeds = dict(zip(graph.arguments, inputs, strict=True))
     nodes = {
-        name: _placeholder(node, given[name].shape) if node.op == ARG else node for name, node in graph.nodes.items()
+        name: _placeholder(node, feeds[name].shape) if node.op == ARG else node for name, node in graph.nodes.items()
     }
     (result,) = graph.results
-    found: np.ndarray
-    (found,) = evaluation.run(Graph(MAIN, nodes), given, [result.value])
-    return found
+    output: np.ndarray
+    (output,) = evaluation.run(Graph(MAIN, nodes), feeds, [result.value])
+    return output
 
 
 def _placeholder(node: Node, shape: tuple[int, ...]) -> Node:
+    """Return a placeholder in place of an argument, as a graph without arguments is evaluated."""
     return Node(node.name, "Placeholder", attrs={"dtype": dtype_attr(argument_dtype(node)), "shape": shape_attr(shape)})

@@ -16,11 +16,11 @@ DELAY = 2.0
 
 @contextmanager
 def waiting(what: str, delay: float = DELAY) -> Iterator[None]:
-    """Show what is being done, and for how long it has been, where stderr is a terminal; it goes when all is done."""
+    """Show a task and its elapsed time while the block runs, if stderr is a terminal; the bar vanishes at the end."""
     if not sys.stderr.isatty():
         yield
         return
-    # While TensorFlow is imported, what is written to stderr's own descriptor is thrown away.
+    # A copy of the descriptor: while TensorFlow is imported, what is written to stderr's own is discarded.
     with os.fdopen(os.dup(sys.stderr.fileno()), "w", encoding="utf-8") as terminal:
         done = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What surrounds work on a model, from the command line and from Python."""
+"""Context of work on a model, from the command line and from Python."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rewriter.ir import Error
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector: what is made here lives until the end, and hardly any of it is a cycle.
+    """Pause the cyclic garbage collector: nearly all objects live until the end, and hardly any are in cycles.
 
     The peak of memory is the same, and a third of the time of finalising thousands of batch norms is saved.
 

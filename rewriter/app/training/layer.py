@@ -16,16 +16,16 @@ from rewriter.ir import Error
 
 @keras.saving.register_keras_serializable(package="bnqat")
 class KerasLayer(keras.layers.Layer):
-    """A rewritten SavedModel as a layer of Keras 3: `train` while Keras trains, `serve` else.
+    """A rewritten SavedModel as a layer of Keras 3: it runs `train` while Keras trains, and `serve` otherwise.
 
     Inputs are one tensor, a list or tuple in the order of the model's inputs, or a dict by their names. Shapes and
     dtypes are those of the SavedModel; the outputs are what it returns. A layer whose `trainable` is False runs
     `serve` in training too, as Keras' own batch norm does, and counts no step.
 
     Its weights are the SavedModel's variables, not copies. Moving statistics and the variables of `quantization` are
-    not trainable, scales of learned ranges are. It computes in the model's dtypes, whatever Keras' global policy is.
-    Keras does not compile it with XLA, which has no fused batch norm; set `supports_jit = True` before
-    `Model.compile` to have it compiled all the same.
+    not trainable, but scales of learned ranges are. It computes in the model's dtypes, whatever Keras' global policy
+    is. Keras does not compile it with XLA, which has no fused batch norm; set `supports_jit = True` before
+    `Model.compile` to compile it all the same.
 
     Attributes:
         model: the loaded SavedModel, to be saved with `tf.saved_model.save`.
@@ -33,12 +33,12 @@ class KerasLayer(keras.layers.Layer):
 
     Args:
         filepath: a directory with a SavedModel that bnqat rewrote, in TensorFlow 2's format.
-        trainable: whether it is trained.
+        trainable: true to train the layer.
         name: the layer's name.
 
     Raises:
-        Error: the SavedModel is none of bnqat's in TensorFlow 2's format, or the backend of Keras is not TensorFlow.
-        ValueError: a file of Keras with such a layer is loaded in safe mode, as it names a SavedModel to execute.
+        Error: bnqat did not rewrite the SavedModel in TensorFlow 2's format, or Keras' backend is not TensorFlow.
+        ValueError: a Keras file with such a layer is loaded in safe mode, as it names a SavedModel to execute.
     """
 
     def __init__(
@@ -64,26 +64,26 @@ class KerasLayer(keras.layers.Layer):
 
     @property
     def quantization(self) -> Any:
-        """The control variables, and `train` itself."""
+        """Control variables, and the function `train`."""
         return self.model.quantization
 
     def call(self, inputs: Any, training: bool | None = False) -> Any:
-        """The model's outputs for `inputs`, as the class says."""
+        """Return the model's outputs for `inputs`, from `train` or from `serve`."""
         function = self.quantization.train if training and self.trainable else self.model.serve
         arguments, keywords = self._arguments(inputs)
         return function(*arguments, **keywords)
 
     def get_config(self) -> dict[str, Any]:
-        """What a Keras file keeps of the layer: the SavedModel's path, and no dtype policy."""
+        """Return the content of a Keras file for the layer: the SavedModel's path, and no dtype policy."""
         config = super().get_config()
         return {"filepath": self.filepath, "name": config["name"], "trainable": config["trainable"]}
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> KerasLayer:
-        """The layer of a Keras file.
+        """Return the layer of a Keras file.
 
         Raises:
-            ValueError: in safe mode.
+            ValueError: the file is loaded in safe mode.
         """
         if in_safe_mode() is not False:
             raise ValueError(
@@ -94,12 +94,12 @@ class KerasLayer(keras.layers.Layer):
 
 
 def _variables(model: Any) -> Iterator[Any]:
-    """Those of training, then those that only serving holds."""
+    """Return the variables of training, then those that only serving holds."""
     serving = [
         v for function in getattr(model.serve, "concrete_functions", [model.serve]) for v in function.graph.variables
     ]
-    seen: set[int] = set()
+    yielded: set[int] = set()
     for variable in (*model.quantization.variables, *serving):
-        if id(variable) not in seen:
-            seen.add(id(variable))
+        if id(variable) not in yielded:
+            yielded.add(id(variable))
             yield variable

@@ -14,16 +14,19 @@ from rewriter.app.training.readings import Readings
 
 
 class QuantizationLog(keras.callbacks.Callback):
-    """Writes what the quantisers of a layer do to a TensorBoard log, at the end of every epoch.
+    """Writes the state of a layer's quantisers to a TensorBoard log, at the end of every epoch.
 
-    The scalars are `step` (training calls so far), `amount` (0: quantisers are off, 1: they act, between: the ramp),
-    and for each batch norm and role `<name>/<role>/bits` (the width in force, 0: off), `/low` and `/high` (the limits
-    between which levels lie; of the scheme `log`, those of log(v + epsilon)) and `/error` (how far the variable is
-    from its quantised self, whether or not quantisers act yet: the norm of the difference over that of the variable;
-    for the moving variance, the root of the mean squared relative error of 1 / sqrt(v + epsilon)). A quantiser that
-    is a function of your own is left out.
+    The scalars are `step` (training calls so far) and `amount` (blend weight: 0 is float, 1 is quantised), and for
+    each batch norm and role:
 
-    Of several workers, the chief writes; the callback must be given to all of them, as they read variables together.
+    - `<name>/<role>/bits`: the width in force, 0: off;
+    - `/low` and `/high`: the limits between which levels lie; for the scheme `log`, those of log(v + epsilon);
+    - `/error`: the norm of the variable's quantisation error, relative to the norm of the variable, even if quantisers
+      do not act yet. For the moving variance: the root of the mean squared relative error of 1 / sqrt(v + epsilon).
+
+    A quantiser that is the user's own function is left out.
+
+    If there are several workers, the chief writes. All of them need the callback, as they read variables together.
 
     Args:
         layer: the layer, whose SavedModel must still be where it was loaded from.
@@ -41,8 +44,8 @@ class QuantizationLog(keras.callbacks.Callback):
         self._readings = Readings(layer.model, layer.filepath)
         self._writer: Any = None
 
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
-        """Read, and write."""
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras passes it
+        """Read the quantisers and write their scalars."""
         scalars = {"step": float(self.layer.quantization.step.numpy()), "amount": self._readings.amount()}
         for (name, role), reading in self._readings().items():
             scalars |= {f"{name}/{role}/{what}": float(value) for what, value in reading._asdict().items()}
@@ -57,7 +60,7 @@ class QuantizationLog(keras.callbacks.Callback):
                 tf.summary.write(tag, tf.constant(value, tf.float32), step=epoch, metadata=metadata)
         self._writer.flush()
 
-    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  Keras passes it
         """Close the log; another `fit` begins another file."""
         if self._writer is not None:
             self._writer.close()

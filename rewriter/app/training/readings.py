@@ -1,7 +1,7 @@
-"""What the quantisers of a loaded model do just now: whether they act, their widths, limits and errors.
+"""Readings of a loaded model's quantisers: their blend weight, widths, limits and errors.
 
-Control values are what the training function itself reads of its variables: that part of its graph is run on their
-values. Quantised values are those of bnqat's own functions.
+Control values are computed as the training function computes them: that part of its graph is run on the values of its
+variables. Quantised values are those of bnqat's own functions.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ RANGES: Mapping[str, Range] = {"dynamic": DYNAMIC, "fixed": Fixed(0, 1), "ema": 
 
 
 class Reading(NamedTuple):
-    """One quantiser.
+    """State of one quantiser.
 
     Attributes:
         bits: the width in force, 0: off.
-        low: the least level's place; of the scheme log, log(v + epsilon).
-        high: the greatest's.
-        error: that of the quantised variable, as `ValuesReport.expected_error` has it, where it acts wholly.
+        low: the lowest level; for the scheme log, that of log(v + epsilon).
+        high: the highest level, likewise.
+        error: the error of the quantised variable, as `ValuesReport.expected_error` defines it, at blend weight 1.
     """
 
     bits: int
@@ -47,24 +47,24 @@ class Reading(NamedTuple):
 
 
 class _Quantizer(NamedTuple):
-    """What one quantiser is: the variable that it works on, by its key, and its layer's number."""
+    """One quantiser: the key of its variable, its layer's index in control variables, and its spec."""
 
     batch_norm: str
     role: str
     key: str
     layer: int
-    kind: QuantizerSpec
+    spec: QuantizerSpec
 
 
 class Readings:
-    """Reads the quantisers of a loaded model; one of a function of your own is left out.
+    """Reader of a loaded model's quantisers; those that are a user's own function are left out.
 
     Args:
-        model: as `tf.saved_model.load` gave it.
-        filepath: from where, as it was then.
+        model: the model as `tf.saved_model.load` returned it.
+        filepath: the directory that it was loaded from, unchanged since.
 
     Raises:
-        Error: it has no quantisers.
+        Error: the model has no quantisers.
     """
 
     def __init__(self, model: Any, filepath: str | Path) -> None:
@@ -79,55 +79,55 @@ class Readings:
             raise Error(f"{filepath} has no quantisers to read; those of a function of your own are not read")
 
     def amount(self) -> float:
-        """From 0, before the start step, to 1 from the ramp's end on."""
-        return float(self._of("quantization_amount"))
+        """Return the blend weight: 0 before the start step, 1 from the ramp's end on."""
+        return float(self._computed("quantization_amount"))
 
     def __call__(self) -> dict[tuple[str, str], Reading]:
-        """By the batch norm's name and the role."""
-        bits = self._of("quantization_bits")
-        bound = any(q.kind.scheme.range is not DYNAMIC for q in self.quantizers)
-        given = self._of("quantization_limits") if bound else np.zeros((len(bits), 2), np.float32)
+        """Return the readings by the batch norm's name and the role."""
+        bits = self._computed("quantization_bits")
+        has_limits = any(q.spec.scheme.range is not DYNAMIC for q in self.quantizers)
+        all_limits = self._computed("quantization_limits") if has_limits else np.zeros((len(bits), 2), np.float32)
         layers = len(bits) // len(ROLES)
-        found = {}
-        for kind in dict.fromkeys(q.kind for q in self.quantizers):
-            own = [q for q in self.quantizers if q.kind == kind]
-            vectors = [self.variables[q.key].numpy().astype(np.float32).ravel() for q in own]
-            rows = [ROLES.index(q.role) * layers + q.layer for q in own]
-            limits = given[rows]
+        readings = {}
+        for spec in dict.fromkeys(q.spec for q in self.quantizers):
+            group = [q for q in self.quantizers if q.spec == spec]
+            vectors = [self.variables[q.key].numpy().astype(np.float32).ravel() for q in group]
+            rows = [ROLES.index(q.role) * layers + q.layer for q in group]
+            limits = all_limits[rows]
             inputs = [np.array(1, np.float32), bits[rows][:, None]]
-            if kind.scheme.range is DYNAMIC:
-                limits = np.array([kind.scheme.limits_of(v, kind.epsilon) for v in vectors])
+            if spec.scheme.range is DYNAMIC:
+                limits = np.array([spec.scheme.limits_of(v, spec.epsilon) for v in vectors])
             else:
                 inputs.append(limits)
-            quantized = run(define(fake_quantize_function(kind, len(own))), [*inputs, np.stack(vectors)])
-            for q, row, v, (low, high), after in zip(own, rows, vectors, limits, quantized, strict=True):
-                found[q.batch_norm, q.role] = Reading(int(bits[row]), float(low), float(high), error(kind, v, after))
-        return {(q.batch_norm, q.role): found[q.batch_norm, q.role] for q in self.quantizers}
+            quantized = run(define(fake_quantize_function(spec, len(group))), [*inputs, np.stack(vectors)])
+            for q, row, v, (low, high), after in zip(group, rows, vectors, limits, quantized, strict=True):
+                readings[q.batch_norm, q.role] = Reading(int(bits[row]), float(low), float(high), error(spec, v, after))
+        return {(q.batch_norm, q.role): readings[q.batch_norm, q.role] for q in self.quantizers}
 
-    def _of(self, name: str) -> np.ndarray:
-        """What the training function computes first, of its variables alone, under a name."""
-        graph, last = self._place(f"{name}/")
+    def _computed(self, name: str) -> np.ndarray:
+        """Return the value that the training function computes in a name scope, from its variables alone."""
+        graph, last = self._scope_graph(f"{name}/")
         nodes: dict[str, Node] = {}
         values = {}
-        waiting = [last]
-        while waiting:
-            node = graph.nodes[waiting.pop()]
+        pending = [last]
+        while pending:
+            node = graph.nodes[pending.pop()]
             if node.op == "ReadVariableOp":
                 (key,) = (o.key for o in origins(self.source, graph.name, node.inputs[0]) if isinstance(o, VariableKey))
                 values[node.name] = self.variables[key].numpy()
                 node = Node(node.name, ARG, attrs={"T": op_defs.attribute(node, "dtype")})
             nodes[node.name] = replace(node, after=())
-            waiting += [v.node for v in node.inputs if v.node not in nodes]
+            pending += [v.node for v in node.inputs if v.node not in nodes]
         part = Graph(MAIN, nodes, tuple(values), (Result(name, Value(last), ""),))
         return run(part, list(values.values()))
 
-    def _place(self, within: str) -> tuple[Graph, str]:
-        """The graph that computes it, and the node in which it ends: the only one that no other there uses."""
+    def _scope_graph(self, within: str) -> tuple[Graph, str]:
+        """Return the graph with a name scope, and the scope's result: its only node that no other node there uses."""
         for function in self.source.analysis(call_graph).reached(self.entry.function):
             graph = self.source.graphs[function]
-            own = [node for node in graph.nodes.values() if node.name.startswith(within)]
-            used = {value.node for node in own for value in node.inputs}
-            ends = [node.name for node in own if node.name not in used]
+            scope_nodes = [node for node in graph.nodes.values() if node.name.startswith(within)]
+            used = {value.node for node in scope_nodes for value in node.inputs}
+            ends = [node.name for node in scope_nodes if node.name not in used]
             if len(ends) == 1:
                 return graph, ends[0]
         raise Error(f"{self.path} does not read its control variables as bnqat wrote it; rewrite the float model again")

@@ -17,23 +17,23 @@ from rewriter.ir import Error
 class ReestimateStatistics(keras.callbacks.Callback):
     """Replaces moving statistics by averages over data, before they are frozen or when training ends.
 
-    It does what `bnqat.reestimate_statistics` does, for every trainable `KerasLayer` of the model that is trained: just
-    before the first step with frozen statistics, where `fit` reaches the layer's freeze step; else when `fit` ends.
-    Statistics that were in use as frozen ones before `fit` began stay as they are, as the weights are trained for them.
-    Batches pass through the whole Keras model in training mode, so that each layer sees what it sees in training; no
-    weight and no other variable changes.
+    It does what `bnqat.reestimate_statistics` does, for every trainable `KerasLayer` of the model that is trained. It
+    does so just before the first step with frozen statistics if `fit` reaches the layer's freeze step, otherwise when
+    `fit` ends. Statistics that were in use as frozen ones before `fit` began stay as they are, as the weights are
+    trained for them. Batches pass through the whole Keras model in training mode, so that each layer sees the inputs
+    that it sees in training. No weight and no other variable changes.
 
-    Put it last among the callbacks: those before it may bring back other weights when training ends. One batch is tried
+    Put it last among the callbacks: those before it may restore other weights when training ends. One batch is tried
     before training, so that a mistake ends the run at once and not after hours.
 
     Args:
         dataset: a `tf.data.Dataset`, or another iterable of batches: x, (x, y) or (x, y, weights). It is iterated over
             anew each time.
-        steps: how many batches of it to use, at least 1.
+        steps: the number of batches to use, at least 1.
 
     Raises:
-        Error: the dataset is an array or no iterable, has fewer batches, or cannot be iterated over twice; in `fit`, no
-            layer can be re-estimated.
+        Error: the dataset is an array or no iterable, has fewer batches, or cannot be iterated over twice. In `fit`:
+            no layer can be re-estimated.
     """
 
     def __init__(self, dataset: Iterable[Any], steps: int) -> None:
@@ -49,43 +49,43 @@ class ReestimateStatistics(keras.callbacks.Callback):
             raise Error("the dataset is an iterator, which is used up once; give the dataset that it iterates over")
         self.dataset = dataset
         self.steps = steps
-        self._open: list[KerasLayer] | None = None
+        self._pending: list[KerasLayer] | None = None
 
-    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
+    def on_train_begin(self, logs: Any = None) -> None:  # noqa: ARG002  Keras passes it
         """Try one batch."""
-        self._open = None
+        self._pending = None
         self._estimates(self._layers(), 1)
 
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
-        """Re-estimate what this step is the first to use as frozen."""
-        due = [layer for layer in self._opened() if _frozen_steps(layer) >= 0]
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras passes it
+        """Re-estimate the statistics that this step is the first to use as frozen ones."""
+        due = [layer for layer in self._pending_layers() if _frozen_steps(layer) >= 0]
         if due:
             self._reestimate(due)
 
-    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
-        """Re-estimate what was not frozen."""
-        if self._opened():
-            self._reestimate(self._opened())
+    def on_train_end(self, logs: Any = None) -> None:  # noqa: ARG002  Keras passes it
+        """Re-estimate the statistics that did not become frozen."""
+        if self._pending_layers():
+            self._reestimate(self._pending_layers())
 
-    def _opened(self) -> list[KerasLayer]:
-        """Layers whose statistics are still to be re-estimated.
+    def _pending_layers(self) -> list[KerasLayer]:
+        """Return the layers whose statistics are still to be re-estimated.
 
         They are found with the first batch, as another callback may restore the steps when training begins.
         """
-        if self._open is None:
-            self._open = [layer for layer in self._layers() if _frozen_steps(layer) <= 0]
-        return self._open
+        if self._pending is None:
+            self._pending = [layer for layer in self._layers() if _frozen_steps(layer) <= 0]
+        return self._pending
 
     def _layers(self) -> list[KerasLayer]:
-        every = self.model._flatten_layers()  # `Model.layers` knows those of nested models and wrappers not
-        found = [layer for layer in every if isinstance(layer, KerasLayer) and layer.trainable]
-        if not found:
+        flat_layers = self.model._flatten_layers()  # `Model.layers` leaves out those in nested models and wrappers
+        bnqat_layers = [layer for layer in flat_layers if isinstance(layer, KerasLayer) and layer.trainable]
+        if not bnqat_layers:
             raise Error("the model has no trainable bnqat.KerasLayer whose statistics could be re-estimated")
-        return found
+        return bnqat_layers
 
     def _reestimate(self, layers: list[KerasLayer]) -> None:
         assign([layer.model for layer in layers], self._estimates(layers, self.steps))
-        self._open = [layer for layer in self._opened() if layer not in layers]
+        self._pending = [layer for layer in self._pending_layers() if layer not in layers]
 
     def _estimates(self, layers: list[KerasLayer], steps: int) -> Any:
         model = self.model
@@ -95,14 +95,14 @@ class ReestimateStatistics(keras.callbacks.Callback):
 
 
 def _frozen_steps(layer: KerasLayer) -> int:
-    """The number of steps that a layer has made with frozen statistics; -1 while they move."""
+    """Return the number of steps that a layer has made with frozen statistics; -1 while they move."""
     freeze_step = getattr(layer.quantization, "freeze_step", None)
     step = int(layer.quantization.step.numpy())
     return -1 if freeze_step is None else max(step - int(freeze_step.numpy()), -1)
 
 
 def _size(dataset: Sized) -> int | None:
-    """The number of batches; None for a `tf.data.Dataset` of which it is not known, or infinite."""
+    """Return the number of batches; None for a `tf.data.Dataset` whose number is unknown or infinite."""
     try:
         return len(dataset)
     except TypeError:
