@@ -31,7 +31,7 @@ ByRole: TypeAlias = T | Mapping[str, T]
 
 
 class NothingToRewriteError(Error):
-    """The model holds nothing that the passes could change."""
+    """Error for a model that holds nothing that the passes could change."""
 
 
 @gc_paused()

@@ -133,12 +133,12 @@ def _interrupt(terminal: int, number: int, _frame: object) -> None:
 
 
 def progress(step: Step) -> None:
-    """Say on stderr what a pass did."""
+    """Print the edits and the time of a pass to stderr."""
     say(f"{step.name}: {len(step.edits)} edits in {step.seconds:.2f} s", err=True)
 
 
 def fail(message: str) -> None:
-    """Say what is wrong in one line, and exit with code 2."""
+    """Print an error in one line to stderr, and exit with code 2."""
     if not INTERRUPTED.is_set():
         with suppress(OSError):  # nothing can be said where stderr cannot be written to
             say(f"bnqat: error: {' '.join(message.split())}", err=True)
@@ -215,7 +215,7 @@ def write_file(file: Path, text: str, what: str, done: str = "") -> None:
     """Write a text to a file.
 
     Raises:
-        Error: it cannot be written; the message says what was `done` before.
+        Error: the file cannot be written; the message names what was `done` before.
     """
     try:
         write_whole(file, text.encode())

@@ -14,7 +14,7 @@ class ByRole(click.ParamType[Any, Any]):
     """Type of an option with one value for all roles, as ``8``, or values by role, as ``gamma=4,beta=8``."""
 
     def __init__(self, name: str, parse: Callable[[str], Any], expected: str) -> None:
-        """`parse` turns a text into a value or raises ValueError; `expected` says what a text looks like."""
+        """`parse` turns a text into a value or raises ValueError; `expected` describes such a text in an error."""
         self.name = name
         self.parse = parse
         self.expected = expected
@@ -49,6 +49,8 @@ def width(text: str) -> int:
 
 
 def _one_of(*names: str) -> Callable[[str], str]:
+    """Return a function that returns one of these names, and raises ValueError for another text."""
+
     def check(text: str) -> str:
         if text not in names:
             raise ValueError(text)

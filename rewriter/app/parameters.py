@@ -117,7 +117,7 @@ def write_parameters(file: Path, table: Sequence[Parameter], done: str) -> None:
     """Write parameters to a file: JSON, or arrays by ``VARIABLE.FIELD`` with the variables' names in ``variables``.
 
     Raises:
-        Error: it cannot be written; the message says what was `done` before.
+        Error: the file cannot be written; the message names what was `done` before.
     """
     try:
         write_whole(file, _json(table) if file.suffix == ".json" else _arrays(table))

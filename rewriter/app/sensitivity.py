@@ -66,7 +66,7 @@ def sensitivity(
         inputs: the inputs of its default signature, by name; one array may have any name.
         bits: the widths, each from 2 to 16.
         trust: run a model that holds ops for files, the network or Python.
-        progress: wraps the runs, to show how far they are.
+        progress: a function that wraps the runs to show their progress.
 
     Raises:
         Error: the model has no quantisers, or is not trusted and holds such ops; or an input is missing or of another

@@ -280,9 +280,9 @@ def _sentence(error: Any) -> str:
     place = [str(part) for part in error["loc"]]
     key = ".".join(place)
     name = place[-1] if place else ""
-    given = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r:.100}"
+    value_text = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r:.100}"
     if name in REMEDIES and error["type"] != "value_error" and (place[1:] or name == "per_channel"):
-        return f"{key}{given}: {REMEDIES[name]}"
+        return f"{key}{value_text}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}
         inner = QuantizerOptions if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
@@ -298,6 +298,6 @@ def _sentence(error: Any) -> str:
     if error["type"] == "missing":
         return f"{key} is missing"
     if error["type"] in ("model_type", "tuple_type"):
-        return f"{key}{given}: it is a {'table' if error['type'] == 'model_type' else 'list of tables'}"
+        return f"{key}{value_text}: it is a {'table' if error['type'] == 'model_type' else 'list of tables'}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}{given}: {message[0].lower()}{message[1:]}".replace("input should be", "it is to be")
+    return f"{key}{value_text}: {message[0].lower()}{message[1:]}".replace("input should be", "it is to be")

@@ -108,7 +108,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def show_rewrite(report: RewriteReport, target: Path | None) -> None:
-    """Print what was rewritten, and what was not and why."""
+    """Print the rewritten sites, the skipped ones with their reasons, notes and other changes."""
     say(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
     say(f", {report.sites_added} more in new places" if report.sites_added else "")
     if report.sites_fused:
@@ -127,7 +127,7 @@ def show_rewrite(report: RewriteReport, target: Path | None) -> None:
 
 
 def show_finalized(report: FinalizeReport, target: Path | None, params: Path | None) -> None:
-    """Print what was baked into variables, and what is gone."""
+    """Print a row for each baked variable, and the numbers of removed variables and functions."""
     from rich import box
     from rich.table import Table
 

@@ -16,7 +16,7 @@ SHORT = 120
 
 
 def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
-    """Print the verdict, other changes, counts per op and layer, and then what changed, by function."""
+    """Print the verdict, other changes, counts per op and layer, and then all changes by function."""
     verdict = report.verdict
     say(title, bold=True)
     if not report.changes:

@@ -1,1 +1,1 @@
-"""Running two models, and what a rewrite promises of them."""
+"""Checks of the claims of a rewrite, by running the source and the result."""

@@ -13,7 +13,7 @@ from rewriter.ir import Error, unused
 
 
 class Trainer(NamedTuple):
-    """A loaded function as one of keywords, its inputs' specs, and the variables that it may use."""
+    """A loaded function called by keywords, the specs of its inputs, and the variables that it may use."""
 
     call: Callable[..., Any]
     specs: dict[str, Any]
@@ -21,7 +21,7 @@ class Trainer(NamedTuple):
 
 
 def trainer(model: Any) -> Trainer | None:
-    """The training function of a loaded result: `quantization.train`, in TensorFlow 1's format the signature."""
+    """Return a loaded result's training function: `quantization.train`, or the signature `train` in TF 1's format."""
     quantization: Any = getattr(model, "quantization", None)
     if hasattr(quantization, "train"):
         (concrete,) = quantization.train.concrete_functions
@@ -32,29 +32,31 @@ def trainer(model: Any) -> Trainer | None:
 
 
 def keyworded(concrete: Any) -> Trainer:
-    """A concrete function as one of keywords; arguments that are no tensors are as it was traced with."""
+    """Return a concrete function called by keywords; arguments that are no tensors keep their traced values."""
     structure = concrete.structured_input_signature
     leaves = tf.nest.flatten(structure)
     specs: dict[str, Any] = {}
-    named = [_added(leaf, specs) if isinstance(leaf, tf.TensorSpec) else None for leaf in leaves]
+    names_of_leaves = [_add_spec(leaf, specs) if isinstance(leaf, tf.TensorSpec) else None for leaf in leaves]
 
     def call(**fed: Any) -> Any:
-        values = [leaf if name is None else tf.constant(fed[name]) for leaf, name in zip(leaves, named, strict=True)]
+        values = [
+            leaf if name is None else tf.constant(fed[name]) for leaf, name in zip(leaves, names_of_leaves, strict=True)
+        ]
         positional, keywords = tf.nest.pack_sequence_as(structure, values)
         return concrete(*positional, **keywords)
 
     return Trainer(call, specs, list(concrete.graph.trainable_variables))
 
 
-def _added(spec: Any, specs: dict[str, Any]) -> str:
-    """A name for a spec, which is added under it."""
+def _add_spec(spec: Any, specs: dict[str, Any]) -> str:
+    """Add a spec under a name that is unused, and return the name."""
     name = unused(spec.name, specs)
     specs[name] = spec
     return name
 
 
 def loss(outputs: Any) -> Any:
-    """A sum of the float outputs, weighted, as the sum of a softmax has no gradient; None where there is none."""
+    """Return a weighted sum of the float outputs, as a plain sum of a softmax is constant; None without floats."""
     floats = [t for t in tf.nest.flatten(outputs) if t.dtype.is_floating]
     return tf.add_n([tf.reduce_sum(tf.cast(t, tf.float32) * _weights(t)) for t in floats]) if floats else None
 
@@ -64,23 +66,24 @@ def _weights(value: tf.Tensor) -> tf.Tensor:
 
 
 def gradients(function: Trainer, parameters: list[Any], fed: dict[str, np.ndarray]) -> list[Any] | None:
-    """The gradients of a function's float outputs; None where it has none."""
+    """Return the gradients of a function's float outputs; None if it has no float output."""
     with tf.GradientTape() as tape:
         value = loss(function.call(**fed))
-    found: list[Any] | None = None if value is None else tape.gradient(value, parameters)
-    return found
+    computed: list[Any] | None = None if value is None else tape.gradient(value, parameters)
+    return computed
 
 
-def held(root: Any, key: str) -> Any:
-    """A loaded model's variable by its checkpoint key, which is its path; names need not be unique.
+def variable_at(root: Any, key: str) -> Any:
+    """Return a loaded model's variable by its checkpoint key, which is its path; names need not be unique.
 
     Raises:
-        Error: it holds none.
+        Error: the loaded model has no such variable.
     """
-    found = root
-    for part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
-        children, name = ObjectGraphView(root).children(found), part.replace(".S", "/").replace("..", ".")
+    node = root
+    for key_part in key.removesuffix("/.ATTRIBUTES/VARIABLE_VALUE").split("/"):
+        # Keys escape a slash as ".S" and a dot as "..".
+        children, name = ObjectGraphView(root).children(node), key_part.replace(".S", "/").replace("..", ".")
         if name not in children:
             raise Error(f"TensorFlow loads the model without {key}, as it does where a model holds several meta graphs")
-        found = children[name]
-    return found
+        node = children[name]
+    return node

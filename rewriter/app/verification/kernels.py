@@ -1,4 +1,4 @@
-"""The kernels that compute batch norm: those that are executed, and those that a graph's sites lead to."""
+"""Kernels that compute batch norm: those that are executed, and those that follow from a graph's sites."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ KINDS = ("single", "choosing", "serving", "training", "inference", "others")
 Place = tuple[str, str]
 """A site by its graph and node."""
 BoundNames = frozenset[tuple[str | None, ...]]
-"""What a site normalises with: the names of its variables, for each way to call it."""
+"""Variables that a site normalises with: their names, for each call site of its function."""
 
 
 class Kernels(NamedTuple):
     """Executed kernels that contain batch norm, after Grappler.
 
     Attributes:
-        placed: how many of each op are in the graphs that ran, both branches of a conditional included.
-        training: how many of these normalise with the batch's statistics, gradients not counted.
-        ran: how many were reached.
+        placed: the number of each op in the graphs that ran, both branches of a conditional included.
+        training: the number of these that normalise with the batch's statistics, gradients not counted.
+        ran: the number that were reached.
     """
 
     placed: Counter[str]
@@ -40,71 +40,73 @@ class Kernels(NamedTuple):
 
     @property
     def forward(self) -> int:
-        """How many of those placed are no gradients."""
+        """Number of placed kernels that are no gradients."""
         return sum(n for op, n in self.placed.items() if "Grad" not in op)
 
     @property
     def gradients(self) -> int:
-        """How many of those placed are gradients."""
+        """Number of placed kernels that are gradients."""
         return self.placed.total() - self.forward
 
     def __str__(self) -> str:
-        """Numbers and ops."""
+        """Return the number and name of each op."""
         return ", ".join(f"{n} {op}" for op, n in sorted(self.placed.items())) or "none"
 
     @property
     def reach(self) -> str:
-        """Numbers and ops, and how many are reached where a choice leaves some out."""
+        """Numbers and names of ops, and the number that were reached if a branch left some out."""
         return str(self) if self.ran == self.placed.total() else f"{self} ({self.ran} reached)"
 
 
 def kernels_in(graphs: Iterable[Any], stats: Any) -> Kernels:
-    """The batch-norm kernels of partition graphs, and those of them that step stats list."""
+    """Return the batch-norm kernels of partition graphs, with those that step stats list as reached."""
     reached = {n.node_name for device in stats.dev_stats for n in device.node_stats}
-    found = [n for graph in graphs for n in graph.node if _normalises(n)]
-    training = [n for n in found if "is_training" in n.attr and n.attr["is_training"].b and "Grad" not in n.op]
-    return Kernels(Counter(n.op for n in found), len(training), sum(n.name in reached for n in found))
+    norms = [n for graph in graphs for n in graph.node if _normalises(n)]
+    training = [n for n in norms if "is_training" in n.attr and n.attr["is_training"].b and "Grad" not in n.op]
+    return Kernels(Counter(n.op for n in norms), len(training), sum(n.name in reached for n in norms))
 
 
 def _normalises(node: Any) -> bool:
+    """Return true if a node is a batch-norm kernel, or one into which Grappler fused it."""
     fused = node.attr["fused_ops"].list.s if "fused_ops" in node.attr else ()
     return "FusedBatchNorm" in node.op or b"FusedBatchNorm" in fused
 
 
 @tf.function  # type: ignore[untyped-decorator]  # TensorFlow has no types
 def _nothing() -> tf.Tensor:
+    """Return a constant; running this empties TensorFlow's list of executed graphs."""
     return tf.constant(0)
 
 
 def with_kernels(call: Callable[[], T]) -> tuple[T, Kernels]:
-    """What a call gives, and the batch-norm kernels that the loaded functions in it execute."""
-    own = context.context()
-    own.enable_graph_collection()
-    own.enable_run_metadata()
+    """Return the result of a call, and the batch-norm kernels that the loaded functions in it execute."""
+    eager_context = context.context()
+    eager_context.enable_graph_collection()
+    eager_context.enable_run_metadata()
     try:
-        # The graphs of functions that ran before are told with those of the next one that does.
+        # TensorFlow reports the graphs of functions that ran before with those of the next function that runs.
         _nothing()
-        own.export_run_metadata()
+        eager_context.export_run_metadata()
         result = call()
-        metadata = own.export_run_metadata()
+        metadata = eager_context.export_run_metadata()
     finally:
-        own.disable_graph_collection()
-        own.disable_run_metadata()
+        eager_context.disable_graph_collection()
+        eager_context.disable_run_metadata()
     graphs = (g for function in metadata.function_graphs for g in function.partition_graphs)
     return result, kernels_in(graphs, metadata.step_stats)
 
 
 @dataclass(frozen=True)
 class Placed:
-    """How often each batch norm is in a graph and in what it calls, as often as it is called.
+    """Numbers of sites of each batch norm in a graph and in the functions that it calls, once for each call.
 
     Attributes:
         single: sites in single ops.
-        choosing: of these, those that choose their mode while they run, which need a kernel for each.
-        serving: of these, those in inference mode.
+        choosing: those in single ops that choose their mode at run time, and need a kernel for each mode.
+        serving: those in single ops that are in inference mode.
         training: fused sites in training mode.
         inference: fused sites in inference mode.
-        others: fused ops in training mode that are no batch norm, as Keras writes layer normalisation.
+        others: fused ops in training mode that are no batch norm; Keras writes layer normalisation so.
     """
 
     single: Counter[BoundNames]
@@ -115,97 +117,97 @@ class Placed:
     others: int
 
     @property
-    def twice(self) -> int:
-        """Sites that compute both modes, of which one is used: a rewrite may compute that one alone."""
+    def both_modes(self) -> int:
+        """Number of sites that compute both modes and use one; a rewrite may compute only that one."""
         return (self.training & self.inference).total()
 
     def raised(self, after: Placed) -> Counter[BoundNames]:
-        """The sites in single ops that are no longer so."""
-        found = self.single - after.single
-        # What was constants is named otherwise once it is unfrozen.
+        """Return the sites in single ops that became fused kernels in the model after."""
+        fused = self.single - after.single
+        # A layer of constants has no names. Once it is unfrozen it has, so it counts as a layer with new names.
         renamed = sum(n for layer, n in after.single.items() if layer not in self.single)
-        for layer in [layer for layer in found if not any(any(names) for names in layer)]:
-            found[layer] -= renamed
-        return +found
+        for layer in [layer for layer in fused if not any(any(names) for names in layer)]:
+            fused[layer] -= renamed
+        return +fused
 
     def kernels_for(self, raised: Counter[BoundNames]) -> int:
-        """How many kernels take the place of sites in single ops."""
+        """Return the number of kernels that replace these sites in single ops."""
         return raised.total() + (raised & self.choosing).total()
 
     def trained(self, raised: Counter[BoundNames]) -> int:
-        """How many kernels train these batch norms once: one for each site that serves."""
+        """Return the number of kernels that train these batch norms once: one for each site that serves."""
         served = raised & self.serving
         training, inference = self.training + (raised - served), self.inference + served
         return (training | inference).total() + self.others
 
 
-def placed(model: Model, signature: str, but: Collection[str] = ()) -> Placed:
-    """The batch norms that a signature runs; none that are known where no single function computes it.
+def placed(model: Model, signature: str, excluded_means: Collection[str] = ()) -> Placed:
+    """Return the batch norms that a signature runs; none are known if no single function computes it.
 
-    Those with a moving mean in `but`, keys of variables, are left out.
+    Batch norms whose moving mean is in `excluded_means`, keys of variables, are left out.
     """
-    known = model.signatures.get(signature)
-    if known is None:
+    source_signature = model.signatures.get(signature)
+    if source_signature is None:
         return _counted(())
-    if known.entry:
-        return placed_by(model, known.entry, but)
-    fetched = [v.node for v in known.fetches]
-    return _counted(_in(model, model.graphs[MAIN], {}, fetched, _with_means(model, but)))
+    if source_signature.entry:
+        return placed_by(model, source_signature.entry, excluded_means)
+    fetched_nodes = [v.node for v in source_signature.fetches]
+    return _counted(_in_graph(model, model.graphs[MAIN], {}, fetched_nodes, _with_means(model, excluded_means)))
 
 
-def placed_by(model: Model, function: str, but: Collection[str] = ()) -> Placed:
-    """The batch norms that a function runs; those with a moving mean in `but`, keys of variables, are left out."""
-    return _counted(_of_function(model, function, {}, _with_means(model, but)))
+def placed_by(model: Model, function: str, excluded_means: Collection[str] = ()) -> Placed:
+    """Return the batch norms that a function runs, without those whose moving mean is in `excluded_means`, keys."""
+    return _counted(_of_function(model, function, {}, _with_means(model, excluded_means)))
 
 
 def _with_means(model: Model, means: Collection[str]) -> frozenset[Place]:
-    """The sites of batch norms with these moving means."""
+    """Return the sites of batch norms with these moving means."""
     position = ROLES.index(MEAN)
-    found = (s for s in model.analysis(sites) if all(keys[position] in means for keys in s.variables))
-    return frozenset((s.graph, s.node) for s in found)
+    excluded_sites = (s for s in model.analysis(sites) if all(keys[position] in means for keys in s.variables))
+    return frozenset((s.graph, s.node) for s in excluded_sites)
 
 
-def _counted(found: Iterable[tuple[str, BoundNames]]) -> Placed:
+def _counted(kinds_and_layers: Iterable[tuple[str, BoundNames]]) -> Placed:
     kinds: dict[str, Counter[BoundNames]] = {f: Counter() for f in KINDS}
-    for kind, layer in found:
+    for kind, layer in kinds_and_layers:
         kinds[kind][layer] += 1
     others = kinds.pop("others").total()
     return Placed(**kinds, others=others)
 
 
 def _of_function(
-    model: Model, name: str, known: Mapping[Value, bool], left: frozenset[Place]
+    model: Model, name: str, known_booleans: Mapping[Value, bool], excluded: frozenset[Place]
 ) -> Iterator[tuple[str, BoundNames]]:
     graph = model.graphs[name]
     roots = [*(r.value.node for r in graph.results), *(e.node for e in graph.effects)]
-    yield from _in(model, graph, known, roots, left)
+    yield from _in_graph(model, graph, known_booleans, roots, excluded)
 
 
-def _in(
-    model: Model, graph: Graph, known: Mapping[Value, bool], roots: list[str], left: frozenset[Place]
+def _in_graph(
+    model: Model, graph: Graph, known_booleans: Mapping[Value, bool], roots: list[str], excluded: frozenset[Place]
 ) -> Iterator[tuple[str, BoundNames]]:
-    """The batch norms that some nodes of a graph need, where some booleans are known; without those in `left`."""
-    assumed = Assumption(model, graph, known)
+    """Return the batch norms that `roots` need, if these booleans are known; without those in `excluded`."""
+    assumed = Assumption(model, graph, known_booleans)
     needed = assumed.needed(roots)
-    found = [s for s in model.analysis(sites) if s.graph == graph.name and s.node in needed]
-    for site in (s for s in found if (s.graph, s.node) not in left):
+    norm_sites = [s for s in model.analysis(sites) if s.graph == graph.name and s.node in needed]
+    for site in (s for s in norm_sites if (s.graph, s.node) not in excluded):
         yield from ((kind, _layer(model, site)) for kind in _kinds(site, assumed))
-    own = {site.node for site in found}
+    site_nodes = {site.node for site in norm_sites}
     for name in needed:
         node = graph.nodes[name]
-        if node.op in FUSED and name not in own and op_defs.get(model, node, "is_training"):
+        if node.op in FUSED and name not in site_nodes and op_defs.get(model, node, "is_training"):
             yield "others", frozenset()
     calls = model.analysis(call_graph).calls.get(graph.name, [])
     for name in dict.fromkeys(c.node for c in calls if c.node in needed):
         node = graph.nodes[name]
         form = ops.call_form_of(model, node)
-        values = [None if form.carried else _known(model, assumed, v) for v in node.inputs[form.first :]]
+        values = [None if form.carried else _known_boolean(model, assumed, v) for v in node.inputs[form.first :]]
         for callee in assumed.taken(node):
             arguments = zip(model.graphs[callee].arguments, values, strict=True)
-            yield from _of_function(model, callee, {Value(a): v for a, v in arguments if v is not None}, left)
+            yield from _of_function(model, callee, {Value(a): v for a, v in arguments if v is not None}, excluded)
 
 
-def _known(model: Model, assumed: Assumption, value: Value) -> bool | None:
+def _known_boolean(model: Model, assumed: Assumption, value: Value) -> bool | None:
     return assumed.known(value) if op_defs.output_dtype(model, assumed.graph, value) == "bool" else None
 
 

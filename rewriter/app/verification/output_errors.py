@@ -1,4 +1,4 @@
-"""The errors that quantisers make in a model's float outputs."""
+"""Errors that quantisers make in a model's float outputs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from rewriter.app.verification.serving import Served, floats
 
 @dataclass(frozen=True)
 class OutputError:
-    """What quantisers change in one float output.
+    """Error that quantisers make in one float output.
 
     Attributes:
         largest: the largest difference to the source's output.
         rms: the root of the mean squared difference.
-        relative_rms: the same, relative to the source's output; None where that is zero.
-        agreement: the share of rows with the largest element at the same place; None where rows are no classes.
+        relative_rms: `rms` relative to that of the source's output; None if that is zero.
+        agreement: the share of rows whose largest element is at the same place; None if rows are no classes.
     """
 
     signature: str
@@ -32,9 +32,9 @@ class OutputError:
 
 
 def errors_with_quantisers(runs: Mapping[str, Served]) -> tuple[list[str], list[OutputError], list[str]]:
-    """Return, as sentences, the outputs that are wrong; the errors of those that are compared; and those that are not.
+    """Return sentences on wrong outputs, the errors of compared outputs, and sentences on outputs not compared.
 
-    Outputs of the source that are not finite are not compared, nor those that it draws at random.
+    Values that are not finite in the source are not compared, nor are outputs that it draws at random.
     """
     wrong, table, random = [], [], []
     for signature, served in runs.items():
@@ -46,23 +46,23 @@ def errors_with_quantisers(runs: Mapping[str, Served]) -> tuple[list[str], list[
             if served.rerun.get(key, 0.0) > ROUNDING:
                 random.append(f"output {key} of {signature} is not compared, as the source draws it at random")
                 continue
-            other = quantised.get(key, np.full_like(value, np.nan))
+            quantised_value = quantised.get(key, np.full_like(value, np.nan))
             finite = np.isfinite(value)
-            if other.shape != value.shape or not np.isfinite(other[finite]).all():
+            if quantised_value.shape != value.shape or not np.isfinite(quantised_value[finite]).all():
                 where = f"signature {signature}, output {key}"
                 wrong.append(f"{where}: not finite, or of another shape, with quantisers on")
             else:
-                table.append(_error(signature, key, value, other))
+                table.append(_error(signature, key, value, quantised_value))
     return wrong, table, random
 
 
-def _error(signature: str, output: str, wanted: np.ndarray, found: np.ndarray) -> OutputError:
-    finite = np.isfinite(wanted)
-    missed = (found - wanted)[finite]
-    rms = float(np.sqrt(np.mean(missed**2))) if missed.size else 0.0
-    norm = float(np.sqrt(np.mean(wanted[finite] ** 2))) if missed.size else 0.0
+def _error(signature: str, output: str, expected: np.ndarray, actual: np.ndarray) -> OutputError:
+    finite = np.isfinite(expected)
+    error = (actual - expected)[finite]
+    rms = float(np.sqrt(np.mean(error**2))) if error.size else 0.0
+    norm = float(np.sqrt(np.mean(expected[finite] ** 2))) if error.size else 0.0
     agreement = None
-    if wanted.ndim == 2 and wanted.shape[1] > 1 and wanted.size:  # noqa: PLR2004  rows of classes
-        agreement = float(np.mean(wanted.argmax(1) == found.argmax(1)))
-    largest = float(np.abs(missed).max(initial=0.0))
+    if expected.ndim == 2 and expected.shape[1] > 1 and expected.size:  # noqa: PLR2004  rows of classes
+        agreement = float(np.mean(expected.argmax(1) == actual.argmax(1)))
+    largest = float(np.abs(error).max(initial=0.0))
     return OutputError(signature, output, largest, rms, rms / norm if norm else None, agreement)

@@ -1,4 +1,4 @@
-"""The part of a difference between two models that rounding explains."""
+"""Bounds of the difference between two models that rounding explains."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 ROUNDING = 1e-5
 """Largest change by fusing, relative to the largest element."""
 CONDITIONING = 4
-"""Largest change by rounding where that is more, in multiples of what other last bits change. 0.1 to 0.8 seen."""
+"""Largest change by rounding if that is more, in multiples of the change by other last bits; 0.1 to 0.8 was seen."""
 CHAOS = 1e-3
-"""From what change by other last bits on nothing is compared, as errors would be as large."""
+"""Change by other last bits above which nothing is compared, as errors would be as large."""
 HALF_ROUNDING = 2e-2
-"""The same where activations are half or bfloat16."""
+"""Largest change by fusing if activations are half or bfloat16, relative to the largest element."""
 
 
 class Bound(NamedTuple):
-    """A share of the largest element that rounding may change; None where nothing can be said. And why it is so."""
+    """Share of the largest element that rounding may change, None if it is unknown; and the reason."""
 
     allowed: float | None
     why: str
@@ -26,12 +26,12 @@ class Bound(NamedTuple):
 
 @dataclass
 class Comparison:
-    """Values of two models that were held against what rounding explains.
+    """Values of two models, compared within the bounds of rounding.
 
     Attributes:
-        wrong: values that differ by more, each with its difference.
-        skipped: values of which nothing can be said, each with the reason.
-        same: how many differ by no more.
+        wrong: values that differ by more than the bound, each with its difference.
+        skipped: values without a bound, each with the reason.
+        same: the number of values within the bound.
         largest: the largest difference of these, relative to the largest element.
     """
 
@@ -41,27 +41,27 @@ class Comparison:
     largest: float = 0.0
 
     def add(self, what: str, share: float, bound: Bound) -> None:
-        """Take note of a value's difference."""
+        """Record a value's difference."""
         if not share or (bound.allowed is not None and share <= bound.allowed):
             self.same += 1
             self.largest = max(self.largest, share)
         elif bound.allowed is None:
             self.skipped.append(f"{what}: not compared, as {bound.why}")
         else:
-            how = "is another" if np.isinf(share) else f"differs by {share:.2g} of its largest element"
-            self.wrong.append(f"{what}: {how}, {bound.allowed:.2g} is allowed{bound.why}")
+            difference = "is another" if np.isinf(share) else f"differs by {share:.2g} of its largest element"
+            self.wrong.append(f"{what}: {difference}, {bound.allowed:.2g} is allowed{bound.why}")
 
 
 def rounding(floor: float, rerun: float, perturbed: float) -> Bound:
-    """The difference to the source that rounding explains.
+    """Return the difference to the source that rounding explains.
 
-    A network multiplies what its ops round. By how much, the source shows by itself: by its answer to other last bits
-    in its inputs and variables, each of which is less than what one op rounds.
+    A network amplifies the rounding errors of its ops. The source itself shows by how much: its outputs are compared
+    under other last bits in its inputs and variables. Each such change is smaller than the rounding of one op.
 
     Args:
-        floor: what is allowed in any case; zero where nothing should round in another place.
-        rerun: how far the source is from itself when it runs again, as threads may add in another order.
-        perturbed: how far it is with other last bits.
+        floor: the difference that is allowed in any case; zero if nothing should round in another place.
+        rerun: the difference of the source from itself when it runs again, as threads may add in another order.
+        perturbed: the difference of the source from itself with other last bits.
     """
     if rerun > ROUNDING:
         return Bound(None, "the source draws it at random, or is another from run to run")

@@ -1,4 +1,4 @@
-"""Executing a model: loading it, in a V1 session or plainly, and finding inputs that it takes."""
+"""Execution of a model: loading it, in a V1 session or plainly, and finding inputs that it takes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ v1 = tf.compat.v1
 T = TypeVar("T")
 
 SIZES = (2, 4, 32, 224, 15600)
-"""What is tried for an unknown size other than the batch's, until the model runs: the last suits audio."""
+"""Sizes that are tried for an unknown dimension other than the batch, until the model runs; the last suits audio."""
 
 BATCH = 3
 OFF = 2**62
@@ -35,7 +35,7 @@ OFF = 2**62
 
 @dataclass(frozen=True)
 class Ran:
-    """What one run of a signature gave, and the nodes of the variables that it changed."""
+    """Outputs of one run of a signature, its kernels, and the nodes of the variables that it changed."""
 
     outputs: dict[str, np.ndarray]
     kernels: Kernels
@@ -43,25 +43,25 @@ class Ran:
 
 
 def feeds(specs: Mapping[str, Any], size: int, seed: int = 0, flags: bool = False) -> dict[str, np.ndarray]:
-    """Random inputs for tensors by name; unknown sizes are `size`, but for the first, the batch's.
+    """Return random inputs for tensors by name; unknown sizes are `size`, but an unknown first size is the batch's.
 
     Booleans, which may choose the mode, are `flags`.
     """
     rng = np.random.default_rng(seed)
-    found = {}
+    fed = {}
     batched = any(s.shape.rank != 1 for s in specs.values())
     for name, spec in sorted(specs.items()):
         shape = _shape(spec.shape, BATCH if batched else size, size)
         dtype = tf.as_dtype(spec.dtype)
         if dtype == tf.string:
-            found[name] = np.full(shape, b"1", dtype=object)
+            fed[name] = np.full(shape, b"1", dtype=object)
         elif dtype == tf.bool:
-            found[name] = np.full(shape, flags)
+            fed[name] = np.full(shape, flags)
         elif dtype.is_integer:
-            found[name] = rng.integers(0, 3, shape).astype(dtype.as_numpy_dtype)
+            fed[name] = rng.integers(0, 3, shape).astype(dtype.as_numpy_dtype)
         else:
-            found[name] = rng.normal(0.3, 1.5, shape).astype(dtype.as_numpy_dtype)
-    return found
+            fed[name] = rng.normal(0.3, 1.5, shape).astype(dtype.as_numpy_dtype)
+    return fed
 
 
 def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
@@ -74,7 +74,7 @@ def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
 def on_random(
     run: Callable[[dict[str, np.ndarray]], T], specs: Mapping[str, Any], seed: int = 0, flags: bool = False
 ) -> tuple[T, dict[str, np.ndarray]]:
-    """What `run` gives on the first random inputs that it takes, and these."""
+    """Return the result of `run` on the first random inputs that it takes, and these inputs."""
     for size in SIZES:
         fed = feeds(specs, size, seed, flags)
         try:
@@ -86,10 +86,10 @@ def on_random(
 
 
 def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
-    """The result of a call, or what went wrong in it, in one line.
+    """Return the result of a call, or None and its exception in one line.
 
     Raises:
-        Error: what the user can mend.
+        Error: the call raised an error that the user can mend.
     """
     try:
         return call(), ""
@@ -100,7 +100,7 @@ def attempt(call: Callable[[], T]) -> tuple[T | None, str]:
 
 
 def first_line(error: Exception) -> str:
-    """An error in one line: its class and text or, where it has no text, the place that raised it."""
+    """Return an error in one line: its class and text or, if it has no text, the place that raised it."""
     text, kind = str(error).strip(), type(error).__name__
     if text:
         return f"{kind}: {text.splitlines()[0][:200]}"
@@ -109,7 +109,7 @@ def first_line(error: Exception) -> str:
 
 
 def last_bits(values: Arrays, seed: int) -> dict[str, np.ndarray]:
-    """The arrays of floats among these, with every element but zeros moved to its upper or lower neighbour."""
+    """Return the arrays of floats, with every element but zeros moved to its upper or lower neighbour."""
     rng = np.random.default_rng(seed)
     moved = {}
     for name, value in values.items():
@@ -121,32 +121,34 @@ def last_bits(values: Arrays, seed: int) -> dict[str, np.ndarray]:
 
 
 def rows(fed: Arrays) -> int:
-    """The number of examples in what a function is fed with."""
+    """Return the number of examples in the inputs of a function."""
     return max((len(value) for value in fed.values() if value.ndim), default=1)
 
 
 class Session:
-    """A model in a V1 session, which loads what plain loading does not.
+    """A model in a V1 session, which also loads models that plain loading refuses.
 
     Attributes:
-        signatures: the protos by name, but for the initialiser.
+        signatures: the protos of the signatures by name, without the initialiser's.
     """
 
     def __init__(self, graph: Any, session: Any, meta: Any) -> None:
         self._graph, self._session = graph, session
         self.signatures = {n: s for n, s in sorted(meta.signature_def.items()) if s.outputs and not n.startswith("__")}
-        made = [op for op in graph.get_operations() if op.type in VARIABLES and op.get_attr("dtype") != tf.string]
-        there = session.run([_initialised(op) for op in made])
-        self._made = {op.name: op for op, initialised in zip(made, there, strict=True) if initialised}
-        self._reads = {name: _read(op) for name, op in self._made.items()}
+        variable_ops = [
+            op for op in graph.get_operations() if op.type in VARIABLES and op.get_attr("dtype") != tf.string
+        ]
+        initialised = session.run([_initialised(op) for op in variable_ops])
+        self._variable_ops = {op.name: op for op, ready in zip(variable_ops, initialised, strict=True) if ready}
+        self._reads = {name: _read(op) for name, op in self._variable_ops.items()}
         self._assigns: dict[str, tuple[Any, Any]] = {}
 
     def inputs(self, name: str) -> dict[str, Any]:
-        """A signature's input tensors."""
+        """Return a signature's input tensors."""
         return self._tensors(self.signatures[name].inputs)
 
     def run(self, name: str, fed: Arrays) -> Ran:
-        """Run a signature once; variables that it changes are put back."""
+        """Run a signature once, and restore the variables that it changes."""
         before, metadata = self.values(), v1.RunMetadata()
         options = v1.RunOptions(output_partition_graphs=True, trace_level=v1.RunOptions.SOFTWARE_TRACE)
         tensors, fetches = self.inputs(name), self._tensors(self.signatures[name].outputs)
@@ -160,39 +162,44 @@ class Session:
         return Ran(outputs, kernels, frozenset(changed))
 
     def values(self) -> dict[str, np.ndarray]:
-        """The variables by the names of their nodes."""
+        """Return the values of the variables, by the names of their nodes."""
         # A reference's value may be changed in place, so it is copied.
         return {name: np.array(value) for name, value in self._session.run(self._reads).items()}
 
     def assign(self, values: Arrays) -> None:
-        """Change variables, by the names of their nodes."""
-        # Values are fed, as constants would stay in the graph.
+        """Assign values to variables, by the names of their nodes."""
+        # Values are fed, as constants would stay in the graph and let it grow.
         with self._graph.as_default():
             for name in values.keys() - self._assigns.keys():
-                self._assigns[name] = _assign(self._made[name])
-        chosen = {self._assigns[name]: value for name, value in values.items()}
-        self._session.run([op for _, op in chosen], {given: value for (given, _), value in chosen.items()})
+                self._assigns[name] = _assign(self._variable_ops[name])
+        value_of_assign = {self._assigns[name]: value for name, value in values.items()}
+        self._session.run(
+            [op for _, op in value_of_assign],
+            {placeholder: value for (placeholder, _), value in value_of_assign.items()},
+        )
 
     def node(self, name: str) -> str | None:
-        """The node that makes the variable of this name, which saving again may have renamed; of several, the first."""
-        return name if name in self._made else next((n for n in self._made if self.name(n) == name), None)
+        """Return the first node that makes the variable of this name; saving again may have renamed the node."""
+        return (
+            name if name in self._variable_ops else next((n for n in self._variable_ops if self.name(n) == name), None)
+        )
 
     def name(self, node: str) -> str:
-        """The name of the variable that a node makes."""
-        op = self._made[node]
+        """Return the name of the variable that a node makes."""
+        op = self._variable_ops[node]
         shared = op.get_attr("shared_name").decode() if op.type == "VarHandleOp" else ""
         return shared or node
 
     def captured(self, signature: str) -> list[str]:
-        """The nodes of the variables that a signature's call takes, in order; none where it is no call."""
+        """Return the nodes of the variables that a signature's call takes, in order; none if it is no call."""
         first = next(iter(self._tensors(self.signatures[signature].outputs).values()))
-        return [t.op.name for t in first.op.inputs if t.op.name in self._made]
+        return [t.op.name for t in first.op.inputs if t.op.name in self._variable_ops]
 
     def _tensors(self, infos: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        tensors: dict[str, Any] = {}
         for key, info in sorted(infos.items()):
-            found |= {k: self._graph.get_tensor_by_name(name) for k, name in tensors_of(key, info).items()}
-        return found
+            tensors |= {k: self._graph.get_tensor_by_name(name) for k, name in tensors_of(key, info).items()}
+        return tensors
 
 
 def _initialised(op: Any) -> Any:
@@ -208,19 +215,19 @@ def _read(op: Any) -> Any:
 
 
 def _assign(op: Any) -> tuple[Any, Any]:
-    """The placeholder of a variable's new value, and the op that assigns it."""
-    given = v1.placeholder(op.get_attr("dtype"))
+    """Return the placeholder of a variable's new value, and the op that assigns it."""
+    new_value = v1.placeholder(op.get_attr("dtype"))
     if op.type == "VarHandleOp":
-        return given, tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=given)
-    return given, tf.raw_ops.Assign(ref=op.outputs[0], value=given).op
+        return new_value, tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=new_value)
+    return new_value, tf.raw_ops.Assign(ref=op.outputs[0], value=new_value).op
 
 
 @contextmanager
 def session_of(path: Path, fold: bool = True) -> Iterator[Session]:
-    """A model in a V1 session; Grappler folds constants, or does not.
+    """Open a model in a V1 session; Grappler folds constants if `fold` is true.
 
     Raises:
-        Error: it does not load.
+        Error: the model does not load.
     """
     config = v1.ConfigProto()
     if not fold:
@@ -237,14 +244,14 @@ def session_of(path: Path, fold: bool = True) -> Iterator[Session]:
 
 
 def loaded(path: Path) -> Any:
-    """What plain loading gives; of several meta graphs, the one for serving, as TensorFlow asks for tags then."""
+    """Load a model plainly; if it has several meta graphs, the one for serving, as TensorFlow then needs tags."""
     several = len(parse_saved_model(str(path)).meta_graphs) > 1
     return tf.saved_model.load(str(path), tags=["serve"] if several else None)
 
 
 @contextmanager
 def loaded_source(path: Path) -> Iterator[Any]:
-    """The same, without the slot variables of an optimizer, which plain loading cannot make."""
+    """Load a model plainly, without the slot variables of an optimizer, which plain loading cannot make."""
     proto = parse_saved_model(str(path))
     slots = [n for m in proto.meta_graphs for n in m.object_graph_def.nodes if n.slot_variables]
     if not slots:

@@ -1,4 +1,4 @@
-"""Running the signatures of a model and of what it was rewritten to, each on the same inputs."""
+"""Runs of the signatures of a model and of its rewritten version, each on the same inputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ CONTROLS = "quantization/"
 START, RAMP, STEP, FREEZE = (f"{CONTROLS}{name}" for name in ("start_step", "ramp_steps", "step", "freeze_step"))
 
 PERTURBATIONS = 4
-"""In how many ways last bits are changed."""
+"""Number of random changes of last bits that are tried."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A source and what it was rewritten to: directories, and what is in them."""
+    """A source and its rewritten version: their directories, and the models in them."""
 
     before: Path
     after: Path
@@ -37,28 +37,31 @@ class Pair:
 
     @property
     def unfrozen(self) -> bool:
-        """Whether batch norms' parameters are variables that the source holds as constants."""
+        """True if parameters of batch norms are variables that the source holds as constants."""
         origins = [o for s in self.source.analysis(sites) if s.inference for b in s.origins for o in b[2:4]]
-        known = {v.name for v in self.source.variables.values()}
-        used = [
+        source_names = {v.name for v in self.source.variables.values()}
+        result_names = [
             self.result.variables[k].name for bn in self.result.analysis(batch_norms) for k in bn.variables.values()
         ]
-        return any(isinstance(o, Constant | Captured) for o in origins) and any(name not in known for name in used)
+        return any(isinstance(o, Constant | Captured) for o in origins) and any(
+            name not in source_names for name in result_names
+        )
 
 
 @dataclass(frozen=True)
 class Served:
-    """Both models' runs of a signature on the same inputs, or what went wrong in the result's.
+    """Runs of a signature by both models on the same inputs; a text if the result's run failed.
 
     Attributes:
-        off: the run with quantisers off.
-        on: the run with quantisers on; None where there are none.
+        source: the source's run.
+        off: the result's run with quantisers off.
+        on: the result's run with quantisers on; None if there are none.
         changed: the nodes of the variables that the result's runs change, and the source's does not.
-        rows: how many examples the inputs hold.
-        rerun: by output, how far the source is from itself when it runs again; looked at where the result differs.
-        perturbed: the same with other last bits in its inputs and variables.
-        inert: whether quantisers change no output, with other values in the variables either.
-        fixed: whether, in addition, these other values themselves change no output.
+        rows: the number of examples in the inputs.
+        rerun: the difference of the source from itself when it runs again, by output; empty unless the result differs.
+        perturbed: the difference of the source from itself with other last bits in inputs and variables, likewise.
+        inert: true if quantisers change no output, even with other values in the variables.
+        fixed: true if, in addition, these other values themselves change no output.
     """
 
     source: Ran
@@ -74,15 +77,15 @@ class Served:
 
 @dataclass(frozen=True)
 class Serving:
-    """What was seen of the signatures.
+    """Observations of the signatures of both models.
 
     Attributes:
         names: the source's signatures.
-        promised: how the result's signatures are not the source's; nothing where they are.
-        ran: by name, the signatures that both models have and the source ran.
-        skipped: by name, why others were not run.
-        trained: how many variables the source was given the result's values of, as the result was trained since.
-        lost: why outputs cannot be compared, as the source cannot be given the result's values.
+        promised: sentences on signatures of the result that are not the source's.
+        ran: the runs of signatures that both models have and the source ran, by name.
+        skipped: the reasons for which other signatures were not run, by name.
+        trained: the number of variables whose values the source got from the result, which was trained since.
+        lost: the reason for which the source cannot get the result's values, so outputs cannot be compared; or "".
     """
 
     names: list[str]
@@ -96,68 +99,68 @@ class Serving:
 def serve(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Serving:
     """Run every signature that both models have, in V1 sessions, each on the same inputs.
 
-    Grappler folds constants into convolutions, which it cannot do with variables: it folds none where the source's
-    were unfrozen.
+    Grappler folds constants into convolutions, but not variables. If the source's constants were unfrozen, constant
+    folding is off in both models.
 
     Raises:
-        Error: the source runs on no inputs, or the given ones do not fit.
+        Error: the source runs on no inputs, or the given inputs do not fit.
     """
     fold = not pair.unfrozen
     with session_of(pair.before, fold) as source, session_of(pair.after, fold) as result:
-        trained, lost = _same_values(pair, source, result)
+        trained, lost = _give_trained_values(pair, source, result)
         ran: dict[str, Served] = {}
         skipped: dict[str, str] = {}
         for name in source.signatures:
             if name not in result.signatures:
                 continue
-            taken, why = _source_run(source, name, inputs, seed)
-            if taken is None:
+            source_run, why = _source_run(source, name, inputs, seed)
+            if source_run is None:
                 skipped[name] = why
             else:
-                ran[name] = _both(source, result, name, taken)
+                ran[name] = _served(source, result, name, source_run)
         if skipped and not ran:
             hint = "the inputs given" if inputs is not None else "random inputs, give it some with --inputs"
             raise Error(f"the source runs on none of {hint}: {next(iter(skipped.values()))}")
-        return Serving(list(source.signatures), list(_broken(source, result)), ran, skipped, trained, lost)
+        return Serving(list(source.signatures), list(_signature_changes(source, result)), ran, skipped, trained, lost)
 
 
 def _source_run(
     source: Session, name: str, inputs: Arrays | None, seed: int
 ) -> tuple[tuple[Ran, dict[str, np.ndarray]] | None, str]:
-    """The source's run of a signature and its inputs, or why there is none."""
+    """Return the source's run of a signature and its inputs, or None and the reason."""
     specs, run = source.inputs(name), partial(source.run, name)
     if inputs is None:
         return attempt(lambda: on_random(run, specs, seed))
     try:
-        given = fitted(inputs, specs)
+        fed = fitted(inputs, specs)
     except Error as e:
         return None, f"the signature {name}: {e}"
-    if given is None:
+    if fed is None:
         return None, f"the signature {name} takes {', '.join(specs) or 'nothing'}, not {', '.join(inputs) or 'nothing'}"
-    return attempt(lambda: (run(given), given))
+    return attempt(lambda: (run(fed), fed))
 
 
-def _both(source: Session, result: Session, name: str, taken: tuple[Ran, dict[str, np.ndarray]]) -> Served:
-    """The result's runs on what the source took."""
-    wanted, fed = taken
-    takes = set(result.inputs(name))
-    if takes != set(fed):
-        why = f"the result takes {', '.join(sorted(takes)) or 'nothing'}, not {', '.join(sorted(fed)) or 'nothing'}"
-        return Served(wanted, why, None, frozenset(), rows(fed), {}, {})
+def _served(source: Session, result: Session, name: str, source_run: tuple[Ran, dict[str, np.ndarray]]) -> Served:
+    """Return both models' runs of a signature, the result's on the inputs of the source's."""
+    source_ran, fed = source_run
+    names = set(result.inputs(name))
+    if names != set(fed):
+        why = f"the result takes {', '.join(sorted(names)) or 'nothing'}, not {', '.join(sorted(fed)) or 'nothing'}"
+        return Served(source_ran, why, None, frozenset(), rows(fed), {}, {})
     on = _quantized(result, name, fed)
     off, why = attempt(lambda: result.run(name, fed))
     rerun, perturbed = {}, {}
-    if off is not None and any(differences(wanted.outputs, off.outputs).values()):
-        rerun = differences(wanted.outputs, source.run(name, fed).outputs)
-        perturbed = _perturbed(source, name, wanted, fed)
+    if off is not None and any(differences(source_ran.outputs, off.outputs).values()):
+        rerun = differences(source_ran.outputs, source.run(name, fed).outputs)
+        perturbed = _perturbed(source, name, source_ran, fed)
     inert, fixed = _inert(result, name, fed, off, on) if off is not None and isinstance(on, Ran) else (False, False)
-    nodes = _matching(source, result) if wanted.changed else {}
-    changed = [ran.changed - {nodes.get(n, n) for n in wanted.changed} for ran in (off, on) if isinstance(ran, Ran)]
-    return Served(wanted, off or why, on, frozenset().union(*changed), rows(fed), rerun, perturbed, inert, fixed)
+    nodes = _matching(source, result) if source_ran.changed else {}
+    changed = [ran.changed - {nodes.get(n, n) for n in source_ran.changed} for ran in (off, on) if isinstance(ran, Ran)]
+    return Served(source_ran, off or why, on, frozenset().union(*changed), rows(fed), rerun, perturbed, inert, fixed)
 
 
 def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
-    """The result's run with quantisers on, or what went wrong in it; they are off afterwards. None if it has none."""
+    """Return the result's run with quantisers on, its error, or None without quantisers; they are off afterwards."""
     start, ramp = result.node(START), result.node(RAMP)
     if start is None:
         return None
@@ -167,22 +170,22 @@ def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
     return ran or why
 
 
-def _perturbed(source: Session, name: str, wanted: Ran, fed: Arrays) -> dict[str, float]:
-    """The largest distance of each output from the wanted one, where inputs and variables have other last bits."""
+def _perturbed(source: Session, name: str, source_ran: Ran, fed: Arrays) -> dict[str, float]:
+    """Return the largest difference of each output of the source with other last bits in inputs and variables."""
     values = source.values()
-    found = dict.fromkeys(wanted.outputs, 0.0)
+    largest = dict.fromkeys(source_ran.outputs, 0.0)
     for seed in range(PERTURBATIONS):
         source.assign(last_bits(values, seed))
         ran = source.run(name, {**fed, **last_bits(fed, seed)})
-        found = {key: max(found[key], share) for key, share in differences(wanted.outputs, ran.outputs).items()}
+        largest = {key: max(largest[key], share) for key, share in differences(source_ran.outputs, ran.outputs).items()}
     source.assign({node: values[node] for node in last_bits(values, 0)})
-    return found
+    return largest
 
 
 def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> tuple[bool, bool]:
-    """Return whether quantisers change no output, also with other values in the variables; and whether these do.
+    """Return the fields `inert` and `fixed` of `Served`.
 
-    A net that was never trained holds zeros and ones, which quantisers keep as they are. A saturated softmax gives
+    A net that was never trained holds zeros and ones, which quantisers keep as they are. A saturated softmax returns
     the same, whatever the variables hold.
     """
     if any(differences(off.outputs, on.outputs).values()):
@@ -200,48 +203,54 @@ def _inert(result: Session, name: str, fed: Arrays, off: Ran, on: Ran) -> tuple[
     return not any(differences(other_off.outputs, other_on.outputs).values()), fixed
 
 
-def _same_values(pair: Pair, source: Session, result: Session) -> tuple[int, str]:
-    """Give the source the values that the result was trained to."""
+def _give_trained_values(pair: Pair, source: Session, result: Session) -> tuple[int, str]:
+    """Assign the result's trained values to the source, and return their number; or 0 and why it is impossible."""
     step = result.node(STEP)
-    values, wanted = source.values(), result.values()
-    if step is None or not wanted[step]:
+    source_values, result_values = source.values(), result.values()
+    if step is None or not result_values[step]:
         return 0, ""
     if pair.unfrozen:
-        return 0, f"the result was trained for {wanted[step]} steps, and the source holds its parameters as constants"
+        return (
+            0,
+            f"the result was trained for {result_values[step]} steps, and the source holds its parameters as constants",
+        )
     nodes = _matching(source, result)
-    new = {a: wanted[b] for a, b in nodes.items() if values[a].tobytes() != wanted[b].tobytes()}
-    source.assign(new)
-    return len(new), ""
+    trained_values = {
+        a: result_values[b] for a, b in nodes.items() if source_values[a].tobytes() != result_values[b].tobytes()
+    }
+    source.assign(trained_values)
+    return len(trained_values), ""
 
 
 def _matching(source: Session, result: Session) -> dict[str, str]:
-    """The node of the result's variable for each node of the source's: names need not be unique, captures' order is."""
-    found = {a: a for a in source.values() if a in result.values()}
+    """Return the node of the result's variable for the node of each of the source's variables."""
+    # Names need not be unique, but both signatures capture variables in the same order.
+    result_node = {a: a for a in source.values() if a in result.values()}
     for name in set(source.signatures) & set(result.signatures):
         pairs = zip(source.captured(name), result.captured(name), strict=False)
-        found |= {a: b for a, b in pairs if _plain(source.name(a)) == _plain(result.name(b))}
-    return found
+        result_node |= {a: b for a, b in pairs if _without_number(source.name(a)) == _without_number(result.name(b))}
+    return result_node
 
 
-def _plain(name: str) -> str:
-    """A name without the number that made it unique."""
+def _without_number(name: str) -> str:
+    """Return a name without the number that made it unique."""
     return re.sub(r"_\d+$", "", name)
 
 
-def _broken(source: Session, result: Session) -> Iterator[str]:
-    """How signatures are not the source's."""
+def _signature_changes(source: Session, result: Session) -> Iterator[str]:
+    """Return sentences on signatures of the result that are not the source's."""
     for name, signature in source.signatures.items():
         if name not in result.signatures:
             yield f"the signature {name} is missing"
             continue
         for kind in ("inputs", "outputs"):
-            both = (getattr(s, kind) for s in (signature, result.signatures[name]))
-            wanted, found = ({k: _spec(v) for k, v in infos.items()} for infos in both)
-            if set(wanted) != set(found):
-                yield f"the signature {name} has the {kind} {', '.join(sorted(found))}, not {', '.join(sorted(wanted))}"
-            for key in sorted(set(wanted) & set(found)):
-                if wanted[key] != found[key]:
-                    yield f"{key} of the signature {name} is {found[key]}, not {wanted[key]}"
+            protos = (getattr(s, kind) for s in (signature, result.signatures[name]))
+            before, after = ({k: _spec(v) for k, v in infos.items()} for infos in protos)
+            if set(before) != set(after):
+                yield f"the signature {name} has the {kind} {', '.join(sorted(after))}, not {', '.join(sorted(before))}"
+            for key in sorted(set(before) & set(after)):
+                if before[key] != after[key]:
+                    yield f"{key} of the signature {name} is {after[key]}, not {before[key]}"
 
 
 def _spec(info: Any) -> str:
@@ -249,29 +258,29 @@ def _spec(info: Any) -> str:
 
 
 def floats(values: Arrays) -> dict[str, np.ndarray]:
-    """The floats among some arrays, in double precision."""
+    """Return the arrays of floats, in double precision."""
     return {k: v.astype(np.float64) for k, v in values.items() if tf.as_dtype(v.dtype).is_floating}
 
 
-def differences(wanted: Arrays, found: Arrays) -> dict[str, float]:
-    """The distance of each array from the wanted one, relative to its largest element; infinite if not comparable."""
-    numbers, others = floats(wanted), floats(found)
-    missed = {}
-    for key, value in wanted.items():
-        if key not in found or value.shape != found[key].shape:
-            missed[key] = np.inf
-        elif key not in numbers or key not in others:
-            missed[key] = 0.0 if np.array_equal(value, found[key]) else np.inf
+def differences(expected: Arrays, actual: Arrays) -> dict[str, float]:
+    """Return each array's difference, relative to the largest expected element; infinite if not comparable."""
+    expected_floats, actual_floats = floats(expected), floats(actual)
+    shares = {}
+    for key, value in expected.items():
+        if key not in actual or value.shape != actual[key].shape:
+            shares[key] = np.inf
+        elif key not in expected_floats or key not in actual_floats:
+            shares[key] = 0.0 if np.array_equal(value, actual[key]) else np.inf
         else:
-            missed[key] = _difference(numbers[key], others[key])
-    return missed
+            shares[key] = _difference(expected_floats[key], actual_floats[key])
+    return shares
 
 
-def _difference(wanted: np.ndarray, found: np.ndarray) -> float:
-    same = (wanted == found) | (np.isnan(wanted) & np.isnan(found))
+def _difference(expected: np.ndarray, actual: np.ndarray) -> float:
+    same = (expected == actual) | (np.isnan(expected) & np.isnan(actual))
     if same.all():
         return 0.0
-    if not np.isfinite(wanted[~same]).all() or not np.isfinite(found[~same]).all():
+    if not np.isfinite(expected[~same]).all() or not np.isfinite(actual[~same]).all():
         return np.inf
-    largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=0.0)
-    return float(np.abs(found - wanted)[~same].max() / largest) if largest else np.inf
+    largest = np.abs(expected[np.isfinite(expected)]).max(initial=0.0)
+    return float(np.abs(actual - expected)[~same].max() / largest) if largest else np.inf

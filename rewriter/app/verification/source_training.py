@@ -1,4 +1,4 @@
-"""The source's own training function, beside the one that a rewrite made of it."""
+"""Comparison of the source's own training function with the one that a rewrite made of it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tensorflow.python.saved_model.loader_impl import parse_saved_model
 from passes.batch_norm.entries import Alignment, align, computed, serving_entry, training_trace
 from passes.training.frozen_layers import frozen_means, moving_means
 from rewriter.app.arrays import Arrays
-from rewriter.app.verification.functions import Trainer, held, keyworded
+from rewriter.app.verification.functions import Trainer, keyworded, variable_at
 from rewriter.app.verification.running import last_bits, loaded_source
 from rewriter.app.verification.serving import PERTURBATIONS, Pair, differences
 from rewriter.ir import Entry, Error, Model
@@ -23,15 +23,16 @@ from rewriter.ir import Entry, Error, Model
 
 @dataclass(frozen=True)
 class Differences:
-    """One call of the source's own training function, and of the result's with quantisers off, from the same values.
+    """Differences between one call of the source's own training function and one of the result's, quantisers off.
 
-    Each is relative to the largest element, of an output, or of what a variable of this key changes by.
+    Both start from the same values. A key is an output, or the key of a variable, whose change is compared. Each
+    difference is relative to the largest element.
 
     Attributes:
-        outputs: how many of the keys are outputs; these come first.
-        found: how far the result is from the source.
-        rerun: how far the source is from itself when it runs again.
-        perturbed: the same with other last bits in its inputs and variables.
+        outputs: the number of keys that are outputs; these come first.
+        found: the differences of the result from the source.
+        rerun: the differences of the source from itself when it runs again.
+        perturbed: the differences of the source from itself with other last bits in its inputs and variables.
     """
 
     outputs: int
@@ -42,7 +43,7 @@ class Differences:
 
 @dataclass(frozen=True)
 class Steps:
-    """A training function of a loaded model, run from values that are given.
+    """A training function of a loaded model, run from given values.
 
     Attributes:
         variables: the variables that it starts from, by checkpoint key.
@@ -54,31 +55,31 @@ class Steps:
     outputs: tuple[int, ...]
 
     def run(self, values: Arrays, fed: Arrays) -> dict[str, np.ndarray]:
-        """The outputs, and what each variable is changed by."""
+        """Return the outputs, and the change of each variable, after one call."""
         for key, value in values.items():
             self.variables[key].assign(value)
         flat = tf.nest.flatten(self.function.call(**fed))
-        found = {f"output {i}": np.asarray(flat[position]) for i, position in enumerate(self.outputs)}
-        return found | {key: v.numpy() - values[key] for key, v in self.variables.items()}
+        outputs = {f"output {i}": np.asarray(flat[position]) for i, position in enumerate(self.outputs)}
+        return outputs | {key: v.numpy() - values[key] for key, v in self.variables.items()}
 
 
 def own_training(pair: Pair) -> tuple[Entry, Alignment] | None:
-    """The source's own training function, and how its inputs and outputs are those of serving.
+    """Return the source's own training function, and the alignment of its inputs and outputs with those of serving.
 
-    None where there is none, or where the result trains other batch norms than it, as an option of the rewrite said.
+    None if there is none, or if the result trains other batch norms than it because of an option of the rewrite.
     """
     serving = serving_function(pair.source)
     trace = None if serving is None else training_trace(pair.source, serving)
-    order = None if trace is None or serving is None else align(pair.source, trace, serving)
-    if trace is None or serving is None or order is None:
+    alignment = None if trace is None or serving is None else align(pair.source, trace, serving)
+    if trace is None or serving is None or alignment is None:
         return None
-    left = computed(pair.source, serving.function) - computed(pair.source, trace.function, training=True)
-    same = moving_means(pair.source, left) == frozen_means(pair.result)
-    return (trace, order) if same else None
+    frozen = computed(pair.source, serving.function) - computed(pair.source, trace.function, training=True)
+    same_frozen = moving_means(pair.source, frozen) == frozen_means(pair.result)
+    return (trace, alignment) if same_frozen else None
 
 
 def serving_function(source: Model) -> Entry | None:
-    """The function that serves; None where there is none."""
+    """Return the function that serves; None if there is none."""
     try:
         return serving_entry(source) if source.object_based else None
     except Error:
@@ -94,45 +95,45 @@ class LoadedTrainer(NamedTuple):
 
 @contextmanager
 def loaded_trainer(path: Path, entry: Entry) -> Iterator[LoadedTrainer]:
-    """The source, loaded, and a concrete function of it."""
+    """Load the source, and return it with a concrete function of it."""
     with loaded_source(path) as root:
         yield LoadedTrainer(root, keyworded(_concrete(path, root, entry)))
 
 
-def compared(source: Steps, result: Steps, fed: Arrays, given: Arrays) -> Differences:
-    """The differences between one step of the source, on `fed`, and one of the result, on the same as it takes it."""
+def compared(source: Steps, result: Steps, fed: Arrays, result_fed: Arrays) -> Differences:
+    """Compare a step of the source on `fed` with one of the result on `result_fed`, the same inputs by its names."""
     values = {key: v.numpy() for key, v in result.variables.items()}
-    wanted = source.run(values, fed)
-    found = differences(wanted, result.run(values, given))
-    rerun = differences(wanted, source.run(values, fed))
-    perturbed = dict.fromkeys(wanted, 0.0)
+    expected = source.run(values, fed)
+    result_differences = differences(expected, result.run(values, result_fed))
+    rerun = differences(expected, source.run(values, fed))
+    perturbed = dict.fromkeys(expected, 0.0)
     for seed in range(PERTURBATIONS):
-        others = source.run(last_bits(values, seed), {**fed, **last_bits(fed, seed)})
-        perturbed = {key: max(perturbed[key], share) for key, share in differences(wanted, others).items()}
-    return Differences(len(source.outputs), found, rerun, perturbed)
+        perturbed_outputs = source.run(last_bits(values, seed), {**fed, **last_bits(fed, seed)})
+        perturbed = {key: max(perturbed[key], share) for key, share in differences(expected, perturbed_outputs).items()}
+    return Differences(len(source.outputs), result_differences, rerun, perturbed)
 
 
 def common_variables(pair: Pair, source: Any, result: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The float variables that both loaded models have, by key.
+    """Return the float variables that both models have, by key, from each loaded model.
 
     Raises:
-        Error: plain loading does not give one of them.
+        Error: plain loading leaves one of them out.
     """
-    known = [v for key, v in pair.source.variables.items() if key in pair.result.variables]
-    keys = [v.key for v in known if tf.as_dtype(v.dtype).is_floating]
-    return {key: held(source, key) for key in keys}, {key: held(result, key) for key in keys}
+    shared = [v for key, v in pair.source.variables.items() if key in pair.result.variables]
+    keys = [v.key for v in shared if tf.as_dtype(v.dtype).is_floating]
+    return {key: variable_at(source, key) for key in keys}, {key: variable_at(result, key) for key in keys}
 
 
 def _concrete(path: Path, root: Any, entry: Entry) -> Any:
-    """A concrete function of the loaded root; loading renames it."""
+    """Return the loaded concrete function of an entry, by position in the proto, as loading renames it."""
     attribute = next((p for p in entry.paths if "." not in p), None)
     if attribute is None:
         return root.signatures[entry.paths[0].partition(".")[2]]
-    held = getattr(root, attribute)
+    function = getattr(root, attribute)
     for meta in parse_saved_model(str(path)).meta_graphs:
         nodes = meta.object_graph_def.nodes
         for child in nodes[0].children if nodes else ():
             names = list(nodes[child.node_id].function.concrete_functions)
             if child.local_name == attribute and entry.function in names:
-                return held.concrete_functions[names.index(entry.function)]
-    return held
+                return function.concrete_functions[names.index(entry.function)]
+    return function
