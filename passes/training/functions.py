@@ -9,14 +9,15 @@ from typing import NamedTuple
 from passes.batch_norm.entries import HINT, running_from
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.moving_statistics import normalise_with_moving
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.sites import STATISTICS, Site, sites
 from passes.frontend.split_modes import bodies
+from passes.roles import ROLES
 from passes.training.frozen_layers import frozen_layers
 from passes.training.options import TrainingOptions
 from passes.training.outputs import InnerOutputs
-from passes.training.site_training import Training, averages, serving_updates
+from passes.training.site_training import RESOURCE_ASSIGNS, Training, averages
 from rewriter import op_defs
-from rewriter.dataflow import call_graph
+from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.edit import Clone, Edit, Replace, Rewire, Run, RunAfter, SetAttr
 from rewriter.expr import Apply, Use, op
 from rewriter.ir import ARG, Error, Model, Value
@@ -105,6 +106,7 @@ class FunctionClones:
         untrainable: sites that were to be in training mode, and cannot.
         frozen: sites that are in inference mode in the clones.
         updating: the graphs that update moving averages, and those that call them.
+        served: by graph, the source's own updates of averages that derived training updates.
     """
 
     def __init__(
@@ -129,6 +131,8 @@ class FunctionClones:
         reached = set().union(*(self.calls.reached(f) for f in functions))
         changed = {s.graph for s in trained} | set(outputs.graphs)
         changed |= {g for s in frozen for g in _graphs_of(s)}
+        self.served = dict(self._updates_in(reached))
+        changed |= self.served.keys()
         updating = {s.graph for s in self.trained}
         self.updating = updating.union(*(self.calls.reaching(g) for g in updating))
         self.cloned = changed.union(*(self.calls.reaching(g) for g in changed)) & reached
@@ -137,6 +141,16 @@ class FunctionClones:
         for name, top in tops.items():
             if top.graph in called and not (top.inputs or top.outputs or outputs):
                 self.names[top.graph] = name
+
+    def _updates_in(self, graphs: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+        """Yield each graph that updates averages of `trained` itself, and the nodes: derived training replaces them."""
+        held = [keys[ROLES.index(role)] for s in self.trained for keys in s.variables for role in STATISTICS]
+        derived = {VariableKey(key) for key in held if key is not None}
+        for name in sorted(graphs):
+            assigns = [n for n in self.model.graphs[name].nodes.values() if n.op in RESOURCE_ASSIGNS]
+            updates = [n.name for n in assigns if derived & origins(self.model, name, n.inputs[0])]
+            if updates:
+                yield name, updates
 
     def edits(self) -> Iterator[Edit]:
         """Yield the clones, sites in their new mode, updates of moving statistics, and further results.
@@ -167,9 +181,7 @@ class FunctionClones:
         for site in self.trained:
             if site.graph == graph:
                 yield from training.edits(site)
-        source = self.model.graphs[graph]
-        for node in serving_updates(source, training.updates, source.nodes) if training.updates else ():
-            yield Replace(target, node, Apply("", "NoOp", ()))
+        yield from (Replace(target, node, Apply("", "NoOp", ())) for node in self.served.get(graph, ()))
         for holder, value in training.updates.items():
             yield Run(target, op("AssignVariableOp", Use("resource", holder), value), f"{holder.node}/update")
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import tensorflow as tf
 import bnqat
 from passes.batch_norm.entries import TRAIN, serving_signature
 from passes.training.derive_training import DeriveTraining
+from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import Error
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
@@ -18,6 +21,9 @@ from tests import harness
 from tests.models import FusedBatchNorm, Net, perturb, save_keras, save_module
 from tests.models.chosen import CHOSEN_MODELS
 from tests.models.forms import IMAGE
+from tests.models.handwritten.form import Form
+from tests.models.handwritten.nets import Module
+from tests.models.handwritten.nets import save_module as save_handwritten
 
 SPEC = tf.TensorSpec((None, 8, 8, 3), name="x")
 OFF = 10**9
@@ -332,3 +338,22 @@ def test_serving_and_training_are_both_differentiated(name: str, fuse: bool, tmp
         slopes.append(tape.gradient(loss, loaded.layers[0].gamma))
     np.testing.assert_allclose(slopes[1], slopes[0], rtol=1e-6)
     assert np.any(slopes[0])
+
+
+def test_an_update_in_the_caller_of_a_branch_gives_way(tmp_path: Path) -> None:
+    """The source averages what its conditional chose; both updates at once would race."""
+    form = Form(chosen="output", branches="inside", averaged="chosen", placement="output", mode="false", control_flow=2)
+    save_handwritten(Module(replace(form, api="function")), tmp_path / "m")
+    bnqat.rewrite(tmp_path / "m", tmp_path / "q", fuse=False)
+    model = load(tmp_path / "q")
+    assigned = Counter(
+        origin.key
+        for name in model.analysis(call_graph).reached(TRAIN)
+        for node in model.graphs[name].nodes.values()
+        if node.op.startswith("Assign")
+        for origin in origins(model, name, node.inputs[0])
+        if isinstance(origin, VariableKey)
+    )
+    averages = [key for key, variable in model.variables.items() if variable.name.startswith("moving")]
+    assert {assigned[key] for key in averages} == {1}
+    assert len(averages) == 4
