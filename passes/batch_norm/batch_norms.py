@@ -8,7 +8,8 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.roles import ROLES
 from rewriter.expr import Expr, constant
 from rewriter.ir import Model, Names
@@ -34,9 +35,9 @@ class BatchNorm:
         return tuple(sorted({s.epsilon for s in self.sites}))
 
     @property
-    def factor(self) -> float | None:
+    def weight(self) -> float | None:
         """The weight of the batch's statistics in training, if a site gives one."""
-        return next((s.weight for s in self.sites if s.weight is not None), None)
+        return next((s.binding.weight for s in self.sites if s.binding.weight is not None), None)
 
 
 def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
@@ -46,7 +47,7 @@ def batch_norms(model: Model) -> tuple[BatchNorm, ...]:
     """
     groups: dict[tuple[str | None, ...], list[Site]] = {}
     for site in model.analysis(sites):
-        for key in sorted(site.variables, key=str):
+        for key in sorted(site.binding.variables, key=str):
             groups.setdefault(key if any(key) else (None, None, None, None, site.graph, site.node), []).append(site)
     for key in [k for k in groups if any(k[:2]) and not any(k[2:])]:
         # A training site whose averages are not known belongs to the layer with its gamma and beta.
@@ -78,7 +79,7 @@ def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
     """Return (graph, node) -> the number of channels of a site; None where its variables do not give it."""
     channels_by_site: dict[tuple[str, str], int | None] = {}
     for site in model.analysis(sites):
-        keys = {key for keys in site.variables for key in keys if key}
+        keys = {key for keys in site.binding.variables for key in keys if key}
         shapes = {model.variables[k].shape for k in keys}
         shape = shapes.pop() if len(shapes) == 1 else None
         is_vector = shape is not None and len(shape) == 1 and shape[0] > 0
@@ -86,9 +87,9 @@ def channels(model: Model) -> Mapping[tuple[str, str], int | None]:
     return channels_by_site
 
 
-def moving_average(old: Expr, batch: Expr, factor: float) -> Expr:
+def moving_average(old: Expr, batch: Expr, weight: float) -> Expr:
     """Return ``old * (1 - f) + batch * f``, f in float32: the only form of update that is ever emitted."""
-    f = np.float32(factor)
+    f = np.float32(weight)
     return old * constant(np.float32(1) - f, old.dtype) + batch * constant(f, batch.dtype)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import batch_norms
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.roles import MEAN
 from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
@@ -116,10 +117,10 @@ def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
     It may not where its mode or that of its updates is known to be another.
     """
     assumptions = [a for a in running.get(site.graph, []) if a.returns(site.node)]
-    held_means = site.parameters.get(MEAN, ()) if site.mode == "both" else ()
+    held_means = site.binding.parameters.get(MEAN, ()) if site.mode == "both" else ()
     if not site.training or all(any(a.settles(e) and a.passes(e) for e in held_means) for a in assumptions):
         return False
-    updates = [edge for edges in site.statistics.values() for edge in edges]
+    updates = [edge for edges in site.binding.statistics.values() for edge in edges]
     return not updates or any(a.passes(edge) for edge in updates for a in running.get(edge.graph, ()))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from passes.batch_norm.sites import STATISTICS, Site
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS
 from passes.roles import ROLES
 from rewriter import op_defs, protos
 from rewriter.edit import Edit, Replace, Rewire, SetAttr
@@ -32,7 +33,7 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
             if site.kind == "decomposed":
                 value = op("Reshape", value, op("Shape", batch))
             yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
-        for name, node in site.assigns[role]:
+        for name, node in site.binding.assigns[role]:
             if name in names:
                 yield Replace(names[name], node, Apply("", "NoOp", ()))
     if site.kind == "fused":
@@ -42,11 +43,11 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
 
 def _average(model: Model, site: Site, role: str) -> Expr | None:
     """Return a moving statistic of a site, read in its graph; None where its variable is not known."""
-    for graph, node in reversed(site.assigns[role]):
+    for graph, node in reversed(site.binding.assigns[role]):
         if graph == site.graph:
             assign = model.graphs[graph].nodes[node]
             return op("ReadVariableOp", Use("resource", assign.inputs[0]), dtype=protos.Dtype(_dtype(assign)))
-    keys = {keys[ROLES.index(role)] for keys in site.variables}
+    keys = {keys[ROLES.index(role)] for keys in site.binding.variables}
     key = keys.pop()
     return None if keys or key is None else read(model.variables[key])
 

@@ -14,7 +14,8 @@ from passes.batch_norm.batch_norms import channels, moving_average, names_of_sit
 from passes.batch_norm.choice import Rule, quantizer_for, unmatched
 from passes.batch_norm.entries import frozen
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
-from passes.batch_norm.sites import STATISTICS, Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.stored_averages import assigning, dead_zone, storable, stored
 from passes.quantization.controls import Controls, Initial, counters
 from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
@@ -80,7 +81,7 @@ class QuantizeBatchNorm:
         insertion = _Insertion(self, model)
         todo: list[Site] = []
         for site in model.analysis(sites):
-            reason = "already quantised" if site.quantized else site.reason or insertion.reason(site)
+            reason = "already quantised" if site.binding.quantized else site.reason or insertion.reason(site)
             if reason:
                 yield Skip(site.graph, site.node, reason)
             else:
@@ -137,7 +138,11 @@ class _Insertion:
     def reason(self, site: Site) -> str:
         """Return the reason why a site cannot have its quantisers; empty if it can."""
         layer = self._layer(site)
-        quantizers = [q for role in (*site.parameters, *site.statistics) if (q := self.quantizers[role][layer.number])]
+        quantizers = [
+            q
+            for role in (*site.binding.parameters, *site.binding.statistics)
+            if (q := self.quantizers[role][layer.number])
+        ]
         if not quantizers:
             return "the scheme none leaves it as it is"
         if site.mode == "both" and (self._observes(quantizers) or any(q.rounding == "stochastic" for q in quantizers)):
@@ -155,10 +160,10 @@ class _Insertion:
             self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training
         ):
             return "its function is trained several times in a step; an ema range cannot follow it"
-        unknown_update = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.runs)
+        unknown_update = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.binding.runs)
         if self._observes(quantizers) and site.training and unknown_update:
             return "what updates its averages is not known, and an ema range is to be moved with them"
-        assigned = [a for assigns in site.assigns.values() for a in assigning(self.model, assigns)]
+        assigned = [a for assigns in site.binding.assigns.values() for a in assigning(self.model, assigns)]
         if self.options.average == "stored" and site.training and not all(storable(self.model, *a) for a in assigned):
             return "what assigns its moving averages keeps them in no resource, so they cannot be stored quantised"
         return ""
@@ -224,7 +229,7 @@ class _Insertion:
 
     def _parameters(self, site: Site) -> Iterator[QuantizationPoint]:
         """Yield the points at which a site uses its variables; the base of its moving average is none of them."""
-        for role, edges in site.parameters.items():
+        for role, edges in site.binding.parameters.items():
             for edge in edges:
                 vector = self._vector(site, role, edge.graph, self._used(edge), statistic=False)
                 if vector is not None:
@@ -237,8 +242,8 @@ class _Insertion:
         The kernel's outputs hold averages where its factor is not 1; with factor 1 they are the batch's own.
         """
         quantizes_averages = self.options.average == "stored"
-        for role, edges in site.statistics.items():
-            for graph, node in assigning(self.model, site.assigns[role]) if quantizes_averages else ():
+        for role, edges in site.binding.statistics.items():
+            for graph, node in assigning(self.model, site.binding.assigns[role]) if quantizes_averages else ():
                 value, put = stored(self.model, graph, node)
                 vector = self._vector(site, role, graph, value, statistic=True)
                 if vector is not None:
@@ -254,7 +259,7 @@ class _Insertion:
             return
         if site.kernel_average:
             base = self.model.graphs[site.graph].nodes[site.node].inputs[1 + ROLES.index(role)]
-            batch = moving_average(Use(batch.dtype, base), batch, site.factor)
+            batch = moving_average(Use(batch.dtype, base), batch, site.kernel_factor)
         yield Rewire(edge, batch, f"{site.node}/{role}")
 
     def _used(self, edge: Edge) -> Use:
@@ -292,7 +297,7 @@ class _Insertion:
             "layer": number,
             "use": ("average" if self.options.average == "stored" else "statistic") if statistic else "parameter",
         }
-        run = next((node for place, node in site.runs if place == MAIN), "")
+        run = next((node for place, node in site.binding.runs if place == MAIN), "")
         return Vector(graph, value, spec, role, number, json.dumps(tag, sort_keys=True), statistic, run)
 
     def _trace(self, points: Iterable[QuantizationPoint]) -> Traced:

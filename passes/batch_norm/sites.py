@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
 from passes.batch_norm.decomposed import INPUT, DecomposedBatchNorm, decomposed, near_misses
+from passes.batch_norm.site import Binding, Mode, Site
 from passes.batch_norm.updates import Update, assigned, averaged, update
 from passes.batch_norm.updates_beside import updates_beside
 from passes.quantization.quantizer_marks import tag_of
@@ -35,75 +36,6 @@ STATISTICS = {MEAN: 1, VARIANCE: 2}
 
 FUSED = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
 
-Mode = Literal["training", "inference", "both"]
-
-
-@dataclass(frozen=True)
-class Site:
-    """One place that computes a batch norm: a fused node, or the last of a group of single ops.
-
-    Attributes:
-        mode: "training" normalises with the batch's statistics, "inference" with the moving ones, "both" with
-            those that the graph chooses while it runs.
-        factor: weight of the batch's statistics in the kernel's own moving average; 1 where the kernel
-            keeps none.
-        weight: weight of the batch's statistics in the moving average, whoever keeps it; None where there is
-            none or the weight is not constant.
-        origins: for each way to call the site, the origins of gamma, beta, moving mean and moving variance;
-            None for a role that it does not use. There are several where batch norms share one function.
-        interior: of single ops, all nodes but the last, and the nodes between them, which pass values on.
-        inputs: the uses of x and of each role's value, by "x" and role.
-        parameters: the edges that bring variables to it, by role: inside the branch that chooses them, before
-            a change of shape or dtype, and in the gradients that the same graph holds.
-        statistics: the uses of the batch's statistics on their way to the moving averages, by role.
-        assigns: (graph, node) of the ops that update the moving averages, by role; a biased average comes first.
-        variables: for each way to call the site, the checkpoint keys of gamma, beta, moving mean and moving
-            variance; None where it has no such variable. Those of the latter two also follow from their updates.
-        runs: (graph, node) of the updates of moving averages, or of the outermost calls that run them.
-        quantized: the tags of quantisers found on its parameters and statistics.
-        reason: the reason why it cannot be rewritten; empty where it can.
-    """
-
-    graph: str
-    node: str
-    kind: Literal["fused", "decomposed"]
-    mode: Mode
-    epsilon: float
-    factor: float
-    weight: float | None
-    origins: frozenset[tuple[Origin | None, ...]]
-    interior: tuple[str, ...]
-    inputs: Mapping[str, tuple[Edge, ...]]
-    parameters: Mapping[str, tuple[Edge, ...]]
-    statistics: Mapping[str, tuple[Edge, ...]]
-    assigns: Mapping[str, tuple[tuple[str, str], ...]]
-    variables: frozenset[tuple[str | None, ...]]
-    runs: tuple[tuple[str, str], ...]
-    quantized: tuple[Mapping[str, Any], ...]
-    reason: str
-
-    @property
-    def status(self) -> str:
-        """One of ``float``, ``quantised`` and ``skipped``."""
-        if self.quantized:
-            return "quantised"
-        return "skipped" if self.reason else "float"
-
-    @property
-    def training(self) -> bool:
-        """True if it can normalise with the batch's statistics."""
-        return self.mode != "inference"
-
-    @property
-    def inference(self) -> bool:
-        """True if it can normalise with the moving statistics."""
-        return self.mode != "training"
-
-    @property
-    def kernel_average(self) -> bool:
-        """True if the kernel itself computes the moving average."""
-        return self.training and self.factor != 1.0
-
 
 def sites(model: Model) -> tuple[Site, ...]:
     """Return all sites, in the order of graphs and nodes."""
@@ -122,25 +54,8 @@ def _unknown(graph: str, node: str, why: str) -> Site:
         f"it begins like a batch norm, with the root of a variance and epsilon, but goes on in no known form: {why}"
     )
     no_variables: frozenset[tuple[None, ...]] = frozenset([(None,) * 4])
-    return Site(
-        graph=graph,
-        node=node,
-        kind="decomposed",
-        mode="inference",
-        epsilon=0.0,
-        factor=1.0,
-        weight=None,
-        origins=no_variables,
-        interior=(),
-        inputs={},
-        parameters={},
-        statistics={},
-        assigns={},
-        variables=no_variables,
-        runs=(),
-        quantized=(),
-        reason=reason,
-    )
+    unbound = Binding(no_variables, no_variables, weight=None)
+    return Site(graph, node, "decomposed", "inference", epsilon=0.0, inputs={}, binding=unbound, reason=reason)
 
 
 def quantized(model: Model) -> frozenset[tuple[str, str]]:
@@ -184,7 +99,7 @@ class _Fused:
         self.epsilon = float(np.float32(get("epsilon")))
         # The two older ops keep no average of their own.
         averages = any(a.name == "exponential_avg_factor" for a in op_defs.op_def(model, node.op).attr)
-        self.factor = float(np.float32(get("exponential_avg_factor"))) if averages else 1.0
+        self.kernel_factor = float(np.float32(get("exponential_avg_factor"))) if averages else 1.0
         self.training = bool(get("is_training"))
         self.inputs = {name: (Edge(graph.name, node.name, position),) for position, name in enumerate((INPUT, *ROLES))}
         self.updates: dict[str, Update] = {}
@@ -202,7 +117,7 @@ class _Decomposed:
     """Single ops: the captures of a form. A mean and a variance that are no variables are the batch's."""
 
     kind: Literal["decomposed"] = "decomposed"
-    factor = 1.0
+    kernel_factor = 1.0
     training = False
 
     def __init__(self, model: Model, batch_norm: DecomposedBatchNorm) -> None:
@@ -264,23 +179,26 @@ def _site(model: Model, graph: Graph, form: _Form, form_edges: frozenset[Edge]) 
         for r, leaves_of_role in used.items()
     }
     weights = [u.weight for u in _updates(form) if u.weight is not None]
+    binding = Binding(
+        origins=origins_of_roles,
+        variables=frozenset(tuple(_keys(*o)) for o in with_averages),
+        weight=form.kernel_factor if form.kernel_factor != 1.0 else next(iter(weights), None),
+        parameters={r: e for r, e in edges.items() if e},
+        statistics={role: u.edges for role, u in form.updates.items()},
+        assigns={role: u.assigns for role, u in form.updates.items()},
+        runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
+        quantized=tuple(tag_of(model.graphs[g].nodes[n]) for g, n in _proxies(model, form)),
+    )
     return Site(
         graph=graph.name,
         node=form.node,
         kind=form.kind,
         mode=mode,
         epsilon=form.epsilon,
-        factor=form.factor,
-        weight=form.factor if form.factor != 1.0 else next(iter(weights), None),
-        origins=origins_of_roles,
-        interior=form.interior,
         inputs=form.inputs,
-        parameters={r: e for r, e in edges.items() if e},
-        statistics={role: u.edges for role, u in form.updates.items()},
-        assigns={role: u.assigns for role, u in form.updates.items()},
-        variables=frozenset(tuple(_keys(*o)) for o in with_averages),
-        runs=tuple(dict.fromkeys(run for u in _updates(form) for run in u.runs)),
-        quantized=tuple(tag_of(model.graphs[g].nodes[n]) for g, n in _proxies(model, form)),
+        binding=binding,
+        interior=form.interior,
+        kernel_factor=form.kernel_factor,
         reason=_reason(model, graph, mode, origins_of_roles) or _computed(computed),
     )
 

@@ -68,8 +68,8 @@ def dead_zone(
         zones: dict[str, float] = {}
         for layer, quantizer in zip(layers, quantizers[role], strict=True):
             if isinstance(quantizer, Scheme) and quantizer.rounding == "nearest":
-                factor = layer.batch_norms[0].factor or 1 - DEFAULT_MOMENTUM
-                zones[layer.name] = _widest_step(quantizer, *limits[role][layer.number]) / 2 / factor
+                weight = layer.batch_norms[0].weight or 1 - DEFAULT_MOMENTUM
+                zones[layer.name] = _widest_step(quantizer, *limits[role][layer.number]) / 2 / weight
         if zones:
             name = max(zones, key=zones.__getitem__)
             yield Note(

@@ -8,7 +8,8 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import op_defs
 from rewriter.dataflow import consumers

@@ -94,7 +94,7 @@ def _batch_norm_nodes(model: Model) -> Mapping[str, set[str]]:
     """Return graph -> the nodes that end its batch norms, and those that compute their statistics."""
     nodes_of: dict[str, set[str]] = {}
     for site in model.analysis(sites):
-        if not site.quantized:
+        if not site.binding.quantized:
             graph = model.graphs[site.graph]
             edges = [site.inputs[r][0] for r in (MEAN, VARIANCE) if r in site.inputs]
             ends = {origin(graph, graph.nodes[e.node].inputs[e.position]).node for e in edges}

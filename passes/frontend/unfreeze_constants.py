@@ -10,7 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.roles import BETA, GAMMA, ROLES
 from rewriter import constants
 from rewriter.choices import leaves
@@ -38,7 +39,7 @@ class UnfreezeConstants:
         variables: dict[tuple[str, bytes], Variable] = {}
         for site in model.analysis(sites):
             # A constant mean or variance (b[2:]) marks a frozen site; a constant gamma or beta alone does not.
-            if site.inference and any(isinstance(o, Constant | Captured) for b in site.origins for o in b[2:]):
+            if site.inference and any(isinstance(o, Constant | Captured) for b in site.binding.origins for o in b[2:]):
                 yield from _unfrozen(model, site, variables)
         if variables:
             yield Note(
@@ -48,7 +49,7 @@ class UnfreezeConstants:
 
 def _unfrozen(model: Model, site: Site, variables: dict[tuple[str, bytes], Variable]) -> Iterator[Edit]:
     for index, role in enumerate(ROLES):
-        origin, *others = {b[index] for b in site.origins}
+        origin, *others = {b[index] for b in site.binding.origins}
         value = None if others else _value(model, origin)
         if value is None or value.ndim != 1 or not value.size or np.all(value == ABSENT.get(role)):
             continue

@@ -9,7 +9,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from passes.batch_norm.sites import STATISTICS, Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.updates import only_assigned
 from passes.control_flow.branches import FIRST, Branches, claim_conditionals
 from passes.control_flow.cones import Cone, cone
@@ -48,7 +49,7 @@ class ChooseBranch:
         """Put Switches before a kernel, or a kernel into a branch; yield a `Skip` where it has to run in both modes."""
         extended: set[tuple[str, str]] = set()
         for site in model.analysis(sites):
-            if site.kind == "fused" and not site.quantized:
+            if site.kind == "fused" and not site.binding.quantized:
                 try:
                     edits = claim_conditionals(list(_chosen(model, site)), extended)
                 except DeclinedError as e:
@@ -81,7 +82,7 @@ def _always_used(model: Model, site: Site, kernel_cone: Cone) -> bool:
     if not kernel_cone.others:
         return False
     other_modes = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
-    if any(other.variables & site.variables for other in other_modes):
+    if any(other.binding.variables & site.binding.variables for other in other_modes):
         raise DeclinedError(f"{kernel_cone.others[0] or 'its caller'} uses it whatever the mode is")
     return True
 

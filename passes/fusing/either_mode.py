@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.batch_norm.kernel import Layout, sample
-from passes.batch_norm.sites import Site
+from passes.batch_norm.site import Site
 from passes.declined import DeclinedError
 from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs, protos
@@ -98,4 +98,4 @@ def kernel_statistics(model: Model, graph: Graph, site: Site, bring: Callable[[V
     if not site.kernel_average:
         return batch
     moving = dict(zip(batch, (bring(value) for value in averages), strict=True))
-    return {role: moving[role] + (batch[role] - moving[role]) * site.factor for role in batch}
+    return {role: moving[role] + (batch[role] - moving[role]) * site.kernel_factor for role in batch}

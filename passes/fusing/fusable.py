@@ -10,7 +10,8 @@ import numpy as np
 from passes.batch_norm.decomposed import INPUT, OPS
 from passes.batch_norm.kernel import DTYPES, WIDE, Layout, layout_of
 from passes.batch_norm.moments import NO_GRADIENT, Moments, moments
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.control_flow.predicates import gated, gates, leads_to
 from passes.declined import DeclinedError
 from passes.roles import BETA, GAMMA, MEAN, VARIANCE
@@ -370,7 +371,12 @@ def _texts(shapes: list[Shape]) -> str:
 def _averaged(model: Model) -> frozenset[str]:
     """Return the keys of variables that hold moving averages, or that are not marked trainable."""
     averages = {
-        key for s in model.analysis(sites) if any(s.statistics.values()) for v in s.variables for key in v[2:4] if key
+        key
+        for s in model.analysis(sites)
+        if any(s.binding.statistics.values())
+        for v in s.binding.variables
+        for key in v[2:4]
+        if key
     }
     return frozenset(averages | {key for key, variable in model.variables.items() if not variable.trainable})
 

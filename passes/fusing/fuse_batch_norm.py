@@ -35,7 +35,7 @@ class FuseBatchNorm:
         extended: set[tuple[str, str]] = set()
         fed: dict[str, dict[str, list[str]]] = {}
         for site in model.analysis(sites):
-            if site.kind != "decomposed" or site.quantized:
+            if site.kind != "decomposed" or site.binding.quantized:
                 continue
             try:
                 edits = claim_conditionals(list(_fused(fusable(model, site, fed.setdefault(site.graph, {})))), extended)

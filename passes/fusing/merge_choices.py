@@ -42,7 +42,7 @@ class MergeChoices:
         merged: dict[str, dict[str, list[str]]] = {}
         for site in model.analysis(sites):
             graph = model.graphs[site.graph]
-            if site.kind != "decomposed" or site.mode != "both" or site.quantized:
+            if site.kind != "decomposed" or site.mode != "both" or site.binding.quantized:
                 continue
             edges = [site.inputs[role][0] for role in (MEAN, VARIANCE)]
             mean, variance = (origin(graph, graph.nodes[e.node].inputs[e.position]) for e in edges)

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.batch_norm.decomposed import INPUT
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.control_flow.cones import cone
 from passes.fusing.fusable import origin_of_x, used
 from passes.roles import MEAN, VARIANCE
@@ -46,7 +47,11 @@ def _selects(model: Model) -> dict[str, dict[str, Node]]:
     nodes_of: dict[str, dict[str, Node]] = {}
     for site in model.analysis(sites):
         graph = model.graphs[site.graph]
-        if not site.quantized and INPUT in site.inputs and site.node not in model.analysis_of(graph, loop_frames):
+        if (
+            not site.binding.quantized
+            and INPUT in site.inputs
+            and site.node not in model.analysis_of(graph, loop_frames)
+        ):
             for node in _choosing(model, graph, site):
                 if _convertible(model, graph, node):
                     nodes_of.setdefault(site.graph, {})[node.name] = node

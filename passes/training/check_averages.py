@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE, frozen, serving_entry
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING, updates_of
 from passes.control_flow.invocations import Invocation, of_entry, of_signature
 from passes.roles import MEAN, ROLES, VARIANCE
@@ -133,12 +134,12 @@ def _normalised_with(model: Model, run: Invocation) -> Iterator[str]:
 
 def _infers(run: Invocation, site: Site) -> bool:
     """Return true if a site may normalise with the moving statistics in a run."""
-    return site.mode == "inference" or any(run.assumed.passes(edge) for edge in site.parameters.get(MEAN, ()))
+    return site.mode == "inference" or any(run.assumed.passes(edge) for edge in site.binding.parameters.get(MEAN, ()))
 
 
 def _bound(run: Invocation, site: Site) -> Iterator[tuple[str | None, ...]]:
     """Yield the variables that a site may have in a run, of all that it has in any run."""
-    for keys in site.variables:
+    for keys in site.binding.variables:
         edges = (site.inputs[role][0] for role in ROLES if role in site.inputs)
         sources = [run.origin(run.graph.nodes[e.node].inputs[e.position]) for e in edges]
         keys_in_run = {o.key for o in sources if isinstance(o, VariableKey)}

@@ -19,7 +19,8 @@ from passes.batch_norm.entries import (
     training_trace,
 )
 from passes.batch_norm.layers import layers_of_sites
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.quantization.controls import step
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import FunctionClones, Switched, derived_sites, switched_sites

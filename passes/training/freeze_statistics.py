@@ -8,7 +8,8 @@ from typing import ClassVar
 
 from passes.batch_norm.entries import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.batch_norm.moving_statistics import normalise_with_moving
-from passes.batch_norm.sites import Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
 from passes.quantization.controls import control, step
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.edit import AddVariable, Clone, Dispatch, Edit
@@ -87,7 +88,7 @@ def _refuse(model: Model, training_sites: Iterable[Site], reached: Iterable[str]
                 f"statistics of {site.node} cannot be frozen: it chooses its mode while it runs; --freeze-step needs "
                 "fusing, without --no-fuse"
             )
-        if site.quantized:
+        if site.binding.quantized:
             raise Error("the model is quantised already; statistics are frozen before: rewrite the float model")
     for name in sorted(reached):
         graph = model.graphs[name]

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from passes.batch_norm.entries import HINT, running_from
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.moving_statistics import normalise_with_moving
-from passes.batch_norm.sites import STATISTICS, Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS, sites
 from passes.frontend.split_modes import bodies
 from passes.roles import ROLES
 from passes.training.frozen_layers import frozen_layers
@@ -144,7 +145,7 @@ class FunctionClones:
 
     def _updates_in(self, graphs: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each graph that updates averages of `trained` itself, and the nodes: derived training replaces them."""
-        held = [keys[ROLES.index(role)] for s in self.trained for keys in s.variables for role in STATISTICS]
+        held = [keys[ROLES.index(role)] for s in self.trained for keys in s.binding.variables for role in STATISTICS]
         derived = {VariableKey(key) for key in held if key is not None}
         for name in sorted(graphs):
             assigns = [n for n in self.model.graphs[name].nodes.values() if n.op in RESOURCE_ASSIGNS]
@@ -219,7 +220,7 @@ class FunctionClones:
 def _graphs_of(site: Site) -> set[str]:
     """Return the graphs that hold a site in training mode: its op, the values of its statistics, and its updates."""
     statistics = [e.graph for edges in site.inputs.values() for e in edges]
-    return {site.graph, *statistics, *(g for assigns in site.assigns.values() for g, _ in assigns)}
+    return {site.graph, *statistics, *(g for assigns in site.binding.assigns.values() for g, _ in assigns)}
 
 
 def _edited(edit: Edit) -> str:

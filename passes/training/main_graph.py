@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.layers import layers_of_sites
-from passes.batch_norm.sites import STATISTICS, Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.updates import updates_of
 from passes.quantization.controls import increment
 from passes.training.frozen_layers import step_counter
@@ -81,11 +82,11 @@ class MainGraphTraining:
             self._refuse_freezing(source_trained)
             yield Note(_described(mode))
         trained = self._sites_to_train(candidates, source_trained)
-        trained_keys = {key for s in (*source_trained, *trained) for key in s.variables}
+        trained_keys = {key for s in (*source_trained, *trained) for key in s.binding.variables}
         frozen_names = [
             bn.name
             for bn in self.model.analysis(batch_norms)
-            if any(not s.variables & trained_keys for s in bn.sites if s in running)
+            if any(not s.binding.variables & trained_keys for s in bn.sites if s in running)
         ]
         yield from frozen_notes(self.model, frozen_names, self.options)
         self.count = step_counter(self.model, frozen_names)
@@ -163,7 +164,7 @@ class MainGraphTraining:
     def _copy(
         self, signature: Signature, mode: Assumption, changed: list[Site], source_trained: list[Site]
     ) -> Iterator[Edit]:
-        linked = [r for s in source_trained for g, r in s.runs if g == MAIN and mode.runs(r)]
+        linked = [r for s in source_trained for g, r in s.binding.runs if g == MAIN and mode.runs(r)]
         unlinked = self._unlinked(source_trained, mode)
         if unlinked:
             yield Note(
@@ -177,7 +178,7 @@ class MainGraphTraining:
         needed = mode.needed([*(v.node for v in fetched_values), *runs])
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         looped = [run for run in runs if run in frame_of]  # what makes a loop update is for training alone
-        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.parameters[r]]
+        edges = [e for s in changed if s.kind == "decomposed" for r in STATISTICS for e in s.binding.parameters[r]]
         holders = {average.holder for s in changed for average in averages(self.model, s).values()}
         serving_assigns = list(serving_updates(self.graph, holders, needed))
         differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *serving_assigns]
@@ -227,7 +228,9 @@ class MainGraphTraining:
     def _unlinked(self, source_trained: list[Site], mode: Assumption) -> list[str]:
         """Return the nodes that update averages of sites with statistics not known to be those of the sites."""
         norms = [
-            bn for bn in self.model.analysis(batch_norms) if any(s in source_trained and not s.runs for s in bn.sites)
+            bn
+            for bn in self.model.analysis(batch_norms)
+            if any(s in source_trained and not s.binding.runs for s in bn.sites)
         ]
         keys = {bn.variables[role] for bn in norms for role in STATISTICS if role in bn.variables}
         update_nodes = (self._outermost(*update) for key in sorted(keys) for update in updates_of(self.model, key))
@@ -271,14 +274,14 @@ class MainGraphTraining:
 
 def _keys(site: Site) -> set[str]:
     """Return the keys of the variables of a site."""
-    return {key for keys in site.variables for key in keys if key is not None}
+    return {key for keys in site.binding.variables for key in keys if key is not None}
 
 
 def trains(site: Site, mode: Assumption) -> bool:
     """Return true if a site normalises with the batch's statistics under an assumption."""
     if site.mode != "both":
         return site.mode == "training"
-    return not any(mode.passes(edge) for edge in site.parameters.get("moving_mean", ()))
+    return not any(mode.passes(edge) for edge in site.binding.parameters.get("moving_mean", ()))
 
 
 def _described(mode: Assumption) -> str:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator, Sequence
 
 from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM
 from passes.batch_norm.layers import layers_of_sites
-from passes.batch_norm.sites import Site
+from passes.batch_norm.site import Site
 from passes.training.frozen_layers import frozen_layers
-from passes.training.options import TrainingOptions, factors
+from passes.training.options import TrainingOptions, weights
 from rewriter.edit import Note
 from rewriter.ir import Model
 
@@ -32,12 +32,12 @@ def derived_notes(
             f"{len(untrainable)} sites stay in inference mode in train, "
             "as another function reads their moving statistics"
         )
-    if any(len(factors(model, s)) > 1 for s in trained):
+    if any(len(weights(model, s)) > 1 for s in trained):
         yield Note("a function is shared by batch norms of different momentum; train uses that of the first")
     ruled = [
         s
         for s in trained
-        if factors(model, s) and any(r.momentum is not None for r in options.matching(model, layer_of[s.graph, s.node]))
+        if weights(model, s) and any(r.momentum is not None for r in options.matching(model, layer_of[s.graph, s.node]))
     ]
     if ruled:
         yield Note(f"the momentum given for {_listed(_names(model, ruled))} has no influence: the source's own is used")

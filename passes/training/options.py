@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, TypeVar, get_args
 from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM, batch_norms
 from passes.batch_norm.choice import Match, unmatched
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
-from passes.batch_norm.sites import Site
+from passes.batch_norm.site import Site
 from rewriter.ir import Error, Model
 
 MOMENTUM = "_bnqat_momentum"
@@ -28,7 +28,7 @@ class Momentum(NamedTuple):
     whose: Literal["source", "given", "assumed"]
 
     @property
-    def factor(self) -> float:
+    def weight(self) -> float:
         """The weight of the batch's statistics."""
         return 1 - self.value
 
@@ -119,21 +119,21 @@ class TrainingOptions:
         Raises:
             Error: rules say different things of batch norms that share a function.
         """
-        source_factors = factors(model, site)
-        if source_factors:
-            return Momentum(1 - source_factors[0], "source")
+        source_weights = weights(model, site)
+        if source_weights:
+            return Momentum(1 - source_weights[0], "source")
         momentum = self.given_momentum(model, model.analysis(layers_of_sites)[site.graph, site.node])
         if momentum is not None:
             return Momentum(momentum, "given")
-        other_factors = {bn.factor for bn in model.analysis(batch_norms)} - {None}
-        common = next((f for f in other_factors if f is not None and len(other_factors) == 1), 1 - DEFAULT_MOMENTUM)
+        other_weights = {bn.weight for bn in model.analysis(batch_norms)} - {None}
+        common = next((f for f in other_weights if f is not None and len(other_weights) == 1), 1 - DEFAULT_MOMENTUM)
         return Momentum(1 - common, "assumed")
 
 
-def factors(model: Model, site: Site) -> list[float]:
+def weights(model: Model, site: Site) -> list[float]:
     """Return the weights of a batch's statistics that the model's training sites give the batch norms of a site."""
-    all_factors = [bn.factor for bn in model.analysis(batch_norms) if site in bn.sites]
-    return list(dict.fromkeys(f for f in all_factors if f is not None))
+    all_weights = [bn.weight for bn in model.analysis(batch_norms) if site in bn.sites]
+    return list(dict.fromkeys(f for f in all_weights if f is not None))
 
 
 def _check(momentum: float | None, trained: str | None) -> None:

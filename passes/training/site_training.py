@@ -11,7 +11,8 @@ import numpy as np
 from passes.batch_norm.batch_norms import moving_average
 from passes.batch_norm.decomposed import INPUT
 from passes.batch_norm.kernel import POPULATION, population
-from passes.batch_norm.sites import STATISTICS, Site
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import STATISTICS
 from passes.roles import MEAN, VARIANCE
 from passes.training.options import MOMENTUM, TrainingOptions
 from rewriter import constants, op_defs, ops, protos
@@ -102,7 +103,7 @@ class Training:
         else:
             batch = self._moments(site)
             for role, statistic in batch.items():
-                for edge in site.parameters[role]:
+                for edge in site.binding.parameters[role]:
                     yield Rewire(self._edge(edge), statistic, self.copied(site.node))
         momentum = self.options.momentum_of(self.model, site)
         yield SetAttr(self.graph, self.copied(site.node), MOMENTUM, protos.attr(momentum.whose))
@@ -111,7 +112,7 @@ class Training:
             statistic = batch[role] if batch[role].dtype == dtype else op("Cast", batch[role], DstT=protos.Dtype(dtype))
             before = self.updates.get(holder) or self._old(site, holder, old, statistic)
             self.after[holder] = site
-            self.updates[holder] = moving_average(before, statistic, momentum.factor)
+            self.updates[holder] = moving_average(before, statistic, momentum.weight)
 
     def _kernels(self, site: Site, node: str) -> Mapping[str, Expr]:
         """Return the kernel's statistics; where the kernel stands for single ops, the variance is the population's."""
@@ -144,7 +145,7 @@ class Training:
         graph = self.model.graphs[site.graph]
         value = self._entering(site)
         x: Expr = Use(op_defs.output_dtype(self.model, graph, value), self._value(value))
-        mean_edge = site.parameters[MEAN][0]
+        mean_edge = site.binding.parameters[MEAN][0]
         dtype = op_defs.output_dtype(self.model, graph, graph.nodes[mean_edge.node].inputs[mean_edge.position])
         if x.dtype != dtype:
             x = op("Cast", x, DstT=protos.Dtype(dtype))
@@ -161,7 +162,7 @@ class Training:
 
     def _axes(self, site: Site, mean_edge: Edge, shaped: Expr, x: Expr) -> Expr:
         """Return the axes to reduce: those over which `shaped` is broadcast, the mean in its shape where x meets it."""
-        keys = {key[2] for key in site.variables}
+        keys = {key[2] for key in site.binding.variables}
         vectors = all(k is not None and len(self.model.variables[k].shape or ()) == 1 for k in keys)
         if vectors and mean_edge == site.inputs[MEAN][0]:
             shape = shape_of(self.model, self.model.graphs[site.graph], self._entering(site))

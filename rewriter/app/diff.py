@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
-from passes.batch_norm.sites import Site, quantized, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import quantized, sites
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
 from rewriter.app.reports import became_of
@@ -141,12 +142,12 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
     rewritten = {
         k
         for k, s in site_at.items()
-        if not s.quantized and quantized_now.issuperset(became[k]) and (became[k] or _is_known(after, s))
+        if not s.binding.quantized and quantized_now.issuperset(became[k]) and (became[k] or _is_known(after, s))
     }
     skipped = Counter(
         next(filter(None, (reasons.get(j, "") for j in (k, *became[k]))), s.reason or "it is not quantised")
         for k, s in site_at.items()
-        if not s.quantized and k not in rewritten
+        if not s.binding.quantized and k not in rewritten
     )
     signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - OPS_ALONE
     broken = {c.name for c in comparison.changes if c.kind == SIGNATURE and c.what != "added" and _changes_interface(c)}
@@ -179,7 +180,7 @@ def _became(comparison: Comparison) -> Mapping[tuple[str, str], list[tuple[str, 
 
 def _is_known(after: Model, site: Site) -> bool:
     """Return true if a site's variables are still there, though its function no longer runs."""
-    return any(key in after.variables for keys in site.variables for key in keys)
+    return any(key in after.variables for keys in site.binding.variables for key in keys)
 
 
 def _changes_interface(change: Change) -> bool:
@@ -212,7 +213,7 @@ def _by_place(bn: BatchNorm | None, pairs: Mapping[str, str]) -> dict[tuple[str,
 
 
 def _site(comparison: Comparison, site: Site, what: str, reasons: Mapping[tuple[str, str], str]) -> SiteDiff:
-    reason = "" if site.quantized else reasons.get((site.graph, site.node), site.reason)
+    reason = "" if site.binding.quantized else reasons.get((site.graph, site.node), site.reason)
     status = "skipped" if reason else site.status
     return SiteDiff(
         site.graph, site.node, what, site.kind, site.mode, status, reason, list(_inputs(comparison, site, what))
@@ -223,7 +224,11 @@ def _inputs(comparison: Comparison, site: Site, what: str) -> Iterator[InputDiff
     """Return the inputs of a site, the edges that bring variables to it, and statistics on their way to averages."""
     model = comparison.before if what == "removed" else comparison.after
     edges: dict[Edge, tuple[str, str]] = {}
-    for use, edges_by_role in (("input", site.inputs), ("input", site.parameters), ("statistic", site.statistics)):
+    for use, edges_by_role in (
+        ("input", site.inputs),
+        ("input", site.binding.parameters),
+        ("statistic", site.binding.statistics),
+    ):
         for role, role_edges in edges_by_role.items():
             for edge in role_edges:
                 for past in _past_quantizer(model, edge):

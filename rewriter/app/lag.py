@@ -131,11 +131,11 @@ def _normalisation_error(
 def _step_notes(model: Model, controls: Mapping[str, int]) -> list[str]:
     """Return a sentence on averages of which a large share is from before training."""
     steps = controls.get("step", 0)
-    factors = {bn.name: bn.factor for bn in model.analysis(batch_norms) if bn.factor is not None and 0 < bn.factor < 1}
-    if steps < 1 or not factors or _reestimated(model):
+    weights = {bn.name: bn.weight for bn in model.analysis(batch_norms) if bn.weight is not None and 0 < bn.weight < 1}
+    if steps < 1 or not weights or _reestimated(model):
         return []
-    slowest = min(factors, key=factors.__getitem__)
-    momentum = 1 - factors[slowest]
+    slowest = min(weights, key=weights.__getitem__)
+    momentum = 1 - weights[slowest]
     share = momentum**steps
     if share <= OLD:
         return []

@@ -185,13 +185,15 @@ def _averages(model: Any) -> tuple[list[Average], bool]:
             if any(s.training and s.graph in reached for s in bn.sites) and all(
                 k in variables for k in statistics.values()
             ):
-                if bn.factor is None:
+                if bn.weight is None:
                     raise Error(f"the weight of a batch in the averages of {bn.name} is not constant")
                 epsilon = bn.sites[0].epsilon
                 averages |= {
-                    k: Average(variables[k], bn.name, role, epsilon, bn.factor) for role, k in statistics.items()
+                    k: Average(variables[k], bn.name, role, epsilon, bn.weight) for role, k in statistics.items()
                 }
-        stores_quantized = any(tag.get("use") == "average" for site in saved.analysis(sites) for tag in site.quantized)
+        stores_quantized = any(
+            tag.get("use") == "average" for site in saved.analysis(sites) for tag in site.binding.quantized
+        )
     if not averages:
         raise Error("no moving statistics that the training function updates were found")
     return list(averages.values()), stores_quantized

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from passes.batch_norm.batch_norms import BatchNorm
 from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
-from passes.batch_norm.sites import Site, quantized, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import quantized, sites
 from passes.training.options import MOMENTUM
 from rewriter.dataflow import call_graph, running
 from rewriter.ir import MAIN, Model, Signature
@@ -37,7 +38,7 @@ def describe_signature(model: Model, signature: Signature) -> SignatureReport:
 def describe(model: Model, bn: BatchNorm) -> BatchNormReport:
     """Return the report of a batch norm and its sites."""
     names = {role: model.variables[key].name for role, key in bn.variables.items()}
-    momentum = None if bn.factor is None else round(1 - bn.factor, 9)
+    momentum = None if bn.weight is None else round(1 - bn.weight, 9)
     site_reports = [_describe_site(s) for s in bn.sites]
     return BatchNormReport(
         bn.name, names, bn.sites[0].epsilon, momentum, site_reports, momentum_of=_momentum_source(model, bn)
@@ -46,7 +47,7 @@ def describe(model: Model, bn: BatchNorm) -> BatchNormReport:
 
 def _momentum_source(model: Model, bn: BatchNorm) -> str:
     """Return where the momentum of a batch norm comes from; "" if no site has one."""
-    site = next((s for s in bn.sites if s.weight is not None), None)
+    site = next((s for s in bn.sites if s.binding.weight is not None), None)
     if site is None:
         return ""
     mark = model.graphs[site.graph].nodes[site.node].attrs.get(MOMENTUM)
@@ -54,8 +55,8 @@ def _momentum_source(model: Model, bn: BatchNorm) -> str:
 
 
 def _describe_site(site: Site) -> SiteReport:
-    reason = "" if site.quantized else site.reason
-    tags = [dict(tag) for tag in site.quantized]
+    reason = "" if site.binding.quantized else site.reason
+    tags = [dict(tag) for tag in site.binding.quantized]
     return SiteReport(site.graph, site.node, site.kind, site.mode, site.status, reason, tags)
 
 
@@ -67,7 +68,7 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
             f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
             "so there is nothing to rewrite"
         )
-    if all(s.quantized for s in all_sites):
+    if all(s.binding.quantized for s in all_sites):
         return f"all {len(all_sites)} batch-norm sites of {source} are quantised already; there is nothing to add"
     skipped = [s for step in steps for s in step.skipped]
     if not skipped:
@@ -94,7 +95,9 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     decomposed = {k for k, s in sites_before.items() if s.kind == "decomposed"}
     fused = {k for k in decomposed if all(sites_after[j].kind == "fused" for j in became[k])}
     if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
-        rewritten = {k for k, s in sites_before.items() if not s.quantized and quantized_now.issuperset(became[k])}
+        rewritten = {
+            k for k, s in sites_before.items() if not s.binding.quantized and quantized_now.issuperset(became[k])
+        }
     else:
         rewritten = fused | {k for k in sites_before if became[k] != [k] or _changed(before, after, k)}
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
@@ -139,14 +142,14 @@ def became_of(before: Model, after: Model) -> tuple[Mapping[Key, list[Key]], Map
     sites_after = {(s.graph, s.node): s for s in after.analysis(sites) if s.graph not in orphaned}
     new_sites: dict[tuple[str | None, ...], list[Key]] = {}
     for key, site in sites_after.items():
-        for variables in site.variables if key not in sites_before else ():
+        for variables in site.binding.variables if key not in sites_before else ():
             if any(variables):
                 new_sites.setdefault(variables, []).append(key)
     calls = after.analysis(call_graph)
     reached = set().union(*(calls.reached(name) for name in before.entries if name in after.graphs), {MAIN})
     became: dict[Key, list[Key]] = {}
     for key, site in sites_before.items():
-        heirs = [heir for variables in site.variables for heir in new_sites.get(variables, ())]
+        heirs = [heir for variables in site.binding.variables for heir in new_sites.get(variables, ())]
         heirs_in_graph = [heir for heir in heirs if heir[0] == key[0]]
         became[key] = [key] if key in sites_after else heirs_in_graph or [heir for heir in heirs if heir[0] in reached]
     return became, sites_after

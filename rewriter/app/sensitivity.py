@@ -135,7 +135,7 @@ def _quantizers(model: str | Path, saved_model: Model) -> dict[tuple[int, str], 
     """Return the batch norm's name of each quantiser that serving uses, by (layer, role), in order."""
     names: dict[tuple[int, str], str] = {}
     for bn in saved_model.analysis(batch_norms):
-        tags = [tag for site in bn.sites if site.mode != "training" for tag in site.quantized]
+        tags = [tag for site in bn.sites if site.mode != "training" for tag in site.binding.quantized]
         names |= {(tag["layer"], tag["role"]): tag["batch_norm"] for tag in tags if "layer" in tag}
     if not names:
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")

@@ -136,7 +136,7 @@ class Readings:
 def _quantizers(model: Model) -> Iterator[_Quantizer]:
     for bn in model.analysis(batch_norms):
         for role, key in bn.variables.items():
-            tag = next((t for s in bn.sites for t in s.quantized if t["role"] == role), None)
+            tag = next((t for s in bn.sites for t in s.binding.quantized if t["role"] == role), None)
             if tag is None or tag["scheme"] not in SCHEMES:
                 continue
             size = np.asarray(model.value_of(key)).size

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import tensorflow as tf
 from tensorflow.python.eager import context
 
-from passes.batch_norm.sites import FUSED, Site, sites
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import FUSED, sites
 from passes.roles import MEAN, ROLES
 from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
@@ -163,7 +164,7 @@ def placed_by(model: Model, function: str, excluded_means: Collection[str] = ())
 def _with_means(model: Model, means: Collection[str]) -> frozenset[Place]:
     """Return the sites of batch norms with these moving means."""
     position = ROLES.index(MEAN)
-    excluded_sites = (s for s in model.analysis(sites) if all(keys[position] in means for keys in s.variables))
+    excluded_sites = (s for s in model.analysis(sites) if all(keys[position] in means for keys in s.binding.variables))
     return frozenset((s.graph, s.node) for s in excluded_sites)
 
 
@@ -215,11 +216,11 @@ def _kinds(site: Site, assumed: Assumption) -> list[str]:
     if site.kind == "fused":
         return ["training" if site.mode == "training" else "inference"]
     if site.mode == "both":
-        settled = any(assumed.settles(edge) for edge in site.parameters.get(MEAN, ()))
+        settled = any(assumed.settles(edge) for edge in site.binding.parameters.get(MEAN, ()))
         return ["single"] if settled else ["single", "choosing"]
     return ["single", "serving"] if site.mode == "inference" else ["single"]
 
 
 def _layer(model: Model, site: Site) -> BoundNames:
     names = {k: v.name for k, v in model.variables.items()}
-    return frozenset(tuple(key and names[key] for key in keys) for keys in site.variables)
+    return frozenset(tuple(key and names[key] for key in keys) for keys in site.binding.variables)

@@ -38,7 +38,7 @@ class Pair:
     @property
     def unfrozen(self) -> bool:
         """True if parameters of batch norms are variables that the source holds as constants."""
-        origins = [o for s in self.source.analysis(sites) if s.inference for b in s.origins for o in b[2:4]]
+        origins = [o for s in self.source.analysis(sites) if s.inference for b in s.binding.origins for o in b[2:4]]
         source_names = {v.name for v in self.source.variables.values()}
         result_names = [
             self.result.variables[k].name for bn in self.result.analysis(batch_norms) for k in bn.variables.values()

@@ -23,7 +23,7 @@ def test_layers_sites_and_roles_of_a_keras_save(model: Paths) -> None:
         }
         assert sum(s.training for s in bn.sites) == 2
         assert sum(not s.training for s in bn.sites) == 3
-        assert bn.factor == pytest.approx(0.1)
+        assert bn.weight == pytest.approx(0.1)
         assert all(s.status == "float" for s in bn.sites)
     assert [e for bn in found for e in bn.epsilons] == pytest.approx([1e-3, 1e-2])
 
@@ -40,7 +40,7 @@ def test_a_function_shared_by_two_layers_is_a_site_of_both(model: Paths) -> None
     read = load(model("module_shared"))
     called = [s for s in read.analysis(sites) if not s.reason]
     assert len(called) == 1
-    assert len(called[0].origins) == 2
+    assert len(called[0].binding.origins) == 2
     named = [bn for bn in read.analysis(batch_norms) if bn.variables]
     assert [bn.sites for bn in named] == [tuple(called), tuple(called)]
 
@@ -51,7 +51,7 @@ def test_layers_without_scale_or_centre(scale: bool, center: bool, tmp_path: Pat
     for bn in read.analysis(batch_norms):
         assert ("gamma" in bn.variables, "beta" in bn.variables) == (scale, center)
         assert all(s.reason == "" for s in bn.sites)
-        assert all(set(s.parameters) == set(bn.variables) for s in bn.sites)
+        assert all(set(s.binding.parameters) == set(bn.variables) for s in bn.sites)
 
 
 def test_channels_come_from_the_variables(model: Paths) -> None:

@@ -27,16 +27,16 @@ def test_each_form_is_found_with_its_variables(name: str, model: Paths) -> None:
         assert set(bn.variables) == {"gamma", "beta", "moving_mean", "moving_variance"} - absent
         assert [*bn.epsilons] == pytest.approx([1e-3], rel=1e-3)  # half rounds it
         assert {s.kind for s in bn.sites} == {"decomposed"}
-        assert all(set(s.parameters) == set(bn.variables) for s in bn.sites if s.mode == "inference")
-        assert bn.factor == (pytest.approx(0.1) if any(s.training for s in bn.sites) else None)
+        assert all(set(s.binding.parameters) == set(bn.variables) for s in bn.sites if s.mode == "inference")
+        assert bn.weight == (pytest.approx(0.1) if any(s.training for s in bn.sites) else None)
 
 
 @pytest.mark.parametrize("name", ["v1_by_hand", "v1_by_hand_if", "v1_layers_plain", "v1_updated_first_if"])
 def test_what_is_chosen_while_running_has_both_modes(name: str, model: Paths) -> None:
     for site in load(model(name)).analysis(sites):
         assert (site.mode, site.training, site.inference) == ("both", True, True)
-        assert set(site.parameters) == {"gamma", "beta", "moving_mean", "moving_variance"}
-        assert all(site.statistics[r] for r in ("moving_mean", "moving_variance"))
+        assert set(site.binding.parameters) == {"gamma", "beta", "moving_mean", "moving_variance"}
+        assert all(site.binding.statistics[r] for r in ("moving_mean", "moving_variance"))
 
 
 def layer_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001

@@ -212,8 +212,8 @@ class SharedUnequally(tf.Module):
 
 def test_a_role_that_only_one_of_two_layers_has_is_quantised(tmp_path: Path) -> None:
     after = quantized(load(save_module(SharedUnequally(), tmp_path / "m")))
-    (shared,) = [s for s in after.analysis(sites) if len(s.origins) == 2]
-    assert [tag["role"] for tag in shared.quantized] == ["gamma", "beta", "moving_mean", "moving_variance"]
+    (shared,) = [s for s in after.analysis(sites) if len(s.binding.origins) == 2]
+    assert [tag["role"] for tag in shared.binding.quantized] == ["gamma", "beta", "moving_mean", "moving_variance"]
 
 
 class OwnGradients(Trainable):

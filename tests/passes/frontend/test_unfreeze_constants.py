@@ -53,4 +53,4 @@ def test_a_constant_scale_of_ones_stays_one(model: Paths) -> None:
     before = load(model("form_v3_no_scale"))
     after, _ = Pipeline([UnfreezeConstants()]).run(before)
     assert after is before
-    assert np.all(["gamma" not in s.parameters for s in after.analysis(sites)])
+    assert np.all(["gamma" not in s.binding.parameters for s in after.analysis(sites)])
