@@ -69,12 +69,12 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
 
 
 def test_passes_are_told_on_request(bnqat: Command, model: Paths, tmp_path: Path) -> None:
-    told = bnqat("rewrite", model("module"), tmp_path / "out", "-v").err.splitlines()
-    assert [line.partition(":")[0] for line in told] == [name for name in REWRITE if name != "unfreeze-constants"]
-    assert all(re.fullmatch(r"[a-z-]+: \d+ edits in \d+\.\d\d s", line) for line in told)
+    lines = bnqat("rewrite", model("module"), tmp_path / "out", "-v").err.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [name for name in REWRITE if name != "unfreeze-constants"]
+    assert all(re.fullmatch(r"[a-z-]+: \d+ edits in \d+\.\d\d s", line) for line in lines)
     assert bnqat("finalize", tmp_path / "out", tmp_path / "quiet").err == ""
-    told = bnqat("finalize", tmp_path / "out", tmp_path / "final", "--fold", "--verbose").err.splitlines()
-    assert [line.partition(":")[0] for line in told][:2] == ["keep-serving", "bake-quantizers"]
+    lines = bnqat("finalize", tmp_path / "out", tmp_path / "final", "--fold", "--verbose").err.splitlines()
+    assert [line.partition(":")[0] for line in lines][:2] == ["keep-serving", "bake-quantizers"]
 
 
 def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: Path) -> None:
@@ -226,10 +226,10 @@ def test_fusing_alone_and_not_at_all(bnqat: Command, model: Paths, tmp_path: Pat
         "2 of 2 batch-norm sites rewritten",
         "2 sites in single ops became the fused kernel",
     ]
-    left = bnqat("rewrite", model("form_float64"), tmp_path / "d")
-    assert "fuse-batch-norm left batchnorm/add_1 in " in left.out
-    assert "it computes in float64, which the fused kernel does not have" in left.out
+    in_float64 = bnqat("rewrite", model("form_float64"), tmp_path / "d")
+    assert "fuse-batch-norm left batchnorm/add_1 in " in in_float64.out
+    assert "it computes in float64, which the fused kernel does not have" in in_float64.out
     off = bnqat("rewrite", model("keras3"), tmp_path / "q", "--no-fuse")
     assert "fused kernel" not in off.out
-    found = json.loads(bnqat("inspect", tmp_path / "q", "--json").out)["batch_norms"]
-    assert {site["kind"] for each in found for site in each["sites"]} == {"decomposed"}
+    batch_norms = json.loads(bnqat("inspect", tmp_path / "q", "--json").out)["batch_norms"]
+    assert {site["kind"] for batch_norm in batch_norms for site in batch_norm["sites"]} == {"decomposed"}

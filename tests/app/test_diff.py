@@ -23,7 +23,7 @@ Paths = Callable[..., Path]
 
 OPTIONS: dict[str, dict[str, Any]] = {"frozen": {"unfreeze_constants": True}, "frozen_v1": {"unfreeze_constants": True}}
 KEPT = ("mapped_batch_norm",)
-"""Those with sites that are skipped."""
+"""Models with skipped sites."""
 
 
 def run(*arguments: object) -> Result:
@@ -32,12 +32,12 @@ def run(*arguments: object) -> Result:
 
 @pytest.mark.parametrize("name", ["keras_save", "keras3", "module_train", *STRUCTURES, *FORM_MODELS, *V1_MODELS])
 def test_a_rewrite_explains_all_that_it_changed(name: str, model: Paths, rewritten: Paths) -> None:
-    found = bnqat.diff(model(name), rewritten(name, **OPTIONS.get(name, {})), values=True).report
-    assert found.other == []
-    assert found.verdict.other_changes == 0
-    assert found.changes
-    assert all(c.by for c in found.changes)
-    verdict = found.verdict
+    report = bnqat.diff(model(name), rewritten(name, **OPTIONS.get(name, {})), values=True).report
+    assert report.other == []
+    assert report.verdict.other_changes == 0
+    assert report.changes
+    assert all(c.by for c in report.changes)
+    verdict = report.verdict
     assert verdict.sites_found == verdict.sites_rewritten + verdict.sites_skipped > 0
     assert (verdict.sites_skipped > 0) == (name in KEPT)
     assert verdict.signatures_intact == verdict.signatures_found
@@ -47,16 +47,16 @@ def test_a_rewrite_explains_all_that_it_changed(name: str, model: Paths, rewritt
 def test_every_public_model_and_its_rewritten_form_differ_by_nothing_else(corpus_model: Path, tmp_path: Path) -> None:
     report = bnqat.rewrite(corpus_model, tmp_path / "out")
     before = harness.digest(corpus_model), harness.digest(tmp_path / "out")
-    found = bnqat.diff(corpus_model, tmp_path / "out", values=True)
-    verdict = found.report.verdict
-    assert found.report.other == []
+    difference = bnqat.diff(corpus_model, tmp_path / "out", values=True)
+    verdict = difference.report.verdict
+    assert difference.report.other == []
     assert verdict.other_changes == 0
     assert (verdict.sites_found, verdict.sites_rewritten) == (report.sites_found, report.sites_rewritten)
     assert verdict.sites_added == report.sites_added
-    assert sum(found.report.skipped.values()) == len(report.skipped)
-    assert set(found.report.skipped) == {s.reason for s in report.skipped}
+    assert sum(difference.report.skipped.values()) == len(report.skipped)
+    assert set(difference.report.skipped) == {s.reason for s in report.skipped}
     assert verdict.signatures_intact == verdict.signatures_found > 0
-    assert len(found.to_html()) < 5_000_000
+    assert len(difference.to_html()) < 5_000_000
     assert (harness.digest(corpus_model), harness.digest(tmp_path / "out")) == before
 
 
@@ -132,8 +132,8 @@ def test_collections_assets_and_other_files(model: Paths, tmp_path: Path) -> Non
     other = mutated(model("v1_two_fused"), tmp_path / "other", edit)
     (other / "assets").mkdir(exist_ok=True)
     (other / "assets" / "labels.txt").write_text("cat\ndog\n")
-    found = {(c.kind, c.what, c.name) for c in bnqat.diff(model("v1_two_fused"), other).report.changes}
-    assert found == {("collection", "added", "marks"), ("file", "added", "assets/labels.txt")}
+    changes = {(c.kind, c.what, c.name) for c in bnqat.diff(model("v1_two_fused"), other).report.changes}
+    assert changes == {("collection", "added", "marks"), ("file", "added", "assets/labels.txt")}
 
 
 def test_json_is_as_documented(model: Paths, rewritten: Paths) -> None:
@@ -251,11 +251,11 @@ def test_comparing_executes_nothing_and_changes_nothing(
         lambda r: r.update(authors=[[1]]),
         lambda r: r.update(authors=[None]),
         lambda r: r.update(source=3),
-        lambda r: _first(r).__setitem__(0, 10**30),
-        lambda r: _first(r).__setitem__(0, "a"),
-        lambda r: _first(r).__setitem__(0, 1.5),
-        lambda r: _first(r).__setitem__(1, 7),
-        lambda r: _first(r).__setitem__(1, {"attr": 7}),
+        lambda r: _first_change(r).__setitem__(0, 10**30),
+        lambda r: _first_change(r).__setitem__(0, "a"),
+        lambda r: _first_change(r).__setitem__(0, 1.5),
+        lambda r: _first_change(r).__setitem__(1, 7),
+        lambda r: _first_change(r).__setitem__(1, {"attr": 7}),
     ],
 )
 def test_a_damaged_record_is_none(
@@ -266,7 +266,7 @@ def test_a_damaged_record_is_none(
         bnqat.diff(model("module"), after)
 
 
-def _first(record: Any) -> Any:
-    """Who made the first change of a record, and its hash."""
-    found: Any = next(iter(next(iter(next(iter(record["changes"].values())).values())).values()))
-    return found
+def _first_change(record: Any) -> Any:
+    """Return the entry of a record's first change: its author and its hash."""
+    change: Any = next(iter(next(iter(next(iter(record["changes"].values())).values())).values()))
+    return change

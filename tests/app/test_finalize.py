@@ -1,4 +1,4 @@
-"""``bnqat finalize``: the same outputs, nothing left that trains, and a table that gives the same values."""
+"""Tests of ``bnqat finalize``: outputs are unchanged, nothing trains any more, and the table gives the same values."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def trained(path: Path, target: Path, steps: int = 3, plain: bool = False) -> Pa
 
 
 def served(model: Any, batch: int = 4) -> dict[tuple[str, str], np.ndarray]:
-    """The outputs of every signature that both kinds of models have."""
-    found: dict[tuple[str, str], np.ndarray] = {}
+    """Return the outputs of every signature except `train`, by signature and output name."""
+    values: dict[tuple[str, str], np.ndarray] = {}
     for name in sorted(set(model.signatures) - {"train"}):
         outputs = model.signatures[name](**harness.inputs_of(model.signatures[name], batch))
-        found |= {(name, key): value.numpy() for key, value in outputs.items()}
-    return found
+        values |= {(name, key): value.numpy() for key, value in outputs.items()}
+    return values
 
 
 def assert_same(before: Mapping[Any, np.ndarray], after: Mapping[Any, np.ndarray]) -> None:
@@ -59,7 +59,7 @@ def assert_same(before: Mapping[Any, np.ndarray], after: Mapping[Any, np.ndarray
 
 
 def assert_plain(path: Path) -> None:
-    """Nothing in the graphs quantises, trains or controls; nothing else was left behind."""
+    """Assert that no node of the graphs quantises, trains or controls, and that nothing else is left behind."""
     model = load(path)
     nodes = [n for g in model.graphs.values() for n in g.nodes.values()]
     assert not [n.name for n in nodes if QUANTIZER_MARK in n.attrs or n.op.startswith("FakeQuant")]
@@ -78,7 +78,7 @@ def assert_plain(path: Path) -> None:
 
 
 def kernels_of(path: Path, x: list[tf.Tensor]) -> Mapping[str, int]:
-    """What `serve` executes, in a process's first call of it."""
+    """Return the kernels that `serve` executes in its first call, with their counts."""
     model = tf.saved_model.load(str(path))
     harness.batch_norm_kernels(lambda: None)  # forget what ran before
     return harness.batch_norm_kernels(lambda: model.serve(*x))
@@ -119,7 +119,7 @@ def test_what_bnqat_wrote_needs_no_training(rewritten: Rewritten, tmp_path: Path
 
 
 def test_a_session_of_tensorflow_1_gives_the_same(rewritten: Rewritten, tmp_path: Path) -> None:
-    """Keras 3 holds each variable twice, and the main graph of its export knows another than the functions."""
+    """Keras 3 holds each variable twice: its export's main graph and its functions use different copies."""
     path = rewritten("keras3", bits=4)
     bnqat.finalize(path, tmp_path / "final")
     model = tf.saved_model.load(str(path))
@@ -129,8 +129,8 @@ def test_a_session_of_tensorflow_1_gives_the_same(rewritten: Rewritten, tmp_path
         loaded = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "final"))
         signature = loaded.signature_def["serving_default"]
         for key, info in signature.outputs.items():
-            found = session.run(info.name, {signature.inputs[name].name: x.numpy()})
-            np.testing.assert_array_equal(found, expected["serving_default", key])
+            output = session.run(info.name, {signature.inputs[name].name: x.numpy()})
+            np.testing.assert_array_equal(output, expected["serving_default", key])
 
 
 def test_a_keras_3_export(rewritten: Rewritten, tmp_path: Path) -> None:
@@ -161,8 +161,11 @@ def test_a_plain_save_gets_its_signature_back(model: Callable[[str], Path], tmp_
     (output,) = signature(**{name: x}).values()
     np.testing.assert_array_equal(output, before.serve(x))
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
-        found = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "final")).signature_def
-        ((_, fed),), ((_, info),) = (found["serving_default"].inputs.items(), found["serving_default"].outputs.items())
+        signatures = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "final")).signature_def
+        ((_, fed),), ((_, info),) = (
+            signatures["serving_default"].inputs.items(),
+            signatures["serving_default"].outputs.items(),
+        )
         np.testing.assert_array_equal(session.run(info.name, {fed.name: x.numpy()}), output.numpy())
 
 
@@ -196,9 +199,9 @@ def test_a_signature_made_for_many_inputs_and_outputs_has_them_in_order(tmp_path
     bnqat.finalize(tmp_path / "tuned", tmp_path / "final")
     signature = tf.saved_model.load(str(tmp_path / "final")).signatures["serving_default"]
     z, a = harness.images((None, 2, 2, 2)), tf.constant(7.0)
-    found = signature(z=z, a=a)
+    outputs = signature(z=z, a=a)
     for index, expected in enumerate(again.serve(z, a)):
-        np.testing.assert_array_equal(found[f"output_{index}"], expected)
+        np.testing.assert_array_equal(outputs[f"output_{index}"], expected)
 
 
 QUANTIZERS: dict[str, dict[str, Any]] = {
@@ -218,7 +221,7 @@ QUANTIZERS: dict[str, dict[str, Any]] = {
 
 
 def values_of(variable: Mapping[str, Any]) -> Any:
-    """A variable's values from its codes, as docs/deployment.md says; nothing of bnqat is used."""
+    """Return a variable's values from its codes, as docs/deployment.md says, without using bnqat."""
     codes = np.asarray(variable["codes"])
     if variable["scheme"] == "log":
         wide = np.exp(codes * float(variable["scale"]) + float(variable["origin"]))
@@ -249,20 +252,20 @@ def test_codes_give_exactly_what_is_in_the_variables(
     for variable in table:
         name = variable["variable"]
         bits = options["bits"]
-        held = reader.get_tensor(variable["checkpoint_key"])
+        stored = reader.get_tensor(variable["checkpoint_key"])
         assert (variable["bits"], name) == (bits, f"{variable['batch_norm']}/{variable['role']}")
-        np.testing.assert_array_equal(values_of(variable), held)
+        np.testing.assert_array_equal(values_of(variable), stored)
         assert not variable["exceptions"]
         codes = arrays[f"{name}.codes"]
         assert codes.dtype == np.int32
         np.testing.assert_array_equal(codes, variable["codes"])
         assert codes.max() - codes.min() < 2**bits - variable["narrow_range"]
         assert arrays[f"{name}.scale"] == variable["scale"]
-        np.testing.assert_array_equal(arrays[f"{name}.value"], held)
+        np.testing.assert_array_equal(arrays[f"{name}.value"], stored)
 
 
 def test_the_switch_counts_as_on(rewritten: Rewritten, tmp_path: Path) -> None:
-    """A model that is saved before its start step, or on its ramp, is quantised all the same."""
+    """Finalize quantises a model even if it was saved before its start step or on its ramp."""
     path = rewritten("module", bits=3, start_step=FAR, ramp_steps=10)
     bnqat.finalize(path, tmp_path / "final")
     model, final = (tf.saved_model.load(str(p)) for p in (path, tmp_path / "final"))
@@ -281,8 +284,8 @@ def test_widths_in_force_count_and_zero_is_off(rewritten: Rewritten, tmp_path: P
     report = bnqat.finalize(tmp_path / "tuned", tmp_path / "final", params=tmp_path / "p.json")
     assert sorted(b.bits for b in report.baked) == [0, 0, 2, 5, 8, 8, 8, 8]
     assert all(b.error == 0 for b in report.baked if b.role == "beta")
-    found = {b["variable"]: b for b in json.loads((tmp_path / "p.json").read_text())["variables"]}
-    for baked in found.values():
+    variables = {b["variable"]: b for b in json.loads((tmp_path / "p.json").read_text())["variables"]}
+    for baked in variables.values():
         assert (baked["codes"] is None) == (baked["role"] == "beta")
     before, after = (tf.saved_model.load(str(tmp_path / n)) for n in ("tuned", "final"))
     assert_same(served(before), served(after))
@@ -299,7 +302,7 @@ def test_values_that_are_no_numbers_are_listed(rewritten: Rewritten, tmp_path: P
 
 
 class Twice(tf.Module):
-    """Two batch norms with one gamma but different epsilons for one variance; gamma is used as it is as well."""
+    """Two batch norms that share gamma and the variance but have different epsilons; gamma is also used directly."""
 
     def __init__(self, again: bool) -> None:
         rng = np.random.default_rng(3)
@@ -397,8 +400,8 @@ def test_folding_changes_outputs_by_rounding_alone(name: str, rewritten: Rewritt
     assert before.keys() == after.keys()
     for key, value in before.items():
         np.testing.assert_allclose(after[key], value, rtol=0, atol=2e-6 * np.abs(value).max())
-    left = [n for g in load(tmp_path / "folded").graphs.values() for n in g.nodes.values() if "FusedBatch" in n.op]
-    assert bool(left) == bool(report.not_folded)
+    kernels = [n for g in load(tmp_path / "folded").graphs.values() for n in g.nodes.values() if "FusedBatch" in n.op]
+    assert bool(kernels) == bool(report.not_folded)
     assert all("comes from" in s.reason for s in report.not_folded)
 
 

@@ -34,12 +34,12 @@ class Norm(tf.Module):
             setattr(self, name, tf.Variable(values, trainable=not name.startswith("moving"), name=name))
 
     def __call__(self, x: tf.Tensor) -> tf.Tensor:
-        held = (self.gamma, self.beta, self.moving_mean, self.moving_variance)
-        return tf.compat.v1.nn.fused_batch_norm(x, *held, is_training=False)[0]
+        parameters = (self.gamma, self.beta, self.moving_mean, self.moving_variance)
+        return tf.compat.v1.nn.fused_batch_norm(x, *parameters, is_training=False)[0]
 
 
 class FiltersBefore(tf.Module):
-    """Filters that a layer without a batch norm uses before."""
+    """Filters that an earlier layer without a batch norm uses as well."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Table(tf.Module):
 
 
 class Helpers(tf.Module):
-    """Functions of the root besides the one that serves: one is given gamma, one changes it, one reads it."""
+    """A root with three functions beside the serving one: one takes gamma, one changes it, one reads it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,8 +79,8 @@ class Helpers(tf.Module):
 
     @tf.function(input_signature=[*IMAGES, tf.TensorSpec([4], name="gamma")])
     def norm(self, x: tf.Tensor, gamma: tf.Tensor) -> tf.Tensor:
-        held = (self.bn.beta, self.bn.moving_mean, self.bn.moving_variance)
-        return tf.compat.v1.nn.fused_batch_norm(x, gamma, *held, is_training=False)[0]
+        parameters = (self.bn.beta, self.bn.moving_mean, self.bn.moving_variance)
+        return tf.compat.v1.nn.fused_batch_norm(x, gamma, *parameters, is_training=False)[0]
 
     @tf.function(input_signature=[tf.TensorSpec([4], name="gamma")])
     def reset(self, gamma: tf.Tensor) -> None:
@@ -164,7 +164,7 @@ def test_other_meta_graphs_are_left_out_and_said_to_be(model: Callable[[str], Pa
 
 
 def damaged(source: Path, target: Path, change: Callable[[Any], None]) -> Path:
-    """A copy of a rewritten model in which the first quantiser's node is another one."""
+    """Return a copy of a rewritten model in which the first quantiser's node is changed."""
     once(target, lambda path: bnqat.rewrite(source, path, bits=4))
     file = target / "saved_model.pb"
     proto = saved_model_pb2.SavedModel.FromString(file.read_bytes())
@@ -175,8 +175,8 @@ def damaged(source: Path, target: Path, change: Callable[[Any], None]) -> Path:
 
 
 def tag(node: Any, **fields: Any) -> None:
-    found = {**json.loads(node.attr["_bnqat"].s), **fields}
-    node.attr["_bnqat"].s = json.dumps({k: v for k, v in found.items() if v is not None}).encode()
+    mark = {**json.loads(node.attr["_bnqat"].s), **fields}
+    node.attr["_bnqat"].s = json.dumps({k: v for k, v in mark.items() if v is not None}).encode()
 
 
 DAMAGE: dict[str, Callable[[Any], Any]] = {

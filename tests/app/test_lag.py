@@ -1,4 +1,4 @@
-"""Notes on moving statistics that are far from a batch's: where they are, and nowhere else."""
+"""Tests of the notes on moving statistics that are far from a batch's: they appear only where that is so."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GIVEN = {"x": X.numpy()}
 
 
 def saved(path: Path, target: Path, *, steps: int = 0, reestimate: bool = False, **controls: int) -> Path:
-    """A rewritten model after some training calls, with control variables as given."""
+    """Save a rewritten model after some training calls, with the given control variables."""
     loaded = tf.saved_model.load(str(path))
     for _ in range(steps):
         loaded.quantization.train(X)
@@ -37,8 +37,8 @@ def saved(path: Path, target: Path, *, steps: int = 0, reestimate: bool = False,
 
 
 def notes(path: Path, **options: Any) -> list[str]:
-    found = bnqat.finalize(path, path.parent / "final", dry_run=True, **options).notes
-    return [note for note in found if "moving statistics" in note]
+    all_notes = bnqat.finalize(path, path.parent / "final", dry_run=True, **options).notes
+    return [note for note in all_notes if "moving statistics" in note]
 
 
 def test_measured_on_a_batch(rewritten: Paths, tmp_path: Path) -> None:
@@ -60,9 +60,9 @@ def test_the_error_is_that_of_normalised_values(rewritten: Paths, tmp_path: Path
     loaded = tf.saved_model.load(str(path))
     norm = loaded.norms[0]
     y = tf.nn.conv2d(X, loaded.kernels[0], 1, "SAME").numpy().reshape(-1, norm.gamma.shape[0])
-    wanted = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-3)
-    found = (y - norm.moving_mean.numpy()) / np.sqrt(norm.moving_variance.numpy() + 1e-3)
-    errors = np.sqrt(np.mean((wanted - found) ** 2, 0))
+    by_batch = (y - y.mean(0)) / np.sqrt(y.var(0) + 1e-3)
+    by_average = (y - norm.moving_mean.numpy()) / np.sqrt(norm.moving_variance.numpy() + 1e-3)
+    errors = np.sqrt(np.mean((by_batch - by_average) ** 2, 0))
     first = next(iter(statistics_errors(path, GIVEN).values()))
     np.testing.assert_allclose(first, np.median(errors), rtol=1e-3)  # the kernel's variance is Bessel-corrected
 
@@ -82,12 +82,12 @@ def test_the_error_is_that_of_normalised_values(rewritten: Paths, tmp_path: Path
 def test_told_from_the_number_of_steps(given: dict[str, Any], noted: bool, rewritten: Paths, tmp_path: Path) -> None:
     source = rewritten("module", bits=4, momentum=0.99, freeze_step=2**40)
     path = saved(source, tmp_path / "model", **given)
-    found = notes(path)
-    assert bool(found) is noted
-    assert bnqat.verify(source, path).notes == found
+    lag_notes = notes(path)
+    assert bool(lag_notes) is noted
+    assert bnqat.verify(source, path).notes == lag_notes
     if given == {"steps": 3}:
-        assert found[0].startswith("97% of the moving statistics of ")
-        assert "which made 3 steps at momentum 0.99" in found[0]
+        assert lag_notes[0].startswith("97% of the moving statistics of ")
+        assert "which made 3 steps at momentum 0.99" in lag_notes[0]
 
 
 def test_an_export_for_inference_holds_no_momentum(rewritten: Paths, tmp_path: Path) -> None:

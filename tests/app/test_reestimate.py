@@ -24,17 +24,17 @@ def statistics(loaded: Any, role: str) -> list[np.ndarray]:
 @pytest.mark.parametrize("average", ["statistic", "none"])
 @pytest.mark.parametrize("name", ["module", "module_train"])
 def test_statistics_are_the_average_of_all_batches(name: str, average: str, rewritten: Paths) -> None:
-    """Of what training gives for each, with gamma and beta quantised, whatever the averages were."""
+    """The batches' statistics are those of training with gamma and beta quantised; earlier averages do not count."""
     loaded = tf.saved_model.load(str(rewritten(name, bits=3, quantize_average=average, start_step=100, freeze_step=0)))
-    other = tf.saved_model.load(str(rewritten(name, bits=3, quantize_average=average)))
-    body = harness.concrete(other.quantization.train)
+    quantized = tf.saved_model.load(str(rewritten(name, bits=3, quantize_average=average)))
+    body = harness.concrete(quantized.quantization.train)
     kernels = [op for op in body.graph.get_operations() if op.type == "FusedBatchNormV3"]
-    wanted: dict[tuple[int, str], list[np.ndarray]] = {}
+    batch_statistics: dict[tuple[int, str], list[np.ndarray]] = {}
     for x in BATCHES:
         if average == "statistic":
             for port in ports(body, [x]):
                 if port.tag["use"] == "statistic":
-                    wanted.setdefault((port.tag["layer"], port.tag["role"]), []).append(port.got)
+                    batch_statistics.setdefault((port.tag["layer"], port.tag["role"]), []).append(port.got)
         else:
             names = [k.outputs[port].name for k in kernels for port in (1, 2)]
             base = [k.inputs[port].name for k in kernels for port in (3, 4)]
@@ -42,12 +42,12 @@ def test_statistics_are_the_average_of_all_batches(name: str, average: str, rewr
             values = harness.fetch(body, [x], [*names, *base])
             for index, weight in enumerate(factor):
                 batch = (values[index] - values[index + 4] * (1 - weight)) / weight if weight != 1 else values[index]
-                wanted.setdefault((index // 2, AVERAGED[index % 2]), []).append(batch)
+                batch_statistics.setdefault((index // 2, AVERAGED[index % 2]), []).append(batch)
     before = [(v, v.numpy()) for v in loaded.quantization.variables if not v.name.startswith(AVERAGED)]
     bnqat.reestimate_statistics(loaded, BATCHES, len(BATCHES))
     for layer, norm in enumerate(loaded.norms):
         for role in AVERAGED:
-            mean = np.mean(np.array(wanted[layer, role], np.float64), 0)
+            mean = np.mean(np.array(batch_statistics[layer, role], np.float64), 0)
             np.testing.assert_allclose(getattr(norm, role), mean, rtol=2e-5 if average == "none" else 1e-6, atol=1e-6)
     for variable, old in before:
         np.testing.assert_array_equal(variable, old)

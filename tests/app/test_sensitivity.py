@@ -33,12 +33,12 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 def test_each_error_is_that_of_one_quantizer_at_one_width(model: Paths, rewritten: Paths) -> None:
     path = rewritten("module", start_step=50, ramp_steps=7)
     before = harness.digest(path)
-    found = bnqat.sensitivity(path, {"x": X.numpy()}, bits=(4, 2))
-    assert found.inputs == 8
-    assert [(row.layer, row.role) for row in found.rows] == [(layer, role) for layer in (0, 1) for role in ROLES]
+    report = bnqat.sensitivity(path, {"x": X.numpy()}, bits=(4, 2))
+    assert report.inputs == 8
+    assert [(row.layer, row.role) for row in report.rows] == [(layer, role) for layer in (0, 1) for role in ROLES]
     source = tf.saved_model.load(str(model("module")))
     reference = source.serve(X).numpy()
-    for row in found.rows:
+    for row in report.rows:
         for bits in (4, 2):
             alone = tf.saved_model.load(str(path))
             alone.quantization.start_step.assign(0)

@@ -59,12 +59,16 @@ def test_what_is_given_counts_over_the_file_and_the_file_over_defaults(config: P
 
 
 def test_rules_keep_what_they_say_of_training_unless_it_is_given(tmp_path: Path) -> None:
-    held = {"rules": [{"match": "a", "bits": 4, "momentum": 0.5, "train_batch_norm": "none"}]}
-    assert settings(held, {"bits": 5}).rules[0].momentum == 0.5
-    given = settings(held, {"momentum": 0.9})
-    assert (given.momentum, given.rules[0].momentum, given.rules[0].train_batch_norm) == (0.9, None, "none")
-    assert given.rules[0].of("gamma") == {"bits": 4}
-    (tmp_path / "file.toml").write_text(settings(held, {"train_outputs": {"boxes": "heads/boxes:1"}}).to_toml())
+    table = {"rules": [{"match": "a", "bits": 4, "momentum": 0.5, "train_batch_norm": "none"}]}
+    assert settings(table, {"bits": 5}).rules[0].momentum == 0.5
+    overridden = settings(table, {"momentum": 0.9})
+    assert (overridden.momentum, overridden.rules[0].momentum, overridden.rules[0].train_batch_norm) == (
+        0.9,
+        None,
+        "none",
+    )
+    assert overridden.rules[0].of("gamma") == {"bits": 4}
+    (tmp_path / "file.toml").write_text(settings(table, {"train_outputs": {"boxes": "heads/boxes:1"}}).to_toml())
     printed = command("--config", tmp_path / "file.toml", "--train-batch-norm", "all", "--print-config")
     plain = tomllib.loads(printed.stdout)
     assert plain["train_outputs"] == {"boxes": "heads/boxes:1"}
@@ -179,7 +183,7 @@ def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Pa
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:
-    """Without TensorFlow: there is no model, and the mistake is named first."""
+    """The model does not exist; the mistake on the command line is reported first, without TensorFlow."""
     done = command("m", "out", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert message in done.stderr
@@ -212,11 +216,11 @@ def test_python_takes_mappings(model: Paths, tmp_path: Path) -> None:
 def test_statistics_that_are_frozen_before_quantisers_act(
     steps: tuple[int, int, int | None], noted: str, model: Paths, tmp_path: Path
 ) -> None:
-    """Start, ramp and freeze step."""
+    """`steps` is the start step, the ramp steps and the freeze step."""
     start, ramp, freeze = steps
     options: dict[str, Any] = {"start_step": start, "ramp_steps": ramp, "freeze_step": freeze}
-    found = bnqat.rewrite(model("module"), tmp_path / "target", dry_run=True, **options).notes
-    notes = [note for note in found if note.startswith("statistics are frozen from step ")]
+    all_notes = bnqat.rewrite(model("module"), tmp_path / "target", dry_run=True, **options).notes
+    notes = [note for note in all_notes if note.startswith("statistics are frozen from step ")]
     assert bool(notes) is bool(noted)
     if notes:
         assert noted in notes[0]

@@ -24,18 +24,20 @@ Paths = Callable[..., Path]
 @pytest.mark.parametrize("name", ["module", "keras_save", "v1_two_fused_references", "form_v2_half", "resnet_save"])
 def test_what_is_in_the_variables_and_what_rounding_costs(name: str, model: Paths) -> None:
     reader = tf.train.load_checkpoint(str(model(name) / "variables" / "variables"))
-    held = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
-    vectors = [np.asarray(v, np.float32) for v in held.values() if getattr(v, "ndim", 0) == 1 and v.dtype.kind == "f"]
-    seen = 0
+    tensors = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}
+    vectors = [
+        np.asarray(v, np.float32) for v in tensors.values() if getattr(v, "ndim", 0) == 1 and v.dtype.kind == "f"
+    ]
+    vectors_checked = 0
     for bn in bnqat.inspect(model(name)).batch_norms:
-        for role, found in bn.values.items():
-            (vector,) = _alike(vectors, found)
-            assert found.channels == vector.size
-            counts, _ = np.histogram(vector.astype(np.float64), bins=len(found.histogram))
-            assert found.histogram == list(counts)
-            assert found.mean == pytest.approx(float(vector.astype(np.float64).mean()))
-            assert (found.zeros, found.not_finite) == (int((vector == 0).sum()), 0)
-            for bits, error in found.expected_error.items():
+        for role, report in bn.values.items():
+            (vector,) = _matching(vectors, report)
+            assert report.channels == vector.size
+            counts, _ = np.histogram(vector.astype(np.float64), bins=len(report.histogram))
+            assert report.histogram == list(counts)
+            assert report.mean == pytest.approx(float(vector.astype(np.float64).mean()))
+            assert (report.zeros, report.not_finite) == (int((vector == 0).sum()), 0)
+            for bits, error in report.expected_error.items():
                 scheme = "log" if role == "moving_variance" else "affine"
                 q = reference.quantize(scheme, vector, bits, bn.epsilon).value.astype(np.float64)
                 v = vector.astype(np.float64)
@@ -44,23 +46,23 @@ def test_what_is_in_the_variables_and_what_rounding_costs(name: str, model: Path
                 else:
                     expected = np.linalg.norm(q - v) / np.linalg.norm(v)
                 assert error == pytest.approx(expected, rel=1e-5)
-            seen += 1
-    assert seen >= 4
+            vectors_checked += 1
+    assert vectors_checked >= 4
 
 
-def _alike(vectors: list[np.ndarray], found: ValuesReport) -> list[np.ndarray]:
-    """The vector with these ends."""
-    ends = (found.least, found.greatest)
-    return [v for v in vectors if (float(v.min()), float(v.max())) == ends and v.size == found.channels][:1]
+def _matching(vectors: list[np.ndarray], report: ValuesReport) -> list[np.ndarray]:
+    """Return a list of at most one vector: with the report's minimum, maximum and channel count."""
+    ends = (report.least, report.greatest)
+    return [v for v in vectors if (float(v.min()), float(v.max())) == ends and v.size == report.channels][:1]
 
 
 def test_numbers_that_are_none(model: Paths, tmp_path: Path) -> None:
     key = "norms/0/gamma/.ATTRIBUTES/VARIABLE_VALUE"
     broken = with_value(model("module"), tmp_path / "broken", key, lambda v: np.where(np.arange(8) < 2, np.nan, 0 * v))
-    found = bnqat.inspect(broken).batch_norms[0].values["gamma"]
-    assert (found.least, found.greatest, found.zeros, found.not_finite) == (0.0, 0.0, 6, 2)
-    assert sum(found.histogram) == 6
-    assert set(found.expected_error.values()) == {0.0}
+    report = bnqat.inspect(broken).batch_norms[0].values["gamma"]
+    assert (report.least, report.greatest, report.zeros, report.not_finite) == (0.0, 0.0, 6, 2)
+    assert sum(report.histogram) == 6
+    assert set(report.expected_error.values()) == {0.0}
     whole = bnqat.inspect(model("module")).batch_norms[0]
     assert bnqat.inspect(broken).batch_norms[0].values["beta"] == whole.values["beta"]
 
@@ -73,19 +75,21 @@ def test_a_table_json_and_a_page(model: Paths, tmp_path: Path, browser: Browser)
     rows = [line.split() for line in below.splitlines() if line.split()[1:2] == ["gamma"]]
     assert len(rows) == 2
     report = json.loads(CliRunner().invoke(main, ["inspect", str(model("keras_save")), "--json"]).stdout)
-    held = report["batch_norms"][0]["values"]["gamma"]
-    assert rows[0][2:5] == [str(held["channels"]), f"{held['least']:.4g}", f"{held['greatest']:.4g}"]
-    assert rows[0][-5:] == [f"{held['expected_error'][n]:.2g}" for n in ("8", "6", "4", "3", "2")]
-    with opened(browser, page) as seen:
-        assert seen.requests == [page.as_uri()]
-        assert seen.page.locator(".layer").count() == 2
-        cells = seen.page.locator(".layer").first.locator("tbody tr").first.locator("td").all_inner_texts()
+    gamma = report["batch_norms"][0]["values"]["gamma"]
+    assert rows[0][2:5] == [str(gamma["channels"]), f"{gamma['least']:.4g}", f"{gamma['greatest']:.4g}"]
+    assert rows[0][-5:] == [f"{gamma['expected_error'][n]:.2g}" for n in ("8", "6", "4", "3", "2")]
+    with opened(browser, page) as tab:
+        assert tab.requests == [page.as_uri()]
+        assert tab.page.locator(".layer").count() == 2
+        cells = tab.page.locator(".layer").first.locator("tbody tr").first.locator("td").all_inner_texts()
         assert cells[:2] == ["gamma", report["batch_norms"][0]["variables"]["gamma"]]
-        assert [c.strip() for c in cells[6:]] == [f"{held['expected_error'][n]:.2g}" for n in ("8", "6", "4", "3", "2")]
-        bars = seen.page.locator("svg.histogram").first.locator("rect")
-        assert bars.count() == sum(1 for count in held["histogram"] if count)
+        assert [c.strip() for c in cells[6:]] == [
+            f"{gamma['expected_error'][n]:.2g}" for n in ("8", "6", "4", "3", "2")
+        ]
+        bars = tab.page.locator("svg.histogram").first.locator("rect")
+        assert bars.count() == sum(1 for count in gamma["histogram"] if count)
         places = bars.evaluate_all("all => all.map(r => Number(r.getAttribute('x')) / 8)")
-        assert places == [i for i, count in enumerate(held["histogram"]) if count]
+        assert places == [i for i, count in enumerate(gamma["histogram"]) if count]
     notebook = bnqat.inspect(model("keras_save"))._repr_html_()
     assert notebook.startswith("<iframe srcdoc=")
 
@@ -97,10 +101,10 @@ def test_names_on_the_page_are_text(tmp_path: Path, browser: Browser) -> None:
     tf.saved_model.save(net, str(tmp_path / "net2"), signatures={hostile: net.serve})
     page = tmp_path / "inspect.html"
     page.write_text(bnqat.inspect(tmp_path / "net2").to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        assert seen.page.locator("img").count() == 0
-        assert hostile in seen.page.locator("main").inner_text()
-        assert seen.page.title() == "net2: batch norms"
+    with opened(browser, page) as tab:
+        assert tab.page.locator("img").count() == 0
+        assert hostile in tab.page.locator("main").inner_text()
+        assert tab.page.title() == "net2: batch norms"
 
 
 def test_a_page_cannot_be_written_into_the_model(model: Paths) -> None:

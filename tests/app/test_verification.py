@@ -1,4 +1,4 @@
-"""Every claim holds on real models, and fails on one that was broken in just that."""
+"""Tests of ``bnqat verify``: every claim holds on real models, and fails on a model broken in exactly that respect."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from tests.models.v1 import save_v1, two_fused
 
 Paths = Callable[..., Path]
 CLAIMS = ("signatures", "off", "on", "statistics", "gradients", "kernels in inference", "kernels in training")
-"""Those for every model; `training` is for models with a training function of their own."""
+"""Claims for every model; `training` is for models with a training function of their own."""
 X = harness.images((None, 8, 8, 3)).numpy()
 
 
-def statuses(found: Verification) -> dict[str, str]:
-    """Those of the claims for every model."""
-    return {claim.name: claim.status for claim in found.claims if claim.name != "training"}
+def statuses(verification: Verification) -> dict[str, str]:
+    """Return the statuses, by name, of the claims that apply to every model."""
+    return {claim.name: claim.status for claim in verification.claims if claim.name != "training"}
 
 
-def claim(found: Verification, name: str) -> Claim:
-    return next(c for c in found.claims if c.name == name)
+def claim(verification: Verification, name: str) -> Claim:
+    return next(c for c in verification.claims if c.name == name)
 
 
-def broken(found: Verification) -> list[str]:
-    """The claims that fail."""
-    assert found.ok is not any(c.status == FAILS for c in found.claims)
-    return [c.name for c in found.claims if c.status == FAILS]
+def broken(verification: Verification) -> list[str]:
+    """Return the names of the claims that fail."""
+    assert verification.ok is not any(c.status == FAILS for c in verification.claims)
+    return [c.name for c in verification.claims if c.status == FAILS]
 
 
 HOLDING = ["module", "module_train", "module_shared", "keras_save", "v1_two_fused", "keras3", "frozen"]
@@ -62,21 +62,21 @@ def test_every_claim_holds(name: str, model: Paths, rewritten: Paths) -> None:
     options = {"unfreeze_constants": True} if name.startswith("frozen") else {}
     source, result = model(name), rewritten(name, **options)
     before = harness.digest(source), harness.digest(result)
-    found = verify(source, result)
-    assert statuses(found) == dict.fromkeys(CLAIMS, HOLDS)
-    assert found.ok
+    verification = verify(source, result)
+    assert statuses(verification) == dict.fromkeys(CLAIMS, HOLDS)
+    assert verification.ok
     assert (harness.digest(source), harness.digest(result)) == before
-    told = json.loads(found.to_json())
-    assert told == {"ok": True, **asdict(found)}
-    rows = told["claims"][2]["table"]
+    document = json.loads(verification.to_json())
+    assert document == {"ok": True, **asdict(verification)}
+    rows = document["claims"][2]["table"]
     assert rows
     assert all(0 < row["rms"] <= row["largest"] < 1 and 0 < row["relative_rms"] < 0.1 for row in rows)
 
 
 def test_where_single_ops_became_the_kernel_the_tolerance_is_told(model: Paths, rewritten: Paths) -> None:
-    found = verify(model("keras3"), rewritten("keras3"))
-    assert "serve within 1e-05 of the largest element, as 2 sites in single ops" in claim(found, "off").detail
-    assert "and 2 sites in single ops became the kernel" in claim(found, "kernels in inference").detail
+    verification = verify(model("keras3"), rewritten("keras3"))
+    assert "serve within 1e-05 of the largest element, as 2 sites in single ops" in claim(verification, "off").detail
+    assert "and 2 sites in single ops became the kernel" in claim(verification, "kernels in inference").detail
     assert (
         "without constant folding"
         in claim(verify(model("frozen"), rewritten("frozen", unfreeze_constants=True)), "off").detail
@@ -102,9 +102,9 @@ def test_after_training_the_source_runs_with_the_new_values(model: Paths, rewrit
         v.assign(v * 1.1)
     loaded.quantization.train(X)
     tf.saved_model.save(loaded, str(tmp_path / "b"), signatures=dict(loaded.signatures))
-    found = verify(model("module"), tmp_path / "b")
-    assert statuses(found) == dict.fromkeys(CLAIMS, HOLDS)
-    assert "the source was run with 10 values that the result was trained to" in claim(found, "off").detail
+    verification = verify(model("module"), tmp_path / "b")
+    assert statuses(verification) == dict.fromkeys(CLAIMS, HOLDS)
+    assert "the source was run with 10 values that the result was trained to" in claim(verification, "off").detail
 
 
 def test_values_that_nothing_trained_are_not_excused(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ class Counting:
 
 @dataclass(frozen=True)
 class Cut:
-    """Let something stand between a gamma and its kernel in training."""
+    """Insert a node between a gamma and its kernel in training."""
 
     through: Callable[[Expr], Expr]
 
@@ -214,14 +214,14 @@ class Cut:
 
 
 def infinite(gamma: Expr) -> Expr:
-    """The gradient of a root is infinite at zero; times zero it is no number."""
+    """Make gradients NaN: a root's gradient is infinite at zero, and infinity times zero is NaN."""
     zero = op("Relu", -gamma - constant(1e3, "float32"))
     return gamma + op("Sqrt", zero * gamma)
 
 
 @dataclass(frozen=True)
 class Overflowing:
-    """Let a signature return what is no number while quantisers act."""
+    """Let a signature return NaN while quantisers act."""
 
     def edits(self, model: Model) -> Iterable[Edit]:
         graph = model.graphs[model.signatures["serving_default"].entry]
@@ -245,13 +245,13 @@ def test_a_rewrite_that_breaks_one_promise(case: str, module: Path, result: Path
     by, detail = PASSES[case]
     name = case.partition(",")[0]
     save(Pipeline([by]).run(load(result))[0], tmp_path / "b")
-    found = verify(module, tmp_path / "b")
-    assert broken(found) == [name]
-    assert detail in claim(found, name).detail
+    verification = verify(module, tmp_path / "b")
+    assert broken(verification) == [name]
+    assert detail in claim(verification, name).detail
 
 
 def edited(source: Path, target: Path, change: Callable[[Any], None]) -> Path:
-    """A copy of a model whose proto was changed."""
+    """Return a copy of a model with a changed proto."""
     shutil.copytree(source, target)
     proto = saved_model_pb2.SavedModel.FromString((target / "saved_model.pb").read_bytes())
     change(proto.meta_graphs[0])
@@ -272,7 +272,7 @@ def training(meta: Any) -> Any:
 
 
 def without(of: str, nodes: Callable[[Any], bool]) -> Callable[[Any], None]:
-    """The first of some nodes of a function does nothing."""
+    """Return a change that disables the first of some nodes of a function."""
 
     def change(meta: Any) -> None:
         node = next(n for n in function(meta, of).node_def if nodes(n))
@@ -286,16 +286,16 @@ def without(of: str, nodes: Callable[[Any], bool]) -> Callable[[Any], None]:
 
 
 def twice(body: Callable[[Any], Any]) -> Callable[[Any], None]:
-    """A second kernel beside the first of a function, whose output never counts.
+    """Return a change that adds a second kernel beside a function's first; its output never has an effect.
 
     In inference Grappler no longer fuses the first with the convolution before them, which rounds differently.
     """
 
     def change(meta: Any) -> None:
-        held = body(meta)
-        kernel = next(n for n in held.node_def if n.op == "FusedBatchNormV3")
-        users = [n for n in held.node_def if f"{kernel.name}:y:0" in n.input]
-        second, least, sunk, largest = (held.node_def.add() for _ in range(4))
+        function_def = body(meta)
+        kernel = next(n for n in function_def.node_def if n.op == "FusedBatchNormV3")
+        users = [n for n in function_def.node_def if f"{kernel.name}:y:0" in n.input]
+        second, least, sunk, largest = (function_def.node_def.add() for _ in range(4))
         second.CopyFrom(kernel)
         second.name = "second"
         second.attr["epsilon"].f = 0.5
@@ -351,10 +351,10 @@ FILES: dict[str, tuple[Callable[[Any], None], list[str], str]] = {
 @pytest.mark.parametrize("case", FILES)
 def test_a_file_that_breaks_one_promise(case: str, module: Path, result: Path, tmp_path: Path) -> None:
     change, failing, detail = FILES[case]
-    found = verify(module, edited(result, tmp_path / "b", change))
-    assert broken(found) == failing
-    assert detail in claim(found, failing[-1]).detail
-    assert "\n" not in claim(found, failing[-1]).detail
+    verification = verify(module, edited(result, tmp_path / "b", change))
+    assert broken(verification) == failing
+    assert detail in claim(verification, failing[-1]).detail
+    assert "\n" not in claim(verification, failing[-1]).detail
 
 
 def renamed(meta: Any) -> None:
@@ -376,9 +376,9 @@ def test_signatures_that_are_not_the_sources(model: Paths, rewritten: Paths, tmp
         ("b", renamed_output, ["signatures", "off", "on"], "has the outputs other, not output_0"),
         ("c", reshaped, ["signatures"], "x of the signature serving_default is float32(3, 8, 8, 3), not float32(None"),
     ):
-        found = verify(model("module"), edited(rewritten("module"), tmp_path / name, change))
-        assert broken(found) == failing
-        assert detail in claim(found, "signatures").detail
+        verification = verify(model("module"), edited(rewritten("module"), tmp_path / name, change))
+        assert broken(verification) == failing
+        assert detail in claim(verification, "signatures").detail
     missing = verify(model("module"), tmp_path / "a")
     assert statuses(missing)["off"] == statuses(missing)["on"] == NOT_APPLICABLE
 
@@ -389,16 +389,16 @@ def test_quantisers_that_do_not_act(model: Paths, rewritten: Paths, tmp_path: Pa
     for width in widths:
         width.assign(0)
     tf.saved_model.save(loaded, str(tmp_path / "b"), signatures=dict(loaded.signatures))
-    found = verify(model("module"), tmp_path / "b")
-    assert broken(found) == ["on"]
-    assert claim(found, "on").detail == "quantisers change no output"
+    verification = verify(model("module"), tmp_path / "b")
+    assert broken(verification) == ["on"]
+    assert claim(verification, "on").detail == "quantisers change no output"
 
 
 def test_single_ops_in_place_of_a_kernel(model: Paths, rewritten: Paths) -> None:
-    """The same layers, of which the result has none that the kernel computes."""
-    found = verify(model("form_v1"), rewritten("form_library_image", fuse=False))
-    assert statuses(found)["kernels in inference"] == statuses(found)["kernels in training"] == FAILS
-    assert "serving_default executes none, the source 2 " in claim(found, "kernels in inference").detail
+    """The source uses fused kernels; the result has the same layers in single ops only."""
+    verification = verify(model("form_v1"), rewritten("form_library_image", fuse=False))
+    assert statuses(verification)["kernels in inference"] == statuses(verification)["kernels in training"] == FAILS
+    assert "serving_default executes none, the source 2 " in claim(verification, "kernels in inference").detail
 
 
 def test_the_inputs_that_are_given(model: Paths, rewritten: Paths) -> None:
@@ -418,11 +418,11 @@ def test_classes_that_agree_are_counted(model: Paths, rewritten: Paths) -> None:
     (row,) = claim(verify(model("module"), rewritten("module", bits=2), inputs={"x": X}), "on").table
     loaded = tf.saved_model.load(str(rewritten("module", bits=2)))
     source = tf.saved_model.load(str(model("module")))
-    wanted, found = source.serve(X).numpy(), loaded.serve(X).numpy()
-    assert row.agreement == np.mean(wanted.argmax(1) == found.argmax(1))
-    assert row.largest == pytest.approx(np.abs(wanted - found).max(), rel=1e-4)
-    assert row.rms == pytest.approx(np.sqrt(np.mean((wanted - found) ** 2)), rel=1e-4)
-    assert row.relative_rms == pytest.approx(np.linalg.norm(wanted - found) / np.linalg.norm(wanted), rel=1e-4)
+    expected, outputs = source.serve(X).numpy(), loaded.serve(X).numpy()
+    assert row.agreement == np.mean(expected.argmax(1) == outputs.argmax(1))
+    assert row.largest == pytest.approx(np.abs(expected - outputs).max(), rel=1e-4)
+    assert row.rms == pytest.approx(np.sqrt(np.mean((expected - outputs) ** 2)), rel=1e-4)
+    assert row.relative_rms == pytest.approx(np.linalg.norm(expected - outputs) / np.linalg.norm(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -441,7 +441,7 @@ def test_inputs_that_do_not_fit(inputs: Any, message: str, model: Paths, rewritt
 
 
 class Examples(tf.Module):
-    """What it takes is serialised."""
+    """A model whose inputs are serialised `tf.train.Example` protos."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -463,8 +463,8 @@ def test_a_model_that_runs_on_no_random_inputs(tmp_path: Path) -> None:
     values = np.random.default_rng(0).normal(size=(4, 6))
     features = [tf.train.Features(feature={"v": {"float_list": {"value": row}}}) for row in values]
     examples = np.array([tf.train.Example(features=f).SerializeToString() for f in features])
-    found = verify(tmp_path / "a", tmp_path / "b", inputs={"examples": examples})
-    assert statuses(found) == dict.fromkeys(CLAIMS, HOLDS)
+    verification = verify(tmp_path / "a", tmp_path / "b", inputs={"examples": examples})
+    assert statuses(verification) == dict.fromkeys(CLAIMS, HOLDS)
     with pytest.raises(bnqat.Error, match=r"the source runs on none of the inputs given: .*Error"):
         verify(tmp_path / "a", tmp_path / "b", inputs={"examples": np.array([b"no example"])})
 
@@ -482,17 +482,17 @@ def test_what_is_no_model(module: Path, result: Path, tmp_path: Path) -> None:
 
 
 def test_a_second_phase_runs_no_further_kernel(model: Callable[[str], Path], rewritten: Callable[..., Path]) -> None:
-    """The frozen statistics are in another branch, which is placed in the graph and not reached."""
-    found = claim(verify(model("keras_save"), rewritten("keras_save", freeze_step=50)), "kernels in training")
-    assert found.status == "holds", found.detail
-    assert "it has two phases, of which one runs: 2 are reached" in found.detail
+    """The branch with frozen statistics is placed in the graph but not reached."""
+    kernels_claim = claim(verify(model("keras_save"), rewritten("keras_save", freeze_step=50)), "kernels in training")
+    assert kernels_claim.status == "holds", kernels_claim.detail
+    assert "it has two phases, of which one runs: 2 are reached" in kernels_claim.detail
 
 
 def test_a_result_of_another_model(model: Paths, rewritten: Paths) -> None:
-    found = verify(model("module"), rewritten("keras_save"))
-    assert "signatures" in broken(found)
-    assert claim(found, "off").detail == "signature serving_default: the result takes input_1, not x"
-    assert not any("Error" in c.detail for c in found.claims)
+    verification = verify(model("module"), rewritten("keras_save"))
+    assert "signatures" in broken(verification)
+    assert claim(verification, "off").detail == "signature serving_default: the result takes input_1, not x"
+    assert not any("Error" in c.detail for c in verification.claims)
 
 
 def test_inputs_that_may_fail_claims_by_themselves(model: Paths, rewritten: Paths) -> None:
@@ -507,6 +507,6 @@ def test_inputs_that_may_fail_claims_by_themselves(model: Paths, rewritten: Path
 def test_kernels_of_both_modes_are_placed_and_those_that_run_are_told(tmp_path: Path) -> None:
     save_v1(tmp_path / "a", two_fused)
     bnqat.rewrite(tmp_path / "a", tmp_path / "b")
-    found = verify(tmp_path / "a", tmp_path / "b")
-    assert "(2 reached)" in claim(found, "kernels in inference").detail
-    assert "a TensorFlow 1 graph has no training function to compare with" in claim(found, "training").detail
+    verification = verify(tmp_path / "a", tmp_path / "b")
+    assert "(2 reached)" in claim(verification, "kernels in inference").detail
+    assert "a TensorFlow 1 graph has no training function to compare with" in claim(verification, "training").detail

@@ -1,4 +1,4 @@
-"""The rounding that `verify` allows, and sound models that are not like most."""
+"""Tests of the rounding that `verify` allows, and of sound but unusual models."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ ROWS = 3
 """The number of examples that `verify` makes."""
 
 
-def claim(found: Verification, name: str) -> Claim:
-    return next(c for c in found.claims if c.name == name)
+def claim(verification: Verification, name: str) -> Claim:
+    return next(c for c in verification.claims if c.name == name)
 
 
-def failing(found: Verification) -> list[str]:
-    return [c.name for c in found.claims if c.status == FAILS]
+def failing(verification: Verification) -> list[str]:
+    return [c.name for c in verification.claims if c.status == FAILS]
 
 
 def edited(by: Pass, model: Path, target: Path) -> Path:
@@ -76,7 +76,7 @@ class WithoutCorrection:
 
 
 def amplifying(path: Path) -> Path:
-    """A net in single ops whose every layer multiplies small differences, without an end."""
+    """Return a net in single ops in which every layer amplifies small differences without limit."""
     keras.utils.set_random_seed(0)
     layers: list[Any] = [keras.Input((64,))]
     for _ in range(6):
@@ -92,7 +92,7 @@ def amplifying(path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def amplified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Such a net, and what it was rewritten to."""
+    """The paths of an amplifying net and of its rewritten form."""
     folder = tmp_path_factory.mktemp("amplified")
     source = amplifying(folder / "a")
     bnqat.rewrite(source, folder / "b")
@@ -100,31 +100,33 @@ def amplified(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 
 def test_what_a_net_multiplies_is_rounding(amplified: tuple[Path, Path]) -> None:
-    """More than a single batch norm may round."""
-    found = verify(*amplified)
-    assert found.ok, found.claims
-    off = claim(found, "off")
+    """The difference exceeds the rounding that a single batch norm may have."""
+    verification = verify(*amplified)
+    assert verification.ok, verification.claims
+    off = claim(verification, "off")
     assert float(off.detail.partition("but for ")[2].split()[0]) > ROUNDING
     assert "4 times what the source changes by other last bits" in off.detail
 
 
 def test_a_wrong_epsilon_is_more_than_a_net_multiplies(amplified: tuple[Path, Path], tmp_path: Path) -> None:
     source, result = amplified
-    found = verify(source, edited(OtherEpsilon(1.05), result, tmp_path / "c"))
-    assert failing(found) == ["off"]
-    assert "times what the source changes by other last bits in inputs and variables" in claim(found, "off").detail
+    verification = verify(source, edited(OtherEpsilon(1.05), result, tmp_path / "c"))
+    assert failing(verification) == ["off"]
+    assert (
+        "times what the source changes by other last bits in inputs and variables" in claim(verification, "off").detail
+    )
 
 
 @pytest.mark.parametrize("name", ["keras3", "module_train"])
 def test_a_wrong_epsilon_in_a_net_as_most_are(name: str, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
-    """By a twentieth: the smallest error of a formula that was made so far."""
-    found = verify(model(name), edited(OtherEpsilon(1.05), rewritten(name), tmp_path / "c"))
-    assert failing(found) == ["off"]
-    assert "of its largest element" in claim(found, "off").detail
+    """Epsilon is wrong by 5 %, the smallest error of a formula that has occurred so far."""
+    verification = verify(model(name), edited(OtherEpsilon(1.05), rewritten(name), tmp_path / "c"))
+    assert failing(verification) == ["off"]
+    assert "of its largest element" in claim(verification, "off").detail
 
 
 TRAINED = {"module_train": 64, "keras_save": 36}
-"""Models with a training function of their own, and how many pixels their first batch norm sees."""
+"""Models with a training function of their own, and the number of pixels that their first batch norm sees."""
 
 
 @pytest.mark.parametrize("name", sorted(TRAINED))
@@ -142,7 +144,7 @@ def test_training_is_compared_with_the_sources_own(name: str, model: Paths, rewr
 
 
 class Drawn(Net):
-    """A generator: its input is not all that it starts from."""
+    """A generator: it draws noise besides taking its input."""
 
     @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 3], name="x")])
     def serve(self, x: tf.Tensor) -> tf.Tensor:
@@ -152,11 +154,11 @@ class Drawn(Net):
 def test_a_source_that_draws_noise_is_recognised(tmp_path: Path) -> None:
     source = save_module(Drawn(), tmp_path / "a")
     bnqat.rewrite(source, tmp_path / "b")
-    found = verify(source, tmp_path / "b")
-    assert found.ok, found.claims
+    verification = verify(source, tmp_path / "b")
+    assert verification.ok, verification.claims
     for name in ("off", "on"):
-        assert claim(found, name).status == NOT_APPLICABLE
-        assert "draws it at random" in claim(found, name).detail
+        assert claim(verification, name).status == NOT_APPLICABLE
+        assert "draws it at random" in claim(verification, name).detail
 
 
 def test_values_that_quantisers_keep(tmp_path: Path) -> None:
@@ -168,9 +170,9 @@ def test_values_that_quantisers_keep(tmp_path: Path) -> None:
             variable.assign(filled(variable.shape, "float32"))
     source = save_module(net, tmp_path / "a")
     bnqat.rewrite(source, tmp_path / "b")
-    found = verify(source, tmp_path / "b")
-    assert found.ok, found.claims
-    assert "variables hold what quantisers keep as it is" in claim(found, "on").detail
+    verification = verify(source, tmp_path / "b")
+    assert verification.ok, verification.claims
+    assert "variables hold what quantisers keep as it is" in claim(verification, "on").detail
 
 
 def test_outputs_that_nothing_changes(tmp_path: Path) -> None:
@@ -181,13 +183,13 @@ def test_outputs_that_nothing_changes(tmp_path: Path) -> None:
     outputs = tf_keras.layers.Softmax()(net.output)
     source = export_keras(tf_keras.Model(net.input, outputs), tmp_path / "a")
     bnqat.rewrite(source, tmp_path / "b")
-    found = claim(verify(source, tmp_path / "b"), "on")
-    assert found.status == NOT_APPLICABLE
-    assert found.detail.startswith("outputs stay the same whatever the variables hold")
+    on_claim = claim(verify(source, tmp_path / "b"), "on")
+    assert on_claim.status == NOT_APPLICABLE
+    assert on_claim.detail.startswith("outputs stay the same whatever the variables hold")
 
 
 class EverySecond(tf_keras.layers.Layer):
-    """A stand-in for stochastic depth that leaves out what comes before it in every second call, or in all."""
+    """A stand-in for stochastic depth: it drops its input in every second call, or in all calls."""
 
     def __init__(self, always: bool) -> None:
         super().__init__()
@@ -213,13 +215,13 @@ def test_a_block_that_is_left_out_for_a_whole_batch(always: bool, tmp_path: Path
     perturb(net.weights)
     source = save_keras(net, tmp_path / "a")
     bnqat.rewrite(source, tmp_path / "b")
-    found = claim(verify(source, tmp_path / "b"), "gradients")
-    assert found.status == (FAILS if always else HOLDS), found.detail
-    assert not always or "which has no influence then" in found.detail
+    gradients_claim = claim(verify(source, tmp_path / "b"), "gradients")
+    assert gradients_claim.status == (FAILS if always else HOLDS), gradients_claim.detail
+    assert not always or "which has no influence then" in gradients_claim.detail
 
 
 def dense(path: Path) -> Path:
-    """A net of Keras 2 whose batch norms are in single ops, but for the first."""
+    """Save a net of Keras 2 whose batch norms, except the first, are in single ops."""
     tf_keras.utils.set_random_seed(0)
     layers = tf_keras.layers
     net = tf_keras.Sequential([layers.Input((8, 8, 3)), layers.Conv2D(8, 3), layers.BatchNormalization()])
@@ -244,9 +246,9 @@ class Unnormalised:
 def test_each_phase_has_its_kernels(tmp_path: Path) -> None:
     source = dense(tmp_path / "a")
     bnqat.rewrite(source, tmp_path / "b", freeze_step=5)
-    found = verify(source, tmp_path / "b")
-    assert found.ok, found.claims
-    assert "of which one runs: 2 are reached" in claim(found, "kernels in training").detail
+    verification = verify(source, tmp_path / "b")
+    assert verification.ok, verification.claims
+    assert "of which one runs: 2 are reached" in claim(verification, "kernels in training").detail
     wrong = verify(source, edited(Unnormalised(), tmp_path / "b", tmp_path / "c"))
     assert failing(wrong) == ["kernels in training"]
 

@@ -1,4 +1,4 @@
-"""The bar, in a process whose stderr is a terminal of its own."""
+"""Tests of the progress bar, in a process whose stderr is a terminal of its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ print("a result")
 
 
 def at_a_terminal(*arguments: str) -> tuple[int, str, str]:
-    """Exit code, what is on stdout, and what a terminal was sent on stderr."""
+    """Run a command; return its exit code, its stdout, and the stderr that a terminal received."""
     ours, theirs = pty.openpty()
     with subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=theirs, text=True) as process:
         os.close(theirs)

@@ -23,9 +23,9 @@ class Behaviour:
     """The results of running a net.
 
     Attributes:
-        start: moving statistics at first.
+        start: initial moving statistics.
         served: the output in inference; None where the net only trains.
-        kept: moving statistics after that.
+        served_averages: moving statistics after serving.
         outputs: outputs of the training steps.
         gradients: gradients by parameter, of the training steps; empty where TensorFlow gives none.
         averages: moving statistics after the steps.
@@ -34,7 +34,7 @@ class Behaviour:
 
     start: Arrays = field(default_factory=dict)
     served: np.ndarray | None = None
-    kept: Arrays = field(default_factory=dict)
+    served_averages: Arrays = field(default_factory=dict)
     outputs: list[np.ndarray] = field(default_factory=list)
     gradients: list[Arrays] = field(default_factory=list)
     averages: Arrays = field(default_factory=dict)
@@ -42,27 +42,27 @@ class Behaviour:
 
 
 def loss_of(y: tf.Tensor, form: Form) -> tf.Tensor:
-    """The loss whose gradients are compared: the output with random weights, so that no gradient cancels."""
+    """Return the loss whose gradients are compared: the output with random weights, so that no gradient cancels."""
     weights = np.random.default_rng(5).normal(0, 1, batch(form, 0).shape).astype("float32")
     return tf.reduce_sum(tf.cast(y, tf.float32) * weights)
 
 
-def difference(found: Arrays, wanted: Arrays) -> float:
-    """The largest difference of any element, relative to the largest of its array; infinite where names differ."""
-    if found.keys() != wanted.keys():
+def difference(actual: Arrays, reference: Arrays) -> float:
+    """Return the largest difference of any element, relative to its array's largest; infinite if names differ."""
+    if actual.keys() != reference.keys():
         return float("inf")
-    return max((_difference(found[name], value) for name, value in wanted.items()), default=0.0)
+    return max((_difference(actual[name], value) for name, value in reference.items()), default=0.0)
 
 
-def _difference(found: np.ndarray, wanted: np.ndarray) -> float:
-    if found.shape != wanted.shape:
+def _difference(actual: np.ndarray, reference: np.ndarray) -> float:
+    if actual.shape != reference.shape:
         return float("inf")
-    a, b = found.astype(np.float64), wanted.astype(np.float64)
+    a, b = actual.astype(np.float64), reference.astype(np.float64)
     return float(np.abs(a - b).max() / (np.abs(b).max() or 1))
 
 
-def differs(what: str, found: Arrays, wanted: Arrays, tolerance: float) -> Iterator[str]:
-    """Say so if arrays differ by more than a tolerance, or in their names."""
-    worst = difference(found, wanted)
+def differs(what: str, actual: Arrays, reference: Arrays, tolerance: float) -> Iterator[str]:
+    """Yield a sentence if arrays differ by more than a tolerance, or in their names."""
+    worst = difference(actual, reference)
     if not worst <= tolerance:  # true of NaN
         yield f"{what} differs by {worst:.2g}"

@@ -28,10 +28,10 @@ ROUNDED = {"float32": 5e-6, "half": 4e-3, "bfloat16": 5e-2, "float64": 1e-6}
 """Largest differences where the same is computed by other ops; a momentum that is given is a float32."""
 
 MEANT = {"float32": 2e-5, "half": 2e-2, "bfloat16": 1e-1, "float64": 1e-6}
-"""Largest differences of a source from what its form means."""
+"""Largest differences of a source from its form's meaning."""
 
 LAST_BIT = 2.3e-16
-"""Of float64: one of some 1,000 forms served 8.6e-17 apart without fusing; why, was not looked into."""
+"""Tolerance for float64: one of some 1,000 forms served 8.6e-17 apart without fusing; nobody looked into the cause."""
 
 Finding = tuple[str, str]
 """A claim that does not hold, and a sentence about it."""
@@ -91,7 +91,7 @@ def check(form: Form, runs: Sequence[str] = ("fused", "kept")) -> Outcome:
 
 
 def print_failures(form: str) -> None:
-    """Check the form that an expression makes, and print what fails; for a process of its own."""
+    """Check the form that an expression makes, and print the failures; for a process of its own."""
     for failure in check(Form.parsed(form)).failures:
         print(failure)  # noqa: T201  this is what it is for
 
@@ -101,7 +101,7 @@ def _source(form: Form, path: Path) -> Behaviour:
 
 
 def _rewritten(folder: Path, run: str) -> str:
-    """Rewrite the source; the sentences of the report."""
+    """Rewrite the source; return the sentences of the report."""
     fuse = run == "fused"
     report = bnqat.rewrite(folder / "source", folder / run, start_step=OFF, fuse=fuse, momentum=MOMENTUM)
     skipped, declined = ([site.reason for site in sites] for sites in (report.skipped, report.declined))
@@ -114,8 +114,8 @@ def _assert_meant(form: Form, source: Behaviour, training: Behaviour) -> None:
     pairs += list(zip(training.averages.values(), meaning.averages.values(), strict=True))
     if source.served is not None and meaning.served is not None:
         pairs.append((source.served, meaning.served))
-    for found, wanted in pairs:
-        for sentence in differs("the source", {"": found}, {"": wanted}, tolerance):
+    for actual, meant in pairs:
+        for sentence in differs("the source", {"": actual}, {"": meant}, tolerance):
             raise WrongSourceError(f"{form!r}: {sentence}")
 
 
@@ -137,24 +137,26 @@ class Comparison:
     report: str
 
     def findings(self, path: Path) -> Iterator[Finding]:
-        """Compare what was written; yields what is not as claimed."""
+        """Compare the rewritten model with its source; yield the claims that do not hold."""
         form = self.form
         if form.api == "graph":
-            own, trained = loaded_graph(form, path, self.source)
+            rewritten, trained = loaded_graph(form, path, self.source)
         else:
             decides = form.dynamic and "which chooses its mode itself" in self.report
-            own, trained = loaded_module(form, path, decides)
+            rewritten, trained = loaded_module(form, path, decides)
         raced = form.storage == "reference" and form.unguarded  # a reference is read while its average is written to it
-        kept = LAST_BIT if form.dtype == "float64" else 0.0
-        exact = FUSED[form.dtype] if self.fused else ROUNDED[form.dtype] if raced else kept
-        if self.source.served is not None and own.served is not None:
-            yield from self._differ("serving", {"y": own.served}, {"y": self.source.served}, exact)
-            yield from self._differ("averages after serving", own.kept, self.source.kept, exact)
+        last_bit = LAST_BIT if form.dtype == "float64" else 0.0
+        exact = FUSED[form.dtype] if self.fused else ROUNDED[form.dtype] if raced else last_bit
+        if self.source.served is not None and rewritten.served is not None:
+            yield from self._differ("serving", {"y": rewritten.served}, {"y": self.source.served}, exact)
+            yield from self._differ(
+                "averages after serving", rewritten.served_averages, self.source.served_averages, exact
+            )
         if form.mode != "false":
             # Functions and If are differentiated in the source alone, which changes what Grappler makes of them.
             rounded = ROUNDED[form.dtype] if form.control_flow == 2 else 0.0
-            yield from self._training("its own training", own, max(exact, rounded))
-        yield from self._kernels("its own ops", own, self.source)
+            yield from self._training("its own training", rewritten, max(exact, rounded))
+        yield from self._kernels("its own ops", rewritten, self.source)
         if trained is None:
             yield "train", "there is none"
             return
@@ -165,13 +167,13 @@ class Comparison:
         yield from self._training("train", trained, max(exact, rounded), max(exact, rounded, slopes))
         yield from self._kernels("train", trained, self.training)
 
-    def _differ(self, claim: str, found: Arrays, wanted: Arrays, tolerance: float) -> Iterator[Finding]:
-        return ((claim, sentence) for sentence in differs("it", found, wanted, tolerance))
+    def _differ(self, claim: str, actual: Arrays, reference: Arrays, tolerance: float) -> Iterator[Finding]:
+        return ((claim, sentence) for sentence in differs("it", actual, reference, tolerance))
 
     def _training(self, name: str, run: Behaviour, tolerance: float, slopes: float = 0.0) -> Iterator[Finding]:
-        """Outputs, gradients and averages of training steps; the averages have moved in any case."""
-        for step, (y, wanted) in enumerate(zip(run.outputs, self.training.outputs, strict=True)):
-            yield from self._differ(f"outputs of {name}", {f"step {step}": y}, {f"step {step}": wanted}, tolerance)
+        """Compare outputs, gradients and averages of training steps; the averages have to move in any case."""
+        for step, (y, source_y) in enumerate(zip(run.outputs, self.training.outputs, strict=True)):
+            yield from self._differ(f"outputs of {name}", {f"step {step}": y}, {f"step {step}": source_y}, tolerance)
         for gradients, right in zip(run.gradients, self.training.gradients, strict=True):
             if gradients:
                 yield from self._differ(f"gradients of {name}", gradients, right, max(tolerance, slopes))
@@ -181,16 +183,16 @@ class Comparison:
                 yield f"moving averages of {name}", f"{average} does not move"
 
     def _kernels(self, name: str, run: Behaviour, source: Behaviour) -> Iterator[Finding]:
-        """One kernel for each batch norm, that of the mode; without fusing, the source's."""
+        """Expect one kernel of the mode for each batch norm; without fusing, expect the source's kernels."""
         for mode, ran in run.kernels.items():
-            wanted = [[mode] * 2]
+            allowed = [[mode] * 2]
             if not self.fused:  # `train` leaves out the source's for inference
-                wanted = [source.kernels.get(mode, ran), [k for k in source.kernels.get(mode, ran) if k is mode]]
+                allowed = [source.kernels.get(mode, ran), [k for k in source.kernels.get(mode, ran) if k is mode]]
             elif not mode and self.form.unguarded and self.form.averaged == "batch":
-                wanted += [[False, False, True, True]]  # the averages take the batch's statistics in inference, too
-            if ran not in wanted:
+                allowed += [[False, False, True, True]]  # the averages take the batch's statistics in inference, too
+            if ran not in allowed:
                 when = "training" if mode else "inference"
-                yield "kernels", f"{name} in {when} runs {_spelled(ran)}, not {_spelled(wanted[0])}"
+                yield "kernels", f"{name} in {when} runs {_spelled(ran)}, not {_spelled(allowed[0])}"
 
 
 def _spelled(kernels: list[bool]) -> str:

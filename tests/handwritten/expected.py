@@ -22,7 +22,7 @@ class Expected:
         self.counts = [0] * keepers
 
     def run(self, step: int, training: bool) -> np.ndarray:
-        """The output for a batch; updates the moving statistics if the form does."""
+        """Return the output for a batch; update the moving statistics if the form does."""
         form, x = self.form, batch(self.form, step).astype(np.float64)
         for index in range(2):
             layer = min(index, len(self.moving) - 1)
@@ -45,14 +45,14 @@ class Expected:
         moving, keeper = self.moving[min(index, len(self.moving) - 1)], min(index, len(self.biased) - 1)
         self.counts[keeper] += 1
         for role, value in statistics.items():
-            held = self.biased[keeper] if self.form.updates == "debiased" else moving
-            held[role] = MOMENTUM * held[role] + (1 - MOMENTUM) * value
+            averages = self.biased[keeper] if self.form.updates == "debiased" else moving
+            averages[role] = MOMENTUM * averages[role] + (1 - MOMENTUM) * value
             if self.form.updates == "debiased":
-                moving[role] = held[role] / (1 - MOMENTUM ** self.counts[keeper])
+                moving[role] = averages[role] / (1 - MOMENTUM ** self.counts[keeper])
 
 
 def expected(form: Form) -> Behaviour:
-    """The output in inference, outputs of training steps, and moving statistics after them, by number."""
+    """Return the output in inference, the outputs of training steps, and the moving statistics after them by number."""
     result = Behaviour(served=Expected(form).run(0, training=False))
     net = Expected(form)
     result.outputs = [net.run(step, training=True) for step in range(STEPS)]

@@ -25,7 +25,7 @@ class GraphRun:
         placeholders: those of x, the mode and the momentum, as far as there are some, by name.
         y: the output.
         updates: collected ops.
-        held: all variables by name.
+        variables: all variables by name.
         averages: names of moving statistics.
         gradients: gradients of the loss, by parameter.
         training: the mode to train in.
@@ -36,18 +36,18 @@ class GraphRun:
     placeholders: Mapping[str, tf.Tensor]
     y: tf.Tensor
     updates: Sequence[Any]
-    held: Mapping[str, Any]
+    variables: Mapping[str, Any]
     averages: Sequence[str]
     gradients: Mapping[str, tf.Tensor]
     training: bool = True
 
     def behaviour(self) -> Behaviour:
-        """Serve once, then train, each with the variables as they are now."""
-        start = self.session.run(dict(self.held))
+        """Serve once, then train; each starts from the current variables."""
+        start = self.session.run(dict(self.variables))
         result = Behaviour(start={name: start[name] for name in self.averages})
         if self.form.mode != "true":
             result.served, result.kernels[False] = traced(self.session, self.y, self._fed(0, training=False))
-            result.kept = self._averages()
+            result.served_averages = self._averages()
             self._restore(start)
         if self.form.mode != "false":
             self._train(result)
@@ -55,8 +55,8 @@ class GraphRun:
         return result
 
     def trained(self) -> Behaviour:
-        """Train, with the variables as they are now."""
-        start = self.session.run(dict(self.held))
+        """Train, starting from the current variables."""
+        start = self.session.run(dict(self.variables))
         result = Behaviour(start={name: start[name] for name in self.averages})
         self._train(result)
         self._restore(start)
@@ -79,28 +79,28 @@ class GraphRun:
         result.averages = self._averages()
 
     def _fed(self, step: int, training: bool) -> dict[tf.Tensor, Any]:
-        """Values for the placeholders; where the mode is a variable, it is assigned."""
-        if "is_training" in self.held:
-            self.held["is_training"].load(training, self.session)
+        """Return values for the placeholders; assign the mode if it is a variable."""
+        if "is_training" in self.variables:
+            self.variables["is_training"].load(training, self.session)
         values = {"x": batch(self.form, step), "is_training": training, "momentum": MOMENTUM}
         return {placeholder: values[name] for name, placeholder in self.placeholders.items()}
 
     def _averages(self) -> Arrays:
-        values: Arrays = self.session.run({name: self.held[name] for name in self.averages})
+        values: Arrays = self.session.run({name: self.variables[name] for name in self.averages})
         return values
 
     def _restore(self, values: Arrays) -> None:
-        for name, variable in self.held.items():
+        for name, variable in self.variables.items():
             variable.load(values[name], self.session)
 
 
 def traced(session: Any, fetches: Any, fed: Mapping[tf.Tensor, Any]) -> tuple[Any, list[bool]]:
-    """Fetched values, and the attribute `is_training` of every fused kernel that ran for them."""
-    seen = v1.RunMetadata()
+    """Return fetched values, and the attribute `is_training` of every fused kernel that ran for them."""
+    metadata = v1.RunMetadata()
     options = v1.RunOptions(trace_level=v1.RunOptions.FULL_TRACE, output_partition_graphs=True)
-    values = session.run(fetches, fed, options=options, run_metadata=seen)
-    ran = {n.node_name for d in seen.step_stats.dev_stats for n in d.node_stats}
-    nodes = [n for g in seen.partition_graphs for n in g.node if n.op in FORWARD]
+    values = session.run(fetches, fed, options=options, run_metadata=metadata)
+    ran = {n.node_name for d in metadata.step_stats.dev_stats for n in d.node_stats}
+    nodes = [n for g in metadata.partition_graphs for n in g.node if n.op in FORWARD]
     return values, sorted(n.attr["is_training"].b for n in nodes if n.name in ran)
 
 
@@ -131,18 +131,20 @@ def loaded_graph(form: Form, path: Path, source: Behaviour) -> tuple[Behaviour, 
         def run(signature: str, **others: Any) -> GraphRun:
             y = tensors(signature, "outputs")["y"]
             gradients = _gradients(y, form) if differentiable else {}
-            held = {n: v for n, v in _variables().items() if not n.startswith("quantization/")}
-            return GraphRun(form, session, y=y, held=held, averages=sorted(source.start), gradients=gradients, **others)
+            variables = {n: v for n, v in _variables().items() if not n.startswith("quantization/")}
+            return GraphRun(
+                form, session, y=y, variables=variables, averages=sorted(source.start), gradients=gradients, **others
+            )
 
         updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS)
-        own = run("serving_default", placeholders=dict(_placeholders(graph)), updates=updates).behaviour()
+        behaviour = run("serving_default", placeholders=dict(_placeholders(graph)), updates=updates).behaviour()
         if "train" not in signatures:
-            return own, None
+            return behaviour, None
         inputs = tensors("train", "inputs")
         trained = run("train", placeholders=inputs, updates=[], training=False).trained()  # it trains in either mode
     if not differentiable:
         trained.gradients = _gradients_of_loaded(form, path)
-    return own, trained
+    return behaviour, trained
 
 
 def _placeholders(graph: tf.Graph) -> Iterator[tuple[str, tf.Tensor]]:
@@ -162,16 +164,16 @@ def _gradients(y: tf.Tensor, form: Form) -> dict[str, tf.Tensor]:
 
 
 def _gradients_of_loaded(form: Form, path: Path) -> list[Arrays]:
-    """Gradients through the signature `train`, which TensorFlow 2 loads."""
+    """Return the gradients of TensorFlow 2 through the loaded signature `train`."""
     loaded = tf.saved_model.load(str(path))
     train = loaded.signatures["train"]
     parameters = {v.name.partition(":")[0]: v for v in loaded.variables if v.trainable}
-    given = {"is_training": tf.constant(value=False), "momentum": tf.constant(MOMENTUM)}
-    given = {name: value for name, value in given.items() if name in train.structured_input_signature[1]}
+    arguments = {"is_training": tf.constant(value=False), "momentum": tf.constant(MOMENTUM)}
+    arguments = {name: value for name, value in arguments.items() if name in train.structured_input_signature[1]}
     results: list[Arrays] = []
     for step in range(STEPS):
         with tf.GradientTape() as tape:
-            loss = loss_of(train(x=tf.constant(batch(form, step)), **given)["y"], form)
+            loss = loss_of(train(x=tf.constant(batch(form, step)), **arguments)["y"], form)
         gradients = tape.gradient(loss, parameters)
         results.append({name: g.numpy() for name, g in gradients.items() if g is not None})
     return results

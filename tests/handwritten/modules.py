@@ -25,21 +25,21 @@ class ModuleRun:
 
     def __post_init__(self) -> None:
         layers = self.module.variables_of
-        self.held = [*self.module.mixes, *(v for layer in layers for v in layer.values())]
-        self.held += [v for layer in self.module.biased for pair in layer for v in pair]
+        self.variables = [*self.module.mixes, *(v for layer in layers for v in layer.values())]
+        self.variables += [v for layer in self.module.biased for pair in layer for v in pair]
         self.averages = {_name(v): v for layer in layers for role, v in layer.items() if "moving" in role}
 
     def served(self, result: Behaviour) -> None:
         """Serve once, in inference."""
-        start = [v.numpy() for v in self.held]
+        start = [v.numpy() for v in self.variables]
         result.served = self._call(self.module.serve, 0, training=False).numpy()
-        result.kept = {name: v.numpy() for name, v in self.averages.items()}
+        result.served_averages = {name: v.numpy() for name, v in self.averages.items()}
         self._restore(start)
 
     def trained(self, result: Behaviour, train: Any, training: bool, differentiated: bool) -> None:
         """Make training steps with a function, in a mode."""
-        start = [v.numpy() for v in self.held]
-        parameters = {_name(v): v for v in self.held if v.trainable}
+        start = [v.numpy() for v in self.variables]
+        parameters = {_name(v): v for v in self.variables if v.trainable}
         for step in range(STEPS):
             tape = tf.GradientTape()
             with tape if differentiated else contextlib.nullcontext():
@@ -52,7 +52,7 @@ class ModuleRun:
         self._restore(start)
 
     def behaviour(self, differentiated: bool = True) -> Behaviour:
-        """Serve once if the module can, then train if it can, each with the variables as they are now."""
+        """Serve once if the module can, then train if it can; each starts from the current variables."""
         result = Behaviour(start={name: v.numpy() for name, v in self.averages.items()})
         python = self.form.chooser == "python"
         if python or self.form.mode != "true":
@@ -71,7 +71,7 @@ class ModuleRun:
         return function(*inputs)
 
     def _restore(self, values: list[Any]) -> None:
-        for variable, value in zip(self.held, values, strict=True):
+        for variable, value in zip(self.variables, values, strict=True):
             variable.assign(value)
 
 
@@ -100,28 +100,30 @@ def loaded_module(form: Form, path: Path, decides: bool) -> tuple[Behaviour, Beh
     run = ModuleRun(form, tf.saved_model.load(str(path)))
     train = getattr(getattr(run.module, "quantization", None), "train", None)
     # The source's function in training and `train` share their branches, which TensorFlow cannot differentiate twice.
-    own = run.behaviour(differentiated=train is None)
+    behaviour = run.behaviour(differentiated=train is None)
     kernels = _kernels(form, path)
-    own.kernels = {mode: ran for (name, mode), ran in kernels.items() if name != "train"}
+    behaviour.kernels = {mode: ran for (name, mode), ran in kernels.items() if name != "train"}
     if train is None:
-        return own, None
-    trained = Behaviour(own.start, kernels={mode: ran for (name, mode), ran in kernels.items() if name == "train"})
+        return behaviour, None
+    trained = Behaviour(
+        behaviour.start, kernels={mode: ran for (name, mode), ran in kernels.items() if name == "train"}
+    )
     run.trained(trained, train, training=decides, differentiated=True)
-    return own, trained
+    return behaviour, trained
 
 
 def _kernels(form: Form, path: Path) -> dict[tuple[str, bool], list[bool]]:
-    """By signature and mode, the attribute `is_training` of every fused kernel that runs."""
+    """Return, by signature and mode, the attribute `is_training` of every fused kernel that runs."""
     modes = [False, True] if form.dynamic else [form.mode == "true" and form.chooser != "python"]
     result = {}
     with tf.Graph().as_default() as graph, v1.Session() as session:
         signatures = v1.saved_model.load(session, ["serve"], str(path)).signature_def
-        held = [op for op in graph.get_operations() if op.type == "VarHandleOp"]
-        held = [op for op in held if op.get_attr("shared_name") == b"is_training"]
+        mode_variables = [op for op in graph.get_operations() if op.type == "VarHandleOp"]
+        mode_variables = [op for op in mode_variables if op.get_attr("shared_name") == b"is_training"]
         for name, mode in [*(("serving_default", mode) for mode in modes), ("train", True)]:
             if name not in signatures:
                 continue
-            for op in held:
+            for op in mode_variables:
                 session.run(tf.raw_ops.AssignVariableOp(resource=op.outputs[0], value=tf.constant(mode)))
             values = {"x": batch(form, 0), "is_training": mode, "momentum": MOMENTUM}
             fed = {graph.get_tensor_by_name(t.name): values[n] for n, t in signatures[name].inputs.items()}

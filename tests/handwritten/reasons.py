@@ -19,18 +19,18 @@ class Reason:
         where: values of a form's choices; the reason holds for a form that has one of them for each choice.
         why: the reason, as a sentence.
         said: a regular expression that the rewrite's report has to match.
-        kept: whether it is one of ``--no-fuse`` alone.
+        no_fuse_only: the reason holds only for ``--no-fuse``.
     """
 
     claim: str
     where: Mapping[str, Collection[Any]]
     why: str
     said: str
-    kept: bool = False
+    no_fuse_only: bool = False
 
     def excuses(self, claim: str, form: Form, report: str, *, fused: bool) -> bool:
         """Return true if a claim need not hold for a form, and the report says so."""
-        if self.kept and fused:
+        if self.no_fuse_only and fused:
             return False
         holds = all(getattr(form, name) in values for name, values in self.where.items())
         return claim == self.claim and holds and re.search(self.said, report) is not None
@@ -50,7 +50,7 @@ REASONS = (
         {"mode": ("false",), "arithmetic": ("kernels",)},
         "a choice on a constant may compute the kernels of both modes; without fusing it stays",
         "train is derived from serving",
-        kept=True,
+        no_fuse_only=True,
     ),
     Reason(
         "kernels",
@@ -87,7 +87,7 @@ REASONS = (
         {"mode": ("false",), "branches": ("inside",), "api": ("graph",), "control_flow": (2,)},
         "without fusing, batch norms stay in functions of conditionals, which a V1 graph cannot differentiate",
         "computed in functions that the main graph calls",
-        kept=True,
+        no_fuse_only=True,
     ),
     Reason(
         "train",

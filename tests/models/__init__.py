@@ -34,7 +34,7 @@ def perturb(variables: Iterable[Any], seed: int = 0) -> None:
 
 
 class FusedBatchNorm(tf.Module):
-    """A batch norm as a library would write it on the fused kernel. `factor` is 1 - momentum."""
+    """A batch norm on the fused kernel, as a library would write it. `factor` is 1 - momentum."""
 
     def __init__(self, channels: int, factor: float = 0.1, scale: bool = True, center: bool = True) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Net(tf.Module):
 
 
 class Trainable(Net):
-    """The same, with the source's own training function."""
+    """A `Net` with the source's own training function."""
 
     @tf.function(input_signature=[tf.TensorSpec(SHAPE, name="x")])
     def train(self, x: tf.Tensor) -> tf.Tensor:
@@ -96,7 +96,7 @@ class Trainable(Net):
 
 
 class Activated(Net):
-    """The same with another activation, which may have a gradient of its own."""
+    """A `Net` with another activation, which may have a custom gradient."""
 
     def __init__(self, activation: Callable[[tf.Tensor], tf.Tensor]) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Activated(Net):
 
 
 class Shared(Net):
-    """One function computes both batch norms; it is called with different variables."""
+    """A `Net` in which one function computes both batch norms, called with different variables."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ Norm = Callable[[tf.Tensor, Variables, tf.Tensor], tf.Tensor]
 
 
 def _apply(x: tf.Tensor, v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
-    """The engineer's."""
+    """Apply a batch norm as engineers write it by hand."""
     inv = tf.math.rsqrt(variance + EPSILON) * v.gamma
     return (x * inv) - (mean * inv) + v.beta
 
@@ -67,7 +67,7 @@ def updates_always(x: tf.Tensor, v: Variables, training: tf.Tensor) -> tf.Tensor
 
 
 def inverted(x: tf.Tensor, v: Variables, training: tf.Tensor) -> tf.Tensor:
-    """Inference comes first."""
+    """The condition is inverted: the branch for inference comes first."""
     serving = tf.logical_not(training)
     mean, variance = tf.cond(serving, lambda: _moving(v), lambda: _moments(x))
     tf.cond(serving, lambda: tf.constant(0), lambda: _update(v, mean, variance))
@@ -121,7 +121,7 @@ def two_by_hand(x: tf.Tensor, v: Variables, training: tf.Tensor) -> tf.Tensor:
 
 
 def selected(x: tf.Tensor, v: Variables, training: tf.Tensor) -> tf.Tensor:
-    """By `tf.where`, which computes both."""
+    """The statistics are chosen by `tf.where`, which computes both."""
     batch = _moments(x)
     mean, variance = (tf.where(training, b, m) for b, m in zip(batch, _moving(v), strict=True))
     tf.cond(training, lambda: _update(v, *batch), lambda: tf.constant(0))
@@ -141,7 +141,7 @@ class Chosen(tf.Module):
         self.serve = tf.function(self.call, input_signature=specs)
 
     def call(self, x: tf.Tensor, training: tf.Tensor) -> tf.Tensor:
-        """The layers, each after a mix of channels."""
+        """Apply the layers, each after a mix of channels."""
         for layer in self.layers:
             x = tf.nn.relu(self.norm(tf.ensure_shape(tf.tensordot(x, self.mix, 1), x.shape), layer, training))
         return x

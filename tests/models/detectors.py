@@ -15,7 +15,7 @@ ANCHORS, CLASSES, KEPT = 64, 2, 5
 
 
 def heads(features: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Boxes [batch, anchors, 4] and the scores of their classes, in nodes called `boxes` and `scores`."""
+    """Return boxes [batch, anchors, 4] and the scores of their classes, in nodes called `boxes` and `scores`."""
     corners = tf.reshape(tf.sigmoid(features[..., :4]), [-1, ANCHORS, 4])
     ends = corners[..., :2] + corners[..., 2:]
     boxes = tf.concat([corners[..., :2], ends], -1, name="boxes")
@@ -23,22 +23,24 @@ def heads(features: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def combined(boxes: tf.Tensor, scores: tf.Tensor) -> dict[str, tf.Tensor]:
-    """For each image the best boxes of all classes; every output is a float without a gradient."""
-    found = tf.image.combined_non_max_suppression(boxes[:, :, None], scores, KEPT, KEPT)
-    return {"detection_boxes": found.nmsed_boxes, "detection_scores": found.nmsed_scores}
+    """Return each image's best boxes of all classes; every output is a float without a gradient."""
+    detections = tf.image.combined_non_max_suppression(boxes[:, :, None], scores, KEPT, KEPT)
+    return {"detection_boxes": detections.nmsed_boxes, "detection_scores": detections.nmsed_scores}
 
 
 def soft(boxes: tf.Tensor, scores: tf.Tensor) -> dict[str, tf.Tensor]:
-    """Of the first image, boxes that are gathered by what suppression selects, and scores that it makes smaller."""
-    selected, kept = tf.image.non_max_suppression_with_scores(boxes[0], scores[0, :, 0], KEPT, soft_nms_sigma=0.5)
-    return {"detection_boxes": tf.gather(boxes[0], selected), "detection_scores": kept}
+    """Return the first image's selected boxes, by `tf.gather`, and the scores that soft suppression reduces."""
+    selected, kept_scores = tf.image.non_max_suppression_with_scores(
+        boxes[0], scores[0, :, 0], KEPT, soft_nms_sigma=0.5
+    )
+    return {"detection_boxes": tf.gather(boxes[0], selected), "detection_scores": kept_scores}
 
 
 Suppression = Callable[[tf.Tensor, tf.Tensor], dict[str, tf.Tensor]]
 
 
 class Detector(Net):
-    """A detector that serves what is left of its boxes and scores.
+    """A detector that serves its boxes and scores after suppression.
 
     `nested` puts the heads into a function that the serving function calls; `twice` calls it twice.
     """
@@ -63,7 +65,7 @@ class Detector(Net):
 
 
 class TrainableDetector(Detector):
-    """The same, with the source's own training function."""
+    """A detector with the source's own training function."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 3), name="x")])
     def train(self, x: tf.Tensor) -> dict[str, tf.Tensor]:

@@ -61,7 +61,7 @@ def momentum_tensor(momentum: tf.Variable) -> Update:
 
 
 def zero_debiased(biased: Mapping[str, Any]) -> Update:
-    """A biased average is kept from zero; the average is what it would be without the bias."""
+    """A biased average starts at zero; the moving average is that average without its bias."""
 
     def update(v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> None:
         biased["step"].assign_add(1.0)
@@ -112,7 +112,7 @@ def library(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
 
 
 def channels_first(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
-    """The same over axis 1, with parameters reshaped to be broadcast."""
+    """`tf.nn.batch_normalization` over axis 1, with parameters reshaped to be broadcast."""
     mean, variance = _statistics(x, v, training, axis=1)
     shape = [1, -1] + [1] * (x.shape.rank - 2)
     mean, variance, beta, gamma = (tf.reshape(p, shape) for p in (mean, variance, v.beta, v.gamma))
@@ -148,7 +148,7 @@ def indexed(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
 
 
 def textbook(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
-    """As it is read aloud, from left to right."""
+    """The formula in the order in which it is read aloud, from left to right."""
     mean, variance = _statistics(x, v, training)
     return v.gamma * (x - mean) / tf.sqrt(variance + EPSILON) + v.beta
 
@@ -160,7 +160,7 @@ def powers(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
 
 
 def by_hand(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:
-    """The engineer's."""
+    """The arithmetic that engineers write by hand."""
     mean, variance = _statistics(x, v, training)
     inv = tf.math.rsqrt(variance + EPSILON) * v.gamma
     return (x * inv) - (mean * inv) + v.beta
@@ -201,7 +201,7 @@ class Form(tf.Module):
             self.train = tf.function(lambda x: self.call(x, training=True), input_signature=[spec])
 
     def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
-        """The layers, each after a mix of channels."""
+        """Apply the layers, each after a mix of channels."""
         for layer in self.layers:
             mixed_up = tf.tensordot(x, self.mix, [[self.axis % x.shape.rank], [0]])
             if self.axis != -1:

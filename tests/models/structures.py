@@ -1,4 +1,4 @@
-"""Models whose structure, not whose batch norm, is the point."""
+"""Models that test a structure, not a form of batch norm."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _while(m: Wrapped, x: tf.Tensor) -> tf.Tensor:
 
 
 def _as_arguments(m: Wrapped, x: tf.Tensor) -> tf.Tensor:
-    """Gamma and beta come in as tensors, read by the caller."""
+    """Call a function that takes gamma and beta as tensors, which the caller reads."""
 
     @tf.function
     def norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor) -> tf.Tensor:
@@ -130,9 +130,9 @@ class Inputs(tf.Module):
         ]
     )
     def serve(self, features: dict[str, tf.Tensor], count: tf.Tensor) -> dict[str, tf.Tensor]:
-        found = tf.gather(self.scale, tf.maximum(self.table.lookup(features["word"]), 0))
+        factors = tf.gather(self.scale, tf.maximum(self.table.lookup(features["word"]), 0))
         y = fused("FusedBatchNormV3")(features["x"], self.layer, False)
-        return {"y": y * found[:, None, None, None], "count": count + 1}
+        return {"y": y * factors[:, None, None, None], "count": count + 1}
 
 
 def _inputs(path: Path) -> Path:

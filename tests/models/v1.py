@@ -43,7 +43,7 @@ def _update(variable: Any, batch: tf.Tensor) -> None:
 
 
 def by_hand(x: tf.Tensor, training: Any) -> tf.Tensor:
-    """The engineer's own, so that any op can be put on its variables; mean and variance are chosen."""
+    """A batch norm as engineers write it, so that any op can be put on its variables; mean and variance are chosen."""
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     if training is not False:
         batch_mean, batch_variance = tf.nn.moments(x, list(range(x.shape.rank - 1)))
@@ -64,8 +64,8 @@ def two_fused(x: tf.Tensor, training: Any) -> tf.Tensor:
     """One fused op for each mode, and a choice between the outputs."""
     if training is False:
         gamma, beta, *moving = variables(x.shape[-1])
-        found: tf.Tensor = v1.nn.fused_batch_norm(x, gamma, beta, *moving, epsilon=EPSILON, is_training=False)[0]
-        return found
+        y: tf.Tensor = v1.nn.fused_batch_norm(x, gamma, beta, *moving, epsilon=EPSILON, is_training=False)[0]
+        return y
     trained, inferred = _two_fused(x)
     return _choose(training, lambda: tf.identity(trained), lambda: tf.identity(inferred))
 
@@ -89,7 +89,7 @@ def two_fused_selected(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 
 def _two_fused(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """The outputs of a fused op for training, whose statistics are averaged, and of one for inference."""
+    """Return the outputs of a fused op for training, whose statistics are averaged, and of one for inference."""
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     trained, mean, variance = v1.nn.fused_batch_norm(x, gamma, beta, epsilon=EPSILON, is_training=True)
     _update(moving_mean, mean)
@@ -145,7 +145,7 @@ def layers(fused: bool, scale: bool = True, center: bool = True) -> Norm:
 
 @dataclass(frozen=True)
 class Options:
-    """How to write a model.
+    """Options for writing a model.
 
     Attributes:
         references: reference variables (``VariableV2``) in place of resources.
@@ -208,7 +208,7 @@ def net(norm: Norm, training: Any, options: Options) -> tuple[tf.Tensor, tf.Tens
 
 
 def _train_op(logits: tf.Tensor, adam: bool) -> None:
-    """A loss and an optimizer, whose op it puts into the collection of train ops."""
+    """Add a loss and an optimizer, and put the optimizer's op into the collection of train ops."""
     labels = v1.placeholder(tf.int32, [None], name="labels")
     loss = tf.reduce_mean(tf.nn.sparse_softmax_cross_entropy_with_logits(labels=labels, logits=logits), name="loss")
     with tf.control_dependencies(v1.get_collection(v1.GraphKeys.UPDATE_OPS)):

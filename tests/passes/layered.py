@@ -1,4 +1,4 @@
-"""A small net whose layers are functions of their own, and the text of what passes make of it."""
+"""A small net whose layers are functions of their own, and the text of its rewritten graphs."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ class Layered(tf.Module):
 
 
 def saved(path: Path, module: Any) -> Model:
-    """A module with a function `serve`, saved with a default signature, and read."""
+    """Save a module with `serve` as its default signature, and read it."""
     tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
     return load(path)
 
 
 def serving(model: Model) -> Graph:
-    """The graph of the root's `serve`."""
+    """Return the graph of the root's `serve`."""
     (entry,) = model.root_entries("serve")
     return model.graphs[entry.function]
 
 
 def computing(graph: Graph) -> list[str]:
-    """The lines of a graph but for arguments, reads, and what only passes on or orders."""
+    """Return a graph's lines without arguments, reads, and nodes that only pass on a value or order others."""
     left_out = ("Arg", "ReadVariableOp", "Identity", "NoOp", "Const")
     return [line_of(node) for node in graph.nodes.values() if node.op not in left_out]

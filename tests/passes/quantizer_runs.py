@@ -1,4 +1,4 @@
-"""Running single quantisers: through a real SavedModel, under XLA, and op by op."""
+"""Runs of single quantisers: through a real SavedModel, under XLA, and op by op."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DTYPES = {"float32": tf.float32, "half": tf.float16, "int32": tf.int32}
 
 @dataclass(frozen=True)
 class Put:
-    """Let `serve` return what a function makes of its arguments."""
+    """Let `serve` return a function's results for its arguments."""
 
     function: Function
 
@@ -41,7 +41,7 @@ class Put:
 
 @cache
 def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
-    """A spec's function, of what it is told and the value, loaded from a real SavedModel."""
+    """Return a spec's function, loaded from a real SavedModel; it takes the control inputs and the value."""
     function = (range_update_function if observe else fake_quantize_function)(spec, rows)
     specs = [
         tf.TensorSpec([None] if shape is None else shape, DTYPES[p.dtype])
@@ -60,39 +60,39 @@ def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
 
 @cache
 def compiled(spec: QuantizerSpec, jit: bool = True, rows: int = 0) -> Any:
-    """The same inside another function, compiled by XLA or not."""
+    """Return a spec's function inside another function, optionally compiled by XLA."""
     serve = saved(spec, rows)
     return tf.function(lambda *inputs: serve(*inputs), jit_compile=jit)  # noqa: PLW0108  keeps `serve` alive
 
 
 def eager(spec: QuantizerSpec, inputs: Sequence[Any]) -> Any:
-    """The same op by op, without a graph."""
+    """Run a spec's function op by op, without a graph."""
     graph = define(fake_quantize_function(spec))
     values = dict(zip(graph.arguments, ([tf.convert_to_tensor(i)] for i in inputs), strict=True))
     waiting = [n for n in graph.nodes.values() if n.op != ARG]
     while waiting:
         node = next(n for n in waiting if all(v.node in values for v in n.inputs))
         waiting.remove(node)
-        given = [values[v.node][v.port] for v in node.inputs]
-        own = {name: proto for name, proto in node.attrs.items() if name[0] != "_"}  # the others are for graphs
-        attrs = tuple(part for name, proto in own.items() for part in (name, _plain(proto)))
+        operands = [values[v.node][v.port] for v in node.inputs]
+        op_attrs = {name: proto for name, proto in node.attrs.items() if name[0] != "_"}  # the others are for graphs
+        attrs = tuple(part for name, proto in op_attrs.items() for part in (name, _plain(proto)))
         if node.op == "Const":
             values[node.name] = [tf.constant(tf.make_ndarray(node.attrs["value"].tensor))]
         else:
             count = node.attrs["num_split"].i if node.op == "Split" else 1
-            values[node.name] = execute.execute(node.op.encode(), count, given, attrs, context.context())
-    (found,) = graph.results
-    return values[found.value.node][found.value.port]
+            values[node.name] = execute.execute(node.op.encode(), count, operands, attrs, context.context())
+    (result,) = graph.results
+    return values[result.value.node][result.value.port]
 
 
 def _plain(proto: Any) -> Any:
     return getattr(proto, proto.WhichOneof("value"))
 
 
-def told(
+def function_inputs(
     spec: QuantizerSpec, v: Any, bits: int, *, amount: float = 1.0, limits: Any = None, noise: Any = None
 ) -> list[Any]:
-    """The inputs of a spec's function for one vector."""
+    """Return the inputs of a spec's function for one vector."""
     inputs = [np.float32(amount), np.array([bits], np.int32)]
     if spec.scheme.range.name != "dynamic":
         inputs.append(np.asarray(limits, np.float32))

@@ -21,13 +21,13 @@ CHANNELS = 6
 
 
 def model(text: str) -> Model:
-    """A model whose main graph has the variables of one batch norm, their values by role, and these lines.
+    """Return a model whose main graph has one batch norm's variables, their values by role, and the given lines.
 
     The signature returns the node of the last line.
     """
-    held = {r: Variable(r, f"norm/{r}", "float32", (CHANNELS,), trainable=r in TRAINED) for r in ROLES}
+    variables = {r: Variable(r, f"norm/{r}", "float32", (CHANNELS,), trainable=r in TRAINED) for r in ROLES}
     nodes: dict[str, Node] = {}
-    for role, variable in held.items():
+    for role, variable in variables.items():
         nodes[f"{role}/v"] = var_handle(f"{role}/v", variable)
         read = {"dtype": protos.dtype_attr("float32"), "_output_shapes": protos.shapes_attr([(CHANNELS,)])}
         nodes[role] = Node(role, "ReadVariableOp", (Value(f"{role}/v"),), attrs=read)
@@ -36,13 +36,13 @@ def model(text: str) -> Model:
         nodes[node.name] = node
     last = list(nodes)[-1]
     signature = Signature("serving_default", "", ("x",), ("y",), (Value("x"),), (Value(last),))
-    return Model({MAIN: Graph(MAIN, nodes)}, held, signatures={"serving_default": signature})
+    return Model({MAIN: Graph(MAIN, nodes)}, variables, signatures={"serving_default": signature})
 
 
 def _node(line: str) -> Node:
-    found = LINE.match(line)
-    assert found is not None, line
-    name, op, inputs, content, shape = found.groups()
+    match = LINE.match(line)
+    assert match is not None, line
+    name, op, inputs, content, shape = match.groups()
     sizes = None if shape == "-" else tuple(-1 if s == "?" else int(s) for s in re.findall(r"\?|\d+", shape))
     attrs = {"_output_shapes": protos.shapes_attr([sizes])}
     if op == "Const":
@@ -64,13 +64,13 @@ def _port(text: str) -> tuple[str, int]:
 
 
 def line_of(node: Node, attributes: tuple[str, ...] = ()) -> str:
-    """A node as a line of text, with these of its attributes."""
-    kept = {k: v for k, v in node.attrs.items() if k in attributes}
-    graph = Graph(MAIN, {node.name: Node(node.name, node.op, node.inputs, node.after, kept)})
+    """Return a node as a line of text, with the named attributes only."""
+    attrs = {k: v for k, v in node.attrs.items() if k in attributes}
+    graph = Graph(MAIN, {node.name: Node(node.name, node.op, node.inputs, node.after, attrs)})
     return to_text(graph).splitlines()[1].strip()
 
 
 def text_of(after: Model, attributes: tuple[str, ...] = ("data_format", "epsilon", "is_training")) -> list[str]:
-    """The lines of the main graph but for the variables; of attributes, those of the kernel."""
+    """Return the main graph's lines without the variables, with the kernel's attributes only."""
     shown = (n for n in after.graphs[MAIN].nodes.values() if n.op not in ("VarHandleOp", "ReadVariableOp"))
     return [line_of(node, attributes) for node in shown]

@@ -1,4 +1,4 @@
-"""The registry names every pass there is, and each class bears its name."""
+"""Tests of the registry: it names every pass, and each class bears its name."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(passes.__file__).parent
 
 @pytest.mark.parametrize("name", PASSES)
 def test_a_pass_has_its_name(name: str) -> None:
-    made = pass_class(name)()
-    assert isinstance(made, Pass)
-    assert pass_name(made) == pass_class(name).name == name
+    instance = pass_class(name)()
+    assert isinstance(instance, Pass)
+    assert pass_name(instance) == pass_class(name).name == name
     assert PASSES[name].partition(":")[0].endswith(f".{name.replace('-', '_')}")
 
 

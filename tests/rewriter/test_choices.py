@@ -24,8 +24,8 @@ MODEL = Model({MAIN: Graph(MAIN, {}), **{g.name: g for g in (MERGE, BRANCHES, FI
 
 
 def test_merge_gives_each_input_with_an_edge_of_its_own() -> None:
-    found = leaves(MODEL, Edge("f", "", 0), Value("out"))
-    assert [(leaf.edge, leaf.value) for leaf in found] == [
+    inputs = leaves(MODEL, Edge("f", "", 0), Value("out"))
+    assert [(leaf.edge, leaf.value) for leaf in inputs] == [
         (Edge("f", "merged", 0), Value("a")),
         (Edge("f", "shaped", 0), Value("b")),  # before the change of shape
     ]
@@ -41,9 +41,9 @@ def test_branches_give_what_is_inside_or_passed_in() -> None:
 def test_an_argument_is_what_the_only_caller_passes() -> None:
     (leaf,) = leaves(MODEL, Edge("first", "", 0), Value("i"))
     assert (leaf.graph, leaf.value) == ("first", Value("p"))
-    found = outside(MODEL, leaf)
-    assert (found.edge, found.graph, found.value) == (leaf.edge, "g", Value("a"))
-    assert outside(MODEL, found) == found  # nothing calls g
+    argument = outside(MODEL, leaf)
+    assert (argument.edge, argument.graph, argument.value) == (leaf.edge, "g", Value("a"))
+    assert outside(MODEL, argument) == argument  # nothing calls g
 
 
 def test_a_loop_ends() -> None:
@@ -55,5 +55,5 @@ function loop(a: float32) -> (y = merged: float32) {
 }
 """)
     model = Model({MAIN: Graph(MAIN, {}), "loop": graph})
-    found = leaves(model, Edge("loop", "", 0), Value("merged"))
-    assert [leaf.value for leaf in found] == [Value("a"), Value("again")]
+    inputs = leaves(model, Edge("loop", "", 0), Value("merged"))
+    assert [leaf.value for leaf in inputs] == [Value("a"), Value("again")]

@@ -31,12 +31,12 @@ def test_recursion_is_refused_by_name() -> None:
 def test_variables_of_one_call_stay_together(model: Callable[[str], Path]) -> None:
     """A function shared by two batch norms has two bindings, not a mixture of eight variables."""
     read = load(model("module_shared"))
-    found: set[tuple[Origin, ...]] = set()
+    all_bindings: set[tuple[Origin, ...]] = set()
     for graph in read.graphs.values():
         for node in graph.nodes.values():
             if node.op == "FusedBatchNormV3":
-                found |= bindings(read, graph.name, node.inputs[1:5])
-    keys = {tuple(o.key for o in origin if isinstance(o, VariableKey)) for origin in found}
+                all_bindings |= bindings(read, graph.name, node.inputs[1:5])
+    keys = {tuple(o.key for o in origin if isinstance(o, VariableKey)) for origin in all_bindings}
     layers = {tuple(key.partition("/.ATTR")[0] for key in origin) for origin in keys if origin}
     assert layers == {
         tuple(f"norms/{i}/{role}" for role in ("gamma", "beta", "moving_mean", "moving_variance")) for i in range(2)

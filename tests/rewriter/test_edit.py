@@ -1,4 +1,4 @@
-"""Edits on small graphs: text before, text after."""
+"""Tests of edits on small graphs: text before, text after."""
 
 from __future__ import annotations
 
@@ -62,14 +62,14 @@ function cond(x: float32) -> (go = less: bool) {
 
 
 def model(*texts: str, entries: tuple[str, ...] = ()) -> Model:
-    """A model with these functions; `entries` are concrete functions without captures."""
+    """Return a model with the given functions; `entries` are concrete functions without captures."""
     graphs = [from_text(t) for t in texts]
-    made = {}
+    entry_points = {}
     for graph in graphs:
         if graph.name in entries:
             specs = tuple(Spec(a, "float32", None) for a in graph.arguments)
-            made[graph.name] = Entry(graph.name, specs, (Spec("y", "float32", None),), ())
-    return Model({MAIN: Graph(MAIN, {}), **{g.name: g for g in graphs}}, entries=made)
+            entry_points[graph.name] = Entry(graph.name, specs, (Spec("y", "float32", None),), ())
+    return Model({MAIN: Graph(MAIN, {}), **{g.name: g for g in graphs}}, entries=entry_points)
 
 
 def edited(before: Model, *edits: Edit) -> Model:

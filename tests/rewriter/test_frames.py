@@ -24,9 +24,9 @@ MODEL = Model({MAIN: Graph(MAIN, {}), "f": LOOP})
 
 
 def test_what_lies_between_enter_and_exit_lies_in_the_frame() -> None:
-    found = frames(LOOP)
-    assert set(found) == {"enter", "merge", "zero", "less", "cond", "switch", "body", "next"}
-    assert set(found.values()) == {("w",)}
+    frame_of = frames(LOOP)
+    assert set(frame_of) == {"enter", "merge", "zero", "less", "cond", "switch", "body", "next"}
+    assert set(frame_of.values()) == {("w",)}
 
 
 def test_what_comes_from_outside_enters_once() -> None:

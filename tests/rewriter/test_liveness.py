@@ -41,17 +41,17 @@ def test_nothing_is_dead_or_chosen_without_an_assumption() -> None:
 
 @pytest.mark.parametrize("mode", [True, False])
 def test_an_assumed_mode_decides_switch_merge_select_and_branch(mode: bool) -> None:
-    found = assume(mode=mode)
+    liveness = assume(mode=mode)
     living, dead = ("trained", "served") if mode else ("served", "trained")
-    assert Value(dead) in found.dead
-    assert found.runs(living)
-    assert not found.runs(dead)
-    assert found.runs("update") == mode  # by a control input
-    assert found.chosen(found.graph.nodes["merged"]) == Value(living)
-    assert found.chosen(found.graph.nodes["chosen"]) == (Value("merged") if mode else Value("x"))
-    assert found.called(["if"]) == {"a" if mode else "b"}
-    assert found.passes(Edge("a", "", 0)) == mode
-    assert found.passes(Edge("choose", "chosen", 2)) == mode
-    needed = set(found.needed(["out"]))
+    assert Value(dead) in liveness.dead
+    assert liveness.runs(living)
+    assert not liveness.runs(dead)
+    assert liveness.runs("update") == mode  # by a control input
+    assert liveness.chosen(liveness.graph.nodes["merged"]) == Value(living)
+    assert liveness.chosen(liveness.graph.nodes["chosen"]) == (Value("merged") if mode else Value("x"))
+    assert liveness.called(["if"]) == {"a" if mode else "b"}
+    assert liveness.passes(Edge("a", "", 0)) == mode
+    assert liveness.passes(Edge("choose", "chosen", 2)) == mode
+    needed = set(liveness.needed(["out"]))
     assert dead not in needed
     assert (living in needed) == mode  # select takes x otherwise

@@ -1,4 +1,4 @@
-"""Attributes are what the definition of the op says where a node has none."""
+"""Tests that an absent attribute of a node has its op definition's default."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AS_WRITTEN = (
     "rewriter/savedmodel/graphs.py",
     "rewriter/text.py",
 )
-"""Modules for which attributes are those that were written: they check, compare, convert or print them."""
+"""Modules that need attributes as written, without defaults: they check, compare, convert or print them."""
 
 
 def test_an_attribute_that_was_left_out_has_its_default() -> None:
@@ -37,9 +37,9 @@ def test_an_attribute_that_has_no_default_is_named() -> None:
 
 
 def raw_reads(source: str) -> Iterator[int]:
-    """The lines that take an op's attribute out of `attrs`, where its default is not seen.
+    """Yield the numbers of lines that read an op's attribute from `attrs`, which ignores its default.
 
-    Marks are exempt, which no definition of an op has: names that start with an underscore, or constants for them.
+    Marks are exempt, because no op definition has them: names that start with an underscore, or constants for them.
     """
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -74,5 +74,5 @@ def test_raw_reads_are_seen(source: str, count: int) -> None:
 def test_attributes_are_read_through_the_definitions_of_ops() -> None:
     files = [f for folder in ("rewriter", "passes") for f in sorted((ROOT / folder).rglob("*.py"))]
     assert {ROOT / name for name in AS_WRITTEN} < set(files)
-    found = [f"{f.relative_to(ROOT)}:{n}" for f in files for n in raw_reads(f.read_text(encoding="utf-8"))]
-    assert [place for place in found if not place.startswith(AS_WRITTEN)] == []
+    reads = [f"{f.relative_to(ROOT)}:{n}" for f in files for n in raw_reads(f.read_text(encoding="utf-8"))]
+    assert [place for place in reads if not place.startswith(AS_WRITTEN)] == []

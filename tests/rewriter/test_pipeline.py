@@ -14,7 +14,7 @@ from tests.rewriter.test_edit import INNER, model
 
 @dataclass(frozen=True)
 class Breaks:
-    """Uses an output that its node does not have."""
+    """A pass that uses an output that its node does not have."""
 
     def edits(self, _: Model) -> Iterable[Edit]:
         yield Rewire(Edge("inner", "", 0), Use("float32", Value("nothing")), "s")
@@ -22,7 +22,7 @@ class Breaks:
 
 @dataclass(frozen=True)
 class Talks:
-    """Changes nothing."""
+    """A pass that changes nothing, but skips a node and leaves a note."""
 
     def edits(self, _: Model) -> Iterable[Edit]:
         yield Skip("inner", "neg", "because")
@@ -30,7 +30,7 @@ class Talks:
 
 
 class NoPass:
-    """Has no edits."""
+    """A class without `edits`, so not a pass."""
 
 
 def test_the_pass_that_broke_the_model_is_named() -> None:
@@ -39,10 +39,10 @@ def test_the_pass_that_broke_the_model_is_named() -> None:
 
 
 def test_observers_see_every_step() -> None:
-    seen: list[Step] = []
+    observed: list[Step] = []
     before = model(INNER)
-    after, steps = Pipeline([Talks(), Talks()], [seen.append]).run(before)
-    assert seen == steps
+    after, steps = Pipeline([Talks(), Talks()], [observed.append]).run(before)
+    assert observed == steps
     assert after.graphs == before.graphs
     assert [s.name for s in steps] == ["Talks", "Talks"]
     assert steps[0].skipped[0].reason == "because"

@@ -1,4 +1,4 @@
-"""What goes with functions that are not kept, in the text form of graphs; and terms across calls."""
+"""Tests of pruning, in the text form of graphs, and of terms across calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT = "float32"
 
 
 def long(text: str) -> str:
-    """A text with lists of dtypes spelled out: $fr is a float and a resource."""
+    """Return a text with lists of dtypes spelled out: $fr is a float and a resource."""
     names = {"f": "DT_FLOAT", "r": "DT_RESOURCE"}
 
     def spelled(match: re.Match[str]) -> str:
@@ -32,12 +32,14 @@ def long(text: str) -> str:
 
 
 def model(*texts: str, entries: tuple[str, ...] = ("top",), captures: tuple[str, ...] = ("a", "b")) -> Model:
-    """Functions in text form; the entries take one float and capture variables."""
+    """Return a model with functions in text form; its entries take one float and capture variables."""
     graphs = {g.name: g for g in (from_text(long(text)) for text in texts)}
-    found = {name: Entry(name, (Spec("x", FLOAT, ()),), (Spec("y", FLOAT, ()),), captures, (name,)) for name in entries}
+    entry_points = {
+        name: Entry(name, (Spec("x", FLOAT, ()),), (Spec("y", FLOAT, ()),), captures, (name,)) for name in entries
+    }
     variables = {k: Variable(k, k, FLOAT, ()) for k in captures}
     values = {"a": np.float32(2), "b": np.float32(5)}
-    return Model({MAIN: Graph(MAIN, {}), **graphs}, variables, found, values=lambda key: values[key])
+    return Model({MAIN: Graph(MAIN, {}), **graphs}, variables, entry_points, values=lambda key: values[key])
 
 
 TOP = """\
@@ -60,15 +62,15 @@ stateful function inner(x: float32, a: resource, b: resource, more: float32) -> 
 
 
 def test_what_no_result_needs_goes_through_calls_up_to_the_variables() -> None:
-    kept = apply(model(TOP, INNER), [Keep(("top",))])
-    assert to_text(kept.graphs["top"]) == long("""\
+    pruned = apply(model(TOP, INNER), [Keep(("top",))])
+    assert to_text(pruned.graphs["top"]) == long("""\
 stateful function top(x: float32, a: resource) -> (y = call: float32) {
   call = StatefulPartitionedCall(x, a) {Tin: $fr, Tout: $f, f: @inner}
   effect call = call
 }
 """)
     assert (
-        to_text(kept.graphs["inner"])
+        to_text(pruned.graphs["inner"])
         == """\
 stateful function inner(x: float32, a: resource) -> (y = sum: float32) {
   first = ReadVariableOp(a) {dtype: float32}
@@ -76,10 +78,10 @@ stateful function inner(x: float32, a: resource) -> (y = sum: float32) {
 }
 """
     )
-    assert kept.entries["top"].captures == ("a",)
-    assert set(kept.variables) == {"a"}
-    again = apply(kept, [Keep(("top",))])
-    assert again.graphs == kept.graphs
+    assert pruned.entries["top"].captures == ("a",)
+    assert set(pruned.variables) == {"a"}
+    again = apply(pruned, [Keep(("top",))])
+    assert again.graphs == pruned.graphs
 
 
 def test_what_a_read_that_goes_has_waited_for_is_waited_for() -> None:
@@ -90,14 +92,14 @@ stateful function top(x: float32, a: resource, b: resource) -> (y = late: float3
   late = ReadVariableOp(a) after(unused) {dtype: float32}
 }
 """
-    kept = apply(model(text), [Keep(("top",))]).graphs["top"]
-    assert kept.nodes["late"].after == ("assign",)
-    assert "unused" not in kept.nodes
+    pruned = apply(model(text), [Keep(("top",))]).graphs["top"]
+    assert pruned.nodes["late"].after == ("assign",)
+    assert "unused" not in pruned.nodes
     # What runs only because a read waits for it still runs.
     alone = text.replace("  late = ReadVariableOp(a) after(unused) {dtype: float32}\n", "  effect unused = unused\n")
-    kept = apply(model(alone.replace("y = late", "y = x")), [Keep(("top",))]).graphs["top"]
-    assert {"assign", "unused"} <= kept.nodes.keys()
-    assert [e.node for e in kept.effects] == ["unused"]
+    pruned = apply(model(alone.replace("y = late", "y = x")), [Keep(("top",))]).graphs["top"]
+    assert {"assign", "unused"} <= pruned.nodes.keys()
+    assert [e.node for e in pruned.effects] == ["unused"]
 
 
 LOOP = """\
@@ -122,13 +124,13 @@ stateful function body(x: float32, dead: float32, a: resource) -> (x = y: float3
 
 
 def test_a_loop_loses_what_it_only_passes_on_and_its_outputs_move_up() -> None:
-    kept = apply(model(LOOP, COND, BODY), [Keep(("top",))])
-    top = kept.graphs["top"]
+    pruned = apply(model(LOOP, COND, BODY), [Keep(("top",))])
+    top = pruned.graphs["top"]
     assert top.nodes["loop"].inputs == (Value("x"), Value("a"))
     assert top.nodes["read"].inputs == (Value("loop", 1),)
-    assert kept.graphs["cond"].arguments == kept.graphs["body"].arguments == ("x", "a")
-    assert [r.name for r in kept.graphs["body"].results] == ["x", "a"]
-    assert set(kept.variables) == {"a"}
+    assert pruned.graphs["cond"].arguments == pruned.graphs["body"].arguments == ("x", "a")
+    assert [r.name for r in pruned.graphs["body"].results] == ["x", "a"]
+    assert set(pruned.variables) == {"a"}
 
 
 def test_inputs_that_do_not_count_are_no_need_and_others_are() -> None:
@@ -205,7 +207,7 @@ SIZES = _sizes(LARGEST + 1)
 
 
 def hidden(number: int) -> str:
-    """The least of so many values, as the size of another: TensorFlow computes it to know a shape."""
+    """Return lines that fill a tensor whose size is the minimum of `number` values; shape inference computes it."""
     return f"""\
   n = Const() {{dtype: int32, value: {_sizes(number)}}}
   zero = Const() {{dtype: int32, value: {_sizes(0)}}}
@@ -216,7 +218,7 @@ def hidden(number: int) -> str:
 
 
 def test_sizes_are_looked_at_before_they_are_computed(forks: Server) -> None:
-    """Sizes are computed of constants one op at a time."""
+    """Sizes that follow from constants are computed one op at a time."""
     for number, code in ((1000, 0), (2**29, 2)):
         outcome = forks.run(Call("tests.rewriter.test_prune:computed", [hidden(number)]), mib=1500)
         assert (outcome.code, outcome.stopped) == (code, ""), outcome
@@ -224,17 +226,17 @@ def test_sizes_are_looked_at_before_they_are_computed(forks: Server) -> None:
 
 
 def computed(lines: str) -> None:
-    """Print what the text of a function computes, of a scalar variable `r`."""
+    """Evaluate the text of a function of a scalar variable `r`; print an error to stderr and exit with 2."""
     text = f"stateful function top(x: float32, a: resource, b: resource) -> (y = y: float32) {{\n{lines}\n"
     bad = model(text + "  r = ReadVariableOp(a) {dtype: float32}\n}")
     terms = Terms(bad)
     (way,) = terms.ways("top", [Value("y")])
     try:
-        (found,) = evaluated(bad, [terms.on("top", Value("y"), way)], {}, trust=False)
+        (value,) = evaluated(bad, [terms.on("top", Value("y"), way)], {}, trust=False)
     except Error as e:
         sys.stderr.write(str(e))
         sys.exit(2)
-    assert found.tolist() == [2, 2, 2]
+    assert value.tolist() == [2, 2, 2]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ stateful function f(x: float32, handle: resource {_user_specified_name: "gamma"}
 
 
 def plain(graph: Graph) -> Graph:
-    """A graph without what its text leaves out."""
+    """Return a graph without the parts that its text leaves out."""
     nodes = {n.name: replace(n, residue=b"") for n in graph.nodes.values()}
     results = tuple(r._replace(residue=b"") for r in graph.results)
     return replace(graph, nodes=nodes, results=results, residue=b"")

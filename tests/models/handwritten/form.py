@@ -63,25 +63,25 @@ class Form:
     api: str = "graph"
 
     def __repr__(self) -> str:
-        """An expression that makes the form, with what differs from the defaults."""
-        given = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
-        return f"Form({', '.join(f'{name}={value!r}' for name, value, default in given if value != default)})"
+        """Return an expression that makes the form; it names only values that differ from the defaults."""
+        choices = ((f.name, getattr(self, f.name), f.default) for f in fields(self))
+        return f"Form({', '.join(f'{name}={value!r}' for name, value, default in choices if value != default)})"
 
     @classmethod
     def parsed(cls, text: str) -> Form:
-        """The form that an expression makes."""
+        """Return the form that an expression makes."""
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call)
         return cls(**{str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords})
 
     @property
     def dynamic(self) -> bool:
-        """Return whether the mode is only known while the model runs."""
+        """Return true if the mode is only known while the model runs."""
         return self.mode not in CONSTANT
 
     @property
     def unguarded(self) -> bool:
-        """Return whether running the model in inference runs the updates."""
+        """Return true if running the model in inference runs the updates."""
         waits = self.placement in ("output", "input") or (self.placement == "collection" and self.api == "function")
         return waits and self.packing != "cond" and self.chooser != "python"
 

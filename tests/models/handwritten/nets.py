@@ -28,14 +28,14 @@ def dtypes(form: Form) -> tuple[Any, Any]:
 
 
 def batch(form: Form, index: int) -> np.ndarray:
-    """An input."""
+    """Return an input batch."""
     rng = np.random.default_rng([index, 11])
     values: np.ndarray = rng.normal(0.3, 1.5, (*SIZES[form.rank], CHANNELS)).astype(dtypes(form)[0].as_numpy_dtype)
     return values
 
 
 def initial(role: str, layer: int) -> np.ndarray:
-    """A variable's value as training might have left it."""
+    """Return a variable's value as training might have left it."""
     rng = np.random.default_rng([["gamma", "beta", *STATISTICS, "mix"].index(role), layer])
     if role == "mix":
         return rng.normal(0, 0.6, (CHANNELS, CHANNELS))
@@ -45,23 +45,23 @@ def initial(role: str, layer: int) -> np.ndarray:
 
 
 def roles(form: Form) -> list[str]:
-    """The variables of a batch norm that the form makes before it is computed."""
-    own = [role for role, there in (("gamma", form.scale), ("beta", form.center)) if there]
-    return own if form.updates == "ema" else [*own, *STATISTICS]
+    """Return the roles of the variables that exist before the batch norm is computed."""
+    parameters = [role for role, there in (("gamma", form.scale), ("beta", form.center)) if there]
+    return parameters if form.updates == "ema" else [*parameters, *STATISTICS]
 
 
 def net(
     form: Form, x: tf.Tensor, layers: Sequence[tuple[Any, Layer]], training: Any, momentum: Any
 ) -> tuple[tf.Tensor, list[Any]]:
-    """Layers of a product and a batch norm: the output, and updates that are left to the caller."""
+    """Apply layers of a product and a batch norm; return the output, and the updates that the caller has to run."""
     updates: list[Any] = []
     for index, (mix, layer) in enumerate(layers):
         if index:
             x = tf.tanh(x)  # smooth, so that rounding does not change which gradients are zero
         x = tf.ensure_shape(tf.tensordot(x, tf.convert_to_tensor(mix), 1), [None, *SIZES[form.rank][1:], CHANNELS])
         with tf.name_scope(f"norm_{index}"):
-            x, own = HandWritten(form, x, layer, training, momentum)()
-        updates += own
+            x, layer_updates = HandWritten(form, x, layer, training, momentum)()
+        updates += layer_updates
     return x, updates
 
 
@@ -107,9 +107,9 @@ def graph_net(form: Form) -> Iterator[GraphNet]:
 
         def variable(name: str, role: str, index: int, dtype: Any) -> Any:
             shape = initial(role, index).shape
-            made = v1.get_variable(name, shape, dtype, v1.zeros_initializer(), trainable="moving" not in role)
-            start.append((made, initial(role, index)))
-            return made
+            new_variable = v1.get_variable(name, shape, dtype, v1.zeros_initializer(), trainable="moving" not in role)
+            start.append((new_variable, initial(role, index)))
+            return new_variable
 
         mixes = [variable(f"mix_{i}", "mix", i, dtype) for i in range(2)]
         layers = [
@@ -139,8 +139,8 @@ def graph_mode(form: Form) -> Any:
         value = form.mode == "true"
         return value if form.chooser == "python" else tf.constant(value, name="is_training")
     if form.mode == "variable":
-        held = v1.get_variable("is_training", [], tf.bool, v1.zeros_initializer(), trainable=False)
-        return tf.identity(held)
+        mode = v1.get_variable("is_training", [], tf.bool, v1.zeros_initializer(), trainable=False)
+        return tf.identity(mode)
     if form.mode == "default":
         return v1.placeholder_with_default(False, [], name="is_training")
     return v1.placeholder(tf.bool, [], name="is_training")
@@ -204,18 +204,18 @@ class Module(tf.Module):
             self.train = tf.function(self._function(True), input_signature=specs)
 
     def _function(self, training: bool) -> Callable[..., tf.Tensor]:
-        """The net as a function of x and, where the form has them, the mode and the momentum."""
+        """Return the net as a function of x and, if the form has them, the mode and the momentum."""
 
         def call(x: tf.Tensor, *rest: tf.Tensor) -> tf.Tensor:
-            given = list(rest)
+            arguments = list(rest)
             mode: Any = training
             if self.form.mode == "placeholder":
-                mode = given.pop(0)
+                mode = arguments.pop(0)
             elif self.form.mode == "variable":
                 mode = self.is_training.read_value()
             elif self.form.chooser != "python":
                 mode = tf.constant(self.form.mode == "true")
-            momentum: Any = given.pop(0) if self.form.momentum == "placeholder" else MOMENTUM
+            momentum: Any = arguments.pop(0) if self.form.momentum == "placeholder" else MOMENTUM
             if self.form.momentum == "tensor":
                 momentum = tf.constant(MOMENTUM)
             layers = [Layer(**v) for v in self.variables_of]

@@ -1,4 +1,4 @@
-"""The batch norm of a form, for graphs and for functions: statistics, choice, arithmetic and updates."""
+"""A form's batch norm, for graphs and for functions: statistics, choice, arithmetic and updates."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class HandWritten:
     reads: Pair | None = None
 
     def __call__(self) -> tuple[tf.Tensor, list[Any]]:
-        """The output, and the ops of updates that are left to the caller."""
+        """Return the output, and the update ops that the caller has to run."""
         form = self.form
         outside = None if form.branches == "inside" else self._batch_results()
         updates: list[Any] = []
@@ -92,7 +92,7 @@ class HandWritten:
         return [s for some in every for s in self._chosen(*self._branches_of_statistics(outside, some))]
 
     def _branches_of_statistics(self, outside: Sequence[Any] | None, some: list[int]) -> Any:
-        """Functions that return some of the batch's statistics, and the moving ones."""
+        """Return two functions: of some of the batch's statistics, and of the moving ones."""
 
         def train() -> list[Any]:
             batch = self._moments() if outside is None else outside[1:]
@@ -173,11 +173,11 @@ class HandWritten:
         return mean, variance
 
     def _moving(self) -> Pair:
-        """The moving statistics."""
+        """Return the moving statistics."""
         return self.reads or (self.layer.moving_mean, self.layer.moving_variance)
 
     def _normalised(self, x: tf.Tensor, mean: Any, variance: Any) -> tf.Tensor:
-        """The arithmetic."""
+        """Normalise x by the form's arithmetic."""
         form, layer = self.form, self.layer
         mean, variance = tf.cast(mean, x.dtype), tf.cast(variance, x.dtype)
         gamma, beta = (None if p is None else tf.cast(p, x.dtype) for p in (layer.gamma, layer.beta))

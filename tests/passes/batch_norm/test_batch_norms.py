@@ -15,9 +15,9 @@ Paths = Callable[[str], Path]
 
 
 def test_layers_sites_and_roles_of_a_keras_save(model: Paths) -> None:
-    found = load(model("keras_save")).analysis(batch_norms)
-    assert [bn.name for bn in found] == ["batch_normalization", "batch_normalization_1"]
-    for bn in found:
+    norms = load(model("keras_save")).analysis(batch_norms)
+    assert [bn.name for bn in norms] == ["batch_normalization", "batch_normalization_1"]
+    for bn in norms:
         assert {r: k.rsplit("/", 3)[-3] for r, k in bn.variables.items()} == {
             r: r for r in ("gamma", "beta", "moving_mean", "moving_variance")
         }
@@ -25,14 +25,14 @@ def test_layers_sites_and_roles_of_a_keras_save(model: Paths) -> None:
         assert sum(not s.training for s in bn.sites) == 3
         assert bn.weight == pytest.approx(0.1)
         assert all(s.status == "float" for s in bn.sites)
-    assert [e for bn in found for e in bn.epsilons] == pytest.approx([1e-3, 1e-2])
+    assert [e for bn in norms for e in bn.epsilons] == pytest.approx([1e-3, 1e-2])
 
 
 def test_mobilenet_has_104_training_sites(model: Paths) -> None:
     read = load(model("mobilenet_save"))
-    found = read.analysis(sites)
+    all_sites = read.analysis(sites)
     assert len(read.graphs) == 630
-    assert sum(s.training for s in found) == 104
+    assert sum(s.training for s in all_sites) == 104
     assert len(read.analysis(batch_norms)) == 52
 
 

@@ -21,9 +21,9 @@ DECOMPOSED += ["form_by_hand", "form_mixed", "form_float64", "form_shared"]
 def test_each_form_is_found_with_its_variables(name: str, model: Paths) -> None:
     read = load(model(name))
     absent = {r for r, word in (("gamma", "no_scale"), ("beta", "no_centre")) if word in name or "bare" in name}
-    found = read.analysis(batch_norms)
-    assert len(found) == (1 if name == "form_shared" else 2)
-    for bn in found:
+    norms = read.analysis(batch_norms)
+    assert len(norms) == (1 if name == "form_shared" else 2)
+    for bn in norms:
         assert set(bn.variables) == {"gamma", "beta", "moving_mean", "moving_variance"} - absent
         assert [*bn.epsilons] == pytest.approx([1e-3], rel=1e-3)  # half rounds it
         assert {s.kind for s in bn.sites} == {"decomposed"}
@@ -45,7 +45,7 @@ def layer_norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa
 
 
 def residual(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
-    """What is added is another layer's output, not a beta."""
+    """A batch norm without beta, to which another layer's output is added."""
     y = (x - v.moving_mean) * tf.math.rsqrt(v.moving_variance + 1e-3) * v.gamma
     return y + tf.nn.tanh(x)
 
@@ -55,28 +55,28 @@ def test_a_layer_normalisation_is_no_batch_norm(tmp_path: Path) -> None:
 
 
 def test_a_residual_is_no_beta(tmp_path: Path) -> None:
-    found = load(save(Form(residual, VECTOR, center=False), tmp_path / "m")).analysis(batch_norms)
-    assert [set(bn.variables) for bn in found] == [{"gamma", "moving_mean", "moving_variance"}] * 2
+    norms = load(save(Form(residual, VECTOR, center=False), tmp_path / "m")).analysis(batch_norms)
+    assert [set(bn.variables) for bn in norms] == [{"gamma", "moving_mean", "moving_variance"}] * 2
 
 
 @pytest.mark.parametrize(("shape", "role"), [((), "gamma"), ((4, 4, VECTOR[-1]), "beta")])
 def test_gamma_and_beta_have_one_element_for_each_channel(shape: tuple[int, ...], role: str, tmp_path: Path) -> None:
-    """A learned scale of the whole, or an embedding of positions, is something else that follows a batch norm."""
-    held = tf.Variable(tf.fill(shape, 1.5), name="other")
+    """A learned scalar scale or a position embedding after a batch norm is neither gamma nor beta."""
+    factor_or_shift = tf.Variable(tf.fill(shape, 1.5), name="other")
 
     def norm(x: tf.Tensor, v: Variables, training: bool) -> tf.Tensor:  # noqa: ARG001
         y = (x - v.moving_mean) * tf.math.rsqrt(v.moving_variance + 1e-3)
-        return y * held if role == "gamma" else y * v.gamma + held
+        return y * factor_or_shift if role == "gamma" else y * v.gamma + factor_or_shift
 
     form = Form(norm, (4, 4, VECTOR[-1]), scale=role == "beta", center=False)
-    form.other = held
-    found = load(save(form, tmp_path / "m")).analysis(batch_norms)
+    form.other = factor_or_shift
+    norms = load(save(form, tmp_path / "m")).analysis(batch_norms)
     expected = {"moving_mean", "moving_variance"} | ({"gamma"} if role == "beta" else set())
-    assert [set(bn.variables) for bn in found] == [expected] * 2
+    assert [set(bn.variables) for bn in norms] == [expected] * 2
 
 
 def test_a_near_match_is_listed_in_every_mode(tmp_path: Path) -> None:
-    """Gamma is applied to the mean twice; what chooses, and a batch's statistics, are looked through."""
+    """Gamma is applied to the mean twice; the search looks through choices and a batch's statistics."""
 
     def applied(x: tf.Tensor, v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> tf.Tensor:
         inv = tf.math.rsqrt(variance + 1e-3) * v.gamma

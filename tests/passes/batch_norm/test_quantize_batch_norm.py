@@ -114,7 +114,7 @@ bits/Minimum = Minimum(bits/Maximum, bits/Const_1)
 
 
 def test_text_of_a_training_site() -> None:
-    """Parameters through quantisers, those of one kind together; not the base of the average, which is beside it."""
+    """Parameters pass through quantisers, batched by kind; the moving average's base stays outside."""
     keys = ("gamma", "beta", "moving_mean", "moving_variance")
     variables = {k: Variable(k, f"layer/{k}", "float32", (3,)) for k in keys}
     spec = (Spec("x", "float32", None),)
@@ -126,8 +126,8 @@ def test_text_of_a_training_site() -> None:
     reads = [line.split(" = ")[0] for line in controls if "= ReadVariableOp(" in line]
     assert controls == CONTROLS.splitlines()
     # What a call reads of the controls is read before anything later assigns them.
-    left = [line for line in lines if line not in controls]
-    assert left == [*AFTER.splitlines()[:-1], *(f"effect {read} = {read}" for read in reads), "}"]
+    other_lines = [line for line in lines if line not in controls]
+    assert other_lines == [*AFTER.splitlines()[:-1], *(f"effect {read} = {read}" for read in reads), "}"]
     assert "exponential_avg_factor" not in after.graphs["f"].nodes["bn"].attrs
     constants = [after.graphs["f"].nodes[f"bn/moving_mean/{n}"] for n in ("Const", "Const_2")]
     assert [c.attrs["value"].tensor.float_val[0] for c in constants] == [0.75, 0.25]
@@ -142,12 +142,12 @@ def quantized(model: Model, **options: object) -> Model:
 def test_counts_of_a_keras_save(model: Paths) -> None:
     """Four quantisers for each site; two sites in training, three in inference, for each of two layers."""
     after = quantized(load(model("keras_save")))
-    found = [n for g in after.graphs.values() for n in g.nodes.values() if "_bnqat" in n.attrs]
-    assert len(found) == 2 * 5 * 4
-    assert all(n.op == "PartitionedCall" for n in found)
-    roles = [json.loads(n.attrs["_bnqat"].s)["role"] for n in found]
+    quantizers = [n for g in after.graphs.values() for n in g.nodes.values() if "_bnqat" in n.attrs]
+    assert len(quantizers) == 2 * 5 * 4
+    assert all(n.op == "PartitionedCall" for n in quantizers)
+    roles = [json.loads(n.attrs["_bnqat"].s)["role"] for n in quantizers]
     assert {roles.count(r) for r in ("gamma", "beta", "moving_mean", "moving_variance")} == {10}
-    functions = {n.attrs["f"].func.name for n in found}
+    functions = {n.attrs["f"].func.name for n in quantizers}
     assert len(functions) == 5  # affine and log, with two epsilons, and a row of a stack; both have eight channels
 
 
@@ -157,8 +157,8 @@ def test_no_other_attribute_of_a_kernel_changes(model: Paths) -> None:
     for site in before.analysis(sites):
         old = before.graphs[site.graph].nodes[site.node]
         new = after.graphs[site.graph].nodes[site.node]
-        left = {k: v for k, v in old.attrs.items() if k != "exponential_avg_factor"}
-        assert dict(new.attrs) == left
+        attrs = {k: v for k, v in old.attrs.items() if k != "exponential_avg_factor"}
+        assert dict(new.attrs) == attrs
         assert (new.op, new.after, new.device) == (old.op, old.after, old.device)
         assert new.inputs[0] == old.inputs[0]
         assert (new.inputs[3:] == old.inputs[3:]) is site.training
@@ -217,7 +217,7 @@ def test_a_role_that_only_one_of_two_layers_has_is_quantised(tmp_path: Path) -> 
 
 
 class OwnGradients(Trainable):
-    """Holds a function with a gradient inside, as an exported training step has."""
+    """A model with a function that has a gradient inside, like an exported training step."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 3), name="x")])
     def gradients(self, x: tf.Tensor) -> tf.Tensor:
@@ -238,7 +238,7 @@ def test_gradients_in_the_graph_use_the_quantised_gamma(tmp_path: Path) -> None:
 
 
 class Twice(tf.Module):
-    """A layer in training, then the same in inference, whose averages are read after they were updated; and another."""
+    """Two layers. The first runs in training, then in inference, where its updated averages are read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -251,15 +251,15 @@ class Twice(tf.Module):
         return first(second(first(x, training=True), training=False), training=False)
 
 
-def together(graph: Graph) -> set[str]:
-    """Tagged nodes that are one of several outputs of an op that chooses how they are quantised."""
-    found = set()
+def batched_nodes(graph: Graph) -> set[str]:
+    """Return the names of tagged nodes that are outputs of a batched call: a `StatelessCase` on the execution mode."""
+    names = set()
     for node in graph.nodes.values():
         if "_bnqat" in node.attrs and graph.nodes[node.inputs[0].node].op == "StatelessCase":
             choice = graph.nodes[node.inputs[0].node]
             assert choice.inputs[node.inputs[0].port - len(choice.attrs["Tout"].list.type)] == node.inputs[1]
-            found.add(node.name)
-    return found
+            names.add(node.name)
+    return names
 
 
 def tagged(graph: Graph) -> dict[str, dict[str, Any]]:
@@ -267,18 +267,18 @@ def tagged(graph: Graph) -> dict[str, dict[str, Any]]:
 
 
 def test_vectors_of_several_batch_norms_are_quantised_together(model: Paths) -> None:
-    """One op that chooses for 208 quantisers; its ways compute each step of each arithmetic in one op."""
+    """One op chooses the execution mode of 208 quantisers; its branches run each step of each arithmetic in one op."""
     before = load(model("mobilenet_export"))
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
     tags = tagged(serve)
     assert len(tags) == 4 * 52
-    assert together(serve) == set(tags)
+    assert batched_nodes(serve) == set(tags)
     (choice,) = (n for n in serve.nodes.values() if n.op == "StatelessCase")
     off, on, partly = (after.graphs[f.name] for f in choice.attrs["branches"].list.func)
     assert [r.value.node for r in off.results] == list(off.arguments[-4 * 52 :])
-    for way in (on, partly):
-        ops = [n.op for n in way.nodes.values()]
+    for branch in (on, partly):
+        ops = [n.op for n in branch.nodes.values()]
         assert (ops.count("RealDiv"), ops.count("ConcatV2"), ops.count("Log")) == (3, 2, 3)  # log's limits, one by one
     assert sum(n.op == "Round" for n in serve.nodes.values()) == 0  # functions hold the arithmetic
 
@@ -288,9 +288,9 @@ def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> 
     before = load(source)
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
-    found, tags = together(serve), tagged(serve)
-    alone = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in tags if n not in found)
-    joint = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in found)
+    batched, tags = batched_nodes(serve), tagged(serve)
+    alone = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in tags if n not in batched)
+    joint = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in batched)
     first, second = sorted({tag["batch_norm"] for tag in tags.values()})
     assert {(first, "moving_mean"), (first, "moving_variance")} <= set(alone)
     assert {(first, "gamma"), (second, "gamma"), (first, "beta"), (second, "beta")} <= set(joint)

@@ -14,7 +14,7 @@ from tests.passes.layered import computing, saved
 
 
 def choosing(path: Path, *, constant: bool) -> Model:
-    """A TensorFlow 1 graph with an ``If`` on a constant, or on what is fed."""
+    """Save a TensorFlow 1 graph with an ``If`` on a constant or on a placeholder."""
     with settings(Options(control_flow_v2=True)):
         x = v1.placeholder(tf.float32, [None], name="x")
         flag = tf.constant(value=True) if constant else v1.placeholder_with_default(True, [], name="flag")

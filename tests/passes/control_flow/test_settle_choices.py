@@ -11,7 +11,7 @@ from tests.passes.layered import computing, saved, serving
 
 
 class Chosen(tf.Module):
-    """Doubles where a flag is true, else adds one."""
+    """A model that doubles x if a flag is true, and otherwise adds one."""
 
     def __init__(self, flag: Any) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from tests.passes.layered import Layered, computing, saved, serving
 
 
 def marked(model: Model) -> int:
-    """The number of quantisers."""
+    """Return the number of quantisers."""
     return sum(TAG in node.attrs for graph in model.graphs.values() for node in graph.nodes.values())
 
 
@@ -29,11 +29,11 @@ def test_variables_hold_what_quantisers_made(tmp_path: Path) -> None:
     assert computing(serving(after)) == computing(serving(source))
     assert {v.name for v in after.variables.values()} == {v.name for v in source.variables.values()}
     for key, variable in after.variables.items():
-        held, baked = source.value_of(key), after.value_of(key)
+        original, baked = source.value_of(key), after.value_of(key)
         if variable.name == "kernel":
-            np.testing.assert_array_equal(baked, held)
+            np.testing.assert_array_equal(baked, original)
         else:
             assert len(np.unique(baked)) <= 2**4
-            assert 0 < np.abs(baked - held).max() <= np.ptp(held) / 2
+            assert 0 < np.abs(baked - original).max() <= np.ptp(original) / 2
     again, _ = Pipeline([BakeQuantizers()]).run(after)
     assert again is after

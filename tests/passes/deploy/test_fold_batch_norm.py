@@ -13,7 +13,7 @@ from tests.passes.layered import SHAPE, computing, saved, serving
 
 
 class Folded(tf.Module):
-    """A convolution and a batch norm in one function, which uses the filters again if it is told so."""
+    """A convolution and a batch norm in one function; optionally it uses the filters again."""
 
     def __init__(self, *, again: bool = False) -> None:
         super().__init__()

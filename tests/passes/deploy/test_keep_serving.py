@@ -15,7 +15,7 @@ from tests.models import Net, save_module
 
 
 def exposed(model: Model) -> list[str]:
-    """The paths of all functions."""
+    """Return the paths of all functions."""
     return sorted(path for entry in model.entries.values() for path in entry.paths)
 
 

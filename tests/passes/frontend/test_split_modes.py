@@ -60,7 +60,7 @@ def test_an_argument_that_decides_something_else_is_left(tmp_path: Path) -> None
 
 
 class Twice(Chosen):
-    """Each of two modes decides about one of two layers."""
+    """A model with two modes, one for each of its two layers."""
 
     def __init__(self) -> None:
         super().__init__(NORMS["chosen_updates_inside"])
@@ -73,7 +73,7 @@ class Twice(Chosen):
 
 
 def test_two_modes_of_one_function_are_chosen_and_differentiated(tmp_path: Path) -> None:
-    """In a process of its own, as TensorFlow keeps the functions that differentiating makes."""
+    """It runs in a process of its own, because TensorFlow keeps the functions that differentiation makes."""
     module = Twice()
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40)
@@ -83,7 +83,7 @@ def test_two_modes_of_one_function_are_chosen_and_differentiated(tmp_path: Path)
 
 
 class Nested(Chosen):
-    """One layer runs under another condition than its mode, itself in a conditional."""
+    """A model in which one layer also runs under a condition other than its mode."""
 
     def call(self, x: tf.Tensor, training: tf.Tensor) -> tf.Tensor:
         def norm() -> tf.Tensor:
@@ -101,11 +101,11 @@ def test_a_layer_under_another_condition(name: str, tmp_path: Path) -> None:
     loaded = tf.saved_model.load(str(tmp_path / "f"))
     for index in range(6):
         x, training = batch(index, IMAGE) * [1.0, -1.0, 0.01][index % 3], tf.constant(index < 3)
-        seen = []
-        for each in (loaded, module):
-            y = each.serve(x, training).numpy()
-            seen.append([y, *(s.numpy() for v in each.layers for s in (v.moving_mean, v.moving_variance))])
-        assert difference(*seen) < TOLERANCE
+        results = []
+        for model in (loaded, module):
+            y = model.serve(x, training).numpy()
+            results.append([y, *(s.numpy() for v in model.layers for s in (v.moving_mean, v.moving_variance))])
+        assert difference(*results) < TOLERANCE
 
 
 DIFFERENTIATED = """
@@ -144,8 +144,8 @@ def test_of_two_training_functions_the_one_that_trains_most_is_train(fuse: bool,
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
     bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40, fuse=fuse)
     loaded, x = tf.saved_model.load(str(tmp_path / "q")), batch(0, IMAGE)
-    found, wanted = loaded.quantization.train(x), module.b_train(x)
-    assert difference([found.numpy()], [wanted.numpy()]) < TOLERANCE
+    output, expected = loaded.quantization.train(x), module.b_train(x)
+    assert difference([output.numpy()], [expected.numpy()]) < TOLERANCE
 
 
 FIXED = {
@@ -168,9 +168,9 @@ def test_what_a_constant_fixes_to_inference_is_derived(name: str, where: str, tm
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.infer})
     bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40, momentum=0.9)
     loaded, x = tf.saved_model.load(str(tmp_path / "q")), batch(0, IMAGE)
-    found, wanted = loaded.train(x), module.chosen(x, tf.constant(value=True))
-    held = [[s.numpy() for v in m.layers for s in (v.moving_mean, v.moving_variance)] for m in (loaded, module)]
-    assert difference([found.numpy(), *held[0]], [wanted.numpy(), *held[1]]) < TOLERANCE
+    output, expected = loaded.train(x), module.chosen(x, tf.constant(value=True))
+    averages = [[s.numpy() for v in m.layers for s in (v.moving_mean, v.moving_variance)] for m in (loaded, module)]
+    assert difference([output.numpy(), *averages[0]], [expected.numpy(), *averages[1]]) < TOLERANCE
     try:
         bnqat.rewrite(tmp_path / "m", tmp_path / "n", fuse=False, momentum=0.9)
     except bnqat.Error as e:
@@ -187,13 +187,13 @@ def test_the_function_that_takes_its_mode_is_train(tmp_path: Path) -> None:
     report = bnqat.rewrite(source, tmp_path / "q", start_step=2)
     assert any("which chooses its mode itself" in note for note in report.notes)
     loaded, x = tf.saved_model.load(str(tmp_path / "q")), tf.ones((2, *IMAGE))
-    held = loaded.layers[0].moving_mean.numpy()
+    before = loaded.layers[0].moving_mean.numpy()
     loaded.train(x, tf.constant(value=True))
     assert loaded.quantization.step.numpy() == 1
-    assert (loaded.layers[0].moving_mean.numpy() != held).all()
-    held = loaded.layers[0].moving_mean.numpy()
+    assert (loaded.layers[0].moving_mean.numpy() != before).all()
+    before = loaded.layers[0].moving_mean.numpy()
     loaded.serve(x, tf.constant(value=False))
-    assert (loaded.quantization.step.numpy(), (loaded.layers[0].moving_mean.numpy() == held).all()) == (1, True)
+    assert (loaded.quantization.step.numpy(), (loaded.layers[0].moving_mean.numpy() == before).all()) == (1, True)
 
 
 def test_a_function_that_serves_with_the_mode_fixed_is_trained_by_derivation(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_function_that_serves_with_the_mode_fixed_is_trained_by_derivation(tmp
     assert (report.sites_found, report.sites_rewritten, report.sites_fused, report.skipped) == (2, 2, 2, [])
     assert any("derived from serving" in note for note in report.notes)
     loaded, x = tf.saved_model.load(str(tmp_path / "q")), tf.random.stateless_normal((4, *IMAGE), (1, 2))
-    held = [v.numpy() for layer in loaded.layers for v in (layer.moving_mean, layer.moving_variance)]
+    before = [v.numpy() for layer in loaded.layers for v in (layer.moving_mean, layer.moving_variance)]
     assert (loaded.train(x).numpy() != loaded.serve(x).numpy()).any()
     moved = [v.numpy() for layer in loaded.layers for v in (layer.moving_mean, layer.moving_variance)]
-    assert all((a != b).any() for a, b in zip(moved, held, strict=True))
+    assert all((a != b).any() for a, b in zip(moved, before, strict=True))

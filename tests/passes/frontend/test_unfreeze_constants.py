@@ -29,8 +29,8 @@ def test_constants_become_variables_with_their_values(name: str, model: Paths, t
     assert report.sites_rewritten == 2
     assert len(report.variables_added) == 8 + 11
     loaded = tf.saved_model.load(str(tmp_path / "out"))
-    held = loaded.variables if name == "frozen_v1" else loaded.quantization.variables
-    variables = {v.name: v for v in held if "quantization" not in v.name}
+    all_variables = loaded.variables if name == "frozen_v1" else loaded.quantization.variables
+    variables = {v.name: v for v in all_variables if "quantization" not in v.name}
     assert len(variables) == 8
     for variable in variables.values():
         assert variable.numpy().tobytes() in constants

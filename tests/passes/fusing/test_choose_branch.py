@@ -1,4 +1,4 @@
-"""The graph's text before and after; what it computes is in tests/test_fused_v1.py and tests/test_fused_gates.py."""
+"""Tests of the graph's text before and after; tests/test_fused_v1.py and tests/test_fused_gates.py test its results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SHOWN = ("FusedBatchNormV3", "Merge", "Switch", "StatelessIf")
 
 
 def lines(graph: Graph) -> list[str]:
-    """The first layer's kernels and choices, without attributes."""
+    """Return the first layer's kernels and choices as text, without attributes."""
     nodes = [n for n in graph.nodes.values() if n.op in SHOWN and (n.name.startswith("norm_0") or graph.name)]
     return [line_of(node).replace("norm_0/", "") for node in nodes]
 
@@ -39,15 +39,15 @@ def test_what_a_kernel_takes_is_switched_and_its_statistics_are_merged(tmp_path:
         "FusedBatchNormV3_1 = FusedBatchNormV3(Conv2D, ReadVariableOp_6, ReadVariableOp_7, "
         "FusedBatchNormV3_1/ReadVariableOp, FusedBatchNormV3_1/ReadVariableOp_1)"
     )
-    found = lines(chosen(before).graphs[MAIN])
-    assert found[:2] == [
+    after = lines(chosen(before).graphs[MAIN])
+    assert after[:2] == [
         "FusedBatchNormV3 = FusedBatchNormV3(FusedBatchNormV3/Switch:1, FusedBatchNormV3/Switch_1:1, "
         "FusedBatchNormV3/Switch_2:1, Const, Const_1)",
         "FusedBatchNormV3_1 = FusedBatchNormV3(FusedBatchNormV3_1/Switch, FusedBatchNormV3_1/Switch_1, "
         "FusedBatchNormV3_1/Switch_2, FusedBatchNormV3_1/Switch_3, FusedBatchNormV3_1/Switch_4)",
     ]
-    assert found[2 : 2 + len(rest)] == rest
-    assert found[2 + len(rest) :] == [
+    assert after[2 : 2 + len(rest)] == rest
+    assert after[2 + len(rest) :] == [
         "FusedBatchNormV3/Switch = Switch(Conv2D, is_training)",
         "FusedBatchNormV3/Switch_1 = Switch(ReadVariableOp, is_training)",
         "FusedBatchNormV3/Switch_2 = Switch(ReadVariableOp_1, is_training)",

@@ -84,19 +84,19 @@ NUMBERS = {"epsilon": 0.001, "one": 1.0, "half": 0.5, "minus_half": -0.5}
 
 
 def written(pattern: Pattern) -> tuple[str, str]:
-    """A graph that computes a pattern, as text, and the name of its last node."""
+    """Return the name of a pattern's last node, and the text of a graph that computes the pattern."""
     text = [X, *(f"{name} = Const() ={number} []" for name, number in NUMBERS.items())]
-    made: dict[Pattern, str] = {}
+    names: dict[Pattern, str] = {}
 
     def place(part: Pattern) -> str:
         if not part.ops:
             return part.name
-        if part not in made:
-            inputs = ", ".join(place(each) for each in part.inputs)
-            made[part] = f"n{len(made)}"
+        if part not in names:
+            inputs = ", ".join(place(operand) for operand in part.inputs)
+            names[part] = f"n{len(names)}"
             op, shape = sorted(part.ops)[-1], "[?, 4, 4, 6]" if "x" in part.captures else "[6]"
-            text.append(f"{made[part]} = {op}({inputs}) {shape}")
-        return made[part]
+            text.append(f"{names[part]} = {op}({inputs}) {shape}")
+        return names[part]
 
     return place(pattern), "\n".join(text)
 
@@ -112,7 +112,7 @@ def test_every_pattern_becomes_one_kernel() -> None:
         assert [line for line in text_of(after, ()) if line not in numbers] == [
             "x = Placeholder()",
             f"{name} = FusedBatchNormV3(x, {gamma}, {beta}, moving_mean, moving_variance)",
-            *(f"{each} = Const()" for each in (gamma, beta) if "/" in each),
+            *(f"{parameter} = Const()" for parameter in (gamma, beta) if "/" in parameter),
         ]
 
 
@@ -181,10 +181,10 @@ def test_averages_take_the_kernels_statistics_the_variance_without_its_correctio
 
 def test_one_more_axis_or_one_row_for_each_where_the_kernel_has_no_such_rank() -> None:
     shapes = {"[?, 6]": "Reshape(x, y/Const)", "[?, 5, 6]": "Reshape(x, y/Const)"}
-    for shape, seen in shapes.items():
+    for shape, reshape in shapes.items():
         text = (X + INV + INFERENCE["by hand"]).replace("[?, 4, 4, 6]", shape)
         lines = text_of(fused(model(text))[0], ())
-        assert f"y/Reshape = {seen}" in lines
+        assert f"y/Reshape = {reshape}" in lines
         assert "y = Reshape(y/FusedBatchNormV3, y/Shape)" in lines
 
 

@@ -1,4 +1,4 @@
-"""The graph's text before and after; what it computes is in tests/test_fused_v1.py."""
+"""Tests of the graph's text before and after; tests/test_fused_v1.py tests its results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def merged(before: Model) -> tuple[Model, list[str]]:
 
 
 def lines(graph: Graph, prefix: str) -> list[str]:
-    """The conditionals and what uses them, without attributes."""
+    """Return the conditionals and their users as text, without attributes."""
     nodes = [n for n in graph.nodes.values() if n.name.startswith(prefix)]
     shown = [n for n in nodes if n.op == "If" or any(graph.nodes[v.node].op == "If" for v in n.inputs)]
     return [line_of(node).replace(prefix, "") for node in shown]
@@ -147,18 +147,21 @@ def test_an_effect_that_would_be_lost_or_had_twice(norm: Any, reason: str, tmp_p
 def test_two_pairs_that_wait_for_each_other_are_not_both_merged(tmp_path: Path) -> None:
     with settings(Options(control_flow_v2=True)):
         x, p = v1.placeholder(tf.float32, [None, 4, 4, 6], name="x"), v1.placeholder(tf.bool, [], name="p")
-        held = [variables_of(name) for name in ("a", "b")]
+        layer_variables = [variables_of(name) for name in ("a", "b")]
         batch = tf.nn.moments(x, [0, 1, 2])
 
         def chosen(which: int, layer: int, after: Any = None) -> Any:
             with tf.control_dependencies([] if after is None else [after]):
                 statistic = tf.identity(batch[which])
-            return v1.cond(p, lambda: statistic, lambda: tf.identity(held[layer][2 + which]))
+            return v1.cond(p, lambda: statistic, lambda: tf.identity(layer_variables[layer][2 + which]))
 
         mean_a, variance_b = chosen(0, 0), chosen(1, 1)
         mean_b, variance_a = chosen(0, 1, mean_a), chosen(1, 0, variance_b)
         pairs = ((mean_a, variance_a), (mean_b, variance_b))
-        y = sum(v1.nn.batch_normalization(x, *pair, v[1], v[0], EPSILON) for pair, v in zip(pairs, held, strict=True))
+        y = sum(
+            v1.nn.batch_normalization(x, *pair, v[1], v[0], EPSILON)
+            for pair, v in zip(pairs, layer_variables, strict=True)
+        )
         write(tmp_path / "m", {"x": x, "p": p}, {"y": y})
     after, reasons = merged(load(tmp_path / "m"))
     assert len(reasons) == 1

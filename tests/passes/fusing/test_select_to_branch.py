@@ -1,4 +1,4 @@
-"""The graph's text before and after; what it computes is in tests/test_fused_v1.py."""
+"""Tests of the graph's text before and after; tests/test_fused_v1.py tests its results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = ("SelectV2", "Switch", "Merge", "StatelessIf")
 
 
 def lines(graph: Graph) -> list[str]:
-    """The choices of the first layer, without attributes."""
+    """Return the first layer's choices as text, without attributes."""
     nodes = [n for n in graph.nodes.values() if n.op in SHOWN and not n.name.startswith("norm_1")]
     return [line_of(node).replace("norm_0/", "") for node in nodes]
 
@@ -59,7 +59,7 @@ def test_chosen_outputs_are_switched_and_merged_in_a_main_graph(tmp_path: Path) 
 
 
 class Read(tf.Module):
-    """A batch norm whose mode is a variable's value."""
+    """A batch norm whose mode is read from a variable."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,8 +69,8 @@ class Read(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec((None, *IMAGE), name="x")])
     def serve(self, x: tf.Tensor) -> tf.Tensor:
         layer, batch = self.layer, tf.nn.moments(x, [0, 1, 2])
-        held = (layer.moving_mean, layer.moving_variance)
-        mean, variance = (tf.where(self.training, b, m) for b, m in zip(batch, held, strict=True))
+        moving = (layer.moving_mean, layer.moving_variance)
+        mean, variance = (tf.where(self.training, b, m) for b, m in zip(batch, moving, strict=True))
         return tf.nn.batch_normalization(x, mean, variance, layer.beta, layer.gamma, EPSILON)
 
 
@@ -103,8 +103,8 @@ def test_a_choice_by_element_or_of_two_shapes_stays(choose: Any, tmp_path: Path)
         gamma, beta, *moving = variables(x.shape[-1])
         batch = tf.nn.moments(x, [0, 1, 2])
         mean, variance = (choose(training, b, m) for b, m in zip(batch, moving, strict=True))
-        found: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
-        return found
+        y: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+        return y
 
     before = load(save_v1(tmp_path / "m", norm, training="placeholder"))
     assert branched(before) is before

@@ -38,7 +38,7 @@ SCHEMES = [
 
 
 def vectors() -> list[np.ndarray]:
-    """Sizes around a block's, and values of every sort."""
+    """Return vectors with sizes near the block size, and with values of every sort."""
     rng = np.random.default_rng(0)
     plain = [
         rng.normal(0.3, 1.5, n).astype(np.float32)
@@ -60,13 +60,13 @@ def vectors() -> list[np.ndarray]:
 
 
 def computed(
-    specs: Sequence[QuantizerSpec], index: int, bits: int, given: Sequence[np.ndarray], amount: float = 1
+    specs: Sequence[QuantizerSpec], index: int, bits: int, values: Sequence[np.ndarray], amount: float = 1
 ) -> list[Any]:
     """Return the vectors that an execution mode gives."""
     graph = define(batch_function(tuple(specs), index))
     counts = [len(row.places) for row in layout(specs)]
-    told = [np.float32(amount), *(np.full((n, 1), bits, np.int64) for n in counts), *given]
-    feeds: dict[str, np.ndarray] = dict(zip(graph.arguments, map(np.asarray, told), strict=True))
+    arguments = [np.float32(amount), *(np.full((n, 1), bits, np.int64) for n in counts), *values]
+    feeds: dict[str, np.ndarray] = dict(zip(graph.arguments, map(np.asarray, arguments), strict=True))
     nodes = {name: node if node.op != ARG else _placeholder(node, feeds[name]) for name, node in graph.nodes.items()}
     return evaluation.run(Graph(MAIN, nodes), feeds, [result.value for result in graph.results])
 
@@ -77,40 +77,40 @@ def _placeholder(node: Node, value: np.ndarray) -> Node:
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name} {s.narrow}")
 def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> None:
-    given = vectors()
-    specs = [QuantizerSpec(scheme, EPSILON, v.size).function_key for v in given]
+    arrays = vectors()
+    specs = [QuantizerSpec(scheme, EPSILON, v.size).function_key for v in arrays]
     assert len(layout(specs)) == 1
     for bits in (2, 3, 5, 8, 11, 16):
-        on, partly = (computed(specs, index, bits, given) for index in (ON, GENERAL))
-        for v, short, whole in zip(given, on, partly, strict=True):
-            wanted = reference.quantize(scheme.name, v, bits, EPSILON, narrow=scheme.narrow).value
+        on, partly = (computed(specs, index, bits, arrays) for index in (ON, GENERAL))
+        for v, short, whole in zip(arrays, on, partly, strict=True):
+            expected = reference.quantize(scheme.name, v, bits, EPSILON, narrow=scheme.narrow).value
             np.testing.assert_array_equal(short, whole)
             if scheme.name == "log":
-                known = reference.counted("log", v)
-                np.testing.assert_array_equal(short[~known], v[~known])
-                ulp = np.spacing(wanted[known] + np.float32(EPSILON))
-                assert (np.abs(short[known] - wanted[known]) <= ulp).all()
+                counted = reference.counted("log", v)
+                np.testing.assert_array_equal(short[~counted], v[~counted])
+                ulp = np.spacing(expected[counted] + np.float32(EPSILON))
+                assert (np.abs(short[counted] - expected[counted]) <= ulp).all()
             else:
-                np.testing.assert_array_equal(short, wanted)
+                np.testing.assert_array_equal(short, expected)
 
 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16", "float64"])
 def test_other_dtypes(dtype: str) -> None:
-    given = [v.astype(tf.as_dtype(dtype).as_numpy_dtype) for v in vectors()[:-2]]
-    specs = [QuantizerSpec(scheme, EPSILON, v.size, dtype).function_key for scheme in (Affine(), Log()) for v in given]
-    on, partly = (computed(specs, index, 4, [*given, *given]) for index in (ON, GENERAL))
-    for v, short, whole in zip([*given, *given], on, partly, strict=True):
+    arrays = [v.astype(tf.as_dtype(dtype).as_numpy_dtype) for v in vectors()[:-2]]
+    specs = [QuantizerSpec(scheme, EPSILON, v.size, dtype).function_key for scheme in (Affine(), Log()) for v in arrays]
+    on, partly = (computed(specs, index, 4, [*arrays, *arrays]) for index in (ON, GENERAL))
+    for v, short, whole in zip([*arrays, *arrays], on, partly, strict=True):
         assert short.dtype == v.dtype
         np.testing.assert_array_equal(short.astype(np.float64), whole.astype(np.float64))
-    affine = reference.affine(np.asarray(given[5], np.float32), 4).astype(given[5].dtype)
+    affine = reference.affine(np.asarray(arrays[5], np.float32), 4).astype(arrays[5].dtype)
     np.testing.assert_array_equal(on[5], affine)
 
 
 def test_off_and_a_width_of_zero_and_an_amount_of_zero_give_the_same_bits() -> None:
-    given = [*vectors(), np.array([-0.0, 0.0], np.float32)]
-    specs = [QuantizerSpec(Affine(), EPSILON, v.size).function_key for v in given]
-    for made in (computed(specs, 0, 8, given), computed(specs, GENERAL, 0, given)):
-        assert [m.tobytes() for m in made] == [v.tobytes() for v in given]
+    arrays = [*vectors(), np.array([-0.0, 0.0], np.float32)]
+    specs = [QuantizerSpec(Affine(), EPSILON, v.size).function_key for v in arrays]
+    for results in (computed(specs, 0, 8, arrays), computed(specs, GENERAL, 0, arrays)):
+        assert [m.tobytes() for m in results] == [v.tobytes() for v in arrays]
 
 
 def quantized(path: Path) -> Model:
@@ -118,7 +118,7 @@ def quantized(path: Path) -> Model:
 
 
 def changed(model: Model, op: str, change: Callable[[Node], Node]) -> Model:
-    """A model with all nodes of an op changed."""
+    """Return a model with all nodes of an op changed."""
     graphs = {}
     for name, graph in model.graphs.items():
         nodes = {n.name: change(n) if n.op == op else n for n in graph.nodes.values()}
@@ -127,7 +127,7 @@ def changed(model: Model, op: str, change: Callable[[Node], Node]) -> Model:
 
 
 def test_what_only_looks_like_a_quantizer_is_refused_in_a_sentence(model: Callable[[str], Path]) -> None:
-    """No value is read where bnqat would not have put it, and none of a size that was made up."""
+    """A value is read only where bnqat would have put it, and no made-up size is allocated."""
     whole = quantized(model("module"))
     assert len(quantized_values(whole)) == 8
     for wrong in ("x", 7, -1):
@@ -145,8 +145,8 @@ def test_what_only_looks_like_a_quantizer_is_refused_in_a_sentence(model: Callab
         for op, position in (("SplitV", 1), ("Slice", 1), ("Slice", 2)):
             graphs = {}
             for name, graph in whole.graphs.items():
-                held = {n.inputs[position].node for n in graph.nodes.values() if n.op == op}
-                nodes = {n: g.with_attrs(value=sizes) if n in held else g for n, g in graph.nodes.items()}
+                constants = {n.inputs[position].node for n in graph.nodes.values() if n.op == op}
+                nodes = {n: g.with_attrs(value=sizes) if n in constants else g for n, g in graph.nodes.items()}
                 graphs[name] = replace(graph, nodes=nodes)
             with pytest.raises(Error, match="rewrite the float model again"):
                 quantized_values(replace(whole, graphs=graphs))

@@ -1,4 +1,4 @@
-"""Moving statistics under `tf.distribute`; what replicas do with them is in tests/training/test_distributed.py."""
+"""Moving statistics under `tf.distribute`; tests/training/test_distributed.py tests their use by replicas."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def test_a_module_asks_for_nothing_and_keras_2_for_the_same(model: Paths) -> Non
     assert changed(load(model("keras_save"))) == set()  # as it is there already
     assert changed(load(model("module"))) == set()  # inference alone
     assert changed(load(model("v1_two_fused"))) == set()
-    held = load(model("keras_save")).variables.values()
-    assert sum((v.synchronization, v.aggregation) == (ON_READ, MEAN) for v in held) == 4
+    variables = load(model("keras_save")).variables.values()
+    assert sum((v.synchronization, v.aggregation) == (ON_READ, MEAN) for v in variables) == 4
 
 
 def test_after_a_rewrite_they_are_loaded_so_and_it_is_the_rewrites_own_change(rewritten: Paths, model: Paths) -> None:
@@ -45,13 +45,13 @@ def test_after_a_rewrite_they_are_loaded_so_and_it_is_the_rewrites_own_change(re
             assert variable.aggregation == tf.VariableAggregation.MEAN
         assert norm.gamma.aggregation == tf.VariableAggregation.NONE
     assert changed(load(path)) == set()
-    found = bnqat.diff(model("module"), path).report
-    own = [c for c in found.changes if c.kind == "variable" and c.what == "changed"]
-    assert {c.name.partition("/.")[0] for c in own} == MOVING
-    details = {(d.aspect, d.old, d.new) for c in own for d in c.details}
+    report = bnqat.diff(model("module"), path).report
+    variable_changes = [c for c in report.changes if c.kind == "variable" and c.what == "changed"]
+    assert {c.name.partition("/.")[0] for c in variable_changes} == MOVING
+    details = {(d.aspect, d.old, d.new) for c in variable_changes for d in c.details}
     assert details == {("synchronization", "AUTO", "ON_READ"), ("aggregation", "NONE", "MEAN")}
-    assert {c.by for c in own} == {("aggregate-statistics",)}
-    assert found.verdict.other_changes == 0
+    assert {c.by for c in variable_changes} == {("aggregate-statistics",)}
+    assert report.verdict.other_changes == 0
 
 
 def test_a_trainable_one_is_left(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Averages that a training function leaves as they are: an error or a note, by name; nothing where all move."""
+"""Averages that a training function does not move: an error or a note names them; nothing is said if all move."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def normalised(x: tf.Tensor, training: Any, update: Callable[[Any, Any], Any]) -
         v1.cond(training, lambda b=b: tf.identity(b), lambda m=m: tf.identity(m))
         for b, m in zip(batch, moving, strict=True)
     )
-    found: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
-    return found
+    y: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+    return y
 
 
 def never(x: tf.Tensor, training: Any) -> tf.Tensor:
@@ -46,7 +46,7 @@ def never(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 
 def at_times(x: tf.Tensor, training: Any) -> tf.Tensor:
-    """Updated behind a condition of its own, of which the mode says nothing."""
+    """A batch norm whose updates are behind a condition that is independent of the mode."""
     often = tf.reduce_sum(x) > -1e9
 
     def update(variable: Any, batch: Any) -> None:
@@ -57,7 +57,7 @@ def at_times(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 
 def test_an_update_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here updates stay with statistics of single ops, and are looked for neither there nor by their variables."""
+    """Updates stay with the statistics of single ops; the test disables the searches there and by variable."""
     source = save_v1(tmp_path / "m", by_hand, training="placeholder", control_flow_v2=True)
     assert notes(bnqat.rewrite(source, tmp_path / "q")) == []
     monkeypatch.setattr(Branches, "serves", lambda *_: False)
@@ -69,7 +69,7 @@ def test_an_update_that_is_lost_is_an_error(tmp_path: Path, monkeypatch: pytest.
 
 
 def apart(x: tf.Tensor, training: Any) -> tf.Tensor:
-    """Moments are written twice: in the branch that normalises with them, and for the averages."""
+    """Compute moments twice: in the branch that normalises with them, and for the averages."""
     gamma, beta, *moving = variables(x.shape[-1])
     for variable, batch in zip(moving, tf.nn.moments(x, [0, 1, 2]), strict=True):
         v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, v1.assign(variable, DECAY * variable + (1 - DECAY) * batch))
@@ -78,14 +78,14 @@ def apart(x: tf.Tensor, training: Any) -> tf.Tensor:
         lambda: tuple(tf.nn.moments(x, [0, 1, 2])),
         lambda: tuple(tf.identity(variable) for variable in moving),
     )
-    found: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
-    return found
+    y: tf.Tensor = v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
+    return y
 
 
 @pytest.mark.parametrize("control_flow_v2", [False, True])
 @pytest.mark.parametrize("fuse", [False, True])
 def test_updates_with_moments_of_their_own_run_in_train(fuse: bool, control_flow_v2: bool, tmp_path: Path) -> None:
-    """As the source's; the report says where they may stay float, as in single ops they do."""
+    """The updates equal the source's; the report says if they may stay float, as they do in single ops."""
     source = save_v1(tmp_path / "m", apart, training="placeholder", control_flow_v2=control_flow_v2)
     report = bnqat.rewrite(source, tmp_path / "q", fuse=fuse, bits=2)
     assert any(n.endswith("they stay float") for n in report.notes) is not fuse
@@ -93,21 +93,21 @@ def test_updates_with_moments_of_their_own_run_in_train(fuse: bool, control_flow
     fed = {"x:0": x, "is_training:0": True}
     with session_of(source) as (session, _):
         session.run(v1.get_collection(v1.GraphKeys.UPDATE_OPS), fed)
-        wanted = moving_of(session)
+        expected = moving_of(session)
     with session_of(tmp_path / "q") as (session, meta):
         before = moving_of(session)
         session.run(meta.signature_def["train"].outputs["logits"].name, fed)
-        found = moving_of(session)
-    assert all(np.any(new != old) for new, old in zip(found, before, strict=True))
+        averages = moving_of(session)
+    assert all(np.any(new != old) for new, old in zip(averages, before, strict=True))
     if not fuse:  # of the first layer, before which nothing is quantised
-        np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(averages[0], expected[0], rtol=1e-5, atol=1e-6)
 
 
 def moving_of(session: Any) -> list[np.ndarray]:
-    """The moving averages of a session's graph, in the order of their names."""
-    held = {v.op.name: v for v in v1.global_variables() if v.op.name.startswith("norm_") and "moving" in v.op.name}
-    found: list[np.ndarray] = session.run([held[name] for name in sorted(held)])
-    return found
+    """Return the moving averages of a session's graph, in the order of their names."""
+    averages = {v.op.name: v for v in v1.global_variables() if v.op.name.startswith("norm_") and "moving" in v.op.name}
+    values: list[np.ndarray] = session.run([averages[name] for name in sorted(averages)])
+    return values
 
 
 @pytest.mark.parametrize("control_flow_v2", [False, True])

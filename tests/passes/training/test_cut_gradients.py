@@ -33,8 +33,8 @@ def gradients(path: Path) -> list[Any]:
     loaded = tf.saved_model.load(str(path))
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(loaded.train(harness.images((None, 8, 8, 3))) ** 2)
-    found: list[Any] = tape.gradient(loss, [*loaded.kernels, loaded.norms[0].gamma])
-    return found
+    values: list[Any] = tape.gradient(loss, [*loaded.kernels, loaded.norms[0].gamma])
+    return values
 
 
 def test_variables_after_it_get_their_gradients(tmp_path: Path) -> None:
@@ -58,7 +58,7 @@ def test_variables_before_it_get_what_comes_by_other_ways(tmp_path: Path) -> Non
 
 
 class InLoop(Net):
-    """The op is in a loop's body."""
+    """An op without a gradient in a loop's body."""
 
     def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
         y = super().call(x, training)
@@ -82,8 +82,8 @@ def test_in_tensorflow_1_format(tmp_path: Path) -> None:
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     variables = [v for v in loaded.variables if v.trainable]
     with tf.GradientTape() as tape:
-        found = loaded.signatures["train"](x=harness.images((None, 8, 8, 3)))
-        loss = tf.reduce_sum(found["raw_scores"] ** 2)
+        outputs = loaded.signatures["train"](x=harness.images((None, 8, 8, 3)))
+        loss = tf.reduce_sum(outputs["raw_scores"] ** 2)
     assert all(g is not None and np.abs(g).max() > 0 for g in tape.gradient(loss, variables))
 
 

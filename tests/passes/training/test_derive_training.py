@@ -30,14 +30,14 @@ OFF = 10**9
 
 
 def rewrite(module: tf.Module, tmp_path: Path, signatures: Any = None, **options: Any) -> tuple[Any, Any]:
-    """The loaded result and the report."""
+    """Save and rewrite a module; return the loaded result and the report."""
     tf.saved_model.save(module, str(tmp_path / "source"), signatures=signatures)
     report = bnqat.rewrite(tmp_path / "source", tmp_path / "out", **options)
     return tf.saved_model.load(str(tmp_path / "out")), report
 
 
 class Norms(tf.Module):
-    """Batch norms to build on."""
+    """Base class with batch norms."""
 
     def __init__(self, count: int = 2) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class Norms(tf.Module):
 
 
 def moved(module: Any, call: Callable[[], Any]) -> list[bool]:
-    """Which layers' moving means a call changes."""
+    """Return, for each layer, true if a call changes its moving mean."""
     before = [n.moving_mean.numpy() for n in module.norms]
     call()
     return [not np.array_equal(a, n.moving_mean) for a, n in zip(before, module.norms, strict=True)]
@@ -103,7 +103,7 @@ def test_batch_norms_in_branches_and_loops(make: Any, tmp_path: Path) -> None:
 
 
 class Twice(Norms):
-    """The same layer, twice in one graph."""
+    """A model that applies one layer twice in one graph."""
 
     @tf.function(input_signature=[SPEC])
     def serve(self, x: tf.Tensor) -> tf.Tensor:
@@ -111,7 +111,7 @@ class Twice(Norms):
 
 
 class Nested(Norms):
-    """A function that is called twice with the same variables."""
+    """A model with a function that is called twice with the same variables."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -136,7 +136,7 @@ def test_a_layer_used_twice_is_updated_in_order(make: Callable[[], Any], tmp_pat
 
 
 class TwoInputs(Norms):
-    """Positional order and alphabetical order differ."""
+    """A model whose inputs differ in positional and alphabetical order."""
 
     @tf.function(input_signature=[SPEC, tf.TensorSpec((None, 8, 8, 3), name="a")])
     def serve(self, x: tf.Tensor, a: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -147,16 +147,16 @@ def test_inputs_and_outputs_go_by_name(tmp_path: Path) -> None:
     module = TwoInputs()
     loaded, _ = rewrite(module, tmp_path, {"serving_default": module.serve}, start_step=OFF)
     x, a = harness.images(SPEC.shape, seed=1), harness.images(SPEC.shape, seed=2)
-    wanted = loaded.train(x, a)
+    expected = loaded.train(x, a)
     got = loaded.signatures["train"](x=x, a=a)
     for key in ("p", "q"):
-        np.testing.assert_array_equal(got[key], wanted[key])
+        np.testing.assert_array_equal(got[key], expected[key])
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         signature = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "out")).signature_def["train"]
         feed = {signature.inputs["x"].name: x.numpy(), signature.inputs["a"].name: a.numpy()}
         for key in ("p", "q"):
             got = session.run(signature.outputs[key].name, feed)
-            np.testing.assert_allclose(got, wanted[key], rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(got, expected[key], rtol=1e-5, atol=1e-5)
 
 
 def test_several_outputs_of_keras_keep_their_names(tmp_path: Path) -> None:
@@ -174,10 +174,10 @@ def test_several_outputs_of_keras_keep_their_names(tmp_path: Path) -> None:
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     x = harness.images(SPEC.shape)
     trained = [loaded.train(x), loaded.signatures["train"](x)]
-    for found in trained:
-        assert set(found) == {"aa", "zz"}
-        assert np.mean(found["aa"] == 0) > 0.3
-        assert np.mean(found["zz"] == 0) < 0.1
+    for named_outputs in trained:
+        assert set(named_outputs) == {"aa", "zz"}
+        assert np.mean(named_outputs["aa"] == 0) > 0.3
+        assert np.mean(named_outputs["zz"] == 0) < 0.1
 
 
 class OwnSignature(Norms):
@@ -239,7 +239,7 @@ def test_a_momentum_without_influence_is_said(model: Callable[[str], Path], tmp_
 
 
 class ByValue(Norms):
-    """The statistics are read in one function and used in another."""
+    """A model whose statistics are read in one function and used in another."""
 
     def __init__(self) -> None:
         super().__init__(1)
@@ -281,9 +281,9 @@ def test_the_signature_that_computes_a_batch_norm_is_chosen(tmp_path: Path) -> N
     module.normal = tf.function(lambda x: module.norms[0](x, training=False), input_signature=[SPEC])
     signatures = {"serving_default": module.plain, "other": module.normal}
     loaded, _ = rewrite(module, tmp_path, signatures)
-    found = serving_signature(load(tmp_path / "source"))
-    assert found is not None
-    assert found.name == "other"
+    signature = serving_signature(load(tmp_path / "source"))
+    assert signature is not None
+    assert signature.name == "other"
     assert moved(loaded, lambda: loaded.signatures["train"](harness.images(SPEC.shape))) == [True]
 
 
@@ -314,20 +314,20 @@ def test_a_phase_is_seen_in_order_within_one_function(name: str, rewritten: Call
         return outputs, loaded.quantization.step.read_value()
 
     reset()
-    wanted, _ = run()
+    expected, _ = run()
     compiled = tf.function(run)
     for _ in range(10):
         reset()
         got, step = compiled()
         assert step.numpy() == 3
-        for a, b in zip(got, wanted, strict=True):
+        for a, b in zip(got, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("fuse", [False, True])
 @pytest.mark.parametrize("name", ["chosen_updates_inside", "chosen_moments_inside"])
 def test_serving_and_training_are_both_differentiated(name: str, fuse: bool, tmp_path: Path) -> None:
-    """Functions that both of them ran in a conditional could not be, in one process."""
+    """If both ran the same functions in a conditional, TensorFlow could not differentiate both in one process."""
     CHOSEN_MODELS[name](tmp_path / "m")
     bnqat.rewrite(tmp_path / "m", tmp_path / "q", fuse=fuse, start_step=100)
     loaded = tf.saved_model.load(str(tmp_path / "q"))

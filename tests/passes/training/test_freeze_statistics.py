@@ -98,15 +98,17 @@ def test_in_branches_loops_and_shared_functions(name: str, tmp_path: Path, model
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     train = loaded.quantization.train
     (x,) = (harness.images(t.shape) for t in harness.concrete(train).inputs if t.dtype == tf.float32)
-    held = [v for v in loaded.quantization.variables if "moving" in v.name and not v.name.startswith("quantization/")]
+    averages = [
+        v for v in loaded.quantization.variables if "moving" in v.name and not v.name.startswith("quantization/")
+    ]
     for step in range(4):
-        before, served = [v.numpy() for v in held], tf.nest.flatten(loaded.serve(x))
+        before, served = [v.numpy() for v in averages], tf.nest.flatten(loaded.serve(x))
         with tf.GradientTape() as tape:
             outputs = tf.nest.flatten(train(x))
             loss = tf.add_n([tf.reduce_sum(y**2) for y in outputs if y.dtype.is_floating])
         gradients = tape.gradient(loss, list(loaded.quantization.trainable_variables))
         assert any(g is not None and np.any(g) for g in gradients)
-        moved = [not np.array_equal(v, old) for v, old in zip(held, before, strict=True)]
+        moved = [not np.array_equal(v, old) for v, old in zip(averages, before, strict=True)]
         assert any(moved) is (step < 2)
         if step >= 2:
             for a, b in zip(outputs, served, strict=True):
@@ -125,7 +127,7 @@ def test_steps_out_of_range(step: int) -> None:
 
 
 def test_training_that_is_not_fused(model: Paths, tmp_path: Path) -> None:
-    """Moments in single ops, kept so."""
+    """Moments in single ops stay in single ops."""
     bnqat.rewrite(model("form_library_video"), tmp_path / "out", freeze_step=1, bits=4, fuse=False)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     train = loaded.quantization.train

@@ -1,4 +1,4 @@
-"""Load and save without a pass loses nothing; a new variable and a new function arrive everywhere."""
+"""Tests of loading and saving: without a pass nothing is lost; a new variable and a new function arrive everywhere."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_load_and_save_is_lossless_for_public_models(corpus_model: Path, tmp_pat
 
 @pytest.mark.parametrize("name", ["module_train", "keras_save"])
 def test_every_proto_is_rebuilt_from_its_graph(name: str, model: Callable[[str], Path]) -> None:
-    """Not only carried through: what the in-memory form holds is all there is."""
+    """The in-memory form holds all information; no proto is merely carried through."""
     source = load(model(name)).source
     find = definitions(source.proto.meta_graphs[0].graph_def.library, {})
     for graph, proto in source.protos.values():
@@ -67,7 +67,7 @@ def test_every_proto_is_rebuilt_from_its_graph(name: str, model: Callable[[str],
 
 
 class WithAssets(Net):
-    """Has a table read from an asset, and a constant that functions capture."""
+    """A model with a table read from an asset, and a constant that functions capture."""
 
     def __init__(self, vocabulary: Path) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ def test_assets_tables_and_constants(with_assets: Path, tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class Counts:
-    """A variable that every function reads, and a new function that counts its calls."""
+    """A pass that adds a variable that every function reads, and a function that counts its calls."""
 
     def edits(self, model: Model) -> Iterable[Edit]:
         signature = model.signatures["serving_default"]
@@ -142,10 +142,10 @@ def test_a_new_variable_and_a_new_function_arrive_everywhere(
     save(after, tmp_path / "out")
     source, loaded = tf.saved_model.load(str(model(name))), tf.saved_model.load(str(tmp_path / "out"))
     x = harness.images((None, 8, 8, 3))
-    wanted = tf.nest.flatten(source.signatures["serving_default"](x))[0]
+    expected = tf.nest.flatten(source.signatures["serving_default"](x))[0]
     assert loaded.extra.count.numpy() == 7
-    np.testing.assert_array_equal(loaded.extra.counting(x), wanted)
-    np.testing.assert_array_equal(tf.nest.flatten(loaded.signatures["counting"](x))[0], wanted)
+    np.testing.assert_array_equal(loaded.extra.counting(x), expected)
+    np.testing.assert_array_equal(tf.nest.flatten(loaded.signatures["counting"](x))[0], expected)
     assert loaded.extra.count.numpy() == 9
     loaded.extra.count.assign(0)
     assert not np.any(loaded.extra.counting(x))
@@ -155,7 +155,7 @@ def test_a_new_variable_and_a_new_function_arrive_everywhere(
         meta = tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "out"))
         signature = meta.signature_def["counting"]
         (inputs,), (outputs,) = signature.inputs.values(), signature.outputs.values()
-        np.testing.assert_allclose(session.run(outputs.name, {inputs.name: x.numpy()}), wanted, rtol=1e-5)
+        np.testing.assert_allclose(session.run(outputs.name, {inputs.name: x.numpy()}), expected, rtol=1e-5)
         count = tf.raw_ops.ReadVariableOp(resource=session.graph.get_tensor_by_name("count:0"), dtype=tf.int64)
         assert session.run(count) == 8
         prefix = str(tmp_path / "v1")

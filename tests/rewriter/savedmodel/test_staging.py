@@ -101,8 +101,8 @@ def test_what_another_works_on_stays(tmp_path: Path) -> None:
 
 
 def test_other_targets_files_stay(tmp_path: Path) -> None:
-    other = tmp_path / ".out2.bnqat-0123abcd.lock"
-    other.touch()
+    lock = tmp_path / ".out2.bnqat-0123abcd.lock"
+    lock.touch()
     with staged(tmp_path / "out", overwrite=False) as folder:
         write(folder, "new")
-    assert other.exists()
+    assert lock.exists()
