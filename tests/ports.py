@@ -82,7 +82,7 @@ class Told(NamedTuple):
 
 
 def _together(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[str, Told]:
-    """By the tagged node, what is told by the inputs of the op that chooses: see `passes.quantization.batched.batch_function`."""
+    """By the tagged node, what is told by the inputs of the op that chooses: see `passes.quantization.batched.way`."""
     branch = choice.get_attr("branches")[0].name
     library = body.graph.as_graph_def().library.function
     (names,) = ([a.name for a in f.signature.input_arg] for f in library if f.signature.name == branch)

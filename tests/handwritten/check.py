@@ -124,7 +124,7 @@ class Comparison:
     """A rewritten form beside its source.
 
     Attributes:
-        fused: whether kernels took the place of single ops.
+        fused: true if kernels took the place of single ops.
         source: the source's own behaviour.
         training: that of the source in training; if it only serves, of its twin that trains.
         report: the sentences of the rewrite's report.

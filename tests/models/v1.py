@@ -151,9 +151,9 @@ class Options:
         references: reference variables (``VariableV2``) in place of resources.
         control_flow_v2: ``If`` in place of Switch and Merge.
         training: the mode: a Python bool, "placeholder", or "default" for a placeholder with default False.
-        train_op: whether the graph holds a loss, gradients and an optimizer.
-        adam: whether the optimizer is Adam, whose slots are assigned in single ops, and not momentum.
-        loop: whether the second batch norm lies in a while loop of two rounds.
+        train_op: true if the graph holds a loss, gradients and an optimizer.
+        adam: true if the optimizer is Adam, whose slots are assigned in single ops, and not momentum.
+        loop: true if the second batch norm lies in a while loop of two rounds.
     """
 
     references: bool = False

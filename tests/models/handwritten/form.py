@@ -21,16 +21,16 @@ class Form:
             before the choice, or where the branches compute "inside", one of them).
         scale: gamma is a variable; otherwise it is absent.
         center: beta is a variable; otherwise it is absent.
-        chooser: what chooses between the modes: ``tf.cond``, ``tf.where``, Python's ``if``, ``smart_cond`` or
+        chooser: construct that chooses between the modes: ``tf.cond``, ``tf.where``, Python's ``if``, ``smart_cond`` or
             ``tf.case``.
-        chosen: what it chooses: "both" statistics at once, "each" by itself, or the "output".
+        chosen: value that it chooses: "both" statistics at once, "each" by itself, or the "output".
         branches: the alternatives pass through ``tf.identity``, are passed "direct", or are computed "inside" the
             branches.
         averaged: the moving averages take the statistics of the "batch", or the "chosen" ones, which in inference
             leave the averages as they are.
-        updates: how a moving average is updated: "assign", "assign_sub", "helper" (``assign_moving_average``),
+        updates: update of a moving average: "assign", "assign_sub", "helper" (``assign_moving_average``),
             "debiased" (the same with ``zero_debias``) or "ema" (``ExponentialMovingAverage``).
-        placement: what runs the updates: a "collection" (in a ``tf.function``, the order of the program), control
+        placement: place that runs the updates: a "collection" (in a ``tf.function``, the order of the program), control
             dependencies of the "output" or of the "input", or the "branch" for training.
         packing: the updates are "apart", one "group", or in a "cond" of their own.
         momentum: a "python" number, a constant "tensor", a "placeholder", or a placeholder with a "default".
