@@ -51,13 +51,13 @@ def opened(browser: Browser, file: Path, fragment: str = "", **options: Any) -> 
     """A page from a file. It may make one request, for itself, and say nothing on the console."""
     context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True, **options)
     page = context.new_page()
-    seen = Opened(page)
-    page.on("request", lambda request: seen.requests.append(request.url))
-    page.on("console", lambda message: seen.messages.append(f"{message.type}: {message.text}"))
-    page.on("pageerror", lambda error: seen.messages.append(f"error: {error}"))
+    opened_page = Opened(page)
+    page.on("request", lambda request: opened_page.requests.append(request.url))
+    page.on("console", lambda message: opened_page.messages.append(f"{message.type}: {message.text}"))
+    page.on("pageerror", lambda error: opened_page.messages.append(f"error: {error}"))
     page.goto(file.as_uri() + fragment)
     try:
-        yield seen
-        assert seen.messages == []
+        yield opened_page
+        assert opened_page.messages == []
     finally:
         context.close()

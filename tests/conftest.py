@@ -36,8 +36,8 @@ if MLPERF_TINY and "mlcommons+tiny+1" in PUBLIC:  # the fourth of them, keyword 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """A folder that all processes of one run share."""
-    own = tmp_path_factory.getbasetemp()
-    return own if worker_id == "master" else own.parent
+    base = tmp_path_factory.getbasetemp()
+    return base if worker_id == "master" else base.parent
 
 
 def once(target: Path, make: Callable[[Path], Any]) -> Path:

@@ -33,7 +33,7 @@ class Exclusion:
 
 def excluded(case: Mapping[str, Any], exclusions: Sequence[Exclusion]) -> bool:
     """Return true if one of the exclusions excludes a case, as far as its options have values."""
-    return any(each.excludes(case) for each in exclusions)
+    return any(exclusion.excludes(case) for exclusion in exclusions)
 
 
 def pairs(case: Mapping[str, Any]) -> set[Pair]:
@@ -56,7 +56,7 @@ def completed(start: Case, options: Options, exclusions: Sequence[Exclusion], mi
         return {name: start[name] for name in options}
 
     def gain(value: Any) -> int:
-        return sum(frozenset({(name, value), other}) in missing for other in start.items())
+        return sum(frozenset({(name, value), pair}) in missing for pair in start.items())
 
     for value in sorted(options[name], key=gain, reverse=True):  # sorting keeps the order of equals
         case = completed({**start, name: value}, options, exclusions, missing)
@@ -68,9 +68,9 @@ def completed(start: Case, options: Options, exclusions: Sequence[Exclusion], mi
 def covering(options: Options, exclusions: Sequence[Exclusion]) -> Iterator[Case]:
     """Cases that hold every pair that can be; each begins with a pair that no case before it holds."""
     every = (
-        {one: a, other: b}
-        for one, other in itertools.combinations(options, 2)
-        for a, b in itertools.product(options[one], options[other])
+        {first_name: a, second_name: b}
+        for first_name, second_name in itertools.combinations(options, 2)
+        for a, b in itertools.product(options[first_name], options[second_name])
     )
     missing = {frozenset(pair.items()): pair for pair in every}
     while missing:
@@ -95,8 +95,10 @@ def drawn(options: Options, exclusions: Sequence[Exclusion], random: Random) -> 
 def assert_covering(cases: Sequence[Case], options: Options, exclusions: Sequence[Exclusion]) -> None:
     """Assert that no case is excluded, and that the cases hold exactly the pairs that some case can hold."""
     assert not [case for case in cases if excluded(case, exclusions)]
-    held = set().union(*map(pairs, cases))
-    for one, other in itertools.combinations(options, 2):
-        for a, b in itertools.product(options[one], options[other]):
-            pair = {one: a, other: b}
-            assert (frozenset(pair.items()) in held) is (completed(pair, options, exclusions, set()) is not None), pair
+    covered = set().union(*map(pairs, cases))
+    for first, second in itertools.combinations(options, 2):
+        for a, b in itertools.product(options[first], options[second]):
+            pair = {first: a, second: b}
+            assert (frozenset(pair.items()) in covered) is (completed(pair, options, exclusions, set()) is not None), (
+                pair
+            )

@@ -44,17 +44,17 @@ def fetch(concrete: Any, inputs: Sequence[Any], names: Sequence[str]) -> list[np
 
 def tags(concrete: Any) -> dict[str, dict[str, Any]]:
     """The quantisers in a concrete function's body: node name -> tag."""
-    found = {}
+    tag_of = {}
     for op in concrete.graph.get_operations():
         if TAG in op.node_def.attr:
-            found[op.name] = json.loads(op.node_def.attr[TAG].s)
-    return found
+            tag_of[op.name] = json.loads(op.node_def.attr[TAG].s)
+    return tag_of
 
 
 def concrete(function: Any) -> Any:
     """The only concrete function of a loaded function."""
-    (found,) = function.concrete_functions
-    return found
+    (only,) = function.concrete_functions
+    return only
 
 
 def batch_norm_kernels(call: Callable[[], Any]) -> collections.Counter[str]:
@@ -67,14 +67,14 @@ def batch_norm_kernels(call: Callable[[], Any]) -> collections.Counter[str]:
     finally:
         context.context().disable_graph_collection()
         context.context().disable_run_metadata()
-    found: collections.Counter[str] = collections.Counter()
+    kernels: collections.Counter[str] = collections.Counter()
     for graphs in metadata.function_graphs:
         for graph in graphs.partition_graphs:
             for node in graph.node:
                 fused = node.attr["fused_ops"].list.s if "fused_ops" in node.attr else ()
                 if "FusedBatchNorm" in node.op or b"FusedBatchNorm" in fused:
-                    found[node.op] += 1
-    return found
+                    kernels[node.op] += 1
+    return kernels
 
 
 def digest(directory: Path) -> dict[str, str]:

@@ -88,8 +88,8 @@ def rename_functions(meta: Any) -> None:
     for name, proto in concrete.items():
         objects.concrete_functions[name].CopyFrom(proto)
     for node in objects.nodes:
-        held = node.function.concrete_functions if node.WhichOneof("kind") == "function" else []
-        held[:] = [names[name] for name in held]
+        function_names = node.function.concrete_functions if node.WhichOneof("kind") == "function" else []
+        function_names[:] = [names[name] for name in function_names]
         if node.WhichOneof("kind") == "bare_concrete_function":
             bare = node.bare_concrete_function
             bare.concrete_function_name = names[bare.concrete_function_name]

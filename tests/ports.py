@@ -30,27 +30,27 @@ class Port(NamedTuple):
             return self.raw
         scheme = self.tag["scheme"]
         options: dict[str, Any] = {"narrow": self.tag["narrow_range"], "limits": self.limits, "noise": self.noise}
-        found: Quantized = quantize(scheme, self.raw, self.bits, epsilon, **options)
+        quantised: Quantized = quantize(scheme, self.raw, self.bits, epsilon, **options)
         amount = np.float32(self.amount)
-        blend: np.ndarray = found.value * amount + self.raw * (np.float32(1) - amount)
+        blend: np.ndarray = quantised.value * amount + self.raw * (np.float32(1) - amount)
         return blend
 
 
 def ports(body: Any, x: Sequence[Any]) -> list[Port]:
     """The quantisers in a concrete function's own body, when it is called with these inputs, once."""
     nodes = [op for op in body.graph.get_operations() if harness.TAG in op.node_def.attr]
-    wanted = [t for node in nodes for t in _needed(node)]
-    names = list(dict.fromkeys(t.name for t in wanted))
+    tensors = [t for node in nodes for t in _needed(node)]
+    names = list(dict.fromkeys(t.name for t in tensors))
     values = dict(zip(names, harness.fetch(body, x, names), strict=True))
-    told: dict[str, Told] = {}
+    batched: dict[str, BatchedVector] = {}
     for choice in {node.inputs[0].op.name: node.inputs[0].op for node in nodes}.values():
         if choice.type == "StatelessCase":
-            told |= _together(body, values, choice)
-    found = []
+            batched |= _batched_vectors(body, values, choice)
+    result = []
     for node in nodes:
         tag = json.loads(node.node_def.attr[harness.TAG].s)
-        found.append(told[node.name].port(tag) if node.name in told else _single(values, node, tag))
-    return found
+        result.append(batched[node.name].port(tag) if node.name in batched else _single(values, node, tag))
+    return result
 
 
 def _needed(node: Any) -> Iterator[Any]:
@@ -67,7 +67,7 @@ def _call(node: Any) -> Any:
     return before.inputs[0].op if before.type == "Unpack" else before if before.type == "StatelessCase" else node
 
 
-class Told(NamedTuple):
+class BatchedVector(NamedTuple):
     """What one of several vectors that are quantised together was told, and what it is."""
 
     got: np.ndarray
@@ -81,50 +81,52 @@ class Told(NamedTuple):
         return Port(tag, self.got, self.raw, float(self.amount), self.bits, None, self.noise)
 
 
-def _together(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[str, Told]:
+def _batched_vectors(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[str, BatchedVector]:
     """By the tagged node, what is told by the inputs of the op that chooses: see `passes.quantization.batched.way`."""
     branch = choice.get_attr("branches")[0].name
     library = body.graph.as_graph_def().library.function
     (names,) = ([a.name for a in f.signature.input_arg] for f in library if f.signature.name == branch)
     inputs = dict(zip(names, choice.inputs[1:], strict=True))
-    given = {name: values[t.name] for name, t in inputs.items()}
+    input_values = {name: values[t.name] for name, t in inputs.items()}
     tagged = {}
     for op in (op for t in choice.outputs for op in t.consumers() if harness.TAG in op.node_def.attr):
         tag = json.loads(op.node_def.attr[harness.TAG].s)
         tagged[tag["role"], tag["layer"]] = op
-    found: dict[str, Told] = {}
+    vectors: dict[str, BatchedVector] = {}
     for name in (name for name in inputs if name.startswith("bits_")):
         of, places = (values[t.name] for t in inputs[name].op.inputs[0].op.inputs[:2])
-        noise = given.get(name.replace("bits", "noise"))
+        noise = input_values.get(name.replace("bits", "noise"))
         first = 0
         for number, place in enumerate(places.ravel()):
             op = tagged[ROLES[place // (len(of) // len(ROLES))], place % (len(of) // len(ROLES))]
-            raw = given[f"vector_{op.inputs[0].value_index}"]
-            own = None if noise is None else noise.ravel()[first : first + raw.size]
-            got = values[op.outputs[0].name]
-            found[op.name] = Told(got, raw, given["amount"], int(given[name][number, 0]), own)
+            raw = input_values[f"vector_{op.inputs[0].value_index}"]
+            vector_noise = None if noise is None else noise.ravel()[first : first + raw.size]
+            output = values[op.outputs[0].name]
+            vectors[op.name] = BatchedVector(
+                output, raw, input_values["amount"], int(input_values[name][number, 0]), vector_noise
+            )
             first += 0 if noise is None else -(-raw.size // noise.shape[1]) * noise.shape[1]
-    return found
+    return vectors
 
 
 def _single(values: Mapping[str, np.ndarray], node: Any, tag: dict[str, Any]) -> Port:
     """A quantiser by itself, or a row of a stack of one kind."""
     call = _call(node)
     row = None if call is node else node.inputs[0].value_index
-    got, raw, *told = (values[t.name] for t in (node.outputs[0], node.inputs[-1], *call.inputs[:-1]))
-    amount, bits, *rest = told if row is None else [told[0], *(t[row] for t in told[1:])]
+    output, raw, *call_inputs = (values[t.name] for t in (node.outputs[0], node.inputs[-1], *call.inputs[:-1]))
+    amount, bits, *rest = call_inputs if row is None else [call_inputs[0], *(t[row] for t in call_inputs[1:])]
     limits = rest.pop(0) if tag["range"] != "dynamic" else None
     noise = rest.pop(0) if rest else None
-    return Port(tag, got, raw, float(amount), int(np.ravel(bits)[0]), limits, noise)
+    return Port(tag, output, raw, float(amount), int(np.ravel(bits)[0]), limits, noise)
 
 
 def assert_equal(port: Port, epsilon: float) -> None:
     """Bit for bit; log, whose logarithms are those of two libraries, within one ulp of v + epsilon."""
-    wanted = port.wanted(epsilon)
+    expected = port.wanted(epsilon)
     if port.tag["scheme"] == "log":
-        ulp = np.spacing((np.abs(wanted) + np.float32(epsilon)).astype(np.float32))
-        assert (np.abs(port.got - wanted) <= ulp).all(), (port, wanted)
+        ulp = np.spacing((np.abs(expected) + np.float32(epsilon)).astype(np.float32))
+        assert (np.abs(port.got - expected) <= ulp).all(), (port, expected)
     elif port.amount in (0, 1):
-        np.testing.assert_array_equal(port.got, wanted)
+        np.testing.assert_array_equal(port.got, expected)
     else:
-        np.testing.assert_allclose(port.got, wanted, rtol=1e-6, atol=1e-7)  # a product and a sum may be one operation
+        np.testing.assert_allclose(port.got, expected, rtol=1e-6, atol=1e-7)  # a product and a sum may be one operation

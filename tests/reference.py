@@ -46,17 +46,17 @@ def rounded(position: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
 def counted(scheme: str, v: np.ndarray) -> np.ndarray:
     """Which values are quantised."""
     with np.errstate(invalid="ignore"):
-        known: np.ndarray = (v >= 0) & (v < np.inf) if scheme == "log" else np.isfinite(v)
-    return known
+        mask: np.ndarray = (v >= 0) & (v < np.inf) if scheme == "log" else np.isfinite(v)
+    return mask
 
 
 def seen(scheme: str, v: np.ndarray, epsilon: float) -> tuple[np.floating, np.floating]:
     """The limits of a vector, in the scheme's coordinate."""
-    known = v[counted(scheme, v)]
+    values = v[counted(scheme, v)]
     if scheme == "log":
-        logs = np.log((known + F(epsilon)).astype(np.float64))
+        logs = np.log((values + F(epsilon)).astype(np.float64))
         return logs.min(initial=np.inf), logs.max(initial=-np.inf)
-    return known.min(initial=F(0)), known.max(initial=F(0))
+    return values.min(initial=F(0)), values.max(initial=F(0))
 
 
 def quantize(

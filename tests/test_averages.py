@@ -92,20 +92,20 @@ def test_every_form_of_update_stores_what_is_quantised(name: str, model: Paths, 
     bnqat.rewrite(model(name), tmp_path / "out", bits=4, **options)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     train = loaded.quantization.train
-    held = [v for v in loaded.quantization.variables if any(r in v.name for r in STATISTICS)]
-    held = [v for v in held if not v.name.startswith("quantization/") and "biased" not in v.name]
-    assert held
-    before = [v.numpy() for v in held]
+    averages = [v for v in loaded.quantization.variables if any(r in v.name for r in STATISTICS)]
+    averages = [v for v in averages if not v.name.startswith("quantization/") and "biased" not in v.name]
+    assert averages
+    before = [v.numpy() for v in averages]
     body = harness.concrete(train)
     x = harness.images(next(t.shape for t in body.graph.inputs if t.dtype == tf.float32))
-    found = [p for p in ports(body, [x]) if p.tag["use"] == "average"]
-    for v, old in zip(held, before, strict=True):
+    average_ports = [p for p in ports(body, [x]) if p.tag["use"] == "average"]
+    for v, old in zip(averages, before, strict=True):
         v.assign(old)
     train(x)
-    after = [v.numpy() for v in held]
-    if found:  # where the updates are in the function's own body
-        assert len(found) == len(held)
-        assert {p.got.tobytes() for p in found} == {v.tobytes() for v in after}
+    after = [v.numpy() for v in averages]
+    if average_ports:  # where the updates are in the function's own body
+        assert len(average_ports) == len(averages)
+        assert {p.got.tobytes() for p in average_ports} == {v.tobytes() for v in after}
     for old, new in zip(before, after, strict=True):
         assert not np.array_equal(old, new)
         assert len(np.unique(new)) <= 16

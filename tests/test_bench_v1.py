@@ -17,12 +17,12 @@ X = np.random.default_rng(0).normal(size=(2, *bench_v1.SIZE)).astype("float32")
 
 def averages(path: Path, session: Any) -> list[np.ndarray]:
     with session.graph.as_default():
-        held = {
+        by_name = {
             v.name: v for v in v1.global_variables() if "moving_" in v.name and not v.name.startswith("quantization/")
         }
-    found: list[np.ndarray] = session.run([held[name] for name in sorted(held)])
-    assert len(found) == 26, path
-    return found
+    values: list[np.ndarray] = session.run([by_name[name] for name in sorted(by_name)])
+    assert len(values) == 26, path
+    return values
 
 
 @pytest.mark.parametrize(("norm", "references"), [("two conds", False), ("two kernels", True)])

@@ -112,34 +112,36 @@ def test_switched_on_every_port_and_every_statistic_equals_the_reference(name: s
     for function in (result.serve, result.quantization.train):
         body = harness.concrete(function)
         x = [harness.images(t.shape) for t in body.graph.inputs if t.dtype == tf.float32]
-        found = harness.tags(body)
+        tags = harness.tags(body)
         kernels = [op for op in body.graph.get_operations() if op.type == "FusedBatchNormV3"]
         assert len(kernels) == 2
         training = function is result.quantization.train
-        assert len(found) == 8
+        assert len(tags) == 8
         for kernel in kernels:
             for port, role in enumerate(("gamma", "beta", "moving_mean", "moving_variance"), start=1):
                 quantised = kernel.inputs[port].op
                 if training and port > 2:
-                    assert quantised.name not in found
-                    users = [u.name for u in kernel.outputs[port - 2].consumers() if u.name in found]
-                    assert [found[u]["role"] for u in users] == [role]
-                    name_of, given = users[0] + ":0", kernel.outputs[port - 2].name
+                    assert quantised.name not in tags
+                    users = [u.name for u in kernel.outputs[port - 2].consumers() if u.name in tags]
+                    assert [tags[u]["role"] for u in users] == [role]
+                    output_name, input_name = users[0] + ":0", kernel.outputs[port - 2].name
                 else:
-                    assert found[quantised.name]["role"] == role
-                    name_of, given = quantised.outputs[0].name, quantised.inputs[-1].name
-                tag = found[name_of.partition(":")[0]]
+                    assert tags[quantised.name]["role"] == role
+                    output_name, input_name = quantised.outputs[0].name, quantised.inputs[-1].name
+                tag = tags[output_name.partition(":")[0]]
                 assert tag["bits"] == 4
                 assert tag["scheme"] == ("log" if role == "moving_variance" else "affine")
-                got, raw = harness.fetch(body, x, [name_of, given])
+                output, raw = harness.fetch(body, x, [output_name, input_name])
                 epsilon = kernel.get_attr("epsilon")
-                wanted = reference(tag["scheme"])(raw, 4, epsilon)
+                expected = reference(tag["scheme"])(raw, 4, epsilon)
                 if tag["scheme"] == "affine":
-                    np.testing.assert_array_equal(got, wanted)
+                    np.testing.assert_array_equal(output, expected)
                 else:
-                    np.testing.assert_array_less(np.abs(got - wanted), 1.01 * np.spacing(wanted + np.float32(epsilon)))
-                assert len(np.unique(got)) <= 16
-                assert not np.array_equal(got, raw)
+                    np.testing.assert_array_less(
+                        np.abs(output - expected), 1.01 * np.spacing(expected + np.float32(epsilon))
+                    )
+                assert len(np.unique(output)) <= 16
+                assert not np.array_equal(output, raw)
 
 
 def test_switched_on_outputs_equal_the_source_on_quantised_parameters(model: Paths, rewritten: Paths) -> None:
@@ -217,8 +219,10 @@ def assert_trains_alike(keras: Any, result: Any, shape: tuple[int, ...], steps: 
     moving = [v for v in keras.weights if "moving" in v.name]
     assert moving
     for v in moving:
-        wanted = v.numpy()
-        np.testing.assert_allclose(by_name[v.name.removesuffix(":0")], wanted, rtol=0, atol=1e-6 * np.abs(wanted).max())
+        expected = v.numpy()
+        np.testing.assert_allclose(
+            by_name[v.name.removesuffix(":0")], expected, rtol=0, atol=1e-6 * np.abs(expected).max()
+        )
 
 
 @tf.function
@@ -235,11 +239,11 @@ def test_averages_reach_the_quantised_statistic(rewritten: Paths) -> None:
     kernel = next(op for op in body.graph.get_operations() if op.type == "FusedBatchNormV3")
     mean, variance = harness.fetch(body, [x], [kernel.outputs[1].name, kernel.outputs[2].name])
     repeat(result.quantization.train, x)
-    for variable, value, wanted in (
+    for variable, value, expected in (
         (result.norms[0].moving_mean, mean, reference("affine")(mean, 8, 1e-3)),
         (result.norms[0].moving_variance, variance, reference("log")(variance, 8, 1e-3)),
     ):
-        np.testing.assert_allclose(variable, wanted, rtol=0, atol=1e-5 * np.ptp(value))
+        np.testing.assert_allclose(variable, expected, rtol=0, atol=1e-5 * np.ptp(value))
         assert np.abs(variable - value).max() > 1e-4 * np.ptp(value)
 
 
@@ -300,10 +304,10 @@ def test_nan_and_infinity_reach_the_kernel_alone(bad: float, role: str, rewritte
     node = next(
         n for n, t in harness.tags(body).items() if t["role"] == role and t["batch_norm"].endswith("batch_norm")
     )
-    (got,) = harness.fetch(body, [harness.images((None, 8, 8, 3))], [f"{node}:0"])
+    (quantised,) = harness.fetch(body, [harness.images((None, 8, 8, 3))], [f"{node}:0"])
     others = np.arange(8) != 3
-    np.testing.assert_array_equal(got[3], value[3])
-    np.testing.assert_array_equal(got[others], reference("affine")(value[others], 4, 0))
+    np.testing.assert_array_equal(quantised[3], value[3])
+    np.testing.assert_array_equal(quantised[others], reference("affine")(value[others], 4, 0))
 
 
 @pytest.mark.parametrize("name", ["module_train", "keras_save", "mobilenet_export"])
@@ -311,7 +315,7 @@ def test_v1_sessions_restore_and_run_every_signature(name: str, rewritten: Paths
     path = str(rewritten(name, bits=4))
     eager = tf.saved_model.load(path)
     x = harness.inputs_of(eager.signatures["serving_default"])
-    wanted = eager.signatures["serving_default"](**x)
+    expected = eager.signatures["serving_default"](**x)
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:
         signatures = tf.compat.v1.saved_model.load(session, ["serve"], path).signature_def
         moving = [
@@ -328,7 +332,7 @@ def test_v1_sessions_restore_and_run_every_signature(name: str, rewritten: Paths
             fetches = {k: t.name for k, t in signatures[key].outputs.items()}
             outputs = session.run(fetches, feed)
             if key == "serving_default":
-                for k, v in wanted.items():
+                for k, v in expected.items():
                     np.testing.assert_allclose(outputs[k], v, rtol=1e-5, atol=1e-6)
         assert session.run(step) == 1
         assert all(not np.array_equal(a, b) for a, b in zip(before, session.run(reads), strict=True))

@@ -48,11 +48,11 @@ def test_the_cases_cover_all_pairs() -> None:
 
 def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
     role = case["role"]
-    own = {"scheme": case["scheme"], "rounding": case["rounding"], "narrow_range": case["narrow"], "bits": 4}
-    own["range"] = LIMITS if case["range"] == "fixed" else case["range"]
+    role_options = {"scheme": case["scheme"], "rounding": case["rounding"], "narrow_range": case["narrow"], "bits": 4}
+    role_options["range"] = LIMITS if case["range"] == "fixed" else case["range"]
     others = {r: {"range": "ema"} for r in STATISTICS if case["average"] == "stored"}
     return {
-        "config": {"defaults": {**others, role: own}},
+        "config": {"defaults": {**others, role: role_options}},
         "quantize_average": case["average"],
     }
 
@@ -69,15 +69,15 @@ def test_every_pair_of_options(case: dict[str, Any], model: Paths, tmp_path: Pat
     lows = learned and case["scheme"] in ("affine", "log")
     assert len(state) == {"ema": 1, "learned": 2 if lows else 1}.get(case["range"], 0)
     for function in (loaded.serve, loaded.quantization.train):
-        found = ports(harness.concrete(function), [X])
-        for port in found:
+        all_ports = ports(harness.concrete(function), [X])
+        for port in all_ports:
             assert_equal(port, EPSILON)
         training = function is loaded.quantization.train
-        own = [p for p in found if p.tag["role"] == role]
+        role_ports = [p for p in all_ports if p.tag["role"] == role]
         absent = training and role in STATISTICS and case["average"] == "none"
-        assert len(own) == (0 if absent else 2)
-        assert all((p.noise is not None) is (training and case["rounding"] == "stochastic") for p in own)
-        assert all(p.tag["range"] == case["range"] and not np.array_equal(p.got, p.raw) for p in own)
+        assert len(role_ports) == (0 if absent else 2)
+        assert all((p.noise is not None) is (training and case["rounding"] == "stochastic") for p in role_ports)
+        assert all(p.tag["range"] == case["range"] and not np.array_equal(p.got, p.raw) for p in role_ports)
     for norm in loaded.norms:  # as an optimizer might
         getattr(norm, role).assign(1.5 * getattr(norm, role))
     before = [v.numpy() for v in state]

@@ -57,8 +57,8 @@ def trained(path: Path) -> list[np.ndarray]:
     return gradients(loaded.train, [v for v in function.variables if v.trainable])
 
 
-def sizes(found: list[np.ndarray]) -> list[float]:
-    return sorted(float(np.sum(g.astype(float) ** 2)) for g in found)
+def sizes(arrays: list[np.ndarray]) -> list[float]:
+    return sorted(float(np.sum(g.astype(float) ** 2)) for g in arrays)
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -67,11 +67,11 @@ def test_training_has_the_gradients_of_the_source(name: str, tmp_path: Path) -> 
     net = Activated(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
-    wanted = gradients(lambda x: net.call(x, True), list(net.trainable_variables))
-    found = trained(tmp_path / "target")
-    assert len(found) == len(wanted) == 7
-    np.testing.assert_allclose(found[0], wanted[0], rtol=1e-3, atol=1e-6 * np.abs(wanted[0]).max())
-    np.testing.assert_allclose(sizes(found), sizes(wanted), rtol=1e-3)
+    expected = gradients(lambda x: net.call(x, True), list(net.trainable_variables))
+    derived = trained(tmp_path / "target")
+    assert len(derived) == len(expected) == 7
+    np.testing.assert_allclose(derived[0], expected[0], rtol=1e-3, atol=1e-6 * np.abs(expected[0]).max())
+    np.testing.assert_allclose(sizes(derived), sizes(expected), rtol=1e-3)
 
     assert verify(tmp_path / "source", tmp_path / "target").ok
     assert bnqat.diff(tmp_path / "source", tmp_path / "target").report.verdict.other_changes == 0
@@ -96,10 +96,10 @@ def test_saved_again_and_finalised(name: str, freeze_step: int | None, tmp_path:
 
         return serve(tf.constant(X)).numpy(), gradients(serve, [])
 
-    outputs, wanted = served(again)
+    outputs, expected = served(again)
     np.testing.assert_array_equal(served(final)[0], outputs)
-    np.testing.assert_array_equal(served(final)[1], wanted)
-    np.testing.assert_allclose(served(folded)[1], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
+    np.testing.assert_array_equal(served(final)[1], expected)
+    np.testing.assert_allclose(served(folded)[1], expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
@@ -109,17 +109,17 @@ def test_both_phases_of_a_freeze_step_are_differentiated(name: str, tmp_path: Pa
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF, freeze_step=1)
     variables = list(net.trainable_variables)
-    wanted = [gradients(lambda x, mode=mode: net.call(x, mode), variables) for mode in (True, False)]  # type: ignore[misc]
+    by_phase = [gradients(lambda x, mode=mode: net.call(x, mode), variables) for mode in (True, False)]  # type: ignore[misc]
     loaded = tf.saved_model.load(str(tmp_path / "target"))
     trained = [v for v in loaded.quantization.variables if v.trainable]
     first = gradients(loaded.train, trained)
     assert loaded.quantization.step.numpy() == 1
     moved = [v.assign(old) for v, old in zip(statistics(loaded), statistics(net), strict=True)]
     assert len(moved) == 4
-    for found, expected in zip((first, gradients(loaded.train, trained)), wanted, strict=True):
-        assert len(found) == len(expected) == 7
-        np.testing.assert_allclose(found[0], expected[0], rtol=1e-3, atol=1e-6 * np.abs(expected[0]).max())
-        np.testing.assert_allclose(sizes(found), sizes(expected), rtol=1e-3)
+    for derived, expected in zip((first, gradients(loaded.train, trained)), by_phase, strict=True):
+        assert len(derived) == len(expected) == 7
+        np.testing.assert_allclose(derived[0], expected[0], rtol=1e-3, atol=1e-6 * np.abs(expected[0]).max())
+        np.testing.assert_allclose(sizes(derived), sizes(expected), rtol=1e-3)
 
     verified = verify(tmp_path / "source", tmp_path / "target")
     assert verified.ok, verified.claims
@@ -139,5 +139,5 @@ def test_after_a_choice_of_the_mode(name: str, tmp_path: Path) -> None:
     assert [node.op for node in either.nodes.values() if node.op in BRANCHES] == ["If"]
     before, after = (tf.saved_model.load(str(tmp_path / n)) for n in ("source", "target"))
     for mode in (False, True):
-        found, wanted = (gradients(partial(m.either, training=tf.constant(mode)), []) for m in (after, before))
-        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-6 * np.abs(wanted).max())
+        derived, expected = (gradients(partial(m.either, training=tf.constant(mode)), []) for m in (after, before))
+        np.testing.assert_allclose(derived, expected, rtol=1e-3, atol=1e-6 * np.abs(expected).max())

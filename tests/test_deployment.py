@@ -33,10 +33,12 @@ class Case:
         self.model = model
         self.signature = next(s for n, s in sorted(model.signatures.items()) if n != "train")
         self.name = next(n for n in sorted(model.signatures) if n != "train")
-        own = hasattr(model, "quantization")  # TensorFlow 1's format has signatures alone
+        has_quantization = hasattr(model, "quantization")  # TensorFlow 1's format has signatures alone
         self.train = model.signatures["train"]
         self.variables = list(
-            model.quantization.trainable_variables if own else model.signatures["train"].trainable_variables
+            model.quantization.trainable_variables
+            if has_quantization
+            else model.signatures["train"].trainable_variables
         )
 
     def inputs(self, seed: int, batch: int) -> dict[str, tf.Tensor]:

@@ -29,13 +29,15 @@ def test_derived_training_equals_the_modules_own(name: str, tmp_path: Path) -> N
     tf.saved_model.save(serving, str(tmp_path / "float"), signatures={"serving_default": module.serve})
     bnqat.rewrite(tmp_path / "float", tmp_path / "qat", start_step=OFF, momentum=0.9)
     loaded = tf.saved_model.load(str(tmp_path / "qat"))
-    own = tf.function(lambda x: module.call(x, training=True))
+    own_training = tf.function(lambda x: module.call(x, training=True))
     (spec,) = module.serve.input_signature
     for seed in range(3):
         rng = np.random.default_rng(seed)
         x = tf.constant(rng.normal(0.3, 1.5, [8, *spec.shape[1:]]).astype("float32"))
-        found = [step(call, layers, x) for call, layers in ((own, module), (loaded.quantization.train, loaded))]
-        for a, b in zip(*found, strict=True):
+        results = [
+            step(call, layers, x) for call, layers in ((own_training, module), (loaded.quantization.train, loaded))
+        ]
+        for a, b in zip(*results, strict=True):
             tolerance = HALF if name == "form_mixed" else TOLERANCE
             np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(a).max())
 

@@ -101,24 +101,24 @@ def statistics(loaded: Any, source: Path) -> list[list[Any]]:
     if hasattr(loaded, "norms"):
         return [[n.moving_mean, n.moving_variance] for n in loaded.norms]
     named = {v.name.partition(":")[0]: v for v in loaded.quantization.variables}
-    found = bnqat.inspect(source).batch_norms
-    return [[named[bn.variables[role]] for role in ("moving_mean", "moving_variance")] for bn in found]
+    norms = bnqat.inspect(source).batch_norms
+    return [[named[bn.variables[role]] for role in ("moving_mean", "moving_variance")] for bn in norms]
 
 
 def trained(result: Path, source: Path) -> tuple[list[bool], Any]:
     """Of each layer, whether one training step moves both its statistics; and what the step returns."""
     loaded = tf.saved_model.load(str(result))
-    held = statistics(loaded, source)
-    before = [[v.numpy() for v in each] for each in held]
+    pairs = statistics(loaded, source)
+    before = [[v.numpy() for v in pair] for pair in pairs]
     takes_mode = len(harness.concrete(loaded.quantization.train).structured_input_signature[0]) > 1
     mode = [tf.constant(value=True)] if takes_mode else []
     output = loaded.quantization.train(harness.images(X), *mode)
     assert loaded.quantization.step.numpy() == 1
     moved = [
-        [not np.array_equal(v, b) for v, b in zip(vs, bs, strict=True)] for vs, bs in zip(held, before, strict=True)
+        [not np.array_equal(v, b) for v, b in zip(vs, bs, strict=True)] for vs, bs in zip(pairs, before, strict=True)
     ]
-    assert all(len(set(each)) == 1 for each in moved)
-    return [each[0] for each in moved], [output, loaded.quantization.train(harness.images(X), *mode)]
+    assert all(len(set(pair)) == 1 for pair in moved)
+    return [pair[0] for pair in moved], [output, loaded.quantization.train(harness.images(X), *mode)]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -179,9 +179,9 @@ def test_rules_freeze_single_layers(tmp_path: Path) -> None:
 def test_marks_say_nothing_where_nothing_is_trainable(tmp_path: Path) -> None:
     model = small_keras()
     model.trainable = False
-    read = load(export_keras(model, tmp_path / "m"))
-    assert all(v.frozen for v in read.variables.values())
-    assert frozen_layers(read) == {}
+    loaded = load(export_keras(model, tmp_path / "m"))
+    assert all(v.frozen for v in loaded.variables.values())
+    assert frozen_layers(loaded) == {}
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "out")
     assert any("that batch norms train is assumed" in n for n in report.notes)
     assert trained(tmp_path / "out", tmp_path / "m")[0] == [True, True]
@@ -194,9 +194,9 @@ def test_lists_of_nested_objects_are_read(tmp_path: Path) -> None:
     module.net = model
     serve = tf.function(lambda x: model(x, training=False), input_signature=[tf.TensorSpec(X, name="x")])
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": serve})
-    read = load(tmp_path / "m")
-    names = {bn.name: bn for bn in read.analysis(batch_norms)}
-    assert list(frozen_layers(read)) == [next(iter(names))]
+    loaded = load(tmp_path / "m")
+    names = {bn.name: bn for bn in loaded.analysis(batch_norms)}
+    assert list(frozen_layers(loaded)) == [next(iter(names))]
 
 
 def test_tensorflow_1_format(tmp_path: Path) -> None:
@@ -211,9 +211,9 @@ def test_tensorflow_1_format(tmp_path: Path) -> None:
     moved = {name for name, v in moving.items() if not np.array_equal(v, before[name])}
     assert moved == {name for name in moving if name.startswith("norm_1")}
     assert bnqat.verify(source, tmp_path / "out").ok
-    own = save_v1(tmp_path / "own", two_fused)
+    own_training = save_v1(tmp_path / "own", two_fused)
     with pytest.raises(bnqat.Error, match="train is the source's own graph, which trains it"):
-        bnqat.rewrite(own, tmp_path / "out", train_batch_norm="none", overwrite=True)
+        bnqat.rewrite(own_training, tmp_path / "out", train_batch_norm="none", overwrite=True)
 
 
 def averages(path: Path) -> list[float]:
@@ -231,10 +231,10 @@ def averages(path: Path) -> list[float]:
     return [float(np.median((b - a) / (c - a))) for a, b, c in zip(old, new, batch, strict=True)]
 
 
-def norm_of(held: Any, x: tf.Tensor, norm: FusedBatchNorm) -> tf.Tensor:
+def norm_of(variables: Any, x: tf.Tensor, norm: FusedBatchNorm) -> tf.Tensor:
     """The output of a layer for x in training; the batch's statistics go to `norm`."""
-    norm.gamma.assign(held.gamma)  # type: ignore[union-attr]
-    norm.beta.assign(held.beta)  # type: ignore[union-attr]
+    norm.gamma.assign(variables.gamma)  # type: ignore[union-attr]
+    norm.beta.assign(variables.beta)  # type: ignore[union-attr]
     return norm(x, training=True)
 
 
@@ -256,8 +256,8 @@ def test_momenta_by_rules(tmp_path: Path) -> None:
     config: dict[str, Any] = {"momentum": 0.7, "rules": [{"match": f"^{names[1]}$", "momentum": 0.6}]}
     bnqat.rewrite(source, tmp_path / "out", config=config, start_step=OFF)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.3, 0.4], rtol=1e-4)
-    found = bnqat.inspect(tmp_path / "out").batch_norms
-    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in found] == [(0.7, "given"), (0.6, "given")]
+    norms = bnqat.inspect(tmp_path / "out").batch_norms
+    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in norms] == [(0.7, "given"), (0.6, "given")]
     bnqat.rewrite(source, tmp_path / "out", config=config, momentum=0.5, start_step=OFF, overwrite=True)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.5, 0.5], rtol=1e-4)
     del config["momentum"]
@@ -277,21 +277,21 @@ def test_whose_a_momentum_is(tmp_path: Path) -> None:
     report = bnqat.rewrite(source, tmp_path / "out", start_step=OFF)
     assert any("momentum 0.8, which the source's other batch norms have, is assumed" in n for n in report.notes)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.2, 0.2], rtol=1e-4)
-    found = bnqat.inspect(tmp_path / "out").batch_norms
-    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in found] == [(0.8, "source"), (0.8, "assumed")]
+    norms = bnqat.inspect(tmp_path / "out").batch_norms
+    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in norms] == [(0.8, "source"), (0.8, "assumed")]
     rules = [{"match": "", "momentum": 0.4}]
     report = bnqat.rewrite(source, tmp_path / "out", config={"rules": rules}, start_step=OFF, overwrite=True)
     assert any("the momentum given for" in n and "has no influence" in n for n in report.notes)
     np.testing.assert_allclose(averages(tmp_path / "out"), [0.2, 0.6], rtol=1e-4)
     tf.saved_model.save(tf.saved_model.load(str(tmp_path / "out")), str(tmp_path / "again"))
-    found = bnqat.inspect(tmp_path / "again").batch_norms
-    assert [bn.momentum_of for bn in found] == ["source", "given"]
+    norms = bnqat.inspect(tmp_path / "again").batch_norms
+    assert [bn.momentum_of for bn in norms] == ["source", "given"]
 
 
 def test_without_any_hint_it_is_assumed(tmp_path: Path) -> None:
     bnqat.rewrite(save_module(Net(), tmp_path / "m"), tmp_path / "out")
-    found = bnqat.inspect(tmp_path / "out").batch_norms
-    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in found] == [(0.99, "assumed")] * 2
+    norms = bnqat.inspect(tmp_path / "out").batch_norms
+    assert [(round(bn.momentum or 0, 6), bn.momentum_of) for bn in norms] == [(0.99, "assumed")] * 2
 
 
 @pytest.mark.parametrize("option", [{"momentum": 0.5}, {"train_batch_norm": "none"}])

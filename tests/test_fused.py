@@ -29,10 +29,10 @@ TOLERANCE = 1e-5
 STEPS = 50
 
 
-def difference(found: list[np.ndarray], wanted: list[np.ndarray]) -> float:
+def difference(values: list[np.ndarray], expected: list[np.ndarray]) -> float:
     """The largest difference of any element, relative to the largest element of its array; NaN if there is any."""
-    assert [a.shape for a in found] == [b.shape for b in wanted]
-    return float(np.max([np.abs(a - b).max() / (np.abs(b).max() or 1) for a, b in zip(found, wanted, strict=True)]))
+    assert [a.shape for a in values] == [b.shape for b in expected]
+    return float(np.max([np.abs(a - b).max() / (np.abs(b).max() or 1) for a, b in zip(values, expected, strict=True)]))
 
 
 def batch(index: int, shape: Any) -> tf.Tensor:
@@ -50,8 +50,8 @@ def step(module: Any, call: Any, *inputs: Any, rate: float = 0.01) -> list[np.nd
     gradients = tape.gradient(loss, trained)
     for variable, gradient in zip(trained, gradients, strict=True):
         variable.assign_sub(rate * gradient)
-    held = [s.numpy() for v in layers for s in (v.moving_mean, v.moving_variance)]
-    return [y.numpy(), *(g.numpy() for g in gradients), *held]
+    moving = [s.numpy() for v in layers for s in (v.moving_mean, v.moving_variance)]
+    return [y.numpy(), *(g.numpy() for g in gradients), *moving]
 
 
 class Every(tf.Module):
@@ -71,25 +71,25 @@ class Every(tf.Module):
         mean, variance = (tf.convert_to_tensor(s) for s in (self.v.moving_mean, self.v.moving_variance))
         if training:
             mean, variance = tf.nn.moments(x, [0, 1, 2])
-            for held, new in ((self.v.moving_mean, mean), (self.v.moving_variance, variance)):
-                held.assign_sub((held - new) * 0.1)
+            for average, new in ((self.v.moving_mean, mean), (self.v.moving_variance, variance)):
+                average.assign_sub((average - new) * 0.1)
         values |= {"moving_mean": mean, "moving_variance": variance}
         return tf.stack([computed(p, values, {}) for p in self.patterns])
 
 
-def computed(pattern: Pattern, values: dict[str, Any], made: dict[str, Any]) -> Any:
+def computed(pattern: Pattern, values: dict[str, Any], results: dict[str, Any]) -> Any:
     """A pattern as a graph computes it."""
     if not pattern.ops:
         return values[pattern.name]
-    if pattern.name not in made or not pattern.name:
+    if pattern.name not in results or not pattern.name:
         op = sorted(pattern.ops)[-1].removesuffix("Inv")
-        inputs = [computed(p, values, made) for p in pattern.inputs]
+        inputs = [computed(p, values, results) for p in pattern.inputs]
         names = {1: ("x",), 2: ("x", "y")}[len(inputs)]
-        result = getattr(tf.raw_ops, op)(**dict(zip(names, inputs, strict=True)))
+        output = getattr(tf.raw_ops, op)(**dict(zip(names, inputs, strict=True)))
         if not pattern.name:
-            return result
-        made[pattern.name] = result
-    return made[pattern.name]
+            return output
+        results[pattern.name] = output
+    return results[pattern.name]
 
 
 def test_every_pattern_is_fused_and_computes_the_same(tmp_path: Path) -> None:
@@ -101,8 +101,8 @@ def test_every_pattern_is_fused_and_computes_the_same(tmp_path: Path) -> None:
     loaded, x = tf.saved_model.load(str(tmp_path / "f")), batch(0, IMAGE)
     assert difference([loaded.serve(x).numpy()], [module.serve(x).numpy()]) < TOLERANCE
     assert difference([loaded.train(x).numpy()], [module.train(x).numpy()]) < TOLERANCE
-    held = [[m.v.moving_mean.numpy(), m.v.moving_variance.numpy()] for m in (loaded, module)]
-    assert difference(*held) < TOLERANCE
+    moving = [[m.v.moving_mean.numpy(), m.v.moving_variance.numpy()] for m in (loaded, module)]
+    assert difference(*moving) < TOLERANCE
 
 
 TRAINED = ["library_sequence", "library_video", "channels_first_train", "divided", "powers"]
@@ -118,8 +118,8 @@ def trained(name: str, tmp_path: Path) -> float:
     worst = difference([loaded.serve(batch(0, shape)).numpy()], [module.serve(batch(0, shape)).numpy()])
     for index in range(STEPS):
         x = batch(index, shape)
-        wanted, found = (step(m, m.train, x) for m in (module, loaded))
-        worst = float(np.maximum(worst, difference(found, wanted)))
+        expected, actual = (step(m, m.train, x) for m in (module, loaded))
+        worst = float(np.maximum(worst, difference(actual, expected)))
     return worst
 
 
@@ -166,13 +166,13 @@ def test_a_mode_that_is_chosen_while_running(name: str, tmp_path: Path) -> None:
     loaded = tf.saved_model.load(str(tmp_path / "f"))
     for index in range(STEPS):
         x, training = batch(index, IMAGE), tf.constant(index % 2 == 0)
-        wanted, found = (step(m, m.serve, x, training) for m in (module, loaded))
-        assert difference(found, wanted) < TOLERANCE
+        expected, actual = (step(m, m.serve, x, training) for m in (module, loaded))
+        assert difference(actual, expected) < TOLERANCE
     kinds = {(s.kind, s.mode) for s in load(tmp_path / "f").analysis(sites)}
     assert kinds == {("fused", "training"), ("fused", "inference")}
     for training in (True, False):
-        ran = executed(tmp_path / "f", {"x": batch(0, IMAGE).numpy(), "training": training})
-        assert ran == [training] * 2 + [True] * (0 if training or "kernels_always" not in name else 2)
+        training_flags = executed(tmp_path / "f", {"x": batch(0, IMAGE).numpy(), "training": training})
+        assert training_flags == [training] * 2 + [True] * (0 if training or "kernels_always" not in name else 2)
 
 
 def executed(path: Path, feeds: dict[str, Any]) -> list[bool]:
@@ -180,14 +180,14 @@ def executed(path: Path, feeds: dict[str, Any]) -> list[bool]:
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
         signature = v1.saved_model.load(session, ["serve"], str(path)).signature_def["serving_default"]
-        seen = v1.RunMetadata()
+        metadata = v1.RunMetadata()
         options = v1.RunOptions(trace_level=v1.RunOptions.FULL_TRACE, output_partition_graphs=True)
         fetches = [t.name for t in signature.outputs.values()]
-        fed = {signature.inputs[k].name: v for k, v in feeds.items()}
-        session.run(fetches, fed, options=options, run_metadata=seen)
-    ran = {n.node_name for d in seen.step_stats.dev_stats for n in d.node_stats}
-    nodes = [n for g in seen.partition_graphs for n in g.node if n.op.startswith("FusedBatchNorm")]
-    return sorted(n.attr["is_training"].b for n in nodes if n.name in ran)
+        feed = {signature.inputs[k].name: v for k, v in feeds.items()}
+        session.run(fetches, feed, options=options, run_metadata=metadata)
+    executed_names = {n.node_name for d in metadata.step_stats.dev_stats for n in d.node_stats}
+    nodes = [n for g in metadata.partition_graphs for n in g.node if n.op.startswith("FusedBatchNorm")]
+    return sorted(n.attr["is_training"].b for n in nodes if n.name in executed_names)
 
 
 def _moments(x: tf.Tensor, axes: list[int]) -> Any:

@@ -31,8 +31,8 @@ def norm(x: Any, mean: Any, variance: Any, gamma: Any, beta: Any) -> Any:
 
 
 def update(*pairs: tuple[Any, Any]) -> None:
-    for held, new in pairs:
-        v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, v1.assign(held, held * DECAY + new * (1 - DECAY)))
+    for average, new in pairs:
+        v1.add_to_collection(v1.GraphKeys.UPDATE_OPS, v1.assign(average, average * DECAY + new * (1 - DECAY)))
 
 
 def switched(value: Any, p: Any, port: int) -> Any:
@@ -158,15 +158,15 @@ def run(path: Path, condition: bool) -> list[np.ndarray]:
     """Outputs, summaries, and all variables after each update."""
     x = np.random.default_rng(0).normal(0.3, 1.5, (5, 4, 4, 6)).astype("float32")
     with session_of(path) as (session, meta):
-        fed = {"x:0": x, "p:0": condition}
+        feed = {"x:0": x, "p:0": condition}
         outputs = meta.signature_def["serving_default"].outputs
-        found = session.run([outputs[name].name for name in sorted(outputs)], fed)
-        summaries = [session.run(s, fed) for s in v1.get_collection(v1.GraphKeys.SUMMARIES)]
-        for each in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
+        values = session.run([outputs[name].name for name in sorted(outputs)], feed)
+        summaries = [session.run(s, feed) for s in v1.get_collection(v1.GraphKeys.SUMMARIES)]
+        for update_op in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
             # Where a Switch stops it, fetching it fails, so what is fetched only waits for it.
-            session.run(each.op if isinstance(each, tf.Tensor) else each, fed)
-        held = session.run(v1.global_variables())
-    return [*found, *(np.array(len(s), np.float32) for s in summaries), *held]
+            session.run(update_op.op if isinstance(update_op, tf.Tensor) else update_op, feed)
+        variable_values = session.run(v1.global_variables())
+    return [*values, *(np.array(len(s), np.float32) for s in summaries), *variable_values]
 
 
 @pytest.mark.parametrize("control_flow_v2", [False, True])
@@ -182,7 +182,7 @@ def test_each_condition_computes_and_updates_what_it_did(graph: Graph, control_f
         return
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
     assert report.sites_fused == fused
-    assert all(reason and left.reason.endswith(reason) for left in report.declined)
+    assert all(reason and declined.reason.endswith(reason) for declined in report.declined)
     assert bool(report.declined) == bool(reason)
     for condition in (True, False):
         assert difference(run(tmp_path / "f", condition), run(tmp_path / "m", condition)) < TOLERANCE
@@ -195,13 +195,13 @@ def test_a_batch_norm_in_a_branch_is_trained_with_statistics_from_outside(fuse: 
         write(tmp_path / "m", {"x": x, "p": p}, norms_in_branches(x, p))
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", fuse=fuse, start_step=1, bits=2)
     assert (report.sites_found, report.sites_rewritten) == (2, 2)
-    wanted = run(tmp_path / "m", condition=True)
+    expected = run(tmp_path / "m", condition=True)
     with session_of(tmp_path / "q") as (session, meta):
-        fed = {"x:0": np.random.default_rng(0).normal(0.3, 1.5, (5, 4, 4, 6)).astype("float32"), "p:0": False}
+        feed = {"x:0": np.random.default_rng(0).normal(0.3, 1.5, (5, 4, 4, 6)).astype("float32"), "p:0": False}
         output = meta.signature_def["train"].outputs["y"].name
-        y = session.run(output, fed)
-        held = {v.op.name: v for v in v1.global_variables()}
-        moving = session.run([held["moving_mean"], held["moving_variance"]])
-        quantised = session.run(output, fed)
-    assert difference([y, *moving], [wanted[0], *wanted[-2:]]) < TOLERANCE
+        y = session.run(output, feed)
+        by_name = {v.op.name: v for v in v1.global_variables()}
+        moving = session.run([by_name["moving_mean"], by_name["moving_variance"]])
+        quantised = session.run(output, feed)
+    assert difference([y, *moving], [expected[0], *expected[-2:]]) < TOLERANCE
     assert difference([quantised], [y]) > 0.01

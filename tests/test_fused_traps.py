@@ -39,7 +39,7 @@ def norm(x: tf.Tensor, v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> tf
 
 def averaged(v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> list[Any]:
     pairs = ((v.moving_mean, mean), (v.moving_variance, variance))
-    return [held.assign(held * DECAY + new * (1 - DECAY)) for held, new in pairs]
+    return [average.assign(average * DECAY + new * (1 - DECAY)) for average, new in pairs]
 
 
 def updated_first(m: One, x: tf.Tensor) -> tf.Tensor:
@@ -190,9 +190,9 @@ def seen(module: Any, x: tf.Tensor) -> list[np.ndarray]:
         # Not of squares, whose gradient a batch norm in training would cancel but for rounding.
         loss = sum(tf.reduce_sum(y * tf.random.stateless_normal(tf.shape(y), (1, 2))) for y in outputs)
     gradients = tape.gradient(loss, [x, *trained], unconnected_gradients="zero")
-    held = [s for v in module.layers for s in (v.moving_mean, v.moving_variance)]
-    found = [*outputs, *gradients, *held, tf.cast(module.flag, tf.float32)]
-    return [t.numpy() for t in found]
+    averages = [s for v in module.layers for s in (v.moving_mean, v.moving_variance)]
+    tensors = [*outputs, *gradients, *averages, tf.cast(module.flag, tf.float32)]
+    return [t.numpy() for t in tensors]
 
 
 @pytest.mark.parametrize("body", BODIES)
@@ -303,8 +303,8 @@ def tutorial(x: tf.Tensor, training: Any) -> tf.Tensor:  # noqa: ARG001
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     mean, variance = tf.nn.moments(x, [0, 1, 2])
     updates = [
-        v1.assign(held, held * DECAY + new * (1 - DECAY))
-        for held, new in ((moving_mean, mean), (moving_variance, variance))
+        v1.assign(average, average * DECAY + new * (1 - DECAY))
+        for average, new in ((moving_mean, mean), (moving_variance, variance))
     ]
     with tf.control_dependencies(updates):
         return v1.nn.batch_normalization(x, mean, variance, beta, gamma, EPSILON)
@@ -321,12 +321,12 @@ def run(path: Path, times: int = 2) -> list[np.ndarray]:
     """Logits, gradients, and all variables after several runs of the logits."""
     x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
     with session_of(path) as (session, _):
-        given, logits = (session.graph.get_tensor_by_name(f"{name}:0") for name in ("x", "logits"))
+        x_tensor, logits = (session.graph.get_tensor_by_name(f"{name}:0") for name in ("x", "logits"))
         gradients = v1.gradients(v1.reduce_sum(logits**2), v1.trainable_variables())
-        found = session.run([logits, *gradients], {given: x})
+        values = session.run([logits, *gradients], {x_tensor: x})
         for _ in range(times):
-            session.run(logits, {given: x})
-        return [*found, *session.run(v1.global_variables())]
+            session.run(logits, {x_tensor: x})
+        return [*values, *session.run(v1.global_variables())]
 
 
 @pytest.mark.parametrize("references", [False, True])

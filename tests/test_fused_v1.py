@@ -50,11 +50,11 @@ def seen(path: Path, training: bool, update: bool) -> list[np.ndarray]:
         trained = v1.trainable_variables()
         gradients = v1.gradients(v1.reduce_sum(logits**2), trained)
         updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS) if update else []
-        fed = {x: rng.normal(0.3, 1.5, (6, 8, 8, 3)), mode: training}
-        found = session.run([logits, *gradients], fed)
-        for each in updates:  # apart, as a read and an update of one run come in any order
-            session.run(each, fed)
-        return [*found, *session.run(v1.global_variables())]
+        feed = {x: rng.normal(0.3, 1.5, (6, 8, 8, 3)), mode: training}
+        values = session.run([logits, *gradients], feed)
+        for update_op in updates:  # apart, as a read and an update of one run come in any order
+            session.run(update_op, feed)
+        return [*values, *session.run(v1.global_variables())]
 
 
 @pytest.mark.parametrize("references", [False, True])
@@ -65,10 +65,10 @@ def test_each_mode_computes_and_updates_what_it_did(name: str, references: bool,
     assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
     for training in (True, False):
         for update in (True, False):
-            wanted, found = (seen(path, training, update) for path in (source, tmp_path / "f"))
-            exact = [index for index in range(len(found)) if not (training and index in GRADIENTS)]
-            assert difference([found[i] for i in exact], [wanted[i] for i in exact]) < TOLERANCE
-            assert difference(found, wanted) < CANCELLED, (training, update)
+            expected, actual = (seen(path, training, update) for path in (source, tmp_path / "f"))
+            exact = [index for index in range(len(actual)) if not (training and index in GRADIENTS)]
+            assert difference([actual[i] for i in exact], [expected[i] for i in exact]) < TOLERANCE
+            assert difference(actual, expected) < CANCELLED, (training, update)
     assert kernels(tmp_path / "f", training=True) == [True, True]
     assert kernels(tmp_path / "f", training=False) == [False, False]
 
@@ -120,21 +120,21 @@ def test_the_training_signature_makes_the_updates_of_a_collection(name: str, tmp
     x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
     with session_of(source) as (session, _):
         before = moving(session)
-        fed = {"x:0": x, "is_training:0": True}
-        session.run(["logits:0", *v1.get_collection(v1.GraphKeys.UPDATE_OPS)], fed)
-        wanted = moving(session)
+        feed = {"x:0": x, "is_training:0": True}
+        session.run(["logits:0", *v1.get_collection(v1.GraphKeys.UPDATE_OPS)], feed)
+        expected = moving(session)
     with session_of(tmp_path / "q") as (session, meta):
-        session.run(meta.signature_def["train"].outputs["logits"].name, fed)
-        found = moving(session)
-    assert difference(found, wanted) < TOLERANCE
-    assert all(np.any(old != new) for old, new in zip(before, found, strict=True))
+        session.run(meta.signature_def["train"].outputs["logits"].name, feed)
+        actual = moving(session)
+    assert difference(actual, expected) < TOLERANCE
+    assert all(np.any(old != new) for old, new in zip(before, actual, strict=True))
 
 
 def moving(session: Any) -> list[np.ndarray]:
     """The moving averages of a session's graph, in the order of their names."""
-    held = {v.op.name: v for v in v1.global_variables() if "moving" in v.op.name and "quantization" not in v.op.name}
-    found: list[np.ndarray] = session.run([held[name] for name in sorted(held)])
-    return found
+    by_name = {v.op.name: v for v in v1.global_variables() if "moving" in v.op.name and "quantization" not in v.op.name}
+    values: list[np.ndarray] = session.run([by_name[name] for name in sorted(by_name)])
+    return values
 
 
 def kernels(path: Path, training: bool) -> Any:

@@ -37,8 +37,8 @@ print("every block ran")
 
 @pytest.mark.parametrize("page", GUIDES)
 def test_every_block_runs(page: str, tmp_path: Path) -> None:
-    found = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
-    blocks = [(kind, text) for kind, text in found if kind in ("python", "console")]
+    matches = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
+    blocks = [(kind, text) for kind, text in matches if kind in ("python", "console")]
     assert len(blocks) > 1
     commands = str(Path(sys.executable).parent)  # where `bnqat` and `python` are
     environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}

@@ -33,9 +33,9 @@ def served(path: Path, x: np.ndarray) -> np.ndarray:
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
         signature = v1.saved_model.load(session, ["serve"], str(path)).signature_def["serving_default"]
-        ((_, given),) = signature.inputs.items()
+        ((_, x_info),) = signature.inputs.items()
         ((_, output),) = signature.outputs.items()
-        return session.run(output.name, {given.name: x})  # type: ignore[no-any-return]
+        return session.run(output.name, {x_info.name: x})  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("net", NETS)
@@ -91,7 +91,7 @@ def test_fine_tuning_follows_keras_own_loss_curve(tmp_path: Path) -> None:
         curves.append(np.array(losses))
     assert curves[0][-1] < 0.3 * curves[0][0]
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-4)
-    held = [v.numpy() for v in model.non_trainable_variables]
+    expected = [v.numpy() for v in model.non_trainable_variables]
     moving = {v.name: v.numpy() for v in loaded.quantization.variables if not v.trainable}
-    found = [moving[v.path + ":0"] for v in model.non_trainable_variables]
-    assert difference(found, held) < 1e-4
+    actual = [moving[v.path + ":0"] for v in model.non_trainable_variables]
+    assert difference(actual, expected) < 1e-4

@@ -159,9 +159,9 @@ def test_one_other_change_is_found(
     rewritten: Paths,
     tmp_path: Path,
 ) -> None:
-    told: list[tuple[str, str]] = []
-    after = mutated(rewritten("module", bits=4), tmp_path / "mutated", lambda meta: told.append(change(meta)))
-    ((name, aspect),) = told
+    changes: list[tuple[str, str]] = []
+    after = mutated(rewritten("module", bits=4), tmp_path / "mutated", lambda meta: changes.append(change(meta)))
+    ((name, aspect),) = changes
     assert_found_once(model("module"), after, name, aspect, browser, tmp_path=tmp_path)
 
 
@@ -199,24 +199,24 @@ def assert_found_once(
     assert name in text[2]
     assert text[2].lstrip()[0] in "+~-?"
 
-    found = json.loads(report.read_text(encoding="utf-8"))
-    other = [c for c in found["changes"] if not c["by"]]
-    assert found["verdict"]["other_changes"] == len(other) == 1
-    assert found["changes"][0] == other[0]
-    assert other[0]["name"] == name
-    assert not aspect or aspect in [d["aspect"] for d in other[0]["details"]]
+    content = json.loads(report.read_text(encoding="utf-8"))
+    others = [c for c in content["changes"] if not c["by"]]
+    assert content["verdict"]["other_changes"] == len(others) == 1
+    assert content["changes"][0] == others[0]
+    assert others[0]["name"] == name
+    assert not aspect or aspect in [d["aspect"] for d in others[0]["details"]]
 
-    with opened(browser, page) as seen:
-        tile = seen.page.locator(".tile", has_text="other changes").first
+    with opened(browser, page) as shown:
+        tile = shown.page.locator(".tile", has_text="other changes").first
         assert tile.locator(".value").inner_text() == "! 1"
         assert "bad" in (tile.get_attribute("class") or "")
-        assert seen.page.locator("#list h2").first.inner_text().lower() == "other changes"
-        assert seen.page.evaluate("current.name") == name  # the first that is shown
-        panel = seen.page.locator("#panel").inner_text()
+        assert shown.page.locator("#list h2").first.inner_text().lower() == "other changes"
+        assert shown.page.evaluate("current.name") == name  # the first that is shown
+        panel = shown.page.locator("#panel").inner_text()
         assert "by nothing that the record of the rewrite knows" in panel
         assert not aspect or aspect in panel
-        seen.page.locator("#filters button", has_text="other").click()
-        assert seen.page.locator("#list [data-key]").count() == 1
+        shown.page.locator("#filters button", has_text="other").click()
+        assert shown.page.locator("#list [data-key]").count() == 1
 
 
 def test_what_the_record_has_and_is_not_so_is_found(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
@@ -225,9 +225,9 @@ def test_what_the_record_has_and_is_not_so_is_found(model: Paths, rewritten: Pat
     def edit(meta: Any) -> None:
         del meta.signature_def["train"]
 
-    found = bnqat.diff(model("module"), mutated(rewritten("module", bits=4), tmp_path / "mutated", edit)).report
-    (other,) = found.other
-    assert (other.kind, other.what, other.name) == ("signature", "missing", "train")
+    report = bnqat.diff(model("module"), mutated(rewritten("module", bits=4), tmp_path / "mutated", edit)).report
+    (change,) = report.other
+    assert (change.kind, change.what, change.name) == ("signature", "missing", "train")
 
 
 def test_a_rewired_edge_that_is_as_before_again_is_found(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
@@ -237,9 +237,9 @@ def test_a_rewired_edge_that_is_as_before_again_is_found(model: Paths, rewritten
         quantizer = next(n for n in function.node_def if n.name == kernel.input[1].partition(":")[0])
         kernel.input[1] = quantizer.input[len([i for i in quantizer.input if i[0] != "^"]) - 1]
 
-    found = bnqat.diff(model("module"), mutated(rewritten("module", bits=4), tmp_path / "mutated", edit)).report
-    (other,) = found.other
-    assert (other.what, [d.aspect for d in other.details]) == ("missing", ["input 1"])
+    report = bnqat.diff(model("module"), mutated(rewritten("module", bits=4), tmp_path / "mutated", edit)).report
+    (change,) = report.other
+    assert (change.what, [d.aspect for d in change.details]) == ("missing", ["input 1"])
 
 
 def test_a_changed_source_is_found(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
@@ -249,9 +249,9 @@ def test_a_changed_source_is_found(model: Paths, rewritten: Paths, tmp_path: Pat
         next(nodes_of(function_with(meta, "FusedBatchNormV3"), "FusedBatchNormV3")).input[1] = "x"
 
     source = mutated(model("module"), tmp_path / "other", edit)
-    found = bnqat.diff(source, rewritten("module", bits=4)).report
-    assert [[d.aspect for d in c.details] for c in found.other] == [["input 1"]]
-    assert [d.old for d in found.other[0].details] == ["x"]
+    report = bnqat.diff(source, rewritten("module", bits=4)).report
+    assert [[d.aspect for d in c.details] for c in report.other] == [["input 1"]]
+    assert [d.old for d in report.other[0].details] == ["x"]
 
 
 def test_a_forged_or_damaged_record(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
@@ -265,10 +265,10 @@ def test_a_forged_or_damaged_record(model: Paths, rewritten: Paths, tmp_path: Pa
     with pytest.raises(bnqat.Error, match="later version"):
         bnqat.diff(model("module"), after)
     record.unlink()
-    found = bnqat.diff(model("module"), after).report
-    assert found.verdict.other_changes is None
-    assert found.other == []
-    assert found.verdict.sites_rewritten == 2
+    report = bnqat.diff(model("module"), after).report
+    assert report.verdict.other_changes is None
+    assert report.other == []
+    assert report.verdict.sites_rewritten == 2
 
 
 def test_after_fine_tuning_the_record_is_gone_and_functions_have_new_names(
@@ -276,8 +276,8 @@ def test_after_fine_tuning_the_record_is_gone_and_functions_have_new_names(
 ) -> None:
     loaded = tf.saved_model.load(str(rewritten("module", bits=4)))
     tf.saved_model.save(loaded, str(tmp_path / "tuned"), signatures=dict(loaded.signatures))
-    found = bnqat.diff(model("module"), tmp_path / "tuned").report
-    assert found.verdict.other_changes is None
-    assert found.verdict.sites_rewritten == found.verdict.sites_found == 2
-    assert found.verdict.signatures_intact == 1
-    assert len(found.renamed) >= 2
+    report = bnqat.diff(model("module"), tmp_path / "tuned").report
+    assert report.verdict.other_changes is None
+    assert report.verdict.sites_rewritten == report.verdict.sites_found == 2
+    assert report.verdict.signatures_intact == 1
+    assert len(report.renamed) >= 2

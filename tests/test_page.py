@@ -31,34 +31,34 @@ def pages(model: Paths, rewritten: Paths, tmp_path_factory: pytest.TempPathFacto
     def page(name: str, **options: Any) -> Path:
         file = folder / f"{name}{len(options)}.html"
         if not file.exists():
-            found = bnqat.diff(model(name), rewritten(name, bits=4), **options)
-            file.with_suffix(".json").write_text(found.to_json(), encoding="utf-8")
-            file.write_text(found.to_html(), encoding="utf-8")
+            comparison = bnqat.diff(model(name), rewritten(name, bits=4), **options)
+            file.with_suffix(".json").write_text(comparison.to_json(), encoding="utf-8")
+            file.write_text(comparison.to_html(), encoding="utf-8")
         return file
 
     return page
 
 
 def report_of(page: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
-    return found
+    report: dict[str, Any] = json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    return report
 
 
 def address(graph: str, node: str, kind: str = "node") -> str:
     return "#" + urlencode({"kind": kind, "graph": graph, "name": node})
 
 
-def texts(seen: Opened, selector: str) -> list[str]:
-    return [(text or "").strip() for text in seen.page.locator(selector).all_text_contents()]
+def texts(shown: Opened, selector: str) -> list[str]:
+    return [(text or "").strip() for text in shown.page.locator(selector).all_text_contents()]
 
 
 def test_one_request_and_the_verdict(browser: Browser, pages: Paths) -> None:
     file = pages("keras_save")
     report = report_of(file)
-    with opened(browser, file) as seen:
-        assert seen.requests == [file.as_uri()]
+    with opened(browser, file) as shown:
+        assert shown.requests == [file.as_uri()]
         verdict = report["verdict"]
-        tiles = dict(zip(texts(seen, ".tile .what"), texts(seen, ".tile .value"), strict=True))
+        tiles = dict(zip(texts(shown, ".tile .what"), texts(shown, ".tile .value"), strict=True))
         assert tiles == {
             "other changes": "✓ none",
             "batch norms": str(verdict["batch_norms"]),
@@ -69,10 +69,10 @@ def test_one_request_and_the_verdict(browser: Browser, pages: Paths) -> None:
         }
         assert verdict["batch_norms"] == 2
         assert verdict["sites_rewritten"] == verdict["sites_found"] > 2
-        seen.page.locator("#ops summary").click()
-        shown = set(texts(seen, "#ops div span"))
+        shown.page.locator("#ops summary").click()
+        op_names = set(texts(shown, "#ops div span"))
         expected = {f"{op} {a}" if a == b else f"{op} {a} → {b}" for op, (a, b) in report["ops"].items()}
-        assert shown == expected
+        assert op_names == expected
 
 
 @pytest.mark.parametrize("name", ["keras_save", "module", "v1_by_hand_references", "if"])
@@ -81,11 +81,11 @@ def test_every_site_is_as_the_report_says(name: str, browser: Browser, pages: Pa
     sites = [site for layer in report_of(file)["layers"] for site in layer["sites"]]
     assert sites
     drawn = 0
-    with opened(browser, file) as seen:
+    with opened(browser, file) as shown:
         for site in sites:
-            seen.page.evaluate("where => { location.hash = where }", address(site["graph"], site["node"]))
-            seen.page.wait_for_function("name => current && current.name === name", arg=site["node"])
-            rows = seen.page.locator("tr.input").evaluate_all(
+            shown.page.evaluate("where => { location.hash = where }", address(site["graph"], site["node"]))
+            shown.page.wait_for_function("name => current && current.name === name", arg=site["node"])
+            rows = shown.page.locator("tr.input").evaluate_all(
                 "rows => rows.map(r => [r.dataset.node, r.dataset.port, ...[...r.children].map(c => c.textContent)])"
             )
             expected = [
@@ -105,11 +105,11 @@ def test_every_site_is_as_the_report_says(name: str, browser: Browser, pages: Pa
                 if i["node"] != site["node"] or i["use"] != "input" or i["new"] is None:
                     continue
                 source = (i["quantized"] or i["new"]).partition(":")[0]
-                edges = seen.page.locator('.pane[data-side="after"] path.edge').evaluate_all(
+                edges = shown.page.locator('.pane[data-side="after"] path.edge').evaluate_all(
                     "edges => edges.map(e => [e.dataset.source, e.dataset.target, e.dataset.port])"
                 )
                 assert [source, site["node"], i["port"]] in edges
-                labels = seen.page.locator('.pane[data-side="after"] [data-formula]').evaluate_all(
+                labels = shown.page.locator('.pane[data-side="after"] [data-formula]').evaluate_all(
                     "labels => labels.map(l => l.dataset.formula)"
                 )
                 assert not i["formula"] or f"{i['role']} ─ {i['formula']}" in labels
@@ -118,17 +118,17 @@ def test_every_site_is_as_the_report_says(name: str, browser: Browser, pages: Pa
 
 
 def test_keys(browser: Browser, pages: Paths) -> None:
-    with opened(browser, pages("module")) as seen:
-        page = seen.page
+    with opened(browser, pages("module")) as shown:
+        page = shown.page
         stops = page.evaluate("STOPS.map(s => [s.graph, s.name])")
         assert len(stops) > 10
-        first = seen.stop()
+        first = shown.stop()
         assert [first["graph"], first["name"]] == stops[0]
         page.keyboard.press("j")
         page.keyboard.press("j")
-        assert [seen.stop()["graph"], seen.stop()["name"]] == stops[2]
+        assert [shown.stop()["graph"], shown.stop()["name"]] == stops[2]
         page.keyboard.press("k")
-        assert [seen.stop()["graph"], seen.stop()["name"]] == stops[1]
+        assert [shown.stop()["graph"], shown.stop()["name"]] == stops[1]
         assert page.locator(".pane").count() == 2
         page.keyboard.press("u")
         assert page.locator(".pane").count() == 1
@@ -156,21 +156,21 @@ def test_keys(browser: Browser, pages: Paths) -> None:
 
 
 def test_search_by_name_and_op_and_filters(browser: Browser, pages: Paths) -> None:
-    with opened(browser, pages("module")) as seen:
-        page = seen.page
+    with opened(browser, pages("module")) as shown:
+        page = shown.page
         page.fill("#search", "^Conv2D$")
         names = page.locator("#list [data-key]").evaluate_all("all => all.map(b => JSON.parse(b.dataset.key)[2])")
         assert set(names) == {"Conv2D", "Conv2D_1"}
         page.fill("#search", "^SelectV2$")
-        found = page.locator("#list [data-key]").evaluate_all("all => all.map(b => JSON.parse(b.dataset.key)[2])")
-        assert found
-        assert all("SelectV2" in name for name in found)
+        comparison = page.locator("#list [data-key]").evaluate_all("all => all.map(b => JSON.parse(b.dataset.key)[2])")
+        assert comparison
+        assert all("SelectV2" in name for name in comparison)
         page.fill("#search", "(")
         assert "wrong" in (page.get_attribute("#search", "class") or "")
         page.fill("#search", "")
         page.locator("#filters button", has_text="\N{MINUS SIGN} removed").click()
         assert "1 match" in page.locator("#list h2").first.inner_text().lower()
-        assert texts(seen, "#list [data-key]")[0].startswith("\N{MINUS SIGN} fingerprint.pb")
+        assert texts(shown, "#list [data-key]")[0].startswith("\N{MINUS SIGN} fingerprint.pb")
         page.locator("#filters button", has_text="\N{MINUS SIGN} removed").click()
         assert page.locator("#list h2").count() >= 3
 
@@ -178,7 +178,7 @@ def test_search_by_name_and_op_and_filters(browser: Browser, pages: Paths) -> No
 def test_the_tree_rolls_up_what_changed(browser: Browser, pages: Paths) -> None:
     file = pages("module")
     nodes = [c for c in report_of(file)["changes"] if c["kind"] == "node"]
-    with opened(browser, file) as seen:
+    with opened(browser, file) as shown:
         for graph in {c["graph"] for c in nodes}:
             own = [c["what"] for c in nodes if c["graph"] == graph]
             counts = " ".join(
@@ -186,56 +186,56 @@ def test_the_tree_rolls_up_what_changed(browser: Browser, pages: Paths) -> None:
                 for what, sign in (("added", "+"), ("removed", "\N{MINUS SIGN}"), ("changed", "~"))
                 if own.count(what)
             )
-            line = seen.page.locator("#list button[aria-expanded]", has_text=graph or "the main graph").first
+            line = shown.page.locator("#list button[aria-expanded]", has_text=graph or "the main graph").first
             assert line.inner_text().endswith(counts)
-        main = seen.page.locator("#list button[aria-expanded]", has_text="the main graph")
+        main = shown.page.locator("#list button[aria-expanded]", has_text="the main graph")
         main.click()
         assert main.get_attribute("aria-expanded") == "true"
-        inner = seen.page.locator("#list button[aria-expanded]", has_text="quantization/")
+        inner = shown.page.locator("#list button[aria-expanded]", has_text="quantization/")
         inner.first.click()
-        assert seen.page.locator("#list [data-key]", has_text="step").count() > 0
+        assert shown.page.locator("#list [data-key]", has_text="step").count() > 0
 
 
 def test_fragment_links_to_a_site_and_follows_the_choice(browser: Browser, pages: Paths) -> None:
     file = pages("keras_save")
     site = report_of(file)["layers"][1]["sites"][2]
-    with opened(browser, file, address(site["graph"], site["node"])) as seen:
-        assert (seen.stop()["graph"], seen.stop()["name"]) == (site["graph"], site["node"])
-        seen.page.keyboard.press("j")
-        now = seen.stop()
-        copied = seen.page.evaluate("location.hash")
-    with opened(browser, file, copied) as seen:
-        assert (seen.stop()["graph"], seen.stop()["name"]) == (now["graph"], now["name"])
+    with opened(browser, file, address(site["graph"], site["node"])) as shown:
+        assert (shown.stop()["graph"], shown.stop()["name"]) == (site["graph"], site["node"])
+        shown.page.keyboard.press("j")
+        now = shown.stop()
+        copied = shown.page.evaluate("location.hash")
+    with opened(browser, file, copied) as shown:
+        assert (shown.stop()["graph"], shown.stop()["name"]) == (now["graph"], now["name"])
 
 
 def test_both_sides_move_together(browser: Browser, pages: Paths) -> None:
-    with opened(browser, pages("module")) as seen:
+    with opened(browser, pages("module")) as shown:
         boxes = "[...document.querySelectorAll('#panes svg')].map(s => s.getAttribute('viewBox'))"
-        start = seen.page.evaluate(boxes)
-        pane = seen.page.locator(".pane").first.bounding_box()
+        start = shown.page.evaluate(boxes)
+        pane = shown.page.locator(".pane").first.bounding_box()
         assert pane is not None
-        seen.page.mouse.move(pane["x"] + 50, pane["y"] + 50)
-        seen.page.mouse.wheel(0, -300)
-        seen.page.wait_for_function(f"({boxes})[0] !== {start[0]!r}")
-        zoomed = seen.page.evaluate(boxes)
+        shown.page.mouse.move(pane["x"] + 50, pane["y"] + 50)
+        shown.page.mouse.wheel(0, -300)
+        shown.page.wait_for_function(f"({boxes})[0] !== {start[0]!r}")
+        zoomed = shown.page.evaluate(boxes)
         assert zoomed[0] == zoomed[1]
-        seen.page.mouse.down()
-        seen.page.mouse.move(pane["x"] + 90, pane["y"] + 70)
-        seen.page.mouse.up()
-        moved = seen.page.evaluate(boxes)
+        shown.page.mouse.down()
+        shown.page.mouse.move(pane["x"] + 90, pane["y"] + 70)
+        shown.page.mouse.up()
+        moved = shown.page.evaluate(boxes)
         assert moved[0] == moved[1] != zoomed[1]
 
 
 def test_downloads(browser: Browser, pages: Paths, tmp_path: Path) -> None:
     file = pages("module")
-    with opened(browser, file) as seen:
+    with opened(browser, file) as shown:
         saved = {}
         for kind in ("SVG", "PNG", "JSON"):
-            with seen.page.expect_download() as waiting:
-                seen.page.locator("#tools button", has_text=kind).click()
+            with shown.page.expect_download() as waiting:
+                shown.page.locator("#tools button", has_text=kind).click()
             saved[kind] = tmp_path / waiting.value.suggested_filename
             waiting.value.save_as(saved[kind])
-        labels = seen.page.evaluate("arrange(currentPicture(), 1, false).lines.map(e => e.formula).filter(Boolean)")
+        labels = shown.page.evaluate("arrange(currentPicture(), 1, false).lines.map(e => e.formula).filter(Boolean)")
     assert json.loads(saved["JSON"].read_text(encoding="utf-8")) == report_of(file)
     drawn = ET.parse(saved["SVG"]).getroot()  # noqa: S314  our own file
     assert drawn.tag.endswith("svg")
@@ -255,17 +255,17 @@ def test_in_a_notebook(
     rewritten: Paths,
     tmp_path: Path,
 ) -> None:
-    found = bnqat.diff(model("module"), rewritten("module", bits=4))
+    comparison = bnqat.diff(model("module"), rewritten("module", bits=4))
     notebook = tmp_path / "notebook.html"
-    notebook.write_text(f"<!doctype html><p>cell</p>{found._repr_html_()}", encoding="utf-8")
-    with opened(browser, notebook) as seen:
-        frame = seen.page.frame_locator("iframe")
+    notebook.write_text(f"<!doctype html><p>cell</p>{comparison._repr_html_()}", encoding="utf-8")
+    with opened(browser, notebook) as shown:
+        frame = shown.page.frame_locator("iframe")
         assert frame.locator(".tile .value").first.inner_text() == "✓ none"
         name = frame.locator("#head").inner_text()
         frame.locator("#head").click()
-        seen.page.keyboard.press("j")
+        shown.page.keyboard.press("j")
         assert frame.locator("#head").inner_text() != name
-        with seen.page.expect_download() as waiting:
+        with shown.page.expect_download() as waiting:
             frame.locator("#tools button", has_text="SVG").click()
         assert waiting.value.suggested_filename == "site.svg"
 
@@ -290,36 +290,36 @@ def test_hostile_names_are_text(
                     node.attr["_note"].s = HOSTILE.encode()
 
     hostile = mutated(rewritten("module", bits=4), tmp_path / f"{HOSTILE.replace('/', '')}", rename)
-    found = bnqat.diff(model("module"), hostile)
+    comparison = bnqat.diff(model("module"), hostile)
     assert (
-        found.report.verdict.other_changes == 5
+        comparison.report.verdict.other_changes == 5
     )  # a node, a signature, two kernels, and the function added with kernels
     page = tmp_path / "hostile.html"
-    page.write_text(found.to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        assert seen.requests == [page.as_uri()]
-        assert seen.page.title() == found.title
-        assert seen.page.locator("img").count() == 0
-        assert seen.page.locator("script").count() == 2
-        assert any(HOSTILE_NAME in text for text in texts(seen, "#list [data-key]"))
+    page.write_text(comparison.to_html(), encoding="utf-8")
+    with opened(browser, page) as shown:
+        assert shown.requests == [page.as_uri()]
+        assert shown.page.title() == comparison.title
+        assert shown.page.locator("img").count() == 0
+        assert shown.page.locator("script").count() == 2
+        assert any(HOSTILE_NAME in text for text in texts(shown, "#list [data-key]"))
         for _ in range(6):
-            seen.page.keyboard.press("j")
-        assert seen.page.locator("img").count() == 0
-        assert seen.page.title() == found.title
-    assert HOSTILE_NAME in json.loads(found.to_json())["changes"][0]["name"]
-    svg = found.to_svg("", f"a/{HOSTILE_NAME}")
+            shown.page.keyboard.press("j")
+        assert shown.page.locator("img").count() == 0
+        assert shown.page.title() == comparison.title
+    assert HOSTILE_NAME in json.loads(comparison.to_json())["changes"][0]["name"]
+    svg = comparison.to_svg("", f"a/{HOSTILE_NAME}")
     assert "<img" not in svg
     ET.fromstring(svg)  # noqa: S314  our own text
 
 
 def test_nothing_differs(browser: Browser, model: Paths, tmp_path: Path) -> None:
-    found = bnqat.diff(model("module"), model("module"))
-    assert found.report.changes == []
+    comparison = bnqat.diff(model("module"), model("module"))
+    assert comparison.report.changes == []
     page = tmp_path / "same.html"
-    page.write_text(found.to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        assert "the same" in seen.page.locator("#list").inner_text()
-        assert not any(texts(seen, "#list .count"))
+    page.write_text(comparison.to_html(), encoding="utf-8")
+    with opened(browser, page) as shown:
+        assert "the same" in shown.page.locator("#list").inner_text()
+        assert not any(texts(shown, "#list .count"))
 
 
 def test_models_that_are_the_same_and_have_no_batch_norm(browser: Browser, tmp_path: Path) -> None:
@@ -331,53 +331,53 @@ def test_models_that_are_the_same_and_have_no_batch_norm(browser: Browser, tmp_p
     save_module(Plain(), tmp_path / "plain")
     page = tmp_path / "page.html"
     page.write_text(bnqat.diff(tmp_path / "plain", tmp_path / "plain").to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        assert "nothing to show" in seen.page.locator("#head").inner_text()
-        seen.page.keyboard.press("j")
-        assert seen.page.evaluate("current") is None
+    with opened(browser, page) as shown:
+        assert "nothing to show" in shown.page.locator("#head").inner_text()
+        shown.page.keyboard.press("j")
+        assert shown.page.evaluate("current") is None
 
 
 def test_skipped_sites_say_why(browser: Browser, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
-    found = bnqat.diff(model("mapped_batch_norm"), rewritten("mapped_batch_norm", bits=4))
-    verdict = found.report.verdict
-    assert verdict.sites_skipped == sum(found.report.skipped.values()) > 0
+    comparison = bnqat.diff(model("mapped_batch_norm"), rewritten("mapped_batch_norm", bits=4))
+    verdict = comparison.report.verdict
+    assert verdict.sites_skipped == sum(comparison.report.skipped.values()) > 0
     page = tmp_path / "page.html"
-    page.write_text(found.to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        (reason,) = found.report.skipped
-        assert reason in seen.page.locator(".tile", has_text="sites skipped").inner_text()
-        seen.page.locator("#filters button", has_text="skipped").click()
-        seen.page.keyboard.press("j")
-        assert reason in seen.page.locator("#panel").inner_text()
+    page.write_text(comparison.to_html(), encoding="utf-8")
+    with opened(browser, page) as shown:
+        (reason,) = comparison.report.skipped
+        assert reason in shown.page.locator(".tile", has_text="sites skipped").inner_text()
+        shown.page.locator("#filters button", has_text="skipped").click()
+        shown.page.keyboard.press("j")
+        assert reason in shown.page.locator("#panel").inner_text()
 
 
 def test_only_skipped(browser: Browser, model: Paths, tmp_path: Path) -> None:
     """Where nothing could be rewritten there is no rewritten model; the model compared with itself says why."""
     with pytest.raises(bnqat.NothingToRewriteError):
         bnqat.rewrite(model("module_shared"), tmp_path / "out", range="ema")
-    found = bnqat.diff(model("mapped_batch_norm"), model("mapped_batch_norm"))
+    comparison = bnqat.diff(model("mapped_batch_norm"), model("mapped_batch_norm"))
     page = tmp_path / "page.html"
-    page.write_text(found.to_html(), encoding="utf-8")
-    with opened(browser, page) as seen:
-        assert texts(seen, ".tile .value")[2].startswith("0 of")
+    page.write_text(comparison.to_html(), encoding="utf-8")
+    with opened(browser, page) as shown:
+        assert texts(shown, ".tile .value")[2].startswith("0 of")
 
 
 def test_formula_opens_the_nodes_that_compute_it(browser: Browser, pages: Paths) -> None:
-    with opened(browser, pages("module")) as seen:
-        assert seen.page.locator('.pane[data-side="after"] .node.added').count() == 0
-        seen.page.locator("td.formula").first.click()
-        names = seen.page.locator('.pane[data-side="after"] .node.added').evaluate_all(
+    with opened(browser, pages("module")) as shown:
+        assert shown.page.locator('.pane[data-side="after"] .node.added').count() == 0
+        shown.page.locator("td.formula").first.click()
+        names = shown.page.locator('.pane[data-side="after"] .node.added').evaluate_all(
             "all => all.map(n => n.dataset.name)"
         )
         site = report_of(pages("module"))["layers"][0]["sites"][0]
         assert {i["new"] for i in site["inputs"] if i["formula"]} <= set(names)
-        assert re.search(r"\d+ .*nodes? of .* not shown", seen.page.locator("#hidden").inner_text())
+        assert re.search(r"\d+ .*nodes? of .* not shown", shown.page.locator("#hidden").inner_text())
 
 
 def test_the_full_page_has_a_picture_of_every_node(browser: Browser, pages: Paths) -> None:
     file = pages("module", full=True)
-    with opened(browser, file) as seen:
-        seen.page.evaluate("where => { location.hash = where }", address("__nothing", "there"))
-        counts = seen.page.evaluate("GRAPHS.map(g => [g.name, g.after, g.nodes.length])")
+    with opened(browser, file) as shown:
+        shown.page.evaluate("where => { location.hash = where }", address("__nothing", "there"))
+        counts = shown.page.evaluate("GRAPHS.map(g => [g.name, g.after, g.nodes.length])")
         assert len(counts) > 10
         assert all(drawn >= count for _, count, drawn in counts)

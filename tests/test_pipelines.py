@@ -59,9 +59,9 @@ def test_every_vector_passes_through_the_function(model: Paths, tmp_path: Path) 
     assert harness.digest(tmp_path / "out") == harness.digest(tmp_path / "twin")
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     for function in (loaded.serve, loaded.quantization.train):
-        found = ports(harness.concrete(function), [X])
-        assert {(p.tag["role"], p.tag["layer"]) for p in found} == {(r, layer) for r in ROLES for layer in (0, 1)}
-        for port in found:
+        all_ports = ports(harness.concrete(function), [X])
+        assert {(p.tag["role"], p.tag["layer"]) for p in all_ports} == {(r, layer) for r in ROLES for layer in (0, 1)}
+        for port in all_ports:
             assert port.tag["scheme"] == "pipeline fixed_point"
             np.testing.assert_array_equal(port.got, expected(port.raw, port.tag["role"]))
             assert not np.array_equal(port.got, port.raw)
@@ -74,23 +74,23 @@ def test_gradients_pass_through_the_function(function: Any, model: Paths, tmp_pa
     bnqat.rewrite(model("module_train"), tmp_path / "out", quantizer=roles, bits={"moving_mean": 16})
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     tf.saved_model.save(loaded, str(tmp_path / "again"))
-    for each in (loaded, tf.saved_model.load(str(tmp_path / "again"))):
-        train, gammas = each.quantization.train, [n.gamma for n in each.norms]
+    for reloaded in (loaded, tf.saved_model.load(str(tmp_path / "again"))):
+        train, gammas = reloaded.quantization.train, [n.gamma for n in reloaded.norms]
 
         def gradients(train: Any = train, gammas: Any = gammas) -> Any:
             with tf.GradientTape() as tape:
                 loss = tf.reduce_sum(train(X) ** 2)
             return tape.gradient(loss, gammas)
 
-        found = gradients()
+        custom = gradients()
         values = [p.got for p in ports(harness.concrete(train), [X]) if p.tag["role"] == "gamma"]
         betas = [p.got for p in ports(harness.concrete(train), [X]) if p.tag["role"] == "beta"]
-        each.quantization.start_step.assign(2**40)
-        for norm, gamma, beta in zip(each.norms, values, betas, strict=True):
+        reloaded.quantization.start_step.assign(2**40)
+        for norm, gamma, beta in zip(reloaded.norms, values, betas, strict=True):
             norm.gamma.assign(gamma)
             norm.beta.assign(beta)
-        for got, plain in zip(found, gradients(), strict=True):
-            np.testing.assert_allclose(got, 3.0 * plain, rtol=1e-4, atol=1e-5)
+        for gradient, plain in zip(custom, gradients(), strict=True):
+            np.testing.assert_allclose(gradient, 3.0 * plain, rtol=1e-4, atol=1e-5)
 
 
 def test_switch_width_and_ramp(model: Paths, tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_switch_width_and_ramp(model: Paths, tmp_path: Path) -> None:
     for step, amount in ((0, 0.0), (2, 0.0), (3, 0.5), (4, 1.0)):
         loaded.quantization.step.assign(step)
         for port in ports(body, [X]):
-            wanted = expected(port.raw, port.tag["role"]) * np.float32(amount) + port.raw * np.float32(1 - amount)
-            np.testing.assert_allclose(port.got, wanted, rtol=1e-6, atol=1e-7)
+            blend = expected(port.raw, port.tag["role"]) * np.float32(amount) + port.raw * np.float32(1 - amount)
+            np.testing.assert_allclose(port.got, blend, rtol=1e-6, atol=1e-7)
         assert np.array_equal(loaded.serve(X), source.serve(X)) is (step <= 2)
     for role in ROLES:
         getattr(loaded.quantization.bits, role).assign(0)
@@ -110,18 +110,18 @@ def test_switch_width_and_ramp(model: Paths, tmp_path: Path) -> None:
 
 def test_it_is_traced_once_for_each_size_and_context(model: Paths, tmp_path: Path) -> None:
     """And functions that turn out equal are one. (To trace a function, TensorFlow runs it twice.)"""
-    seen = []
+    traces = []
 
     def noted(vector: Any, context: Any) -> Any:
-        seen.append((context, vector.shape[0]))
+        traces.append((context, vector.shape[0]))
         return vector * 0.5
 
     bnqat.rewrite(model("keras_save"), tmp_path / "out", quantizer=noted)
-    assert len(seen) == 2 * len(set(seen)) == 2 * 2 * 4
-    assert {c.role for c, _ in seen} == set(ROLES)
-    assert {c.layer for c, _ in seen} == {"batch_normalization", "batch_normalization_1"}
+    assert len(traces) == 2 * len(set(traces)) == 2 * 2 * 4
+    assert {c.role for c, _ in traces} == set(ROLES)
+    assert {c.layer for c, _ in traces} == {"batch_normalization", "batch_normalization_1"}
     graphs = [name for name in load(tmp_path / "out").graphs if name.startswith("bnqat_pipeline")]
-    assert len(graphs) == len({size for _, size in seen})
+    assert len(graphs) == len({size for _, size in traces})
 
 
 def test_rules_choose_it_for_some_layers(model: Paths, tmp_path: Path) -> None:

@@ -43,8 +43,8 @@ def test_options_that_differ_by_role(options: dict[str, Any], rewritten: Paths) 
 
 def test_the_noise_of_quantizers_has_nothing_in_common(rewritten: Paths) -> None:
     loaded = tf.saved_model.load(str(rewritten("module_train", bits=3, rounding="stochastic")))
-    found = ports(harness.concrete(loaded.quantization.train), [X])
-    numbers = np.concatenate([p.noise for p in found if p.noise is not None])
+    all_ports = ports(harness.concrete(loaded.quantization.train), [X])
+    numbers = np.concatenate([p.noise for p in all_ports if p.noise is not None])
     assert len(numbers) > 50
     assert len(np.unique(numbers)) == len(numbers)
 
@@ -122,13 +122,13 @@ def test_stored_averages_of_a_layer_used_twice(model: Paths, tmp_path: Path) -> 
     for _ in range(3):
         for loaded in (stored, plain):
             loaded.quantization.train(x)
-    found = [
+    averages = [
         {v.name: v.numpy() for v in loaded.quantization.variables if v.name.startswith(("moving", "v/moving"))}
         for loaded in (stored, plain)
     ]
-    assert found[0].keys() == found[1].keys()
-    for name, value in found[0].items():
-        np.testing.assert_allclose(value, found[1][name], rtol=1e-6)
+    assert averages[0].keys() == averages[1].keys()
+    for name, value in averages[0].items():
+        np.testing.assert_allclose(value, averages[1][name], rtol=1e-6)
 
 
 V1_WITH_COPIES = ["v1_updated_first", "v1_layers_fused", "v1_layers_fused_if", "v1_layers_plain_references"]
@@ -144,8 +144,8 @@ def test_ranges_move_with_the_copy_that_trains(name: str, rewritten: Any) -> Non
         ranges = variables["quantization/range/beta"]
         session.run(ranges.assign(np.full(ranges.shape, 7, np.float32)))
         session.run([t.name for t in train.outputs.values()], fed)
-        held = session.run(ranges)
-        assert (held != 7).all(1).any()
+        limits = session.run(ranges)
+        assert (limits != 7).all(1).any()
 
 
 def test_a_pipeline_that_is_off_lets_no_gradient_through(tmp_path: Path) -> None:

@@ -76,9 +76,9 @@ def test_attributes_are_told_apart_from_marks() -> None:
     base = graph(_bnqat="1", T="1").SerializeToString()
     for marked in (graph(_bnqat="2", T="1"), graph(_bnqat_other="1", T="1"), graph(T="1")):
         assert compare_graphs(base, marked.SerializeToString()) == Verdict(MARKS_DIFFER)
-    found = compare_graphs(base, graph(_bnqat="1", T="2").SerializeToString())
+    verdict = compare_graphs(base, graph(_bnqat="1", T="2").SerializeToString())
     place = "meta graph 0, function f, node n, attribute T"
-    assert found == Verdict(DIFFERS, f'{place}: s: "1" became s: "2"')
+    assert verdict == Verdict(DIFFERS, f'{place}: s: "1" became s: "2"')
     assert compare_graphs(base, graph(_bnqat="1").SerializeToString()).detail == f'{place}: s: "1" became absent'
 
 
@@ -123,9 +123,9 @@ def test_outcomes_are_compared(tmp_path: Path) -> None:
         (Outcome(False, done.text, {**done.files, "variables/variables.index": "3"}, done.extra), "bytes of variables"),
         (Outcome(False, done.text, done.files), "only one of them has assets.extra/report"),
     ):
-        found = verdict(done, changed)
-        assert found.status == DIFFERS
-        assert found.detail.startswith(detail)
+        result = verdict(done, changed)
+        assert result.status == DIFFERS
+        assert result.detail.startswith(detail)
 
 
 def test_texts_are_masked(tmp_path: Path) -> None:

@@ -79,12 +79,12 @@ def test_widths_by_role_and_by_layer(role: str, model: Paths, rewritten: Paths) 
             assert port.bits == (width if port.tag["role"] == role else 0)
             assert_equal(port, EPSILON)
     for layer in range(2):
-        own = [-1, -1]
-        own[layer] = 4
-        layer_bits.assign(own)
-        found = ports(body, [X])
-        assert {(p.tag["role"], p.tag["layer"]) for p in found if p.bits} == {(role, layer)}
-        for port in found:
+        widths = [-1, -1]
+        widths[layer] = 4
+        layer_bits.assign(widths)
+        all_ports = ports(body, [X])
+        assert {(p.tag["role"], p.tag["layer"]) for p in all_ports if p.bits} == {(role, layer)}
+        for port in all_ports:
             assert_equal(port, EPSILON)
         assert not np.array_equal(result.serve(X), source.serve(X))
     bits.assign(4)
@@ -97,9 +97,9 @@ def test_a_width_that_is_assigned_equals_one_that_was_given(rewritten: Paths) ->
         result = tf.saved_model.load(str(rewritten("module")))
         for role in ROLES:
             getattr(result.quantization.bits, role).assign(width)
-        given = tf.saved_model.load(str(rewritten("module", bits=width)))
-        np.testing.assert_array_equal(result.serve(X), given.serve(X))
-        np.testing.assert_array_equal(result.quantization.train(X), given.quantization.train(X))
+        rewritten_at_width = tf.saved_model.load(str(rewritten("module", bits=width)))
+        np.testing.assert_array_equal(result.serve(X), rewritten_at_width.serve(X))
+        np.testing.assert_array_equal(result.quantization.train(X), rewritten_at_width.quantization.train(X))
 
 
 def test_widths_out_of_range_count_as_the_nearest(model: Paths, rewritten: Paths) -> None:
@@ -142,25 +142,25 @@ def test_controls_survive_saving_and_serving_moves_none(rewritten: Paths, tmp_pa
 def test_frozen_statistics_are_used_and_stay(name: str, rewritten: Paths) -> None:
     result = tf.saved_model.load(str(rewritten(name, bits=4, freeze_step=2)))
     variables = [v for v in result.quantization.variables if not v.name.startswith("quantization/")]
-    held = [v for v in variables if "moving" in v.name]
+    averages = [v for v in variables if "moving" in v.name]
     x = X
-    assert held
+    assert averages
     for step in range(4):
-        before, served = [v.numpy() for v in held], result.serve(x).numpy()
+        before, served = [v.numpy() for v in averages], result.serve(x).numpy()
         with tf.GradientTape() as tape:
             trained = result.quantization.train(x)
             loss = tf.reduce_sum(trained**2)
         gradients = tape.gradient(loss, list(result.quantization.trainable_variables))
         assert all(g is not None and np.any(g) for g in gradients)
-        moved = [not np.array_equal(v, old) for v, old in zip(held, before, strict=True)]
+        moved = [not np.array_equal(v, old) for v, old in zip(averages, before, strict=True)]
         assert all(moved) if step < 2 else not any(moved)
         if name != "keras_dropout":
             assert np.array_equal(trained, served) is (step >= 2)
         assert result.quantization.step.numpy() == step + 1
     result.quantization.freeze_step.assign(100)
-    before = [v.numpy() for v in held]
+    before = [v.numpy() for v in averages]
     result.quantization.train(x)
-    assert all(not np.array_equal(v, old) for v, old in zip(held, before, strict=True))
+    assert all(not np.array_equal(v, old) for v, old in zip(averages, before, strict=True))
 
 
 def test_only_the_chosen_phase_runs(rewritten: Paths) -> None:
@@ -172,11 +172,11 @@ def test_only_the_chosen_phase_runs(rewritten: Paths) -> None:
         fetches = [t.name for t in signature.outputs.values()]
         kernels = []
         for _ in range(4):
-            seen = tf.compat.v1.RunMetadata()
+            metadata = tf.compat.v1.RunMetadata()
             options = tf.compat.v1.RunOptions(trace_level=3, output_partition_graphs=True)
-            session.run(fetches, feed, options, seen)
-            ran = {n.node_name for d in seen.step_stats.dev_stats for n in d.node_stats}
-            nodes = [n for g in seen.partition_graphs for n in g.node if n.name in ran]
+            session.run(fetches, feed, options, metadata)
+            executed = {n.node_name for d in metadata.step_stats.dev_stats for n in d.node_stats}
+            nodes = [n for g in metadata.partition_graphs for n in g.node if n.name in executed]
             fused = [n for n in nodes if b"FusedBatchNorm" in n.attr["fused_ops"].list.s]
             kernels.append(
                 [n.attr["is_training"].b for n in nodes if n.op == "FusedBatchNormV3"] + [False] * len(fused)
@@ -218,9 +218,9 @@ def test_stochastic_rounding_follows_from_the_step(rewritten: Paths, tmp_path: P
     for port in ports(harness.concrete(whole.serve), [X]):
         assert port.noise is None
         assert_equal(port, EPSILON)
-    found = ports(harness.concrete(whole.quantization.train), [X])
-    assert len({p.noise.tobytes() for p in found if p.noise is not None}) == len(found)
-    for port in found:
+    all_ports = ports(harness.concrete(whole.quantization.train), [X])
+    assert len({p.noise.tobytes() for p in all_ports if p.noise is not None}) == len(all_ports)
+    for port in all_ports:
         assert_equal(port, EPSILON)
 
 

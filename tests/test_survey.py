@@ -81,8 +81,8 @@ def test_every_public_model_passes_every_column(corpus_model: Path, tmp_path: Pa
 def test_a_column_that_fails_is_seen(model: Callable[[str], Path], tmp_path: Path) -> None:
     """A result whose weights are not the source's, and a model in which nothing can be rewritten."""
     source, other = model("form_library_image"), model("form_library_no_scale")
-    _, found = same(Pair(source, other, load(source), load(other)))
-    assert found.startswith("no: signature serving_default")
+    _, verdict = same(Pair(source, other, load(source), load(other)))
+    assert verdict.startswith("no: signature serving_default")
     assert "--unfreeze-constants" in survey(model("frozen"), tmp_path / "frozen").declined
 
 

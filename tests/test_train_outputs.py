@@ -25,13 +25,13 @@ X = (None, 8, 8, 3)
 def trained(call: Callable[[tf.Tensor], Any], variables: list[Any], steps: int = 12) -> list[float]:
     """The losses of some steps of training on boxes and scores that an image's mean decides."""
     x = harness.images(X, batch=4)
-    wanted = tf.reshape(tf.reduce_mean(x, -1) > 0.3, [4, 64, 1])
+    positive = tf.reshape(tf.reduce_mean(x, -1) > 0.3, [4, 64, 1])
     losses = []
     for _ in range(steps):
         with tf.GradientTape() as tape:
-            found = call(x)
-            logits = tf.where(wanted, found["scores"], 1 - found["scores"])
-            loss = -tf.reduce_mean(tf.math.log(logits + 1e-3)) + tf.reduce_mean((found["boxes"] - 0.5) ** 2)
+            outputs = call(x)
+            logits = tf.where(positive, outputs["scores"], 1 - outputs["scores"])
+            loss = -tf.reduce_mean(tf.math.log(logits + 1e-3)) + tf.reduce_mean((outputs["boxes"] - 0.5) ** 2)
         for v, g in zip(variables, tape.gradient(loss, variables), strict=True):
             assert np.abs(g).max() > 0, v.name
             v.assign_sub(0.5 * g)
@@ -46,9 +46,9 @@ def test_a_detector_trains(name: str, tmp_path: Path) -> None:
     report = bnqat.rewrite(source, tmp_path / "out", bits=8, train_outputs=inner, momentum=0.9)
     assert any("the gradient of train stops at" in note and "NonMaxSuppression" in note for note in report.notes)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
-    found = loaded.quantization.train(harness.images(X))
-    assert sorted(found) == ["boxes", "detection_boxes", "detection_scores", "scores"]
-    assert found["boxes"].shape == (4, 64, 4)
+    outputs = loaded.quantization.train(harness.images(X))
+    assert sorted(outputs) == ["boxes", "detection_boxes", "detection_scores", "scores"]
+    assert outputs["boxes"].shape == (4, 64, 4)
     losses = trained(loaded.quantization.train, list(loaded.quantization.trainable_variables))
     assert losses[-1] < 0.95 * losses[0]
     signed = loaded.signatures["train"].structured_outputs
@@ -75,14 +75,14 @@ def test_frozen_statistics_do_not_stand_in_the_way(tmp_path: Path) -> None:
 def test_inner_tensors_are_those_that_the_function_computes(suppression: Any, nested: bool, tmp_path: Path) -> None:
     source = save_module(Detector(suppression, nested), tmp_path / "m")
     bnqat.rewrite(source, tmp_path / "out", train_outputs={"zz": "boxes", "aa": "scores"}, start_step=OFF)
-    loaded, own, x = tf.saved_model.load(str(tmp_path / "out")), Detector(suppression), harness.images(X)
-    features = own.features(x, training=True)
-    boxes, scores = own.heads(features)
-    wanted = {"zz": boxes, "aa": scores} | suppression(boxes, scores)
-    for found in (loaded.train(x), loaded.signatures["train"](x=x)):
-        assert sorted(found) == sorted(wanted)
-        for key, value in wanted.items():
-            np.testing.assert_allclose(found[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    loaded, detector, x = tf.saved_model.load(str(tmp_path / "out")), Detector(suppression), harness.images(X)
+    features = detector.features(x, training=True)
+    boxes, scores = detector.heads(features)
+    expected = {"zz": boxes, "aa": scores} | suppression(boxes, scores)
+    for outputs in (loaded.train(x), loaded.signatures["train"](x=x)):
+        assert sorted(outputs) == sorted(expected)
+        for key, value in expected.items():
+            np.testing.assert_allclose(outputs[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
     assert loaded.quantization.step.numpy() == 2
 
 
@@ -92,9 +92,9 @@ def test_one_tensor_becomes_a_dict_under_the_name_of_the_signature(tmp_path: Pat
     loaded, x = tf.saved_model.load(str(tmp_path / "out")), harness.images(X)
     net = Trainable()
     plain = net.train(x)
-    found = loaded.quantization.train(x)
-    np.testing.assert_array_equal(found["output_0"], plain)
-    np.testing.assert_allclose(tf.reduce_mean(found["features"], [1, 2]), plain, rtol=1e-5, atol=1e-6)
+    outputs = loaded.quantization.train(x)
+    np.testing.assert_array_equal(outputs["output_0"], plain)
+    np.testing.assert_allclose(tf.reduce_mean(outputs["features"], [1, 2]), plain, rtol=1e-5, atol=1e-6)
     tf.saved_model.save(loaded, str(tmp_path / "again"))
     again = tf.saved_model.load(str(tmp_path / "again"))
     assert sorted(again.quantization.train(x)) == ["features", "output_0"]
@@ -112,10 +112,10 @@ def test_a_training_trace_of_keras_returns_a_layers_output(tmp_path: Path) -> No
     report = bnqat.rewrite(source, tmp_path / "out", train_outputs={"pooled": names[-1]}, start_step=OFF)
     assert any("training trace" in note for note in report.notes)
     loaded, x = tf.saved_model.load(str(tmp_path / "out")), harness.images(X)
-    for found in (loaded.train(x), loaded.signatures["train"](x)):
-        assert sorted(found) == ["dense", "pooled"]
-        assert found["pooled"].shape == (4, 8)
-        assert np.mean(found["pooled"] == 0) < 0.1  # before dropout
+    for outputs in (loaded.train(x), loaded.signatures["train"](x)):
+        assert sorted(outputs) == ["dense", "pooled"]
+        assert outputs["pooled"].shape == (4, 8)
+        assert np.mean(outputs["pooled"] == 0) < 0.1  # before dropout
 
 
 def test_the_signature_of_tensorflow_1_returns_one_more(tmp_path: Path) -> None:
@@ -123,9 +123,9 @@ def test_the_signature_of_tensorflow_1_returns_one_more(tmp_path: Path) -> None:
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     variables = [v for v in loaded.variables if v.trainable]
     with tf.GradientTape() as tape:
-        found = loaded.signatures["train"](x=harness.images(X))
-        loss = tf.reduce_sum(found["boxes"] ** 2)
-    assert sorted(found) == ["boxes", "detection_boxes", "detection_scores", "raw_scores"]
+        outputs = loaded.signatures["train"](x=harness.images(X))
+        loss = tf.reduce_sum(outputs["boxes"] ** 2)
+    assert sorted(outputs) == ["boxes", "detection_boxes", "detection_scores", "raw_scores"]
     assert all(np.abs(g).max() > 0 for g in tape.gradient(loss, variables))
     x = harness.images(X).numpy()
     with tf.Graph().as_default(), tf.compat.v1.Session() as session:

@@ -56,8 +56,8 @@ def feed(session: Any, seed: int, training: bool = True) -> dict[Any, Any]:
 
 def values(session: Any) -> dict[str, np.ndarray]:
     """All variables but those that the rewrite added."""
-    found = {v.op.name: v for v in v1.global_variables() if not v.op.name.startswith("quantization/")}
-    return session.run(found)  # type: ignore[no-any-return]
+    variables = {v.op.name: v for v in v1.global_variables() if not v.op.name.startswith("quantization/")}
+    return session.run(variables)  # type: ignore[no-any-return]
 
 
 def step_of(session: Any) -> int:
@@ -105,14 +105,14 @@ def quantized_tensors(session: Any) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["v1_by_hand", "v1_two_fused_references", "v1_loop"])
 def test_values_equal_the_reference(name: str, rewritten: Any) -> None:
     with session_of(rewritten(name, bits=3)) as (session, _):
-        for output, given in quantized_tensors(session).items():
-            if "while" in output or output.startswith("train/") or ("moving" not in given and "gamma" not in given):
+        for output, source in quantized_tensors(session).items():
+            if "while" in output or output.startswith("train/") or ("moving" not in source and "gamma" not in source):
                 continue
-            got, raw = session.run([output, given], feed(session, 0, training=False))
-            if "variance" in given:
-                np.testing.assert_allclose(got, reference.log(raw, 3, EPSILON), rtol=3e-7)
+            quantised, raw = session.run([output, source], feed(session, 0, training=False))
+            if "variance" in source:
+                np.testing.assert_allclose(quantised, reference.log(raw, 3, EPSILON), rtol=3e-7)
             else:
-                np.testing.assert_array_equal(got, reference.affine(raw, 3))
+                np.testing.assert_array_equal(quantised, reference.affine(raw, 3))
 
 
 @pytest.mark.parametrize("name", ["v1_two_fused", "v1_layers_fused", "v1_by_hand"])
@@ -123,9 +123,11 @@ def test_the_gradients_of_a_train_op_use_what_the_batch_norm_used(name: str, rew
         kernels = [op for op in gradients if "FusedBatchNormGrad" in op.type]
         assert len(kernels) == (0 if name == "v1_by_hand" else 4 if name == "v1_two_fused" else len(kernels) or -1)
         assert all("_bnqat" in op.inputs[2].op.node_def.attr for op in kernels)
-        read = [op for op in operations if op.type == "ReadVariableOp" and op.inputs[0].op.name.endswith("/gamma")]
-        assert read
-        assert not [op.name for op in gradients for i in op.inputs if i.op in read]
+        gamma_reads = [
+            op for op in operations if op.type == "ReadVariableOp" and op.inputs[0].op.name.endswith("/gamma")
+        ]
+        assert gamma_reads
+        assert not [op.name for op in gradients for i in op.inputs if i.op in gamma_reads]
 
 
 @pytest.mark.parametrize("name", sorted(set(V1_MODELS) - {"v1_two_fused_training", "v1_loop_updates"}))
@@ -140,8 +142,8 @@ def test_a_new_optimizer_trains_the_signature(name: str, rewritten: Any, tmp_pat
         gradients = v1.gradients(loss, parameters)
         assert all(g is not None for g in gradients)
         op = v1.train.GradientDescentOptimizer(0.1).minimize(loss)
-        x, wanted = batch(0, 24)
-        fed: dict[Any, Any] = {session.graph.get_tensor_by_name("x:0"): x, labels: wanted}
+        x, y = batch(0, 24)
+        fed: dict[Any, Any] = {session.graph.get_tensor_by_name("x:0"): x, labels: y}
         placeholder = signature.inputs.get("is_training")
         if placeholder is not None:
             fed[session.graph.get_tensor_by_name(placeholder.name)] = False
@@ -193,8 +195,8 @@ def test_derived_training_is_the_sources_training(rewritten: Any) -> None:
     for name in ("v1_two_fused", "v1_two_fused_serving"):
         loaded = tf.saved_model.load(str(rewritten(name, start_step=OFF, momentum=0.9)))
         outputs = loaded.signatures["train"](x=tf.constant(x))["logits"]
-        own = [v for v in loaded.variables if not v.name.startswith("quantization/")]
-        moved.append([outputs.numpy(), *(v.numpy() for v in own if "moving" in v.name)])
+        source_variables = [v for v in loaded.variables if not v.name.startswith("quantization/")]
+        moved.append([outputs.numpy(), *(v.numpy() for v in source_variables if "moving" in v.name)])
     assert len(moved[0]) == 5
     for a, b in zip(*moved, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6)
@@ -242,14 +244,14 @@ def test_collections_initialisers_and_saver_know_the_new_variables(name: str, re
         assert set(new) == CONTROLS
         assert not set(new) & {v.op.name for v in v1.trainable_variables()}
         session.run(v1.global_variables_initializer())
-        held = session.run(new)
-        assert {k: v for k, v in held.items() if v.ndim == 0} == {
+        initial = session.run(new)
+        assert {k: v for k, v in initial.items() if v.ndim == 0} == {
             "quantization/start_step": 7,
             "quantization/ramp_steps": 0,
             "quantization/step": 0,
             **{f"quantization/bits/{role}": 8 for role in ROLES},
         }
-        assert all((v == -1).all() for v in held.values() if v.ndim)
+        assert all((v == -1).all() for v in initial.values() if v.ndim)
         assert session.run(v1.report_uninitialized_variables()).size == 0
         saver = v1.train.Saver()
         saver.save(session, str(tmp_path / "saved"))
@@ -280,12 +282,12 @@ def outputs(path: Path) -> dict[str, np.ndarray]:
 
 def assert_outputs(source: Path, folder: Path) -> None:
     """The source's bits where its single ops stay; with the kernel in their place, the same but for rounding."""
-    wanted = outputs(source)["y"]
+    expected = outputs(source)["y"]
     for name, fuse in (("qat", False), ("fused", True)):
         bnqat.rewrite(source, folder / name, start_step=OFF, fuse=fuse)
-    np.testing.assert_array_equal(outputs(folder / "qat")["y"], wanted)
-    found = outputs(folder / "fused")["y"]
-    assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+    np.testing.assert_array_equal(outputs(folder / "qat")["y"], expected)
+    fused = outputs(folder / "fused")["y"]
+    assert np.abs(fused - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def variable(name: str) -> Any:
@@ -340,17 +342,17 @@ def test_ranges_widths_and_noise_in_the_first_format(name: str, average: str, re
     path = str(rewritten(name, **options))
     loaded = tf.saved_model.load(path)
     x, _ = batch(0)
-    held = {v.name.partition(":")[0]: v for v in loaded.variables}
-    ranges = [held[f"quantization/range/{role}"] for role in ROLES]
+    by_name = {v.name.partition(":")[0]: v for v in loaded.variables}
+    ranges = [by_name[f"quantization/range/{role}"] for role in ROLES]
     before = [v.numpy() for v in ranges]
     modes = {"is_training": tf.constant(False)} if name == "v1_by_hand_references" else {}
     (served,) = loaded.signatures["serving_default"](x=tf.constant(x), **modes).values()
     assert all(np.array_equal(v, old) for v, old in zip(ranges, before, strict=True))
     loaded.signatures["train"](x=tf.constant(x), **modes)
-    assert held["quantization/step"].numpy() == 1
+    assert by_name["quantization/step"].numpy() == 1
     assert all(not np.array_equal(v, old) for v, old in zip(ranges[2:], before[2:], strict=True))
     for role in ROLES:
-        held[f"quantization/bits/{role}"].assign(0)
+        by_name[f"quantization/bits/{role}"].assign(0)
     (off,) = loaded.signatures["serving_default"](x=tf.constant(x), **modes).values()
     assert not np.array_equal(served, off)
     with session_of(rewritten(name, **options)) as (session, meta):
@@ -389,11 +391,11 @@ def test_partitioned_variables(tmp_path: Path) -> None:
     assert report.sites_rewritten == report.sites_found == 1
     assert verify(tmp_path / "source", tmp_path / "target").ok
     with session_of(tmp_path / "source") as (session, _):
-        wanted = values(session)
+        expected = values(session)
     with session_of(tmp_path / "target") as (session, _):
-        found = values(session)
-    assert {"kernel/part_0", "kernel/part_1"} <= found.keys()
-    assert all(np.array_equal(found[name], value) for name, value in wanted.items())
+        actual = values(session)
+    assert {"kernel/part_0", "kernel/part_1"} <= actual.keys()
+    assert all(np.array_equal(actual[name], value) for name, value in expected.items())
 
 
 def test_init_and_train_ops_are_signatures_of_ops_alone(tmp_path: Path) -> None:
@@ -428,8 +430,8 @@ def test_sparse_outputs(tmp_path: Path) -> None:
         x, logits = net(two_fused, training, Options())
         write(tmp_path / "source", {"x": x}, {"scores": tf.sparse.from_dense(tf.nn.relu(logits)), "logits": logits})
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
-    found = verify(tmp_path / "source", tmp_path / "target")
-    assert found.ok, found
+    result = verify(tmp_path / "source", tmp_path / "target")
+    assert result.ok, result
     x_, _ = batch(0)
     with session_of(tmp_path / "target") as (session, meta):
         for name, signature in meta.signature_def.items():

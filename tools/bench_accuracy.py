@@ -92,9 +92,9 @@ def _pairs(x: np.ndarray, y: np.ndarray, count: int, rng: np.random.Generator) -
     canvas = rng.normal(0, 0.1, (count, 12, 16, 1)).astype("float32")
     chosen = rng.integers(len(x), size=(count, 2))
     for index, pair in enumerate(chosen):
-        for side, one in enumerate(pair):
+        for side, digit in enumerate(pair):
             top, left = rng.integers(5), 7 * side + rng.integers(2)
-            canvas[index, top : top + 8, left : left + 8] += rng.uniform(0.5, 1) * x[one]
+            canvas[index, top : top + 8, left : left + 8] += rng.uniform(0.5, 1) * x[digit]
     return canvas, y[chosen[:, 0]]
 
 
@@ -259,35 +259,37 @@ def main() -> None:
     console = Console(width=150)
     measured = {}
     for name in options.task:
-        found: dict[tuple[int, str], list[tuple[float, float]]] = {}
+        accuracies: dict[tuple[int, str], list[tuple[float, float]]] = {}
         floats = []
         with tempfile.TemporaryDirectory() as folder:
             for start in starts(TASKS[name], options.seeds, Path(folder)):
                 floats.append(accuracy(partial(start.net, training=False), start.task))
                 runs = [(bits, system) for bits in options.bits for system in options.system]
                 for bits, system in track(runs, f"{name}, seed {start.seed}", transient=True):
-                    found.setdefault((bits, system), []).append(SYSTEMS[system](start, bits))
+                    accuracies.setdefault((bits, system), []).append(SYSTEMS[system](start, bits))
                     gc.collect()  # models and their functions refer to each other
         table = Table(title=f"{name}: float {_spread(floats)} %; right after -> fine-tuned, {options.seeds} seeds")
         table.add_column("bits", justify="right")
         for system in options.system:
             table.add_column(system, justify="right")
         for bits in options.bits:
-            cells = [[_spread([run[i] for run in found[bits, s]]) for i in (0, 1)] for s in options.system]
+            cells = [[_spread([run[i] for run in accuracies[bits, s]]) for i in (0, 1)] for s in options.system]
             table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
         console.print(table)
         measured[name] = {
             "float": _moments(floats),
-            "systems": {s: _cells(found, s, options.bits) for s in options.system},
+            "systems": {s: _cells(accuracies, s, options.bits) for s in options.system},
         }
     if options.json is not None:
         options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
-def _cells(found: dict[tuple[int, str], list[tuple[float, float]]], system: str, widths: list[int]) -> dict[str, Any]:
+def _cells(
+    accuracies: dict[tuple[int, str], list[tuple[float, float]]], system: str, widths: list[int]
+) -> dict[str, Any]:
     phases = ("after rewriting", "after fine-tuning")
     return {
-        str(bits): {phase: _moments([run[i] for run in found[bits, system]]) for i, phase in enumerate(phases)}
+        str(bits): {phase: _moments([run[i] for run in accuracies[bits, system]]) for i, phase in enumerate(phases)}
         for bits in widths
     }
 

@@ -73,9 +73,9 @@ def measure(browser: Browser, functions: int, scratch: Path, opens: int = 3) -> 
     start = time.perf_counter()
     bnqat.rewrite(source, target, bits=4)
     rewritten = time.perf_counter()
-    found = bnqat.diff(source, target)
+    comparison = bnqat.diff(source, target)
     compared = time.perf_counter()
-    file.write_text(found.to_html(), encoding="utf-8")
+    file.write_text(comparison.to_html(), encoding="utf-8")
     drawn = time.perf_counter()
     opened, selected = [], []
     for _ in range(opens):
@@ -88,8 +88,8 @@ def measure(browser: Browser, functions: int, scratch: Path, opens: int = 3) -> 
     return {
         "nodes before": before,
         "nodes after": after,
-        "changes": len(found.report.changes),
-        "other changes": found.report.verdict.other_changes,
+        "changes": len(comparison.report.changes),
+        "other changes": comparison.report.verdict.other_changes,
         "rewrite s": round(rewritten - start, 2),
         "diff s": round(compared - rewritten, 2),
         "page s": round(drawn - compared, 2),

@@ -143,14 +143,14 @@ def nodes(shapes: Sequence[str], sizes: Sequence[int]) -> None:
     """Print a table for each shape."""
     for shape in shapes:
         print(f"{shape}:\n\n| layers | nodes | {' | '.join(COMMANDS)} |\n|{'---|' * (2 + len(COMMANDS))}")
-        found = []
+        measurements = []
         for layers in sizes:
             count, costs = measured(shape, layers, 0)
-            found.append((count, costs))
+            measurements.append((count, costs))
             cells = (f"{cost.seconds:.2f} s, {cost.peak:.0f} MiB" for cost in costs.values())
             print(f"| {layers:,} | {count:,} | {' | '.join(cells)} |", flush=True)
-        if found[1:]:
-            (few, less), (many, more) = found[-2:]
+        if measurements[1:]:
+            (few, less), (many, more) = measurements[-2:]
             slopes = (math.log(more[n].seconds / less[n].seconds) / math.log(many / few) for n in COMMANDS)
             print(f"| exponent | | {' | '.join(f'{slope:.2f}' for slope in slopes)} |\n", flush=True)
 
@@ -180,14 +180,14 @@ def start() -> None:
             "bnqat diff": [*bnqat, "diff", str(source), str(target)],
             "bnqat inspect of nothing": [*bnqat, "inspect", str(Path(folder) / "nothing")],
         }
-        taken: dict[str, list[float]] = {name: [] for name in commands}
+        durations: dict[str, list[float]] = {name: [] for name in commands}
         for _ in range(7):
             for name, command in commands.items():
                 begun = time.perf_counter()
                 subprocess.run(command, check=False, capture_output=True)
-                taken[name].append(time.perf_counter() - begun)
+                durations[name].append(time.perf_counter() - begun)
         print("| command | seconds |\n|---|---|")
-        for name, seconds in taken.items():
+        for name, seconds in durations.items():
             print(f"| {name} | {statistics.median(seconds):.2f} |")
 
 

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2)
     options = parser.parse_args()
     console = Console(stderr=True)
-    found: dict[tuple[float, float, str], list[tuple[float, float, float]]] = {}
+    accuracies: dict[tuple[float, float, str], list[tuple[float, float, float]]] = {}
     steps = 0
     with tempfile.TemporaryDirectory() as folder:
         for momentum in MOMENTA:
@@ -64,13 +64,13 @@ def main() -> None:
                 steps = options.epochs * (len(start.task.train[0]) // BATCH)
                 runs = list(itertools.product(RATES, QUANTISERS))
                 for rate, name in track(runs, f"{momentum}, seed {start.seed}", console=console, transient=True):
-                    cell = found.setdefault((momentum, rate, name), [])
+                    cell = accuracies.setdefault((momentum, rate, name), [])
                     cell.append(fine_tuned(start, QUANTISERS[name], rate, options.epochs))
     print(f"{steps} steps, {options.seeds} seeds\n")
     print(f"| momentum | rate | old | error | {' | '.join(QUANTISERS)} |")
     print("|---|---|---|---|" + "---|" * len(QUANTISERS))
     for momentum, rate in itertools.product(MOMENTA, RATES):
-        cells = {name: np.mean(found[momentum, rate, name], 0) for name in QUANTISERS}
+        cells = {name: np.mean(accuracies[momentum, rate, name], 0) for name in QUANTISERS}
         shown = " | ".join(f"{before:.1f} → {after:.1f}" for before, after, _ in cells.values())
         print(f"| {momentum} | {rate} | {momentum**steps:.0%} | {cells['4 bits'][2]:.2f} | {shown} |")
 

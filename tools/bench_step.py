@@ -124,8 +124,8 @@ class Runner:
         self.number = 0
         mode = len(self.model.serve.concrete_functions[0].structured_input_signature[0]) > 1
         quantization = getattr(self.model, "quantization", None)
-        own = self.model.serve if mode else self.model.train
-        call = getattr(quantization, "train", own)
+        source_training = self.model.serve if mode else self.model.train
+        call = getattr(quantization, "train", source_training)
         variables = [v for v in call.concrete_functions[0].graph.variables if v.trainable]
 
         @tf.function
@@ -153,14 +153,14 @@ class Runner:
 def timed(runners: Mapping[str, Steps], kind: str, limit: float) -> dict[str, list[float]]:
     """Seconds of each step in each round."""
     first = {name: min(runner(kind) for _ in range(WARM_UP)) for name, runner in runners.items()}
-    found: dict[str, list[float]] = {name: [] for name in runners}
+    durations: dict[str, list[float]] = {name: [] for name in runners}
     end = time.perf_counter() + limit
-    while time.perf_counter() < end or len(next(iter(found.values()))) < LEAST:
+    while time.perf_counter() < end or len(next(iter(durations.values()))) < LEAST:
         for name in random.sample(list(runners), len(runners)):
             if first[name] < SHORT:
                 runners[name](kind)
-            found[name].append(runners[name](kind))
-    return found
+            durations[name].append(runners[name](kind))
+    return durations
 
 
 def compared(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
@@ -188,23 +188,23 @@ def prepared(net: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 def measured(runners: Mapping[str, Steps], limit: float) -> dict[str, Any]:
     """By kind of step: the base's milliseconds, the number of rounds, and each row's ratios. The base comes first."""
-    found = {}
+    by_kind = {}
     for kind in (kind for kind in KINDS if kind in next(iter(runners.values())).steps):
         seconds = timed({name: runner for name, runner in runners.items() if kind in runner.steps}, kind, limit)
         base = next(iter(seconds.values()))
-        rows = {name: compared(each, base) for name, each in seconds.items()}
+        rows = {name: compared(durations, base) for name, durations in seconds.items()}
         milliseconds = round(1000 * float(np.median(base)), 1)
-        found[kind] = {"milliseconds": milliseconds, "rounds": len(base), "rows": rows}
-    return found
+        by_kind[kind] = {"milliseconds": milliseconds, "rounds": len(base), "rows": rows}
+    return by_kind
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(by_kind: Mapping[str, Any]) -> str:
     """The rows as a table in Markdown."""
-    heads = [f"{kind}, {cell['milliseconds']:g} ms, {cell['rounds']} rounds" for kind, cell in found.items()]
+    heads = [f"{kind}, {cell['milliseconds']:g} ms, {cell['rounds']} rounds" for kind, cell in by_kind.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
-    names = dict.fromkeys(name for cell in found.values() for name in list(cell["rows"])[1:])
+    names = dict.fromkeys(name for cell in by_kind.values() for name in list(cell["rows"])[1:])
     for name in names:
-        cells = (_cell(cell["rows"][name]) if name in cell["rows"] else "" for cell in found.values())
+        cells = (_cell(cell["rows"][name]) if name in cell["rows"] else "" for cell in by_kind.values())
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

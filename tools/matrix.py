@@ -69,9 +69,12 @@ def requirements(version: str) -> Iterator[str]:
     """What the package and its tests need, with TensorFlow of a release."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for wanted in (*project["dependencies"], *(w for name in ("demo", "onnx", "plot", "test") for w in extras[name])):
-        if not OURS.match(wanted) and not wanted.startswith("bnqat["):
-            yield wanted
+    for requirement in (
+        *project["dependencies"],
+        *(w for name in ("demo", "onnx", "plot", "test") for w in extras[name]),
+    ):
+        if not OURS.match(requirement) and not requirement.startswith("bnqat["):
+            yield requirement
     yield from (f"{name}=={version}.*" for name in ("tensorflow", "tf_keras"))
 
 

@@ -48,14 +48,14 @@ def values() -> Figure:
 def accuracies(measured: dict[str, Any]) -> Figure:
     """Accuracy right after rewriting and after fine-tuning, against bits."""
     figure = Figure(figsize=(9, 3.5 * len(measured)), layout="constrained")
-    for row, (task, found) in zip(figure.subplots(len(measured), 2, squeeze=False), measured.items(), strict=True):
+    for row, (task, results) in zip(figure.subplots(len(measured), 2, squeeze=False), measured.items(), strict=True):
         for axes, phase in zip(row, ("after rewriting", "after fine-tuning"), strict=True):
-            for system, cells in found["systems"].items():
+            for system, cells in results["systems"].items():
                 bits = sorted(map(int, cells))
                 means, spreads = zip(*(cells[str(n)][phase] for n in bits), strict=True)
                 style = "--" if system.startswith("QKeras") else "-"
                 axes.errorbar(bits, means, spreads, label=system, linestyle=style, capsize=2)
-            axes.axhline(found["float"][0], color="0.7")
+            axes.axhline(results["float"][0], color="0.7")
             axes.set(title=f"{task}, {phase}", xlabel="bits", ylabel="accuracy, %")
         row[1].legend(fontsize=8)
     return figure

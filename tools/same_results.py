@@ -326,18 +326,18 @@ def sources(folder: Path, only: Sequence[str]) -> dict[str, Path]:
     """Make the source models, all or some, by name; both versions read the same files."""
     folder.mkdir()
     public = sorted(p.parent for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
-    wanted = [p.name for p in public if not only or p.name in only]
-    names = [n for n in dict.fromkeys(only) if n not in wanted]
+    public_names = [p.name for p in public if not only or p.name in only]
+    names = [n for n in dict.fromkeys(only) if n not in public_names]
     if names or not only:
         # In a process of its own: functions that TensorFlow traces are numbered, and must not count in the workers.
         run([sys.executable, "-m", "tests.models", str(folder), *names])
-    made = {path.name: path for path in sorted(folder.iterdir())}
+    written = {path.name: path for path in sorted(folder.iterdir())}
     fill = Path(CORPUS) / FILL
-    if not wanted or not fill.exists():
-        return {**made, **{p.name: p for p in public if p.name in wanted}}
+    if not public_names or not fill.exists():
+        return {**written, **{p.name: p for p in public if p.name in public_names}}
     filled = folder.with_name("public")
     run([sys.executable, str(fill), str(filled)])
-    return {**made, **{name: filled / name for name in wanted}}
+    return {**written, **{name: filled / name for name in public_names}}
 
 
 def rows(models: Mapping[str, Path], base: Worker, here: Worker) -> Iterator[Row]:

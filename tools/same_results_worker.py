@@ -103,15 +103,15 @@ class Worker:
         """
         graphs = self.folder / GRAPHS / name
         graphs.mkdir(parents=True)
-        found = {}
+        by_configuration = {}
         for configuration, options in REWRITES.items():
-            found[configuration] = self._run("rewrite", [source, configuration, *options], graphs)
-        if not found[DEFAULT].refused:
+            by_configuration[configuration] = self._run("rewrite", [source, configuration, *options], graphs)
+        if not by_configuration[DEFAULT].refused:
             for configuration, options in FINALISATIONS.items():
-                found[configuration] = self._run("finalize", [DEFAULT, configuration, *options], graphs)
-        for configuration in found:
+                by_configuration[configuration] = self._run("finalize", [DEFAULT, configuration, *options], graphs)
+        for configuration in by_configuration:
             shutil.rmtree(configuration, ignore_errors=True)
-        return found
+        return by_configuration
 
     def _run(self, command: str, arguments: Sequence[str], graphs: Path) -> Outcome:
         """Run a command that writes to its second argument, and keep the graph under that name."""

@@ -142,12 +142,12 @@ def main() -> int:
     parser.add_argument("--unfreeze-constants", action="store_true", help="as of bnqat rewrite")
     parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name holds this")
     arguments = parser.parse_args()
-    found = [m for m in models(arguments.folder) if arguments.only in m.name]
-    if not found:
+    folders = [m for m in models(arguments.folder) if arguments.only in m.name]
+    if not folders:
         parser.error(f"{arguments.folder} holds no folder with a SavedModel")
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
-        for model in found:
+        for model in folders:
             target = Path(scratch) / model.name
             rows.append(survey(model, target, unfreeze_constants=arguments.unfreeze_constants))
             print(f"{model.name}: {'declined' if rows[-1].declined else 'done'}", file=sys.stderr)

@@ -163,9 +163,9 @@ def served(model: Any, x: np.ndarray) -> np.ndarray:
     return np.asarray(output)
 
 
-def difference(found: np.ndarray, wanted: np.ndarray) -> float:
+def difference(values: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, relative to the largest element; infinite where one is not finite."""
-    return float(np.abs(found - wanted).max() / np.abs(wanted).max()) if np.isfinite(found).all() else np.inf
+    return float(np.abs(values - expected).max() / np.abs(expected).max()) if np.isfinite(values).all() else np.inf
 
 
 def take(row: Row, source: Path, folder: Path, side: int) -> None:

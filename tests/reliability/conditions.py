@@ -129,16 +129,16 @@ def _on_files(folder: str, act: Callable[[int, str, str], None]) -> None:
 
 def counting(folder: str) -> None:
     """Say at the end how many events there were about files in a folder."""
-    seen = [0]
+    count_seen = [0]
 
     def count(number: int, _event: str, _path: str) -> None:
-        seen[0] = number + 1
+        count_seen[0] = number + 1
 
     _on_files(folder, count)
     leave = os._exit
 
     def say(code: int) -> None:
-        sys.stdout.write(f"\nevents: {seen[0]}\n")
+        sys.stdout.write(f"\nevents: {count_seen[0]}\n")
         sys.stdout.flush()
         leave(code)
 
@@ -154,9 +154,9 @@ def once_there(folder: str, event: str, what: str, path: str) -> None:
     """Do something to a path at the first event of a kind about files in a folder."""
     done: list[str] = []
 
-    def act(_number: int, seen: str, _path: str) -> None:
-        if seen == event and not done:
-            done.append(seen)
+    def act(_number: int, name: str, _path: str) -> None:
+        if name == event and not done:
+            done.append(name)
             DEEDS[what](Path(path))
 
     _on_files(folder, act)

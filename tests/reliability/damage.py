@@ -43,8 +43,8 @@ def places(message: Any, kind: str = "", depth: int = 0) -> Iterator[Place]:
                 for key in sorted(value):
                     yield from places(value[key], below, depth + 1)
         elif field.is_repeated:
-            for each in value:
-                yield from places(each, below, depth + 1)
+            for element in value:
+                yield from places(element, below, depth + 1)
         else:
             yield from places(value, below, depth + 1)
 
@@ -79,10 +79,10 @@ def _has(field: Any) -> bool:
 
 def _damage_message(place: Place, same: list[Place], random: Random) -> str:
     if same and random.random() < 0.5:
-        other = random.choice(same)
-        held = type(getattr(other.message, place.field.name))()
-        held.CopyFrom(getattr(other.message, place.field.name))
-        getattr(place.message, place.field.name).CopyFrom(held)
+        donor = random.choice(same)
+        replacement = type(getattr(donor.message, place.field.name))()
+        replacement.CopyFrom(getattr(donor.message, place.field.name))
+        getattr(place.message, place.field.name).CopyFrom(replacement)
         return "as another"
     if place.message.HasField(place.field.name):
         place.message.ClearField(place.field.name)
@@ -92,48 +92,48 @@ def _damage_message(place: Place, same: list[Place], random: Random) -> str:
 
 
 def _damage_list(place: Place, random: Random) -> str:
-    held: MutableSequence[Any] = getattr(place.message, place.field.name)
+    elements: MutableSequence[Any] = getattr(place.message, place.field.name)
     how = random.choice(["removed", "twice", "exchanged", "changed", "emptied"])
-    if not held or how == "emptied":
-        if held:
-            del held[:]
+    if not elements or how == "emptied":
+        if elements:
+            del elements[:]
             return "emptied"
         if place.field.type == FieldDescriptor.TYPE_MESSAGE:
-            held.add()  # type: ignore[attr-defined]
+            elements.add()  # type: ignore[attr-defined]
         else:
-            held.append(_random(place.field, random))
+            elements.append(_random(place.field, random))
         return "one more"
-    index = random.randrange(len(held))
+    index = random.randrange(len(elements))
     if how == "removed":
-        del held[index]
+        del elements[index]
     elif how == "twice":
-        held.extend([held[index]])
+        elements.extend([elements[index]])
     elif place.field.type == FieldDescriptor.TYPE_MESSAGE:
-        other = type(held[0])()
-        other.CopyFrom(held[random.randrange(len(held))])
-        held[index].CopyFrom(other)
+        replacement = type(elements[0])()
+        replacement.CopyFrom(elements[random.randrange(len(elements))])
+        elements[index].CopyFrom(replacement)
     else:
-        held[index] = random.choice([*held, _random(place.field, random)])
+        elements[index] = random.choice([*elements, _random(place.field, random)])
     return f"[{index}] {how}"
 
 
 def _damage_map(place: Place, random: Random) -> str:
-    held = getattr(place.message, place.field.name)
-    keys = sorted(held)
+    mapping = getattr(place.message, place.field.name)
+    keys = sorted(mapping)
     if not keys:
         return "left empty"
     key = random.choice(keys)
     if random.random() < 0.4:
-        del held[key]
+        del mapping[key]
         return f"[{key!r:.40}] removed"
-    other = random.choice(keys)
+    donor = random.choice(keys)
     if place.field.message_type.fields_by_name["value"].type == FieldDescriptor.TYPE_MESSAGE:
-        copy = type(held[other])()
-        copy.CopyFrom(held[other])
-        held[key].CopyFrom(copy)
+        copy = type(mapping[donor])()
+        copy.CopyFrom(mapping[donor])
+        mapping[key].CopyFrom(copy)
     else:
-        held[key] = held[other]
-    return f"[{key!r:.40}] as [{other!r:.40}]"
+        mapping[key] = mapping[donor]
+    return f"[{key!r:.40}] as [{donor!r:.40}]"
 
 
 def _other(place: Place, by_kind: dict[str, list[Place]], random: Random) -> Any:

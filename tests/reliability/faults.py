@@ -67,32 +67,32 @@ class Writing:
         Raises:
             BrokenPromiseError: something is lost, half-written or left for ever.
         """
-        told = f"{what}: {outcome}"
+        description = f"{what}: {outcome}"
         if digest(self.source) != self._before:
-            raise BrokenPromiseError(f"the source was changed: {told}")
-        held = digest(self.target) if self.target.exists() else None
-        if held not in (self.expected, self.earlier):
-            raise BrokenPromiseError(f"{self.target} is neither as before nor whole: {told}")
-        left = sorted(p.name for p in self.folder.iterdir() if p != self.target)
-        if any(not OURS.fullmatch(name) for name in left):
-            raise BrokenPromiseError(f"left {left}: {told}")
+            raise BrokenPromiseError(f"the source was changed: {description}")
+        target_digest = digest(self.target) if self.target.exists() else None
+        if target_digest not in (self.expected, self.earlier):
+            raise BrokenPromiseError(f"{self.target} is neither as before nor whole: {description}")
+        leftovers = sorted(p.name for p in self.folder.iterdir() if p != self.target)
+        if any(not OURS.fullmatch(name) for name in leftovers):
+            raise BrokenPromiseError(f"left {leftovers}: {description}")
         again = self.server.cli(*self._arguments)
-        if held is None or self.earlier is not None:
+        if target_digest is None or self.earlier is not None:
             if judged(again, f"after {what}") != "done" or digest(self.target) != self.expected:
-                raise BrokenPromiseError(f"the next run did not write the model: {again}, after {told}")
+                raise BrokenPromiseError(f"the next run did not write the model: {again}, after {description}")
         else:  # it is there, so that the next run refuses to write
             shutil.rmtree(self.target)
             again = self.server.cli(*self._arguments)
         if sorted(self.folder.iterdir()) != [self.target] or digest(self.target) != self.expected:
-            raise BrokenPromiseError(f"the next run left {sorted(self.folder.iterdir())}: {again}, after {told}")
-        moment = "after" if held == self.expected and held != self.earlier else "before"
-        return f"{moment}, {'something' if left else 'nothing'} left"
+            raise BrokenPromiseError(f"the next run left {sorted(self.folder.iterdir())}: {again}, after {description}")
+        moment = "after" if target_digest == self.expected and target_digest != self.earlier else "before"
+        return f"{moment}, {'something' if leftovers else 'nothing'} left"
 
     def events(self, *before: Call) -> int:
         """How many audit events about files in the folder a run causes, after some calls."""
         outcome = self.run(*before, Call(f"{HERE}:counting", [str(self.folder)]))
-        (found,) = re.findall(r"events: (\d+)", outcome.out)
-        return int(found)
+        (count,) = re.findall(r"events: (\d+)", outcome.out)
+        return int(count)
 
     def killed(self, share: float) -> str:
         """Kill it at a moment, given as a share of the time that it takes."""

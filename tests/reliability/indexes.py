@@ -25,21 +25,21 @@ def _crc(data: bytes) -> int:
 
 
 def _varint(number: int) -> bytes:
-    found = b""
+    encoded = b""
     while number > 0x7F:
-        found += bytes([number & 0x7F | 0x80])
+        encoded += bytes([number & 0x7F | 0x80])
         number >>= 7
-    return found + bytes([number])
+    return encoded + bytes([number])
 
 
 def _written(entries: list[tuple[bytes, bytes]], kind: int = 0) -> bytes:
     """A table with one block of entries; its checksums are right."""
     data = b""
 
-    def placed(held: list[tuple[bytes, bytes]]) -> bytes:
+    def placed(block_entries: list[tuple[bytes, bytes]]) -> bytes:
         nonlocal data
         offsets, block = [], b""
-        for key, value in held:
+        for key, value in block_entries:
             offsets.append(len(block))
             block += _varint(0) + _varint(len(key)) + _varint(len(value)) + key + value
         offsets = offsets or [0]

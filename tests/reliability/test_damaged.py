@@ -36,8 +36,8 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("name", MODELS)
 def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, name: str) -> None:
     """What trials find where nothing is wrong: every step is done."""
-    found = list(trial(forks, model(name), fresh(space)))
-    assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(found), found
+    outcomes = list(trial(forks, model(name), fresh(space)))
+    assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(outcomes), outcomes
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
@@ -266,7 +266,7 @@ def test_no_such_gradient(forks: Server, model: Callable[[str], Path], tmp_path:
 def test_more_objects_in_the_checkpoint(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
     """What is added is numbered alike in the model and in its checkpoint."""
     more = TrackableObjectGraph(nodes=[TrackableObjectGraph.TrackableObject()] * 100).SerializeToString()
-    source = with_value(model("keras_export"), tmp_path / "source", OBJECT_GRAPH_KEY, lambda held: held + more)
+    source = with_value(model("keras_export"), tmp_path / "source", OBJECT_GRAPH_KEY, lambda value: value + more)
     outcome = forks.cli("rewrite", source, tmp_path / "target")
     assert judged(outcome, "rewrite") == "refused"
     assert "objects, and its checkpoint has" in outcome.err
@@ -277,8 +277,8 @@ def test_corrupt_collections(forks: Server, model: Callable[[str], Path], tmp_pa
 
     def edit(meta: Any) -> None:
         for name in ("variables", "trainable_variables"):
-            held = meta.collection_def[name].bytes_list.value
-            held[:] = [b"\xff" * len(data) for data in held]
+            values = meta.collection_def[name].bytes_list.value
+            values[:] = [b"\xff" * len(data) for data in values]
 
     def edit_contexts(meta: Any) -> None:
         meta.collection_def["cond_context"].bytes_list.value[0] = b"\xff"
@@ -331,8 +331,8 @@ def test_a_variable_that_holds_the_root(forks: Server, rewritten: Callable[..., 
     """What belongs to a captured object is kept; the root, which holds all, does not belong to it."""
 
     def edit(meta: Any) -> None:
-        held = next(n for n in meta.object_graph_def.nodes if n.HasField("variable"))
-        held.children.add(node_id=0, local_name="owner")
+        variable = next(n for n in meta.object_graph_def.nodes if n.HasField("variable"))
+        variable.children.add(node_id=0, local_name="owner")
 
     source, target = mutated(rewritten("keras_export"), tmp_path / "source", edit), tmp_path / "target"
     assert judged(forks.cli("finalize", source, target), "finalize") == "done"

@@ -64,5 +64,5 @@ def test_attributes_that_were_left_out(forks: Server, model: Callable[[str], Pat
 
     source = mutated(model(name), tmp_path / "source", edit)
     (tmp_path / "out").mkdir()
-    found = list(trial(forks, source, tmp_path / "out"))
-    assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(found), found
+    outcomes = list(trial(forks, source, tmp_path / "out"))
+    assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(outcomes), outcomes

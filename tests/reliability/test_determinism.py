@@ -40,11 +40,11 @@ def test_rewrite(
     servers: list[Server], model: Callable[[str], Path], tmp_path: Path, name: str, options: tuple[str, ...]
 ) -> None:
     written = []
-    for number, each in enumerate(servers):
+    for number, process in enumerate(servers):
         folder = tmp_path / str(number)
         folder.mkdir()
         extra = [folder / "report.json"] if "--report" in options else ["--html", folder / "page.html"]
-        outcome = each.cli("rewrite", model(name), folder / "target", *options, *extra)
+        outcome = process.cli("rewrite", model(name), folder / "target", *options, *extra)
         assert judged(outcome, "rewrite") == "done", outcome
         written.append(digest(folder))
     assert written[0]
@@ -57,12 +57,12 @@ def test_finalize(
     servers: list[Server], rewritten: Callable[..., Path], tmp_path: Path, name: str, option: str
 ) -> None:
     written = []
-    for number, each in enumerate(servers):
+    for number, process in enumerate(servers):
         folder = tmp_path / str(number)
         folder.mkdir()
         file = folder / f"parameters.{'json' if option == 'json' else 'npz'}"
         options = ("--fold",) if option == "--fold" else ("--params", file)
-        outcome = each.cli("finalize", rewritten(name), folder / "target", *options)
+        outcome = process.cli("finalize", rewritten(name), folder / "target", *options)
         assert judged(outcome, "finalize") == "done", outcome
         written.append(digest(folder))
     assert written[0] == written[1] == written[2]
@@ -73,10 +73,10 @@ def test_diff(
     servers: list[Server], model: Callable[[str], Path], rewritten: Callable[..., Path], tmp_path: Path, form: str
 ) -> None:
     written = []
-    for number, each in enumerate(servers):
+    for number, process in enumerate(servers):
         file = tmp_path / f"{number}.{form}"
         formats = ("--format", "text") if form == "txt" else ()
-        outcome = each.cli("diff", model("nested"), rewritten("nested"), "--output", file, *formats)
+        outcome = process.cli("diff", model("nested"), rewritten("nested"), "--output", file, *formats)
         assert judged(outcome, "diff") == "done", outcome
         written.append(file.read_bytes())
     assert written[0] == written[1] == written[2]

@@ -48,15 +48,15 @@ def test_what_is_written_without_a_fault_loads(writing: Writing) -> None:
 
 
 def test_killed_at_random_moments(writing: Writing) -> None:
-    found = {writing.killed(share) for share in MOMENTS}
-    assert any(f.startswith("before") for f in found)
+    results = {writing.killed(share) for share in MOMENTS}
+    assert any(f.startswith("before") for f in results)
 
 
 @pytest.mark.parametrize("writing", ["finalize over"], indirect=True)
 def test_killed_at_every_step_of_writing(writing: Writing) -> None:
-    found = [writing.killed_at(moment) for moment in range(writing.events())]
-    assert "before, something left" in found, found
-    assert any(f.startswith("after") for f in found), found
+    results = [writing.killed_at(moment) for moment in range(writing.events())]
+    assert "before, something left" in results, results
+    assert any(f.startswith("after") for f in results), results
 
 
 def test_killed_where_directories_cannot_be_exchanged(
@@ -76,8 +76,8 @@ def test_killed_where_directories_cannot_be_exchanged(
 
 
 def test_interrupted(writing: Writing) -> None:
-    found = {writing.interrupted(share) for share in MOMENTS}
-    assert any(f.endswith("refused") for f in found)
+    results = {writing.interrupted(share) for share in MOMENTS}
+    assert any(f.endswith("refused") for f in results)
 
 
 def test_full_disk(rewriting: Writing) -> None:
@@ -88,8 +88,8 @@ def test_full_disk(rewriting: Writing) -> None:
     assert [judged(o, "full disk") for o in outcomes[:2]] == ["refused"] * 2
     assert judged(outcomes[-1], "large disk") == "done"
     for outcome in outcomes:
-        left = outcome.out.rpartition("left: ")[2].split()
-        assert left == (["target"] if outcome.code == 0 else []), outcome
+        leftovers = outcome.out.rpartition("left: ")[2].split()
+        assert leftovers == (["target"] if outcome.code == 0 else []), outcome
         if outcome.code:
             assert "No space left on device" in outcome.err, outcome
 
@@ -160,8 +160,8 @@ def _meddled(forks: Server, model: Path, folder: Path, deed: str, file: str) -> 
 
 
 def test_destination_appears_meanwhile(rewriting: Writing) -> None:
-    taken = Call(f"{HERE}:once_there", [str(rewriting.folder), "os.rename", "taken", str(rewriting.target)])
-    outcome = rewriting.run(taken)
+    appearing = Call(f"{HERE}:once_there", [str(rewriting.folder), "os.rename", "taken", str(rewriting.target)])
+    outcome = rewriting.run(appearing)
     assert judged(outcome, "taken") == "refused"
     assert "written by another process" in outcome.err
     assert [p.name for p in rewriting.target.iterdir()] == ["other"]

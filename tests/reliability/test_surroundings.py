@@ -77,13 +77,13 @@ def test_interrupted_while_it_starts(model: Paths, tmp_path: Path, moment: float
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate()
     lines = err.splitlines()
-    left = [p.name for p in tmp_path.iterdir()]
+    leftovers = [p.name for p in tmp_path.iterdir()]
     if process.returncode == 0:
-        assert (lines, left) == ([], ["target"])
+        assert (lines, leftovers) == ([], ["target"])
     else:
         assert process.returncode == 2
         assert lines == ["bnqat: error: interrupted; nothing is left half-written"]
-        assert left in ([], ["target"])
+        assert leftovers in ([], ["target"])
 
 
 @pytest.mark.parametrize("option", ["DST", "--report", "--html"])
@@ -187,8 +187,8 @@ def _saved(**arrays: np.ndarray) -> bytes:
 
 def _zipped(name: str, content: bytes) -> bytes:
     file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as held:
-        held.writestr(name, content)
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
     return file.getvalue()
 
 

@@ -20,9 +20,9 @@ MARKUP = ["bn[/x]", "[link=http://evil.example]bn[/link]", "[conceal]bn:smile:"]
 
 
 def _renamed(meta: Any, name: str) -> None:
-    for held in meta.object_graph_def.nodes:
-        if held.HasField("variable"):
-            held.variable.name = held.variable.name.replace("batch_normalization", name)
+    for node in meta.object_graph_def.nodes:
+        if node.HasField("variable"):
+            node.variable.name = node.variable.name.replace("batch_normalization", name)
 
 
 @pytest.mark.parametrize("name", MARKUP)

@@ -88,14 +88,14 @@ def test_what_reaches_outside(tmp_path: Path) -> None:
         def serve(self, name: tf.Tensor) -> tf.Tensor:
             tf.print("to a log", output_stream=f"file://{tmp_path}/log")
             tf.print("to stderr")
-            found: tf.Tensor = tf.py_function(lambda x: x, [tf.io.read_file(name)], tf.string)
-            return found
+            reached: tf.Tensor = tf.py_function(lambda x: x, [tf.io.read_file(name)], tf.string)
+            return reached
 
     module = Reaching()
     module.variable = tf.Variable(1.0)
     tf.saved_model.save(module, str(tmp_path / "model"))
-    found = {(r.op, r.what) for r in reaching(load(tmp_path / "model"))}
-    assert found == {("ReadFile", "files"), ("EagerPyFunc", "Python"), ("PrintV2", "files")}
+    reached = {(r.op, r.what) for r in reaching(load(tmp_path / "model"))}
+    assert reached == {("ReadFile", "files"), ("EagerPyFunc", "Python"), ("PrintV2", "files")}
 
 
 @pytest.mark.parametrize("name", ["keras_export", "v1_two_fused"])
@@ -111,8 +111,8 @@ def test_a_saver_that_a_signature_runs_is_reach(model: Callable[[str], Path], tm
         signature.outputs["path"].dtype = types_pb2.DT_STRING
         signature.method_name = "tensorflow/serving/predict"
 
-    found = reaching(load(mutated(model(name), tmp_path / "source", edit)))
-    assert "SaveV2" in {r.op for r in found}
+    reached = reaching(load(mutated(model(name), tmp_path / "source", edit)))
+    assert "SaveV2" in {r.op for r in reached}
 
 
 def _saving(meta: Any, path: str) -> Any:
@@ -216,8 +216,8 @@ def test_data_sets_reach_files(tmp_path: Path) -> None:
     module = Reading()
     module.variable = tf.Variable(1.0)
     tf.saved_model.save(module, str(tmp_path / "model"))
-    found = {(r.op, r.what) for r in reaching(load(tmp_path / "model"))}
-    assert found == {("CSVDatasetV2", "files"), ("DatasetFromGraph", "files")}
+    reached = {(r.op, r.what) for r in reaching(load(tmp_path / "model"))}
+    assert reached == {("CSVDatasetV2", "files"), ("DatasetFromGraph", "files")}
 
 
 def test_ops_that_take_a_name_of_something_outside_reach() -> None:
@@ -225,14 +225,14 @@ def test_ops_that_take_a_name_of_something_outside_reach() -> None:
     registered = op_def_pb2.OpList()
     registered.ParseFromString(pywrap_tf_session.TF_GetBuffer(pywrap_tf_session.TF_GetAllOpList()))
     assert len(registered.op) > 1000
-    found = set()
+    ops = set()
     for op in registered.op:
         texts = [a.name for a in op.input_arg if a.type in (types_pb2.DT_STRING, 0)]
         texts += [a.name for a in op.attr if a.type in ("string", "list(string)")]
         if any(OUTSIDE.search(text) for text in texts):
-            found.add(op.name)
-    assert {"ReadFile", "DumpTensor", "Skipgram", "DataServiceDataset"} <= found
-    assert found - REACHED.keys() == {"SetStatsAggregatorDataset", "ExperimentalSetStatsAggregatorDataset"}
+            ops.add(op.name)
+    assert {"ReadFile", "DumpTensor", "Skipgram", "DataServiceDataset"} <= ops
+    assert ops - REACHED.keys() == {"SetStatsAggregatorDataset", "ExperimentalSetStatsAggregatorDataset"}
 
 
 OUTSIDE = re.compile("file|path|dir(?!ection)|address|prefix|host(?!_)|command|shared_memory|url", re.IGNORECASE)

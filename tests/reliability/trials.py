@@ -29,20 +29,22 @@ def judged(outcome: Outcome, what: str) -> str:
     Raises:
         BrokenPromiseError: a hang, too much memory, a crash, a traceback, or an error that is not one line.
     """
-    told = f"{what}: exit code {outcome.code} after {outcome.seconds:.1f} s, {outcome.peak:.0f} MiB\n{outcome.err}"
+    description = (
+        f"{what}: exit code {outcome.code} after {outcome.seconds:.1f} s, {outcome.peak:.0f} MiB\n{outcome.err}"
+    )
     if outcome.stopped in ("time", "memory"):
-        raise BrokenPromiseError(f"too much {outcome.stopped}: {told}")
+        raise BrokenPromiseError(f"too much {outcome.stopped}: {description}")
     lines = [line for line in outcome.err.splitlines() if not PROGRESS.fullmatch(line)]
     if outcome.code == 0:
         if lines:
-            raise BrokenPromiseError(f"done, with noise: {told}")
+            raise BrokenPromiseError(f"done, with noise: {description}")
         return "done"
     if outcome.code != 2:
-        raise BrokenPromiseError(told)
+        raise BrokenPromiseError(description)
     if len(lines) != 1 or not lines[0].startswith("bnqat: error: ") or not lines[0].isprintable():
-        raise BrokenPromiseError(f"not one line: {told}")
+        raise BrokenPromiseError(f"not one line: {description}")
     if PYTHONS.search(lines[0].removeprefix("bnqat: error: ")):
-        raise BrokenPromiseError(f"no sentence for a user: {told}")
+        raise BrokenPromiseError(f"no sentence for a user: {description}")
     return "refused"
 
 

@@ -61,8 +61,8 @@ np.save(out + ".npy", losses)
 def held(path: Path) -> dict[str, np.ndarray]:
     """A SavedModel's variables by key."""
     reader = tf.train.load_checkpoint(str(path / "variables" / "variables"))
-    found = {k: reader.get_tensor(k) for k in reader.get_variable_to_shape_map() if k.endswith("VARIABLE_VALUE")}
-    return {key.partition("/.")[0]: value for key, value in found.items()}
+    values = {k: reader.get_tensor(k) for k in reader.get_variable_to_shape_map() if k.endswith("VARIABLE_VALUE")}
+    return {key.partition("/.")[0]: value for key, value in values.items()}
 
 
 def loss_of(logits: Any, labels: np.ndarray) -> Any:
@@ -88,9 +88,9 @@ def alone(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], lis
             for variables in trained:
                 for v, a, b in zip(variables, *gradients, strict=True):
                     v.assign_sub(0.1 * (a + b) / 2)
-        kept = [m.quantization.variables for m in replicas]
-        mean = {v.name: [] for v in kept[0]}  # type: ignore[var-annotated]
-        for pair in zip(*kept, strict=True):
+        variable_lists = [m.quantization.variables for m in replicas]
+        mean = {v.name: [] for v in variable_lists[0]}  # type: ignore[var-annotated]
+        for pair in zip(*variable_lists, strict=True):
             if pair[0].dtype.is_floating and not pair[0].trainable:
                 value = (pair[0] + pair[1]) / 2
                 for v in pair:
@@ -105,10 +105,10 @@ def alone(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], lis
 def by_name(path: Path) -> dict[str, np.ndarray]:
     """A SavedModel's variables as `alone` names them."""
     loaded = tf.saved_model.load(str(path))
-    found: dict[str, list[np.ndarray]] = {}
+    by_variable: dict[str, list[np.ndarray]] = {}
     for v in loaded.quantization.variables:
-        found.setdefault(v.name, []).append(v.numpy())
-    return {f"{name}{i}": v for name, values in found.items() for i, v in enumerate(values)}
+        by_variable.setdefault(v.name, []).append(v.numpy())
+    return {f"{name}{i}": v for name, values in by_variable.items() for i, v in enumerate(values)}
 
 
 def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_path: Path) -> None:
@@ -138,13 +138,13 @@ def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_pat
 
 def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
     """What was saved after each phase is what one device has then, but for rounding."""
-    for number, wanted in enumerate(phases, 1):
-        found = by_name(folder / f"out_{number}")
-        assert found["quantization/step:00"] == number * STEPS
-        assert found.keys() == wanted.keys()
-        for name, value in wanted.items():
+    for number, expected in enumerate(phases, 1):
+        actual = by_name(folder / f"out_{number}")
+        assert actual["quantization/step:00"] == number * STEPS
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
             if name != "quantization/freeze_step:00":
-                np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} {number}")
+                np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} {number}")
 
 
 def run(*args: str) -> subprocess.CompletedProcess[str]:
@@ -155,11 +155,11 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Both workers of the guide, on ports that are free; none of them outlives the test."""
     sockets = [socket.socket() for _ in range(2)]
-    for each in sockets:
-        each.bind(("localhost", 0))
-    addresses = [f"localhost:{each.getsockname()[1]}" for each in sockets]
-    for each in sockets:
-        each.close()
+    for free in sockets:
+        free.bind(("localhost", 0))
+    addresses = [f"localhost:{free.getsockname()[1]}" for free in sockets]
+    for free in sockets:
+        free.close()
     started = []
     try:
         for index in range(2):
@@ -287,25 +287,25 @@ def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(tmp_path: Path
         assert lines[0] == "epoch 0 batch 0 step 1"
         assert lines[-1] == f"done after {3 * steps} steps"
     with workers(broken) as started:
-        victim, other = started[1], started[0]
+        victim, survivor = started[1], started[0]
         assert victim.stdout is not None
         assert any(line.startswith("epoch 1 batch 5 ") for line in victim.stdout)
         os.kill(victim.pid, signal.SIGKILL)
         assert victim.wait(timeout=60) == -signal.SIGKILL
-        assert "epoch 2" not in other.communicate(timeout=120)[0]
-        assert other.returncode not in (0, None)
+        assert "epoch 2" not in survivor.communicate(timeout=120)[0]
+        assert survivor.returncode not in (0, None)
     assert not (broken / "tuned_model").exists()
     for lines in finished(broken):
         assert lines[0] == f"epoch 1 batch 0 step {steps + 1}"
         assert lines[-1] == f"done after {3 * steps} steps"
-    wanted, found = held(whole / "tuned_model"), held(broken / "tuned_model")
-    assert found.keys() == wanted.keys()
+    expected, resumed = held(whole / "tuned_model"), held(broken / "tuned_model")
+    assert resumed.keys() == expected.keys()
     source = load(whole / "tuned_model")
     averaged = {v.key.partition("/.")[0] for v in source.variables.values() if v.synchronization == ON_READ}
     assert len(averaged) == 3  # moving mean and variance, and gamma's range
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if key in averaged:
-            np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
+            np.testing.assert_allclose(resumed[key], value, rtol=1e-5, atol=1e-6, err_msg=key)
         else:
-            np.testing.assert_array_equal(found[key], value, err_msg=key)
-    assert found["quantization/step"] == 3 * steps
+            np.testing.assert_array_equal(resumed[key], value, err_msg=key)
+    assert resumed["quantization/step"] == 3 * steps

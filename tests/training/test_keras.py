@@ -50,21 +50,21 @@ def values(layer: Any) -> dict[int, np.ndarray]:
     return {i: v.numpy() for i, v in enumerate(layer.weights)}
 
 
-def assert_same(one: Any, other: Any) -> None:
-    for a, b in zip(one.weights, other.weights, strict=True):
+def assert_same(first: Any, second: Any) -> None:
+    for a, b in zip(first.weights, second.weights, strict=True):
         np.testing.assert_array_equal(a.numpy(), b.numpy(), err_msg=a.path)
 
 
 @pytest.mark.parametrize("name", ["module", "keras_save"])
 def test_weights_are_the_models_own_variables(name: str, rewritten: Paths) -> None:
     layer, _ = wrapped(rewritten(name, bits=4, range={"gamma": "learned"}))
-    held = list(layer.quantization.variables)
-    assert {id(v.value) for v in layer.weights} == {id(v) for v in held}
+    variables = list(layer.quantization.variables)
+    assert {id(v.value) for v in layer.weights} == {id(v) for v in variables}
     trained = {id(v) for v in layer.quantization.trainable_variables}
     assert {id(v.value) for v in layer.trainable_weights} == trained
     assert sum(v.path.startswith("quantization_") for v in layer.trainable_weights) >= 1  # learned scales
     assert not [v.path for v in layer.weights if ":" in v.path or "/" in v.path]
-    assert sorted(v.dtype for v in layer.weights) == sorted(v.dtype.name for v in held)
+    assert sorted(v.dtype for v in layer.weights) == sorted(v.dtype.name for v in variables)
 
 
 @pytest.mark.parametrize("optimizer", ["Adam", "RMSprop"])
@@ -75,21 +75,21 @@ def test_fit_is_the_training_loop_that_one_would_write(optimizer: str, rewritten
     fit(model, epochs=2)
     loaded = tf.saved_model.load(str(path))
     variables = list(loaded.quantization.trainable_variables)
-    own = getattr(keras.optimizers, optimizer)(1e-2)
+    loop_optimizer = getattr(keras.optimizers, optimizer)(1e-2)
 
     @tf.function
     def step(x: Any, y: Any) -> None:
         with tf.GradientTape() as tape:
             loss = LOSS(y, loaded.train(x))
-        own.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
+        loop_optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables, strict=True))
 
     for _ in range(2):
         for start in range(0, len(X), 4):
             step(X[start : start + 4], Y[start : start + 4])
     assert layer.quantization.step.numpy() == loaded.quantization.step.numpy() == 2 * STEPS
-    found = {id(v.value): v.numpy() for v in layer.weights}
-    for mine, other in zip(layer.quantization.variables, loaded.quantization.variables, strict=True):
-        np.testing.assert_array_equal(found[id(mine)], other, err_msg=other.name)
+    by_id = {id(v.value): v.numpy() for v in layer.weights}
+    for variable, expected in zip(layer.quantization.variables, loaded.quantization.variables, strict=True):
+        np.testing.assert_array_equal(by_id[id(variable)], expected, err_msg=expected.name)
 
 
 def test_only_training_counts_and_moves_statistics(rewritten: Paths) -> None:
@@ -115,16 +115,16 @@ def test_only_training_counts_and_moves_statistics(rewritten: Paths) -> None:
 
 def test_two_phases_in_one_fit(rewritten: Paths) -> None:
     layer, model = wrapped(rewritten("module", bits=4, start_step=STEPS, freeze_step=2 * STEPS))
-    seen = []
+    epochs = []
 
     class Watch(keras.callbacks.Callback):
         def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
             moving = [v.numpy() for v in layer.weights if v.path.startswith("moving")]
             kernel = next(v.numpy() for v in layer.weights if v.path == "kernel_0")
-            seen.append((epoch, moving, kernel, logs["loss"]))
+            epochs.append((epoch, moving, kernel, logs["loss"]))
 
     fit(model, epochs=4, callbacks=[Watch()])
-    (_, a, k, _), (_, b, _, _), (_, c, m, _), (_, d, n, _) = seen
+    (_, a, k, _), (_, b, _, _), (_, c, m, _), (_, d, n, _) = epochs
     assert not any(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
     for x, y, z in zip(b, c, d, strict=True):
         np.testing.assert_array_equal(x, y)
@@ -220,17 +220,17 @@ def test_inputs_by_name_and_by_position(tmp_path: Path) -> None:
     tf.saved_model.save(Two(), str(tmp_path / "float"))
     bnqat.rewrite(tmp_path / "float", tmp_path / "two", bits=4)
     layer = bnqat.KerasLayer(tmp_path / "two")
-    given = {"image": harness.images((None, 4, 4, 3)), "extra": harness.images((None, 3), seed=1)}
-    wanted = layer.model.serve(given["image"], given["extra"])
-    for inputs in (given, dict(reversed(given.items())), list(given.values()), tuple(given.values())):
+    by_name = {"image": harness.images((None, 4, 4, 3)), "extra": harness.images((None, 3), seed=1)}
+    expected = layer.model.serve(by_name["image"], by_name["extra"])
+    for inputs in (by_name, dict(reversed(by_name.items())), list(by_name.values()), tuple(by_name.values())):
         for name, value in layer(inputs).items():
-            np.testing.assert_array_equal(value, wanted[name])
-    layer(given, training=True)
+            np.testing.assert_array_equal(value, expected[name])
+    layer(by_name, training=True)
     assert layer.quantization.step.numpy() == 1
     with pytest.raises(bnqat.Error, match="the inputs are image, other, but the model takes image, extra"):
-        layer({"image": given["image"], "other": given["extra"]})
+        layer({"image": by_name["image"], "other": by_name["extra"]})
     with pytest.raises(bnqat.Error, match="1 inputs, but the model takes 2: image, extra"):
-        layer(given["image"])
+        layer(by_name["image"])
 
 
 def test_inputs_of_a_keras_3_export(tmp_path: Path) -> None:
@@ -243,9 +243,11 @@ def test_inputs_of_a_keras_3_export(tmp_path: Path) -> None:
         source.export(str(tmp_path / name), verbose=False)
         bnqat.rewrite(tmp_path / name, tmp_path / f"{name}_q", start_step=1)
         layer = bnqat.KerasLayer(tmp_path / f"{name}_q")
-        wanted = source.predict({"image": x, "extra": e}, verbose=0)
-        np.testing.assert_allclose(layer({"extra": e, "image": x}), wanted, rtol=1e-5, atol=1e-5)  # fused: docs/fusing
-    np.testing.assert_allclose(bnqat.KerasLayer(tmp_path / "list_q")([x, e]), wanted, rtol=1e-5, atol=1e-5)
+        expected = source.predict({"image": x, "extra": e}, verbose=0)
+        np.testing.assert_allclose(
+            layer({"extra": e, "image": x}), expected, rtol=1e-5, atol=1e-5
+        )  # fused: docs/fusing
+    np.testing.assert_allclose(bnqat.KerasLayer(tmp_path / "list_q")([x, e]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_half_policy_concerns_only_what_is_around(rewritten: Paths) -> None:
@@ -294,16 +296,16 @@ def test_what_is_logged(rewritten: Paths, tmp_path: Path) -> None:
     layer.quantization.layer_bits.beta.assign([4, -1])
     fit(model, epochs=2, callbacks=[bnqat.QuantizationLog(layer, tmp_path), keras.callbacks.TensorBoard(tmp_path)])
     assert {p.name for p in tmp_path.iterdir()} == {"quantization", "train"}
-    found = events(tmp_path / "quantization")
-    assert found.pop("step") == {0: STEPS, 1: 2 * STEPS}
-    assert found.pop("amount") == {0: 0, 1: 0.5}
+    logged = events(tmp_path / "quantization")
+    assert logged.pop("step") == {0: STEPS, 1: 2 * STEPS}
+    assert logged.pop("amount") == {0: 0, 1: 0.5}
     norms = layer.model.norms
     names = [bn.name for bn in bnqat.inspect(layer.filepath).batch_norms]
-    assert len(found) == len(names) * 4 * 4
+    assert len(logged) == len(names) * 4 * 4
     for number, (name, norm) in enumerate(zip(names, norms, strict=True)):
         schemes = {"gamma": "symmetric", "beta": "power_of_two", "moving_mean": "affine", "moving_variance": "log"}
         for role, scheme in schemes.items():
-            last = {what: found[f"{name}/{role}/{what}"][1] for what in ("bits", "low", "high", "error")}
+            last = {what: logged[f"{name}/{role}/{what}"][1] for what in ("bits", "low", "high", "error")}
             bits = {"gamma": 3, "beta": (4, 8)[number], "moving_mean": 5, "moving_variance": 8}[role]
             assert last["bits"] == bits
             v = getattr(norm, role).numpy()
@@ -313,10 +315,10 @@ def test_what_is_logged(rewritten: Paths, tmp_path: Path) -> None:
                 np.testing.assert_array_equal(limits, layer.quantization.range.moving_mean[number])
             if role == "moving_variance":
                 np.testing.assert_allclose(limits, np.log([v.min() + 1e-3, v.max() + 1e-3]), rtol=1e-6)
-                wanted = np.sqrt(np.mean((np.sqrt((v + 1e-3) / (q + 1e-3)) - 1) ** 2))
+                expected = np.sqrt(np.mean((np.sqrt((v + 1e-3) / (q + 1e-3)) - 1) ** 2))
             else:
-                wanted = np.linalg.norm(q - v) / np.linalg.norm(v)
-            assert last["error"] == pytest.approx(wanted, rel=1e-4)
+                expected = np.linalg.norm(q - v) / np.linalg.norm(v)
+            assert last["error"] == pytest.approx(expected, rel=1e-4)
             assert last["error"] > 0
 
 
@@ -332,22 +334,22 @@ def test_models_of_every_origin(name: str, rewritten: Paths) -> None:
     np.testing.assert_array_equal(layer(x), layer.model.serve(x))
     layer(x, training=True)
     assert readings.amount() == 1
-    found = readings()
-    assert {name for name, _ in found} == {bn.name for bn in bnqat.inspect(layer.filepath).batch_norms}
-    assert {reading.bits for reading in found.values()} == {4}
-    assert all(0 < reading.error < 0.2 and reading.low < reading.high for reading in found.values())
+    by_layer = readings()
+    assert {name for name, _ in by_layer} == {bn.name for bn in bnqat.inspect(layer.filepath).batch_norms}
+    assert {reading.bits for reading in by_layer.values()} == {4}
+    assert all(0 < reading.error < 0.2 and reading.low < reading.high for reading in by_layer.values())
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:
     """tag -> step -> value, of the one file in a folder."""
     (file,) = folder.iterdir()
-    found: dict[str, dict[int, float]] = {}
+    scalars: dict[str, dict[int, float]] = {}
     for record in tf.data.TFRecordDataset(str(file)):
         event = tf.compat.v1.Event.FromString(record.numpy())
         for value in event.summary.value:
             assert value.metadata.plugin_data.plugin_name == "scalars"
-            found.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
-    return found
+            scalars.setdefault(value.tag, {})[event.step] = float(tf.make_ndarray(value.tensor))
+    return scalars
 
 
 def test_what_cannot_be_a_layer(model: Paths, tmp_path: Path) -> None:

@@ -40,8 +40,8 @@ def step_of(loaded: Any, optimizer: Any, **options: Any) -> Any:
     return step
 
 
-def assert_same(one: Any, other: Any) -> None:
-    for a, b in zip(one.quantization.variables, other.quantization.variables, strict=True):
+def assert_same(first: Any, second: Any) -> None:
+    for a, b in zip(first.quantization.variables, second.quantization.variables, strict=True):
         np.testing.assert_array_equal(a, b, err_msg=a.name)
 
 
@@ -81,28 +81,28 @@ def test_widths_set_by_hand_are_resumed_too(rewritten: Paths, tmp_path: Path) ->
 def test_the_whole_step_compiled(rewritten: Paths) -> None:
     """XLA fuses and rounds in its own way; 8 bits, so that this moves a value to the next level seldom and little."""
     path = rewritten("module", bits=8)
-    found = []
+    losses = []
     for compiled in (False, True):
         loaded = tf.saved_model.load(str(path))
         step = step_of(loaded, keras.optimizers.SGD(0.05), jit_compile=compiled)
-        found.append([float(step(x)) for x in X])
+        losses.append([float(step(x)) for x in X])
         assert loaded.quantization.step.numpy() == len(X)
-    np.testing.assert_allclose(found[1], found[0], rtol=2e-4)
-    assert found[0][0] != found[0][-1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
+    assert losses[0][0] != losses[0][-1]
 
 
 def test_the_second_phase_through_serve_is_the_frozen_branch(rewritten: Paths) -> None:
     """The same loss and gradients, bit for bit, and not a step; it can be compiled, which the branch cannot."""
     loaded = tf.saved_model.load(str(rewritten("module", bits=4, freeze_step=0)))
     variables = list(loaded.quantization.trainable_variables)
-    found = []
+    results = []
     for function in (loaded.quantization.train, loaded.serve):
         with tf.GradientTape() as tape:
             loss = loss_of(function(X[0]))
-        found.append([loss, *tape.gradient(loss, variables)])
-    for a, b in zip(*found, strict=True):
+        results.append([loss, *tape.gradient(loss, variables)])
+    for a, b in zip(*results, strict=True):
         np.testing.assert_array_equal(a, b)
-    assert all(np.any(g.numpy()) for g in found[1])
+    assert all(np.any(g.numpy()) for g in results[1])
     assert loaded.quantization.step.numpy() == 1
     with pytest.raises(tf.errors.InvalidArgumentError):
         step_of(loaded, keras.optimizers.SGD(0.1), jit_compile=True)(X[0])
@@ -113,7 +113,7 @@ def test_the_second_phase_through_serve_is_the_frozen_branch(rewritten: Paths) -
             loss = loss_of(loaded.serve(x))
         return [loss, *tape.gradient(loss, variables)]
 
-    for a, b in zip(compiled(X[0]), found[1], strict=True):
+    for a, b in zip(compiled(X[0]), results[1], strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
@@ -137,13 +137,13 @@ def test_accumulated_gradients_count_calls(rewritten: Paths) -> None:
     loaded = tf.saved_model.load(str(rewritten("module", bits=4)))
     step = step_of(loaded, keras.optimizers.SGD(0.05, gradient_accumulation_steps=3))
     kernel, moving = loaded.kernels[0], loaded.norms[0].moving_mean
-    held = []
+    states = []
     for x in X[:6]:
         step(x)
-        held.append((kernel.numpy(), moving.numpy()))
-    changed = [not np.array_equal(a[0], b[0]) for a, b in itertools.pairwise(held)]
+        states.append((kernel.numpy(), moving.numpy()))
+    changed = [not np.array_equal(a[0], b[0]) for a, b in itertools.pairwise(states)]
     assert changed == [False, True, False, False, True]
-    assert all(not np.array_equal(a[1], b[1]) for a, b in itertools.pairwise(held))
+    assert all(not np.array_equal(a[1], b[1]) for a, b in itertools.pairwise(states))
     assert loaded.quantization.step.numpy() == 6
 
 

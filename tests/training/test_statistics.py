@@ -51,9 +51,9 @@ def wrapped(path: Path) -> tuple[Any, Any]:
     return layer, model
 
 
-def assert_same(found: list[np.ndarray], wanted: list[np.ndarray], same: bool = True) -> None:
-    for one, other in zip(found, wanted, strict=True):
-        assert np.array_equal(one, other) is same
+def assert_same(actual: list[np.ndarray], expected: list[np.ndarray], same: bool = True) -> None:
+    for a, b in zip(actual, expected, strict=True):
+        assert np.array_equal(a, b) is same
 
 
 def test_at_the_end_it_is_what_the_function_gives(rewritten: Paths) -> None:
