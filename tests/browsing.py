@@ -25,7 +25,7 @@ ARGUMENTS = [
 
 
 def chromium(playwright: Playwright) -> Browser:
-    """The browser; without one a test fails."""
+    """Return the browser; the test fails if there is none."""
     path = os.environ.get("BNQAT_CHROMIUM") or shutil.which("chromium")
     if path is None:
         pytest.fail("tests of pages need Chromium (Debian's package chromium), or its path in BNQAT_CHROMIUM")
@@ -34,21 +34,21 @@ def chromium(playwright: Playwright) -> Browser:
 
 @dataclass
 class Opened:
-    """A page, and what happened while it was open."""
+    """An open page with its requests and console messages."""
 
     page: Page
     requests: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
 
     def stop(self) -> dict[str, Any]:
-        """What is chosen on the page."""
+        """Return the current choice on the page."""
         found: dict[str, Any] = self.page.evaluate("current")
         return found
 
 
 @contextmanager
 def opened(browser: Browser, file: Path, fragment: str = "", **options: Any) -> Iterator[Opened]:
-    """A page from a file. It may make one request, for itself, and say nothing on the console."""
+    """Open a page from a file; fail if it writes to the console."""
     context = browser.new_context(viewport={"width": 1400, "height": 900}, accept_downloads=True, **options)
     page = context.new_page()
     opened_page = Opened(page)

@@ -51,7 +51,7 @@ def once(target: Path, make: Callable[[Path], Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def corpus(shared: Path) -> Path:
-    """The public models, those without weights filled with random ones."""
+    """Folder of the public models; models without weights get random ones."""
 
     def fill(folder: Path) -> None:
         command = [sys.executable, str(Path(CORPUS) / "fill_weights.py"), str(folder)]
@@ -62,7 +62,7 @@ def corpus(shared: Path) -> Path:
 
 @pytest.fixture(params=PUBLIC or ["absent"])
 def corpus_model(request: pytest.FixtureRequest) -> Path:
-    """A public model; skipped, and the summary says so, where the corpus is absent."""
+    """A public model. The test is skipped if the corpus is absent, and the summary reports that."""
     if not PUBLIC:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")
     name: str = request.param
@@ -73,7 +73,7 @@ def corpus_model(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(params=MLPERF_TINY or ["absent"])
 def mlperf_tiny(request: pytest.FixtureRequest) -> Path:
-    """A model of MLPerf Tiny; skipped, and the summary says so, where they are absent."""
+    """A model of MLPerf Tiny. The test is skipped if the models are absent, and the summary reports that."""
     if not MLPERF_TINY:
         pytest.skip("mlperf_tiny absent: BNQAT_MLPERF_TINY is not set")
     name: str = request.param
@@ -102,7 +102,7 @@ def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Server]:
-    """Where commands run in processes of their own."""
+    """Server that runs each command in a process of its own."""
     with server() as started:
         yield started
 

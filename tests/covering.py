@@ -27,22 +27,22 @@ class Exclusion:
     where: Mapping[str, Collection[Any]]
 
     def excludes(self, case: Mapping[str, Any]) -> bool:
-        """Return true if a case, perhaps with options that have no value yet, is excluded whatever the others are."""
+        """Return true if the values that a case has so far exclude it, whatever the missing values are."""
         return all(name in case and case[name] in values for name, values in self.where.items())
 
 
 def excluded(case: Mapping[str, Any], exclusions: Sequence[Exclusion]) -> bool:
-    """Return true if one of the exclusions excludes a case, as far as its options have values."""
+    """Return true if the values that a case has so far match one of the exclusions."""
     return any(exclusion.excludes(case) for exclusion in exclusions)
 
 
 def pairs(case: Mapping[str, Any]) -> set[Pair]:
-    """All pairs of two options' values that a case holds."""
+    """Return all pairs of two options' values in a case."""
     return {frozenset(pair) for pair in itertools.combinations(case.items(), 2)}
 
 
 def completed(start: Case, options: Options, exclusions: Sequence[Exclusion], missing: set[Pair]) -> Case | None:
-    """A whole case with some values given, the others chosen greedily for the most missing pairs.
+    """Complete a case; each further value is chosen greedily to cover the most missing pairs.
 
     A choice that leaves an option without a possible value is taken back.
 
@@ -66,7 +66,7 @@ def completed(start: Case, options: Options, exclusions: Sequence[Exclusion], mi
 
 
 def covering(options: Options, exclusions: Sequence[Exclusion]) -> Iterator[Case]:
-    """Cases that hold every pair that can be; each begins with a pair that no case before it holds."""
+    """Yield cases that cover every possible pair; each starts from a pair that no earlier case covers."""
     every = (
         {first_name: a, second_name: b}
         for first_name, second_name in itertools.combinations(options, 2)
@@ -83,7 +83,7 @@ def covering(options: Options, exclusions: Sequence[Exclusion]) -> Iterator[Case
 
 
 def drawn(options: Options, exclusions: Sequence[Exclusion], random: Random) -> Case:
-    """A case at random: a value that is as likely as the others of its option, and what goes with it."""
+    """Draw a random case: first one value, uniformly among its option's values, then values that go with it."""
     name = random.choice(list(options))
     start = {name: random.choice(options[name])}
     while True:

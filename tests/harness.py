@@ -1,4 +1,4 @@
-"""Looking into loaded models: values inside their functions, executed kernels, whole directories."""
+"""Inspection of loaded models: values inside functions, executed kernels, digests of directories."""
 
 from __future__ import annotations
 

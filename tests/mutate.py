@@ -1,4 +1,4 @@
-"""Small changes to saved models, made in their files and by nothing of ours."""
+"""Small changes to saved models, made in their files without bnqat's code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Edit = Callable[[Any], object]
 
 
 def mutated(model: Path, target: Path, edit: Edit) -> Path:
-    """A copy of a model with its meta graph edited."""
+    """Copy a model and edit its meta graph."""
     shutil.copytree(model, target)
     proto = saved_model_pb2.SavedModel.FromString((model / "saved_model.pb").read_bytes())
     edit(proto.meta_graphs[0])
@@ -25,7 +25,7 @@ def mutated(model: Path, target: Path, edit: Edit) -> Path:
 
 
 def with_record(model: Path, target: Path, edit: Edit) -> Path:
-    """A copy of a rewritten model with the record of what was changed edited."""
+    """Copy a rewritten model and edit its record of changes."""
     shutil.copytree(model, target)
     file = target / "assets.extra" / "bnqat_changes.json"
     record = json.loads(file.read_text())
@@ -35,7 +35,7 @@ def with_record(model: Path, target: Path, edit: Edit) -> Path:
 
 
 def with_value(model: Path, target: Path, key: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
-    """A copy of a model with the value of one variable changed."""
+    """Copy a model and change the value of one variable."""
     shutil.copytree(model, target)
     prefix = target / "variables" / "variables"
     reader = tf.train.load_checkpoint(str(prefix))

@@ -1,4 +1,4 @@
-"""What quantisers in a loaded function are given and give, held against the reference."""
+"""Inputs and outputs of the quantisers in a loaded function, compared with the reference."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.reference import Quantized, quantize
 
 
 class Port(NamedTuple):
-    """One quantiser: its tag, what it gave, and what it was told."""
+    """One quantiser of one run: its tag, output and inputs."""
 
     tag: dict[str, Any]
     got: np.ndarray
@@ -25,7 +25,7 @@ class Port(NamedTuple):
     noise: np.ndarray | None
 
     def wanted(self, epsilon: float) -> np.ndarray:
-        """What the reference gives."""
+        """Return the reference's output for the same inputs."""
         if self.amount == 0 or self.bits == 0:
             return self.raw
         scheme = self.tag["scheme"]
@@ -37,7 +37,7 @@ class Port(NamedTuple):
 
 
 def ports(body: Any, x: Sequence[Any]) -> list[Port]:
-    """The quantisers in a concrete function's own body, when it is called with these inputs, once."""
+    """Call a concrete function once, and return the quantisers in its own body."""
     nodes = [op for op in body.graph.get_operations() if harness.TAG in op.node_def.attr]
     tensors = [t for node in nodes for t in _needed(node)]
     names = list(dict.fromkeys(t.name for t in tensors))
@@ -54,7 +54,7 @@ def ports(body: Any, x: Sequence[Any]) -> list[Port]:
 
 
 def _needed(node: Any) -> Iterator[Any]:
-    """The tensors that tell what a tagged node is given and gives."""
+    """Yield the tensors that hold a tagged node's inputs and output."""
     call = _call(node)
     yield from (node.outputs[0], node.inputs[-1], *call.inputs)
     if call.type == "StatelessCase":
@@ -62,13 +62,13 @@ def _needed(node: Any) -> Iterator[Any]:
 
 
 def _call(node: Any) -> Any:
-    """The op that quantises: the node itself, the one of whose result it is a row, or the choice of several."""
+    """Return the op that quantises: the node itself, the op whose result is unpacked, or the batched StatelessCase."""
     before = node.inputs[0].op
     return before.inputs[0].op if before.type == "Unpack" else before if before.type == "StatelessCase" else node
 
 
 class BatchedVector(NamedTuple):
-    """What one of several vectors that are quantised together was told, and what it is."""
+    """One vector of a batched call: its output and inputs."""
 
     got: np.ndarray
     raw: np.ndarray
@@ -77,12 +77,15 @@ class BatchedVector(NamedTuple):
     noise: np.ndarray | None
 
     def port(self, tag: dict[str, Any]) -> Port:
-        """The same with its tag."""
+        """Return the port of this vector."""
         return Port(tag, self.got, self.raw, float(self.amount), self.bits, None, self.noise)
 
 
 def _batched_vectors(body: Any, values: Mapping[str, np.ndarray], choice: Any) -> dict[str, BatchedVector]:
-    """By the tagged node, what is told by the inputs of the op that chooses: see `passes.quantization.batched.way`."""
+    """Return the vectors of a batched call by tagged node.
+
+    The inputs of the StatelessCase hold them, laid out as by `passes.quantization.batched.batch_function`.
+    """
     branch = choice.get_attr("branches")[0].name
     library = body.graph.as_graph_def().library.function
     (names,) = ([a.name for a in f.signature.input_arg] for f in library if f.signature.name == branch)
@@ -105,12 +108,13 @@ def _batched_vectors(body: Any, values: Mapping[str, np.ndarray], choice: Any) -
             vectors[op.name] = BatchedVector(
                 output, raw, input_values["amount"], int(input_values[name][number, 0]), vector_noise
             )
+            # Each vector's noise starts at a new block of the row.
             first += 0 if noise is None else -(-raw.size // noise.shape[1]) * noise.shape[1]
     return vectors
 
 
 def _single(values: Mapping[str, np.ndarray], node: Any, tag: dict[str, Any]) -> Port:
-    """A quantiser by itself, or a row of a stack of one kind."""
+    """Return the port of a single quantiser, or of one row of a stack with one spec."""
     call = _call(node)
     row = None if call is node else node.inputs[0].value_index
     output, raw, *call_inputs = (values[t.name] for t in (node.outputs[0], node.inputs[-1], *call.inputs[:-1]))
@@ -121,7 +125,10 @@ def _single(values: Mapping[str, np.ndarray], node: Any, tag: dict[str, Any]) ->
 
 
 def assert_equal(port: Port, epsilon: float) -> None:
-    """Bit for bit; log, whose logarithms are those of two libraries, within one ulp of v + epsilon."""
+    """Assert that a port equals the reference bit for bit.
+
+    The scheme log may differ by one ulp of v + epsilon, as two libraries compute the logarithms.
+    """
     expected = port.wanted(epsilon)
     if port.tag["scheme"] == "log":
         ulp = np.spacing((np.abs(expected) + np.float32(epsilon)).astype(np.float32))

@@ -12,11 +12,11 @@ TINY = np.finfo(F).tiny
 
 
 class Quantized(NamedTuple):
-    """What a vector [C] becomes, and the gradients of its elements.
+    """A fake-quantised vector [C] and the gradients of its elements.
 
     Attributes:
         value: the quantised vector, float32 [C].
-        inside: whether a code is not clipped, [C]: then the gradient for v is 1, else 0.
+        inside: true where a code is not clipped, [C]: there the gradient for v is 1, else 0.
         of_high, of_low: the gradient of a learned range's limits, [C], before the factor.
     """
 
@@ -34,7 +34,7 @@ def codes(scheme: str, bits: int, narrow: bool) -> tuple[int, int]:
 
 
 def rounded(position: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-    """Half to even, or up where the noise is less than the fraction."""
+    """Round half to even; with noise, round up where the noise is less than the fraction."""
     if noise is None:
         nearest: np.ndarray = np.round(position)
         return nearest
@@ -44,7 +44,7 @@ def rounded(position: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
 
 
 def counted(scheme: str, v: np.ndarray) -> np.ndarray:
-    """Which values are quantised."""
+    """Mask of the values that are quantised."""
     with np.errstate(invalid="ignore"):
         mask: np.ndarray = (v >= 0) & (v < np.inf) if scheme == "log" else np.isfinite(v)
     return mask
@@ -69,7 +69,10 @@ def quantize(
     limits: np.ndarray | None = None,
     noise: np.ndarray | None = None,
 ) -> Quantized:
-    """A float32 vector with its range, or with given limits (float32 [2], in the scheme's coordinate)."""
+    """Fake-quantise a float32 vector with its own range, or with given limits.
+
+    Limits are float32 [2], in the scheme's coordinate.
+    """
     bottom, top = codes(scheme, bits, narrow)
     defined = counted(scheme, v)
     low, high = seen(scheme, v, epsilon) if limits is None else (limits[0], limits[1])
@@ -94,6 +97,8 @@ def quantize(
             level = (code - zero) * step
             inside, rest = code == raw, code - zero
             slope = np.ones_like(v)
+        # Straight-through, d level / d step is `rest` less the position inside, and `rest` outside; `reciprocal` is
+        # d step / d high. For log, `slope` is the derivative of the exponential.
         missed = (rest - np.where(inside, position, 0)) * reciprocal
         of_high = missed.astype(F) * slope
         of_low = ((~inside).astype(F) - missed).astype(F) * slope
@@ -106,7 +111,7 @@ def quantize(
 
 
 def linear(scheme: str, low: np.float32, high: np.float32, bits: int, narrow: bool) -> tuple[np.float32, ...]:
-    """The scale, the zero point, and how the scale grows with the upper limit."""
+    """Return the scale, the zero point, and the derivative of the scale for the upper limit."""
     bottom, top = codes(scheme, bits, narrow)
     reciprocal, zero = F(1 / top), F(0)
     if scheme == "affine":
@@ -129,7 +134,7 @@ def linear(scheme: str, low: np.float32, high: np.float32, bits: int, narrow: bo
 
 
 def ema(scheme: str, v: np.ndarray, limits: np.ndarray, momentum: float, epsilon: float = 0.0) -> np.ndarray:
-    """The limits after one step with a vector."""
+    """Moving average of the limits [2] after one step with a vector; unchanged if no value is counted."""
     if not counted(scheme, v).any():
         return limits
     now = np.array(seen(scheme, v, epsilon)).astype(F)
@@ -137,7 +142,7 @@ def ema(scheme: str, v: np.ndarray, limits: np.ndarray, momentum: float, epsilon
 
 
 def reference(scheme: str) -> Callable[[np.ndarray, int, float], np.ndarray]:
-    """A scheme with a dynamic range: (vector, bits, epsilon) -> vector."""
+    """Return a scheme's function with a dynamic range: (vector, bits, epsilon) -> vector."""
     return lambda v, bits, epsilon: quantize(scheme, v, bits, epsilon).value
 
 

@@ -1,4 +1,4 @@
-"""What is quantised on the way into the moving averages."""
+"""Quantisation of the moving averages' updates: of the statistic, or of the stored average."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MEANS = np.array([0.98, -0.6, 0.31], np.float32)
 
 
 class OneNorm(tf.Module):
-    """A single batch norm of momentum 0.99, whose averages are far from what it is trained with."""
+    """A single batch norm of momentum 0.99, whose averages are far from the statistics of its training data."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class OneNorm(tf.Module):
 
 
 def trained(tmp_path: Path, steps: int, **options: Any) -> np.ndarray:
-    """The moving mean after some steps on one batch with the means `MEANS`; ranges are from -1 to 1, 8 bits."""
+    """Return the moving mean after some steps on one batch with the means `MEANS`, at 8 bits from -1 to 1."""
     source = save_module(OneNorm(), tmp_path / "m")
     bnqat.rewrite(source, tmp_path / "out", range={"moving_mean": [-1, 1], "moving_variance": [0, 4]}, **options)
     loaded = tf.saved_model.load(str(tmp_path / "out"))
@@ -50,7 +50,7 @@ def trained(tmp_path: Path, steps: int, **options: Any) -> np.ndarray:
 
 
 def test_rounding_a_stored_average_to_nearest_stalls_it(tmp_path: Path) -> None:
-    """0.01 of the distance is less than half of a step, 2 / 255: the average does not get there."""
+    """The average stalls where 0.01 of the distance is less than half of a quantisation step, 2 / 255."""
     mean = trained(tmp_path, 1500, quantize_average="stored")
     dead_zone = 2 / 255 / 2 / 0.01
     assert (np.abs(mean - MEANS) > 0.25).any()
@@ -58,7 +58,7 @@ def test_rounding_a_stored_average_to_nearest_stalls_it(tmp_path: Path) -> None:
 
 
 def test_stochastic_rounding_of_a_stored_average_gets_there(tmp_path: Path) -> None:
-    """It goes on to vary by a few steps around the mean."""
+    """The average then varies by a few quantisation steps around the mean."""
     mean = trained(tmp_path, 1500, quantize_average="stored", rounding="stochastic")
     np.testing.assert_allclose(mean, MEANS, rtol=0, atol=0.08)
     codes = mean / (2 / 255)
@@ -67,7 +67,7 @@ def test_stochastic_rounding_of_a_stored_average_gets_there(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("average", ["statistic", "none"])
 def test_a_float_average_gets_there(average: str, tmp_path: Path) -> None:
-    """To the statistic itself, or to the quantised one, which is half a step away at most."""
+    """The average reaches the statistic or its quantised value, which is at most half a step away."""
     mean = trained(tmp_path, 1500, quantize_average=average)
     np.testing.assert_allclose(mean, MEANS, rtol=0, atol=1e-5 if average == "none" else 1 / 255 + 1e-5)
 

@@ -27,7 +27,7 @@ def averages(path: Path, session: Any) -> list[np.ndarray]:
 
 @pytest.mark.parametrize(("norm", "references"), [("two conds", False), ("two kernels", True)])
 def test_hand_written_norms_train_alike_before_and_after(norm: str, references: bool, tmp_path: Path) -> None:
-    """In a V1 session. What the result averages are statistics of 8 bits, in layers that follow quantised ones."""
+    """In a V1 session, layers after quantised ones average statistics that 8 bits have changed."""
     rows = [norm, f"{norm}, rewritten"]
     paths = bench_v1.prepared(references, rows, tmp_path)
     moved = []
@@ -43,7 +43,7 @@ def test_hand_written_norms_train_alike_before_and_after(norm: str, references: 
 
 
 def test_what_plain_loading_can_train(tmp_path: Path) -> None:
-    """Of the sources, the library's layer in a graph without conditionals; all that was rewritten."""
+    """Plain loading trains every rewritten model, but of the sources only the library's layer without conditionals."""
     rows = ["library", "two conds", "two conds, rewritten"]
     paths = bench_v1.prepared(False, rows, tmp_path)
     steps = {row: set(bench_v1.Loaded(path, X).steps) for row, path in paths.items()}

@@ -186,7 +186,7 @@ def test_the_switch_turns_at_its_step_and_only_training_counts(model: Paths, rew
 
 @pytest.mark.parametrize("name", ["keras_save", "keras_export"])
 def test_training_equals_keras(name: str, rewritten: Paths) -> None:
-    """Both the source's trace and a derived one, against the layers that Keras itself trains."""
+    """The source's trace and a derived one train as the layers do in Keras itself."""
     keras = small_keras()
     result = tf.saved_model.load(str(rewritten(name, start_step=OFF, momentum=0.9)))
     assert_trains_alike(keras, result, (8, 8, 3), steps=10)
@@ -199,7 +199,10 @@ def test_derived_training_of_mobilenet_equals_keras(rewritten: Paths) -> None:
 
 
 def assert_trains_alike(keras: Any, result: Any, shape: tuple[int, ...], steps: int) -> None:
-    """Outputs and gradients to 1e-6 relative, moving statistics to 1e-6 of the largest after `steps` batches."""
+    """Assert that Keras and a result train alike.
+
+    Outputs and gradients agree to 1e-6 relative, moving statistics to 1e-6 of the largest after `steps` batches.
+    """
     by_name = {v.name.removesuffix(":0"): v for v in result.quantization.variables}
     pairs = [(v, by_name[v.name.removesuffix(":0")]) for v in keras.trainable_variables]
     weights = tf.range(1.0, 11.0)
@@ -232,7 +235,7 @@ def repeat(train: Any, x: Any) -> None:
 
 
 def test_averages_reach_the_quantised_statistic(rewritten: Paths) -> None:
-    """One batch 2,000 times: no dead zone, as storing quantised averages has."""
+    """After 2,000 times the same batch, no dead zone remains; stored quantised averages would have one."""
     result = tf.saved_model.load(str(rewritten("module_train", bits=8)))
     x = harness.images((None, 8, 8, 3))
     body = harness.concrete(result.quantization.train)
@@ -416,7 +419,7 @@ def test_the_source_is_not_touched(tmp_path: Path) -> None:
 
 
 def test_keras_load_model_runs_the_rewritten_graph(model: Paths, rewritten: Paths) -> None:
-    """Not layers that it rebuilt from metadata, from which the quantisers would be gone."""
+    """Keras must not rebuild the layers from metadata, as they would have no quantisers."""
     import tf_keras
 
     x = harness.images((None, 8, 8, 3))

@@ -1,4 +1,4 @@
-"""Options of quantisers in real graphs: a set in which every pair of values of two options occurs."""
+"""Pairwise test of quantiser options in real graphs: every pair of two options' values occurs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
 def test_every_pair_of_options(case: dict[str, Any], model: Paths, tmp_path: Path) -> None:
-    """Every port equals the reference; ranges move that should; gradients reach what is learned; saving keeps all."""
+    """Ports equal the reference, ema ranges move, gradients reach learned ranges, and saving keeps all."""
     report = bnqat.rewrite(model("module_train"), tmp_path / "out", **options_of(case))
     assert report.skipped == []
     loaded = tf.saved_model.load(str(tmp_path / "out"))
@@ -98,7 +98,7 @@ def test_every_pair_of_options(case: dict[str, Any], model: Paths, tmp_path: Pat
 
 @pytest.mark.parametrize("scheme", ["affine", "power_of_two"])
 def test_moving_averages_of_a_range_follow_what_is_quantised(scheme: str, model: Paths, tmp_path: Path) -> None:
-    """Of both layers and all roles, from the checkpoint's limits on; not in serving."""
+    """Ranges of both layers and all roles follow from the checkpoint's limits on; serving changes none."""
     schemes = dict.fromkeys(("gamma", "beta", "moving_mean"), scheme)
     options: dict[str, Any] = {"scheme": schemes, "range": "ema", "range_momentum": 0.75}
     bnqat.rewrite(model("module_train"), tmp_path / "out", start_step=2, **options)

@@ -23,7 +23,7 @@ X = np.random.default_rng(5).normal(size=(6, 8, 8, 3)).astype("float32")
 
 @tf.custom_gradient
 def clipped(x: tf.Tensor) -> Any:
-    """A gradient that the ops do not have, of what comes in and of what goes out."""
+    """ReLU with a clipped custom gradient that uses its input and its output."""
     y = tf.nn.relu(x)
     return y, lambda dy: tf.clip_by_value(dy, -0.01, 0.01) * (y + 0.5 * x)
 
@@ -51,7 +51,7 @@ def gradients(function: Callable[[tf.Tensor], tf.Tensor], variables: list[Any]) 
 
 
 def trained(path: Path) -> list[np.ndarray]:
-    """The gradients of the training function: of its input, and of its variables in an order of its own."""
+    """Return the training function's gradients: of its input, then of its variables in its own order."""
     loaded = tf.saved_model.load(str(path))
     (function,) = loaded.train.concrete_functions
     return gradients(loaded.train, [v for v in function.variables if v.trainable])
@@ -63,7 +63,7 @@ def sizes(arrays: list[np.ndarray]) -> list[float]:
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_training_has_the_gradients_of_the_source(name: str, tmp_path: Path) -> None:
-    """Where training is derived, as the source only serves."""
+    """The source only serves, so training is derived."""
     net = Activated(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)
@@ -104,7 +104,7 @@ def test_saved_again_and_finalised(name: str, freeze_step: int | None, tmp_path:
 
 @pytest.mark.parametrize("name", sorted(ACTIVATIONS))
 def test_both_phases_of_a_freeze_step_are_differentiated(name: str, tmp_path: Path) -> None:
-    """A gradient takes no tensors out of a branch, but out of what the branch calls."""
+    """A gradient function takes tensors from the function that a branch calls, not from the branch."""
     net = Activated(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF, freeze_step=1)
@@ -131,7 +131,7 @@ def statistics(model: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", ["silu", "clipped"])
 def test_after_a_choice_of_the_mode(name: str, tmp_path: Path) -> None:
-    """Ops after the choice are computed, and differentiated, in a function for each mode."""
+    """Ops after the conditional are computed and differentiated in one function per mode."""
     net = Chosen(ACTIVATIONS[name])
     tf.saved_model.save(net, str(tmp_path / "source"), signatures=net.serve)
     bnqat.rewrite(tmp_path / "source", tmp_path / "target", start_step=OFF)

@@ -1,4 +1,4 @@
-"""From a public float model to a device: rewrite, train, save, finalise, LiteRT; the numbers compared at each stage."""
+"""Deployment of a public float model: rewrite, train, save, finalise, LiteRT. Each stage's numbers are compared."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ INTEGERS = 0.06
 
 
 class Case:
-    """One model, and data that suits it.
+    """One model and suitable data.
 
     Attributes:
         train: the training function of the rewritten model, called with the inputs by name.
-        variables: what it trains.
+        variables: its trainable variables.
     """
 
     def __init__(self, model: Any) -> None:
@@ -97,7 +97,7 @@ def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureReq
 
 
 def converted(path: Path, signature: str, data: Callable[[int], dict[str, tf.Tensor]] | None = None) -> bytes:
-    """A LiteRT model in float; with data to observe, one in integers, whose inputs and outputs are float."""
+    """Convert to LiteRT in float, or, with calibration data, to integers with float inputs and outputs."""
     converter = tf.lite.TFLiteConverter.from_saved_model(str(path), signature_keys=[signature])
     if data is not None:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]
@@ -108,7 +108,7 @@ def converted(path: Path, signature: str, data: Callable[[int], dict[str, tf.Ten
 
 
 def run(content: bytes, signature: str, inputs: dict[str, tf.Tensor]) -> np.ndarray:
-    """The only output, row by row."""
+    """Return the only output, computed row by row."""
     runner = Interpreter(model_content=content).get_signature_runner(signature)
     rows = zip(*(value.numpy() for value in inputs.values()), strict=True)
     return np.concatenate([only(runner(**{k: v[None] for k, v in zip(inputs, row, strict=True)})) for row in rows])

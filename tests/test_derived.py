@@ -21,7 +21,7 @@ TRAINED = [name for name in FORMS if not name.endswith(("debiased", "tensor"))]
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_derived_training_equals_the_modules_own(name: str, tmp_path: Path) -> None:
-    """Outputs, gradients and statistics over three different batches; momentum is given, the source has none."""
+    """Outputs, gradients and statistics agree over three batches; the source has no momentum, so one is given."""
     module = FORMS[name]()
     module.serve.get_concrete_function()
     serving = tf.Module()

@@ -55,7 +55,7 @@ class Beside(Trainable):
 
 
 class ByMode(Beside):
-    """The same in one function, which takes its mode."""
+    """`Beside` in one function that takes its mode."""
 
     @tf.function(input_signature=[tf.TensorSpec(X, name="x"), tf.TensorSpec([], tf.bool, name="training")])
     def serve(self, x: tf.Tensor, training: tf.Tensor) -> tf.Tensor:
@@ -106,7 +106,11 @@ def statistics(loaded: Any, source: Path) -> list[list[Any]]:
 
 
 def trained(result: Path, source: Path) -> tuple[list[bool], Any]:
-    """Of each layer, whether one training step moves both its statistics; and what the step returns."""
+    """Run two training steps.
+
+    Returns:
+        For each layer, true if the first step moves both its statistics; and the outputs of both steps.
+    """
     loaded = tf.saved_model.load(str(result))
     pairs = statistics(loaded, source)
     before = [[v.numpy() for v in pair] for pair in pairs]

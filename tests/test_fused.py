@@ -1,4 +1,4 @@
-"""What the fused kernel computes against the single ops of the source: outputs, gradients, moving statistics.
+"""Fused kernels against the single ops of the source: outputs, gradients, moving statistics.
 
 The tolerance is 1e-5 of the largest element, for float32: the kernel adds in another order, and a step repeats the
 rounding of the ones before. A wrong epsilon or a variance that stays corrected is far outside of it, which is tested.
@@ -41,7 +41,7 @@ def batch(index: int, shape: Any) -> tf.Tensor:
 
 
 def step(module: Any, call: Any, *inputs: Any, rate: float = 0.01) -> list[np.ndarray]:
-    """Outputs, gradients and moving statistics of a training step, which is made."""
+    """Make a training step, and return its outputs, gradients and moving statistics."""
     layers = list(module.layers)
     trained = [module.mix, *(p for v in layers for p in (v.gamma, v.beta))]
     with tf.GradientTape() as tape:
@@ -55,7 +55,7 @@ def step(module: Any, call: Any, *inputs: Any, rate: float = 0.01) -> list[np.nd
 
 
 class Every(tf.Module):
-    """Every pattern once, on one set of variables; `train` has the batch's statistics in their place."""
+    """Every pattern once, on one set of variables; `train` uses the batch's statistics."""
 
     def __init__(self, patterns: tuple[Pattern, ...]) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Every(tf.Module):
 
 
 def computed(pattern: Pattern, values: dict[str, Any], results: dict[str, Any]) -> Any:
-    """A pattern as a graph computes it."""
+    """Compute a pattern by the raw ops of a graph."""
     if not pattern.ops:
         return values[pattern.name]
     if pattern.name not in results or not pattern.name:
@@ -109,7 +109,7 @@ TRAINED = ["library_sequence", "library_video", "channels_first_train", "divided
 
 
 def trained(name: str, tmp_path: Path) -> float:
-    """The largest difference over 50 steps of the source's own training, fused alone."""
+    """Return the largest difference over 50 steps of the source's own training, with fusing alone."""
     module = FORMS[f"form_{name}"]()
     save(module, tmp_path / "m")
     bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
@@ -158,7 +158,7 @@ def test_the_tolerance_finds_a_wrong_kernel(mutation: str, tmp_path: Path, monke
 
 @pytest.mark.parametrize("name", NORMS)
 def test_a_mode_that_is_chosen_while_running(name: str, tmp_path: Path) -> None:
-    """Training and inference by turns, fused alone; then at once, by the mode's argument."""
+    """Training and inference by turns, with fusing alone; then the kernels that run in each mode."""
     module = Chosen(NORMS[name])
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", passes=FUSING)
@@ -176,7 +176,7 @@ def test_a_mode_that_is_chosen_while_running(name: str, tmp_path: Path) -> None:
 
 
 def executed(path: Path, feeds: dict[str, Any]) -> list[bool]:
-    """Of each fused kernel that runs, whether it trains, in a V1 session."""
+    """Return `is_training` of each fused kernel that runs in a V1 session, sorted."""
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
         signature = v1.saved_model.load(session, ["serve"], str(path)).signature_def["serving_default"]

@@ -1,4 +1,4 @@
-"""TensorFlow 1's graphs in which a batch norm, its statistics and what waits for them run under different conditions.
+"""TensorFlow 1's graphs in which a batch norm, its statistics and their consumers run under different conditions.
 
 Outputs, and variables after each update has been run by itself, are the source's for either value of the condition.
 """
@@ -40,7 +40,7 @@ def switched(value: Any, p: Any, port: int) -> Any:
 
 
 def kernels(x: Any) -> Any:
-    """Both modes' outputs, and the batch's statistics, which are averaged."""
+    """Kernels of both modes; the batch's statistics are averaged."""
     gamma, beta, moving_mean, moving_variance = variables(6)
     trained, mean, variance = v1.nn.fused_batch_norm(x, gamma, beta, epsilon=EPSILON, is_training=True)
     moving = {"mean": moving_mean, "variance": moving_variance}
@@ -77,7 +77,7 @@ def update_switched(x: Any, p: Any) -> dict[str, Any]:
 
 
 def conditions_of_one_op(x: Any, p: Any) -> dict[str, Any]:
-    """What chooses the statistics, and whether they are averaged, are two outputs of one op."""
+    """Two outputs of one op choose the statistics and gate their averaging."""
     gamma, beta, moving_mean, moving_variance = variables(6)
     chooses, averages = tf.unstack(tf.stack([p, tf.logical_not(p)]))
     batch = moments(x)
@@ -105,7 +105,7 @@ def statistics_before_a_loop(x: Any, p: Any) -> dict[str, Any]:
 
 
 def another_output(x: Any, p: Any) -> dict[str, Any]:
-    """What the kernel for training gives is an output in either mode."""
+    """The output of the training kernel is the model's output in either mode."""
     trained, inferred = kernels(x)
     return {"y": v1.cond(p, lambda: tf.nn.relu(trained), lambda: tf.nn.relu(inferred)), "z": tf.reduce_mean(trained)}
 
@@ -127,7 +127,7 @@ def a_counter_after(x: Any, p: Any) -> dict[str, Any]:
 
 
 def a_counter_before(x: Any, p: Any) -> dict[str, Any]:
-    """What follows the kernel waits for a counter."""
+    """The op after the kernel waits for a counter."""
     trained, inferred = kernels(x)
     count = v1.get_variable("count", [], initializer=v1.zeros_initializer(), trainable=False)
     with tf.control_dependencies([v1.assign_add(count, 1.0)]):
@@ -163,7 +163,7 @@ def run(path: Path, condition: bool) -> list[np.ndarray]:
         values = session.run([outputs[name].name for name in sorted(outputs)], feed)
         summaries = [session.run(s, feed) for s in v1.get_collection(v1.GraphKeys.SUMMARIES)]
         for update_op in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
-            # Where a Switch stops it, fetching it fails, so what is fetched only waits for it.
+            # Fetching an update that a Switch stops would fail, so its op is run instead.
             session.run(update_op.op if isinstance(update_op, tf.Tensor) else update_op, feed)
         variable_values = session.run(v1.global_variables())
     return [*values, *(np.array(len(s), np.float32) for s in summaries), *variable_values]

@@ -43,7 +43,7 @@ def averaged(v: Variables, mean: tf.Tensor, variance: tf.Tensor) -> list[Any]:
 
 
 def updated_first(m: One, x: tf.Tensor) -> tf.Tensor:
-    """What normalises is read after the averages are updated."""
+    """The normalising statistics are read after the averages are updated."""
     mean, variance = moments(x)
     with tf.control_dependencies(averaged(m.layers[0], mean, variance)):
         return norm(x, m.layers[0], mean, variance)
@@ -119,7 +119,7 @@ def each_waits_for_the_other(m: One, x: tf.Tensor) -> tf.Tensor:
 
 
 def one_after_the_other(m: One, x: tf.Tensor) -> tf.Tensor:
-    """The first has neither gamma nor beta, so it looks like the beginning of the second."""
+    """The first batch norm has neither gamma nor beta, so it looks like the beginning of the second."""
     (v, w), (mean, variance) = m.layers, moments(x)
     y = (x - mean) * tf.math.rsqrt(variance + EPSILON)
     averaged(v, mean, variance)
@@ -182,12 +182,12 @@ BODIES = (
 
 
 def seen(module: Any, x: tf.Tensor) -> list[np.ndarray]:
-    """Outputs, gradients of x and of all that is trained, and all variables afterwards."""
+    """Return outputs, gradients of x and all trained variables, and all variables afterwards."""
     trained = [p for v in module.layers for p in (v.gamma, v.beta)]
     with tf.GradientTape() as tape:
         tape.watch(x)
         outputs = tf.nest.flatten(module.serve(x))
-        # Not of squares, whose gradient a batch norm in training would cancel but for rounding.
+        # A random weighting: batch norm in training would cancel the gradient of squares but for rounding.
         loss = sum(tf.reduce_sum(y * tf.random.stateless_normal(tf.shape(y), (1, 2))) for y in outputs)
     gradients = tape.gradient(loss, [x, *trained], unconnected_gradients="zero")
     averages = [s for v in module.layers for s in (v.moving_mean, v.moving_variance)]
@@ -299,7 +299,7 @@ def test_statistics_of_a_caller_keep_their_gradient(tmp_path: Path) -> None:
 
 
 def tutorial(x: tf.Tensor, training: Any) -> tf.Tensor:  # noqa: ARG001
-    """TensorFlow 1's classic: updates as control dependencies of what normalises."""
+    """The classic form of TensorFlow 1: the normalisation has the updates as control inputs."""
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     mean, variance = tf.nn.moments(x, [0, 1, 2])
     updates = [

@@ -1,4 +1,4 @@
-"""TensorFlow 1's graphs that choose their mode by a placeholder: fused alone, in V1 sessions, against the source."""
+"""TensorFlow 1's graphs with a mode placeholder: fusing alone, compared with the source in V1 sessions."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def ran(path: Path, training: bool) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", NORMS)
 def test_each_mode_computes_and_updates_what_it_did_where_conditionals_are_functions(name: str, tmp_path: Path) -> None:
-    """Without gradients, as a V1 session has none of an If that it loaded."""
+    """Gradients are not compared, as a V1 session cannot differentiate an If that it loaded."""
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
     report = bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
     assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
@@ -97,7 +97,7 @@ def test_each_mode_computes_and_updates_what_it_did_where_conditionals_are_funct
 
 @pytest.mark.parametrize("control_flow_v2", [False, True])
 def test_updates_that_the_output_waits_for_need_no_kernel_in_inference(control_flow_v2: bool, tmp_path: Path) -> None:
-    """They move the averages in inference too, by the batch's statistics; what is served then depends on a race."""
+    """Such updates move the averages in inference too, by the batch's statistics; the output then depends on a race."""
     source = save_v1(tmp_path / "m", two_fused_waiting, training="placeholder", control_flow_v2=control_flow_v2)
     bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
     assert kernels(source, training=False) == [False, False, True, True]
@@ -114,7 +114,7 @@ def test_updates_that_the_output_waits_for_need_no_kernel_in_inference(control_f
 
 @pytest.mark.parametrize("name", sorted(set(NORMS) - {"layers_plain", "updated_first"}))
 def test_the_training_signature_makes_the_updates_of_a_collection(name: str, tmp_path: Path) -> None:
-    """With conditionals as functions, averages come out as the source's own updates leave them."""
+    """With conditionals as functions, averages equal those after the source's own updates."""
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", control_flow_v2=True)
     bnqat.rewrite(source, tmp_path / "q", start_step=100)
     x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")

@@ -1,4 +1,4 @@
-"""Hand-written batch norms in every pair of the ways in which people write them, against the source's own run."""
+"""Hand-written batch norms that cover every pair of style choices, against the source's own run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_forms_cover_all_pairs() -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=repr)
 def test_every_pair_of_choices(form: Form) -> None:
-    """Off and trained as the source, and one kernel for each batch norm, or a reason that the report states."""
+    """Switched off, a form serves and trains as the source. Each batch norm is one kernel, or the report says why."""
     assert check(form).failures == [], form
 
 

@@ -1,4 +1,4 @@
-"""Exports of Keras 3, which has no fused batch norm: raised completely, and trained as Keras trains them."""
+"""Exports of Keras 3, which has no fused batch norm: all are fused, and train as in Keras."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def export(model: Any, path: Path) -> Path:
 
 
 def served(path: Path, x: np.ndarray) -> np.ndarray:
-    """The default signature's only output, in a V1 session, which loads fast."""
+    """Return the default signature's only output, from a V1 session, which loads fast."""
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
         signature = v1.saved_model.load(session, ["serve"], str(path)).signature_def["serving_default"]

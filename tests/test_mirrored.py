@@ -68,7 +68,7 @@ print("fine")
 
 
 def test_one_step_for_all_replicas_and_ranges_of_all_data(rewritten: Callable[..., Path], tmp_path: Path) -> None:
-    """A range is the mean of what the replicas' ranges became; saving and loading keep it."""
+    """A range is the mean of the replicas' ranges; saving and loading keep it."""
     ranges = {"gamma": "learned", "beta": "learned", "moving_mean": "ema", "moving_variance": "ema"}
     path = rewritten("module_train", bits=4, range=ranges)
     command = [sys.executable, "-c", MIRRORED, str(path), str(tmp_path / "again")]

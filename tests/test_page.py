@@ -25,7 +25,7 @@ Paths = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def pages(model: Paths, rewritten: Paths, tmp_path_factory: pytest.TempPathFactory) -> Paths:
-    """The page of a model and what a rewrite made of it, and beside it the report."""
+    """Write the page that compares a model with its rewrite, and the JSON report beside it."""
     folder = tmp_path_factory.mktemp("pages")
 
     def page(name: str, **options: Any) -> Path:
@@ -70,9 +70,9 @@ def test_one_request_and_the_verdict(browser: Browser, pages: Paths) -> None:
         assert verdict["batch_norms"] == 2
         assert verdict["sites_rewritten"] == verdict["sites_found"] > 2
         shown.page.locator("#ops summary").click()
-        op_names = set(texts(shown, "#ops div span"))
+        op_counts = set(texts(shown, "#ops div span"))
         expected = {f"{op} {a}" if a == b else f"{op} {a} → {b}" for op, (a, b) in report["ops"].items()}
-        assert op_names == expected
+        assert op_counts == expected
 
 
 @pytest.mark.parametrize("name", ["keras_save", "module", "v1_by_hand_references", "if"])
@@ -352,7 +352,7 @@ def test_skipped_sites_say_why(browser: Browser, model: Paths, rewritten: Paths,
 
 
 def test_only_skipped(browser: Browser, model: Paths, tmp_path: Path) -> None:
-    """Where nothing could be rewritten there is no rewritten model; the model compared with itself says why."""
+    """If nothing can be rewritten, the page of the model compared with itself states the reasons."""
     with pytest.raises(bnqat.NothingToRewriteError):
         bnqat.rewrite(model("module_shared"), tmp_path / "out", range="ema")
     comparison = bnqat.diff(model("mapped_batch_norm"), model("mapped_batch_norm"))

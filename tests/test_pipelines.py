@@ -1,4 +1,4 @@
-"""Any function of the user's own on the variables, as part of the graph."""
+"""Custom quantisers: a user's function on the variables becomes part of the graph."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rounded(v: Any) -> Any:
 
 
 def fixed_point(vector: Any, context: Any) -> Any:
-    """A step for each role; epsilon is the least variance."""
+    """Fixed-point quantiser with a step for each role; epsilon is the least variance."""
     steps = STEPS[context.role]
     values = rounded(vector * steps) / steps
     return tf.maximum(values, context.epsilon) if context.role == "moving_variance" else values
@@ -38,12 +38,12 @@ def fixed_point(vector: Any, context: Any) -> Any:
 
 @tf.function
 def inner(v: Any) -> Any:
-    """Has a function and a conditional inside."""
+    """Quantiser that calls a function with a conditional."""
     return tf.cond(tf.reduce_max(tf.abs(v)) > 1.0, lambda: rounded(v), lambda: rounded(v * 4.0) / 4.0)
 
 
 def nested(vector: Any, context: Any) -> Any:  # noqa: ARG001  it treats all alike
-    """Is the same for every role and layer."""
+    """Quantiser that does not depend on role and layer."""
     return inner(vector)
 
 
@@ -69,7 +69,7 @@ def test_every_vector_passes_through_the_function(model: Paths, tmp_path: Path) 
 
 @pytest.mark.parametrize("function", [fixed_point, nested])
 def test_gradients_pass_through_the_function(function: Any, model: Paths, tmp_path: Path) -> None:
-    """Custom ones too, also after saving again; where it is off, the gradient is that of the source."""
+    """Custom gradients pass, also after saving again; switched off, the gradient is the source's."""
     roles = {"gamma": function, "beta": function}
     bnqat.rewrite(model("module_train"), tmp_path / "out", quantizer=roles, bits={"moving_mean": 16})
     loaded = tf.saved_model.load(str(tmp_path / "out"))
@@ -109,7 +109,7 @@ def test_switch_width_and_ramp(model: Paths, tmp_path: Path) -> None:
 
 
 def test_it_is_traced_once_for_each_size_and_context(model: Paths, tmp_path: Path) -> None:
-    """And functions that turn out equal are one. (To trace a function, TensorFlow runs it twice.)"""
+    """Equal traced functions are merged. (TensorFlow runs a function twice to trace it.)"""
     traces = []
 
     def noted(vector: Any, context: Any) -> Any:
@@ -141,7 +141,7 @@ VARIABLE = tf.Variable(2.0)
 
 @tf.custom_gradient
 def _clipped(v: Any) -> Any:
-    """Straight through where the value is small, which the gradient function looks at."""
+    """Clip with a custom gradient: straight-through where the value is small."""
     return tf.round(v), lambda upstream: tf.where(tf.abs(v) < 1, upstream, 0.0)
 
 

@@ -1,4 +1,4 @@
-"""What went wrong once: options that meet, layers that are used twice, dtypes, gradients inside the graph."""
+"""Former defects: combined options, layers that are used twice, dtypes, gradients inside the graph."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_statistics_are_frozen_in_all_sites_or_none(tmp_path: Path) -> None:
 
 
 def test_gamma_is_trained_in_the_second_phase_too(rewritten: Paths) -> None:
-    """Its range moves, and its rounding is stochastic; those of the averages stay."""
+    """Gamma's range moves and its rounding is stochastic; the averages' ranges stay."""
     options: dict[str, Any] = {"range": "ema", "range_momentum": 0.5, "rounding": "stochastic"}
     loaded = tf.saved_model.load(str(rewritten("module_train", freeze_step=0, **options)))
     ranges = loaded.quantization.range
@@ -136,7 +136,7 @@ V1_WITH_COPIES = ["v1_updated_first", "v1_layers_fused", "v1_layers_fused_if", "
 
 @pytest.mark.parametrize("name", V1_WITH_COPIES)
 def test_ranges_move_with_the_copy_that_trains(name: str, rewritten: Any) -> None:
-    """Where the main graph holds a source's training and a copy of it."""
+    """The main graph holds the source's training and a copy of it."""
     with session_of(rewritten(name, range={"beta": "ema"}, range_momentum=0.5, bits=4)) as (session, meta):
         train = meta.signature_def["train"]
         fed = {t.name: np.zeros([], bool) if k != "x" else batch(0)[0] for k, t in train.inputs.items()}

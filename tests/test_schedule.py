@@ -1,4 +1,4 @@
-"""When quantisers act, how much, with which width; and the second phase of training."""
+"""Schedule of quantisers: start, ramp and widths; and the second phase of training."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_freezing_needs_a_training_function(model: Paths, tmp_path: Path) -> Non
 
 
 def test_stochastic_rounding_follows_from_the_step(rewritten: Paths, tmp_path: Path) -> None:
-    """Stopping and going on gives the same numbers as not stopping; another step, other numbers; serving none."""
+    """A resumed run has the noise of an unbroken one. Each step has its own noise, and serving has none."""
     path = str(rewritten("module_train", bits=3, rounding="stochastic"))
     whole, half = tf.saved_model.load(path), tf.saved_model.load(path)
     outputs = [whole.quantization.train(X).numpy() for _ in range(4)]
@@ -236,7 +236,7 @@ def test_under_xla_the_numbers_are_the_same(rewritten: Paths) -> None:
 
 
 def test_under_xla_stochastic_rounding_follows_from_the_step_too(rewritten: Paths) -> None:
-    """Though with other numbers: TensorFlow's own generator gives others when it is compiled."""
+    """Under XLA the noise differs: TensorFlow's generator gives other numbers when it is compiled."""
     outputs = []
     for _ in range(2):
         loaded = tf.saved_model.load(str(rewritten("module_train", bits=3, rounding="stochastic")))

@@ -1,4 +1,4 @@
-"""The way of `tools/sweep_keras.py`, on a small net with the parts of EfficientNet; the tool takes the real ones."""
+"""Steps of `tools/sweep_keras.py` on a small net with the parts of EfficientNet; the tool takes the real nets."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def given(seed: int) -> dict[str, tf.Tensor]:
 
 
 def checked(source: Path, target: Path) -> Any:
-    """The loaded result of a rewrite; the commands that take both models are content."""
+    """Rewrite a model, check the result by verify and diff, and return it loaded."""
     bnqat.rewrite(source, target, bits=4)
     verified = bnqat.verify(source, target)
     assert verified.ok, verified.claims

@@ -23,7 +23,7 @@ X = (None, 8, 8, 3)
 
 
 def trained(call: Callable[[tf.Tensor], Any], variables: list[Any], steps: int = 12) -> list[float]:
-    """The losses of some steps of training on boxes and scores that an image's mean decides."""
+    """Train for some steps on targets derived from an image's mean, and return the losses."""
     x = harness.images(X, batch=4)
     positive = tf.reshape(tf.reduce_mean(x, -1) > 0.3, [4, 64, 1])
     losses = []

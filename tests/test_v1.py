@@ -65,7 +65,7 @@ def step_of(session: Any) -> int:
 
 
 def trained(path: Path, steps: int = 3) -> tuple[dict[str, np.ndarray], list[float], int]:
-    """The source's own train op, run in a V1 session."""
+    """Run the source's own train op in a V1 session."""
     with session_of(path) as (session, _):
         (op,) = v1.get_collection(v1.GraphKeys.TRAIN_OP)
         loss = session.graph.get_tensor_by_name("loss:0")
@@ -94,7 +94,7 @@ def test_quantisers_start_while_the_train_op_runs(name: str, model: Paths, rewri
 
 
 def quantized_tensors(session: Any) -> dict[str, str]:
-    """Tensor names of quantisers in the main graph, and of what they are given, by the tag's role and scope."""
+    """Map the output names of the main graph's quantisers to their inputs' names."""
     return {
         op.outputs[0].name: op.inputs[len(op.inputs) - 1].name
         for op in session.graph.get_operations()
@@ -203,7 +203,7 @@ def test_derived_training_is_the_sources_training(rewritten: Any) -> None:
 
 
 def test_train_changes_nothing_but_averages_and_the_step(rewritten: Any) -> None:
-    """Not the slots of the optimizer that the graph holds, nor what they train."""
+    """The optimizer's slots and the trained variables stay as they are."""
     loaded = tf.saved_model.load(str(rewritten("v1_layers_fused_adam")))
     before = {v.name: v.numpy() for v in loaded.variables}
     loaded.signatures["train"](x=tf.constant(batch(0)[0]))
@@ -281,7 +281,7 @@ def outputs(path: Path) -> dict[str, np.ndarray]:
 
 
 def assert_outputs(source: Path, folder: Path) -> None:
-    """The source's bits where its single ops stay; with the kernel in their place, the same but for rounding."""
+    """Assert equal bits where single ops stay, and equality but for rounding with the fused kernel."""
     expected = outputs(source)["y"]
     for name, fuse in (("qat", False), ("fused", True)):
         bnqat.rewrite(source, folder / name, start_step=OFF, fuse=fuse)
@@ -365,7 +365,7 @@ def test_ranges_widths_and_noise_in_the_first_format(name: str, average: str, re
 
 
 def _saved(path: Path, **options: Any) -> None:
-    """The default graph with x and logits, and what else the builder can save."""
+    """Save the default graph with x and logits, and further arguments for the builder."""
     graph = tf.compat.v1.get_default_graph()
     x, logits = (graph.get_tensor_by_name(f"{name}:0") for name in ("x", "logits"))
     signatures = {"serving_default": v1.saved_model.predict_signature_def({"x": x}, {"logits": logits})}
@@ -378,7 +378,7 @@ def _saved(path: Path, **options: Any) -> None:
 
 
 def test_partitioned_variables(tmp_path: Path) -> None:
-    """The checkpoint holds them whole, and the saver restores slices of a tensor."""
+    """The checkpoint holds whole tensors, and the saver restores slices of them."""
     with settings(Options()):
         x = v1.placeholder(tf.float32, [None, 8, 8, 3], name="x")
         kernel = v1.get_variable("kernel", [1, 1, 3, 6], partitioner=v1.fixed_size_partitioner(2, axis=3))
@@ -424,7 +424,7 @@ def test_init_and_train_ops_are_signatures_of_ops_alone(tmp_path: Path) -> None:
 
 
 def test_sparse_outputs(tmp_path: Path) -> None:
-    """Three tensors each, in signatures as they are, in those that are added, and where both are compared."""
+    """A sparse output has three tensors, in the source's signatures, in added ones, and in `verify`."""
     with settings(Options()):
         training = v1.placeholder_with_default(False, [], name="is_training")
         x, logits = net(two_fused, training, Options())

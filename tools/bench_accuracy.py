@@ -53,7 +53,7 @@ Call = Callable[[Any], Any]
 
 
 class Task(NamedTuple):
-    """Data, and what is trained on it.
+    """Data, and the shape of the net that is trained on it.
 
     Attributes:
         train: images [N, H, W, 1] and labels [N].
@@ -75,7 +75,7 @@ def digits(seed: int) -> Task:
 
 
 def clutter(seed: int) -> Task:
-    """The left one of two digits."""
+    """Two digits in noise; the class is the left one."""
     x, x_test, y, y_test = _split(seed)
     rng = np.random.default_rng([seed, 1])
     return Task(_pairs(x, y, 4000, rng), _pairs(x_test, y_test, 4000, rng), 10, (16, 32, 48), (10, 5))
@@ -112,7 +112,7 @@ def net(task: Task, normalization: Callable[[int], Any]) -> Any:
 
 
 def float_layer(_: int, momentum: float = 0.95) -> Any:
-    """Keras' own."""
+    """Keras' own batch norm."""
     return keras.layers.BatchNormalization(momentum=momentum, epsilon=1e-3)
 
 
@@ -166,7 +166,7 @@ class Start(NamedTuple):
 
 
 def ours(options: dict[str, Any]) -> Callable[[Start, int], tuple[float, float]]:
-    """Accuracy right after rewriting, and after fine-tuning."""
+    """Return a function that measures accuracy right after rewriting, and after fine-tuning."""
 
     def run(start: Start, bits: int) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
@@ -182,7 +182,7 @@ def ours(options: dict[str, Any]) -> Callable[[Start, int], tuple[float, float]]
 
 
 def qkeras(kind: str) -> Callable[[Start, int], tuple[float, float]]:
-    """The same with QKeras' layer in place of Keras'."""
+    """Return a function that measures accuracy with QKeras' layer, right after quantising and after fine-tuning."""
 
     def run(start: Start, bits: int) -> tuple[float, float]:
         from qkeras import QBatchNormalization

@@ -17,7 +17,7 @@ SIZE = (96, 96, 3)
 
 
 def keras3(net: str, path: Path) -> None:
-    """Keras 3's own layers: single ops; `train` and `serve` are two functions."""
+    """Write a net of Keras 3's own layers, which are single ops; `train` and `serve` are two functions."""
     import keras
 
     keras.utils.set_random_seed(0)
@@ -33,7 +33,7 @@ def keras3(net: str, path: Path) -> None:
 
 
 def keras2(change: Callable[[Any], Any]) -> Callable[[str, Path], None]:
-    """Keras 2's model after some change; `train` and `serve` are two functions."""
+    """Return a writer of Keras 2's model after a change; `train` and `serve` are two functions."""
 
     def write(net: str, path: Path) -> None:
         model = change(keras_application(net))
@@ -48,7 +48,7 @@ def keras2(change: Callable[[Any], Any]) -> Callable[[str, Path], None]:
 
 
 def qkeras(model: Any) -> Any:
-    """The same with QKeras' batch norm, as its defaults are."""
+    """Replace batch norms by QKeras' with its defaults."""
     import tf_keras
     from qkeras import QBatchNormalization
 
@@ -64,14 +64,14 @@ def qkeras(model: Any) -> Any:
 
 
 def tfmot(model: Any) -> Any:
-    """The same after TFMOT's quantisation-aware rewriting, which quantises weights and activations."""
+    """Rewrite a model by TFMOT for quantisation-aware training, which quantises weights and activations."""
     import tensorflow_model_optimization
 
     return tensorflow_model_optimization.quantization.keras.quantize_model(model)
 
 
 def chosen(norm: Norm) -> Callable[[str, Path], None]:
-    """Batch norms of one's own, whose mode is an argument of the one function."""
+    """Return a writer of a net with hand-written batch norms; the mode is an argument of its only function."""
 
     def write(net: str, path: Path) -> None:
         import tf_keras

@@ -45,7 +45,7 @@ SELECT = """count => {
 
 
 class Deep(tf.Module):
-    """The same layers, in many functions."""
+    """Model with a number of functions, each of which computes the same layers."""
 
     def __init__(self, functions: int) -> None:
         super().__init__()
@@ -61,12 +61,12 @@ class Deep(tf.Module):
 
     @tf.function(input_signature=[tf.TensorSpec([None, 8, 8, 4], name="x")])
     def serve(self, x: tf.Tensor) -> tf.Tensor:
-        """All of them."""
+        """Call all functions."""
         return tf.add_n([inner(x) for inner in self.inner])
 
 
 def measure(browser: Browser, functions: int, scratch: Path, opens: int = 3) -> dict[str, Any]:
-    """One row."""
+    """Measure one row of the table."""
     source, target, file = scratch / "source", scratch / "target", scratch / "page.html"
     module = Deep(functions)
     tf.saved_model.save(module, str(source), signatures={"serving_default": module.serve})
@@ -101,7 +101,7 @@ def measure(browser: Browser, functions: int, scratch: Path, opens: int = 3) -> 
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--functions", type=int, nargs="+", default=[4, 12, 120])
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -58,7 +58,7 @@ run = {
 start = time.perf_counter()
 run()
 seconds = time.perf_counter() - start
-# Not getrusage: what it says begins with the size of the process that started this one.
+# Not getrusage: its peak includes the size of the process that started this one.
 print(seconds, int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
@@ -71,7 +71,7 @@ make(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4]))
 
 
 class Cost(NamedTuple):
-    """What a command takes."""
+    """Seconds and peak memory of a command."""
 
     seconds: float
     peak: float
@@ -119,14 +119,14 @@ def make(path: Path, shape: str, layers: int, gib: float) -> None:
 
 
 def worked(command: str, *paths: Path) -> Cost:
-    """What a command takes in a process of its own."""
+    """Run a command in a process of its own, and return its cost."""
     arguments = [sys.executable, "-c", WORKER, command, *map(str, paths)]
     done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     return Cost(*map(float, done.stdout.split()))
 
 
 def measured(shape: str, layers: int, gib: float) -> tuple[int, Mapping[str, Cost]]:
-    """A model's nodes, and what each command takes."""
+    """Return a model's number of nodes and the cost of each command."""
     from rewriter.savedmodel.read import load
 
     with tempfile.TemporaryDirectory() as folder:
@@ -165,7 +165,7 @@ def checkpoint(sizes: Sequence[float]) -> None:
 
 
 def start() -> None:
-    """Print what whole commands take."""
+    """Print the seconds of whole commands."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source", Path(folder) / "target"
         subprocess.run(
@@ -192,21 +192,21 @@ def start() -> None:
 
 
 def layers(text: str) -> int:
-    """A number of layers, or a ValueError."""
+    """Parse a number of layers; raise a ValueError if it is none."""
     if int(text) < 1:
         raise ValueError(text)
     return int(text)
 
 
 def gib(text: str) -> float:
-    """A checkpoint's size in GiB, or a ValueError."""
+    """Parse a checkpoint's size in GiB; raise a ValueError if it is none."""
     if not 0 <= float(text) < math.inf:
         raise ValueError(text)
     return float(text)
 
 
 def main() -> None:
-    """Print what was asked for."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["nodes", "checkpoint", "start"])
     parser.add_argument("--shape", nargs="+", choices=["flat", "functions", "deep"], default=["flat"])

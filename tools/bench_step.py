@@ -66,9 +66,9 @@ class Variant(NamedTuple):
     """A row of the table.
 
     Attributes:
-        source: the net that it is, or is rewritten from.
-        options: of the rewrite; None for the source as it is.
-        turn: what to do with the loaded model before the n-th step.
+        source: name of the net, the source of the rewrite if there is one.
+        options: options of the rewrite; None for the source as it is.
+        turn: called with the loaded model and n before the n-th step.
     """
 
     source: str
@@ -107,7 +107,7 @@ VARIANTS: Mapping[str, Variant] = {
 
 
 class Steps(Protocol):
-    """The steps of a model by kind; a call runs one and gives its seconds."""
+    """The steps of a model by kind; a call runs one and returns its seconds."""
 
     steps: dict[str, Callable[[], object]]
 
@@ -164,7 +164,7 @@ def timed(runners: Mapping[str, Steps], kind: str, limit: float) -> dict[str, li
 
 
 def compared(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float]:
-    """The rounds' ratios: their median, where it lies with 95 %, and their quartiles."""
+    """Summarise the rounds' ratios: the median, its 95 % confidence interval, and the quartiles."""
     ratios = np.array(seconds) / np.array(base)
     again = np.median(np.random.default_rng(0).choice(ratios, (2000, len(ratios))), axis=1)
     names = ("median", "from", "to", "lower quartile", "upper quartile")
@@ -173,7 +173,7 @@ def compared(seconds: Sequence[float], base: Sequence[float]) -> dict[str, float
 
 
 def prepared(net: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
-    """The models, each in a directory of its own."""
+    """Write the models, each to a directory of its own."""
     paths = {}
     for name in names:
         variant, path = VARIANTS[name], folder / f"{net} {name}"
@@ -187,7 +187,11 @@ def prepared(net: str, names: Sequence[str], folder: Path) -> dict[str, Path]:
 
 
 def measured(runners: Mapping[str, Steps], limit: float) -> dict[str, Any]:
-    """By kind of step: the base's milliseconds, the number of rounds, and each row's ratios. The base comes first."""
+    """Measure the runners, the base first.
+
+    Returns:
+        By kind of step: the base's milliseconds, the number of rounds, and each row's ratios.
+    """
     by_kind = {}
     for kind in (kind for kind in KINDS if kind in next(iter(runners.values())).steps):
         seconds = timed({name: runner for name, runner in runners.items() if kind in runner.steps}, kind, limit)
@@ -199,7 +203,7 @@ def measured(runners: Mapping[str, Steps], limit: float) -> dict[str, Any]:
 
 
 def table(by_kind: Mapping[str, Any]) -> str:
-    """The rows as a table in Markdown."""
+    """Format the rows as a table in Markdown."""
     heads = [f"{kind}, {cell['milliseconds']:g} ms, {cell['rounds']} rounds" for kind, cell in by_kind.items()]
     lines = [f"| | {' | '.join(heads)} |", "|---|" + "---|" * len(heads)]
     names = dict.fromkeys(name for cell in by_kind.values() for name in list(cell["rows"])[1:])
@@ -219,7 +223,7 @@ PEERS = {"QKeras": "qkeras", "TFMOT": "tensorflow_model_optimization"}
 
 
 def seconds(text: str) -> float:
-    """A duration, or a ValueError."""
+    """Parse a duration; raise a ValueError if it is none."""
     if not 0 < float(text) < math.inf:
         raise ValueError(text)
     return float(text)
@@ -231,7 +235,7 @@ class Nets(NamedTuple):
     Attributes:
         rows: names, the base's first.
         prepared: writes the models of some rows to a folder.
-        ways: of running them, by name, with what makes the steps of a row's model for a batch of images.
+        ways: ways of running them, by name; each makes the steps of a row's model for a batch of images.
     """
 
     rows: Sequence[str]

@@ -30,7 +30,7 @@ STEP = "step"
 
 
 def two_conds(x: tf.Tensor, training: Any) -> tf.Tensor:
-    """Mean and variance are chosen, each by a `tf.cond`; momentum and epsilon are tensors."""
+    """Batch norm with one `tf.cond` each for mean and variance; momentum and epsilon are tensors."""
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     momentum, epsilon = tf.constant(DECAY), tf.constant(EPSILON)
     batch_mean, batch_variance = tf.nn.moments(x, [0, 1, 2])
@@ -43,7 +43,7 @@ def two_conds(x: tf.Tensor, training: Any) -> tf.Tensor:
 
 
 def two_kernels(x: tf.Tensor, training: Any) -> tf.Tensor:
-    """A fused kernel for each mode, and a `tf.cond` on their outputs."""
+    """Batch norm with a fused kernel for each mode, and a `tf.cond` on their outputs."""
     gamma, beta, moving_mean, moving_variance = variables(x.shape[-1])
     fused = v1.nn.fused_batch_norm
     trained, batch_mean, batch_variance = fused(x, gamma, beta, epsilon=EPSILON, is_training=True)
@@ -123,11 +123,11 @@ ROWS: Mapping[str, Row] = {
     "library again": Row("library", rewritten=False),
     **{f"{name}{', rewritten' * made}": Row(name, bool(made)) for name in NORMS for made in (0, 1)},
 }
-"""By name; the first is what the others are compared with."""
+"""Rows by name; the first is the base of the comparison."""
 
 
 def prepared(references: bool, names: Iterable[str], folder: Path) -> dict[str, Path]:
-    """The models, each in a directory of its own."""
+    """Write the models, each to a directory of its own."""
     paths = {}
     for name in names:
         norm, rewritten = ROWS[name]
@@ -157,7 +157,7 @@ class Timed:
 class InSession(Timed):
     """A model in a V1 session: gradient descent on what was loaded, and averages that move beside it.
 
-    An optimizer is there since the session computes no gradient that nothing takes.
+    The optimizer uses the gradients, as a session computes no gradient that nothing uses.
     """
 
     def __init__(self, path: Path, x: np.ndarray) -> None:

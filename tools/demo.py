@@ -69,7 +69,7 @@ def digits() -> Data:
 
 
 def compiled(model: Any, rate: float) -> Any:
-    """A model that can be trained."""
+    """Compile a model for training."""
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
     return model
@@ -101,7 +101,10 @@ class GiveUp(keras.callbacks.Callback):
 
 
 def tuned(path: Path, data: Data, epochs: int, backup: Path, give_up: int | None = None) -> tuple[Any, Any]:
-    """The model and its layer, after `epochs` epochs on two replicas, or as far as a run comes that is given up."""
+    """Fine-tune on two replicas for `epochs` epochs, and return the model and its layer.
+
+    With `give_up`, the run ends earlier with an InterruptedError.
+    """
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
     with strategy.scope():
         layer = bnqat.KerasLayer(str(path))
@@ -129,7 +132,7 @@ Row = tuple[str, str, float]
 
 
 def run(bits: int, epochs: int, folder: Path) -> tuple[list[Row], list[Any]]:
-    """Rows of the table, and what was baked in."""
+    """Run the whole way, and return the rows of both tables."""
     data = digits()
     keras.utils.set_random_seed(0)
     net = compiled(float_net(), 3e-3)

@@ -29,13 +29,13 @@ REPORT = 60.0
 
 
 def claims(outcome: Outcome) -> set[tuple[str, str]]:
-    """The claims that do not hold, by rewrite, without what was found."""
+    """Return the failing claims as (rewrite, claim), without details."""
     split = (failure.split(": ", 2) for failure in outcome.failures)
     return {(run, claim) for run, claim, _ in split}
 
 
 def simplest(outcome: Outcome) -> Form:
-    """The form with as many defaults as still break one of the same claims."""
+    """Return the simplest form that still breaks one of the same claims."""
     broken = claims(outcome)
     form, usual = outcome.form, Form()
     for name in OPTIONS:
@@ -46,7 +46,7 @@ def simplest(outcome: Outcome) -> Form:
 
 
 def main() -> None:
-    """Check forms, and print what came of it."""
+    """Check forms and print the outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--forms", type=int, default=1000, help="the number of random forms")
     parser.add_argument("--seed", type=int, default=0)

@@ -66,7 +66,7 @@ print(tf.__version__, ran)
 
 
 def requirements(version: str) -> Iterator[str]:
-    """What the package and its tests need, with TensorFlow of a release."""
+    """Yield the requirements of the package and its tests, with TensorFlow of a release."""
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     for requirement in (
@@ -79,7 +79,7 @@ def requirements(version: str) -> Iterator[str]:
 
 
 def environment(folder: Path, version: str) -> Path:
-    """The Python of a new virtual environment with a release of TensorFlow."""
+    """Make a virtual environment with a release of TensorFlow, and return its Python."""
     venv.create(folder, with_pip=True)
     python = folder / "bin" / "python"
     subprocess.run([python, "-m", "pip", "install", "--quiet", *requirements(version)], check=True)
@@ -88,7 +88,7 @@ def environment(folder: Path, version: str) -> Path:
 
 
 def tested(python: Path, arguments: Sequence[str]) -> str:
-    """The last line of the tests."""
+    """Run the tests, and return pytest's last line and the failures."""
     command: list[str | Path] = [python, "-m", "pytest", "-q", *(arguments or TESTS)]
     done = subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if re.search(r"\d+ (passed|failed|error)", line)]
@@ -97,7 +97,7 @@ def tested(python: Path, arguments: Sequence[str]) -> str:
 
 
 def loaded(python: Path, folder: Path) -> str:
-    """How many of the models in a folder a release loads and runs."""
+    """Load and run the models in a folder with a release, and return the counts as text."""
     setting = {**os.environ, "PYTHONPATH": str(REPOSITORY), "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(
         [python, "-c", LOADER, folder], check=False, capture_output=True, text=True, env=setting, cwd=folder
@@ -106,7 +106,10 @@ def loaded(python: Path, folder: Path) -> str:
 
 
 def written(folder: Path) -> int:
-    """Rewrite models with the release that runs this, and finalise those that can be; how many there are."""
+    """Rewrite and finalise models with the current release, and return their number.
+
+    Models in TensorFlow 1's format are not finalised.
+    """
     folder.mkdir()
     with tempfile.TemporaryDirectory() as sources:
         for name in MODELS:

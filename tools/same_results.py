@@ -70,7 +70,7 @@ class Row:
     Attributes:
         refused: by configuration, the message with which both versions refuse the model.
         crashes: by configuration, the exception that ended both versions.
-        seconds: how long both took.
+        seconds: duration of both versions together.
     """
 
     model: str
@@ -81,7 +81,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether anything differs but marks."""
+        """True if anything differs but marks."""
         return any(v.status in (DIFFERS, ERROR_DIFFERS) for v in self.verdicts.values())
 
 
@@ -385,7 +385,7 @@ def show(compared: Sequence[Row]) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("base", metavar="BASE", help="the commit to compare with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")

@@ -65,11 +65,11 @@ PROGRESS = re.compile(r"^\S+: \d+ edits in .*\n?", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one command printed and wrote.
+    """Printed text and written files of one command.
 
     Attributes:
-        refused: whether the command failed.
-        text: what it printed, without times and temporary paths.
+        refused: true if the command failed.
+        text: its printed text, without times and temporary paths.
         files: hashes of the files that it wrote, by path.
         extra: paths of the files in `EXTRA`.
         crash: the exception, if the command ended with one that bnqat did not foresee.
@@ -172,7 +172,7 @@ def answer_requests(tree: Path, folder: Path, answer: Callable[[str], object]) -
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     tree, folder = (Path(argument).resolve() for argument in sys.argv[1:])
     require_imports_from(tree)
     with os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1) as answers:

@@ -25,7 +25,7 @@ SIZE: ViewportSize = {"width": 1280, "height": 860}
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--into", type=Path, default=Path("docs"))
     into = parser.parse_args().into

@@ -66,7 +66,7 @@ class Soak:
     """Trials in one server, one after the other.
 
     Attributes:
-        damage: what the last trial damaged, or the form that it wrote.
+        damage: description of the last trial's damage, or the form that it wrote.
     """
 
     def __init__(self, forks: Server, models: Path, folder: Path) -> None:
@@ -80,7 +80,7 @@ class Soak:
         self.configuration = configuration.encode()
 
     def run(self, number: int) -> Iterator[str]:
-        """What came of a trial, by kind.
+        """Run a trial, and yield its outcomes with its kind.
 
         Raises:
             BrokenPromiseError: a promise was broken.
@@ -107,28 +107,28 @@ class Soak:
         return random.choice(sorted(self.writings.items(), key=lambda item: item[0]))
 
     def killed(self, random: Random) -> Iterator[str]:
-        """Killed at a random moment."""
+        """Kill a command at a random moment."""
         name, writing = self._writing(random)
         yield f"{name}, {writing.killed(random.uniform(0, 1.1))}"
 
     def killed_at(self, random: Random) -> Iterator[str]:
-        """Killed when it does something to files."""
+        """Kill a command at a random event about files."""
         name, writing = self._writing(random)
         yield f"{name}, {writing.killed_at(random.randrange(self.events[name]))}"
 
     def interrupted(self, random: Random) -> Iterator[str]:
-        """Interrupted at a random moment."""
+        """Interrupt a command at a random moment."""
         name, writing = self._writing(random)
         yield f"{name}, {writing.interrupted(random.uniform(0, 1.1))}"
 
     def damaged(self, random: Random) -> Iterator[str]:
-        """A damaged float model."""
+        """Try a damaged float model."""
         source = fresh(self.folder / "damaged") / "source"
         self.damage = damaged(self.models / random.choice(DAMAGED), source, random)
         yield from trial(self.forks, source, fresh(self.folder / "out"))
 
     def damaged_public(self, random: Random) -> Iterator[str]:
-        """A public model with something else in its graphs or objects."""
+        """Try a public model with damaged graphs or objects."""
         model = random.choice(sorted((self.models / "public").glob("*/saved_model.pb"))).parent
 
         def edit(meta: Any) -> None:
@@ -138,7 +138,7 @@ class Soak:
         yield from trial(self.forks, source, fresh(self.folder / "out"), PUBLIC_LIMIT)
 
     def damaged_rewritten(self, random: Random) -> Iterator[str]:
-        """A damaged model that was rewritten, and perhaps saved again by TensorFlow."""
+        """Try a damaged rewritten model, perhaps saved again by TensorFlow."""
         source = fresh(self.folder / "damaged") / "source"
         self.damage = damaged(self.models / random.choice(REWRITTEN), source, random)
         final = fresh(self.folder / "out") / "final"
@@ -153,14 +153,14 @@ class Soak:
             yield loads(self.forks, source, final, "finalize")
 
     def damaged_settings(self, random: Random) -> Iterator[str]:
-        """A damaged configuration."""
+        """Try a damaged configuration."""
         file = fresh(self.folder / "settings") / "bnqat.toml"
         file.write_bytes(damage_configuration(self.configuration, random))
         outcome = self.forks.cli("rewrite", "--config", file, "--print-config", limit=LIMIT, mib=MIB)
         yield judged(outcome, "settings")
 
     def handwritten(self, random: Random) -> Iterator[str]:
-        """A hand-written batch norm of a random form, beside the source's own run."""
+        """Compare a hand-written batch norm of a random form with the source's own run."""
         self.damage = repr(random_form(random))
         outcome = self.forks.run(Call("tests.handwritten.check:print_failures", [self.damage]), limit=FORM_LIMIT)
         if outcome.code or outcome.out:
@@ -169,10 +169,10 @@ class Soak:
 
 
 class Tally:
-    """Counts of all workers, and what was broken."""
+    """Counts of all workers, and broken promises."""
 
     def __init__(self) -> None:
-        self.found: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
         self.broken: list[tuple[int, str]] = []
         self._lock = threading.Lock()
 
@@ -186,8 +186,8 @@ class Tally:
                 self.broken.append((number, str(e)))
                 print(f"\ntrial {number}: {soak.damage}\n{e}\n", flush=True)
         with self._lock:
-            self.found["trials"] += 1
-            self.found.update(outcomes)
+            self.counts["trials"] += 1
+            self.counts.update(outcomes)
 
 
 def _models(folder: Path) -> Path:
@@ -206,7 +206,7 @@ def _models(folder: Path) -> Path:
 
 
 def main() -> None:
-    """Soak, and print what came of it."""
+    """Run trials in all workers, and print their outcomes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0, help="the number of the first trial")
@@ -230,12 +230,12 @@ def main() -> None:
                     tally.add(soak, number)
                     if time.monotonic() - said > REPORT:
                         said = time.monotonic()
-                        print(f"{tally.found['trials']} trials, {len(tally.broken)} broken promises", flush=True)
+                        print(f"{tally.counts['trials']} trials, {len(tally.broken)} broken promises", flush=True)
 
         with ThreadPoolExecutor(options.workers) as threads:
             list(threads.map(work, range(1 if options.only is not None else options.workers)))
     print("\n| what | count |\n|---|---|")
-    for name, number in sorted(tally.found.items()):
+    for name, number in sorted(tally.counts.items()):
         print(f"| {name} | {number} |")
     print(f"| broken promises | {len(tally.broken)} |")
     sys.exit(bool(tally.broken))

@@ -37,7 +37,7 @@ YES, NO, NOT_APPLICABLE = "yes", "no", "-"
 
 @dataclass
 class Row:
-    """What was seen of one model. A column is "yes", "no" with a reason, or "-" where it does not apply."""
+    """Observations of one model. A column is "yes", "no" with a reason, or "-" where it does not apply."""
 
     model: str
     found: int = 0
@@ -55,7 +55,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Whether a column that applies fails."""
+        """True if a column that applies fails."""
         columns = (self.loads, self.same, self.trains, self.moves, self.gradients)
         return any(c not in (YES, NOT_APPLICABLE) for c in columns)
 
@@ -92,7 +92,10 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
 
 
 def same(pair: Pair) -> tuple[Serving, str]:
-    """The runs of signatures, and the column that compares them; the source may not run on random inputs."""
+    """Run the signatures, and return the runs and the column that compares them.
+
+    The column does not apply if the source does not run on random inputs.
+    """
     try:
         serving = serve(pair)
     except bnqat.Error:
@@ -110,7 +113,7 @@ def models(folder: Path) -> list[Path]:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the table and, below it, what did not go through."""
+    """Print the table and, below it, the problems."""
     table = Table()
     for column in ("model", "found", "rewritten", "fused", "loads", "same off", "trains", "stats move", "gradients"):
         table.add_column(column, overflow="fold")
@@ -135,7 +138,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")

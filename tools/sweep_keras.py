@@ -63,12 +63,12 @@ class Row:
 
     Attributes:
         producer: the package of Keras that wrote the model.
-        failing: claims that do not hold, with what was seen.
+        failing: claims that do not hold, with details.
         losses: of the first and the last training step.
         finalised: the largest difference of the finalised model to the tuned one, relative to the largest output.
         lite: that of LiteRT to the finalised model.
-        error: what ended it.
-        seconds: how long all took.
+        error: description of the failure that ended the row, if any.
+        seconds: duration of the whole row.
     """
 
     model: str
@@ -85,7 +85,7 @@ class Row:
 
     @property
     def failed(self) -> bool:
-        """Return whether anything went wrong."""
+        """True if anything went wrong."""
         return bool(self.error or self.failing) or self.finalised != 0 or self.lite is None or self.lite > LITE
 
 
@@ -114,7 +114,7 @@ def images(side: int, seed: int = 0) -> np.ndarray:
 
 
 def trained_by_keras(path: Path, side: int) -> tuple[Any, tuple[float, float]]:
-    """The model after ten steps as a layer of Keras 3, and the losses of the first and the last of them."""
+    """Train for ten steps as a layer of Keras 3, and return the model with the first and the last loss."""
     import keras
 
     layer = bnqat.KerasLayer(path)
@@ -127,7 +127,7 @@ def trained_by_keras(path: Path, side: int) -> tuple[Any, tuple[float, float]]:
 
 
 def trained_in_a_loop(path: Path, side: int) -> tuple[Any, tuple[float, float]]:
-    """The same in a loop of one's own."""
+    """Train for ten steps in a custom loop, and return the model with the first and the last loss."""
     import keras
 
     model = tf.saved_model.load(str(path))
@@ -169,7 +169,7 @@ def difference(values: np.ndarray, expected: np.ndarray) -> float:
 
 
 def take(row: Row, source: Path, folder: Path, side: int) -> None:
-    """Take a saved model all the way; what is seen goes into the row."""
+    """Take a saved model all the way, and record the observations in the row."""
     report = bnqat.rewrite(source, folder / "qat", freeze_step=FREEZE_STEP if row.freeze else None)
     row.rewritten, row.fused = report.sites_rewritten, report.sites_fused
     row.failing = {c.name: c.detail for c in verify(source, folder / "qat").claims if c.status == FAILS}
@@ -217,7 +217,7 @@ def sweep(models: list[str]) -> Iterator[Row]:
 
 
 def show(rows: list[Row]) -> None:
-    """Print the table, and what went wrong."""
+    """Print the table and the errors."""
     table = Table()
     for column in ("model", "saved by", "frozen", "rewritten", "fused", "verify", "loss", "finalised", "LiteRT"):
         table.add_column(column)
@@ -236,7 +236,7 @@ def show(rows: list[Row]) -> None:
 
 
 def main() -> int:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--only", nargs="+", default=list(SIZES), choices=SIZES, metavar="MODEL", help="of these models"

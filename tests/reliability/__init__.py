@@ -1,1 +1,1 @@
-"""What happens to models when something goes wrong: faults, damaged and hostile input."""
+"""Tests of faults while writing, and of damaged and hostile input."""

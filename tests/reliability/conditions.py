@@ -1,4 +1,4 @@
-"""What a process meets: a small disk, no permission, a signal or a change of files at a certain moment.
+"""Conditions of a process: a small disk, no permission, a signal or a change of files at a certain moment.
 
 The functions are called in the process itself, before the command.
 """
@@ -61,7 +61,7 @@ def small_files(kib: int) -> None:
 
 
 def no_privileges() -> None:
-    """Obey the modes of files, as every user but root does."""
+    """Drop root's privileges, so that the modes of files are obeyed."""
     if os.getuid():
         return
     header = (ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0)
@@ -70,12 +70,12 @@ def no_privileges() -> None:
 
 
 def without_exchange() -> None:
-    """Be on a system that cannot exchange two directories."""
+    """Act as a system that cannot exchange two directories."""
     staging._exchange = lambda _a, _b: False  # type: ignore[assignment]
 
 
 def at_fault() -> None:
-    """Let reading a model end with an exception that nobody foresaw."""
+    """Let reading a model raise an unforeseen exception."""
     from rewriter.app import api
 
     del os.environ["BNQAT_TRACEBACK"]
@@ -113,7 +113,7 @@ def print_set() -> None:
 
 
 def _on_files(folder: str, act: Callable[[int, str, str], None]) -> None:
-    """Act on every audit event about files in a folder: it is told the event's number, its name and the path."""
+    """Call `act` with number, name and path of every audit event about files in a folder."""
     count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -128,7 +128,7 @@ def _on_files(folder: str, act: Callable[[int, str, str], None]) -> None:
 
 
 def counting(folder: str) -> None:
-    """Say at the end how many events there were about files in a folder."""
+    """Print at exit the number of events about files in a folder."""
     count_seen = [0]
 
     def count(number: int, _event: str, _path: str) -> None:
@@ -151,7 +151,7 @@ def killed_at(folder: str, moment: int) -> None:
 
 
 def once_there(folder: str, event: str, what: str, path: str) -> None:
-    """Do something to a path at the first event of a kind about files in a folder."""
+    """Change a path at the first event of a kind about files in a folder."""
     done: list[str] = []
 
     def act(_number: int, name: str, _path: str) -> None:

@@ -1,4 +1,4 @@
-"""Damage to a SavedModel: to what its protocol buffers say, and to the bytes of its files."""
+"""Damage to a SavedModel: to its protocol buffers, and to the bytes of its files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STRINGS = ("", " ", "x", ":", "^", "a:b:c:d", ":0", "a" * 3000, "\x1b[2J", "../.
 
 
 class Place(NamedTuple):
-    """A field of a message; which fields the way to it goes through says what kind of place it is."""
+    """A field of a message. Its kind is the path of fields that leads to it."""
 
     kind: str
     message: Any
@@ -30,7 +30,7 @@ class Place(NamedTuple):
 
 
 def places(message: Any, kind: str = "", depth: int = 0) -> Iterator[Place]:
-    """Every field that is set in a message and those in it, and some that could be."""
+    """Yield every field, set or not, of a message and of all messages in it."""
     for field in message.DESCRIPTOR.fields:
         yield Place(f"{kind}.{field.name}", message, field)
     for field, value in message.ListFields():
@@ -54,7 +54,7 @@ def _is_map(field: Any) -> bool:
 
 
 def damage_structure(message: Any, random: Random) -> str:
-    """Change one field somewhere in a message, and say which and how.
+    """Change one field somewhere in a message, and return a description of the change.
 
     Kinds of places are equally likely, or most damage would be to nodes' attributes.
     """
@@ -137,7 +137,7 @@ def _damage_map(place: Place, random: Random) -> str:
 
 
 def _other(place: Place, by_kind: dict[str, list[Place]], random: Random) -> Any:
-    """Another value for a field: what it is elsewhere, or anything."""
+    """Return another value for a field: its value elsewhere in the message, or a random one."""
     if random.random() < 0.5:
         return getattr(random.choice(by_kind[place.kind]).message, place.field.name)
     return _random(place.field, random)
@@ -179,16 +179,19 @@ ATTRIBUTES: tuple[dict[str, Any], ...] = (
 
 
 def damage_graph(meta: Any, random: Random) -> str:
-    """Change an edge, an op, an attribute, a function or an object of a meta graph, and say which and how.
+    """Change an edge, an op, an attribute, a function or an object of a meta graph, and return a description.
 
-    What it leaves is well-formed as a message, so that it gets further than what `damage_structure` leaves.
+    The result is a well-formed message, so it gets further than the result of `damage_structure`.
     """
     kinds = [_damage_inputs, _damage_op, _damage_attribute, _damage_attribute, _damage_function, _damage_object]
     return random.choice(kinds)(meta, random)
 
 
 def _node(meta: Any, random: Random) -> tuple[Any, Any]:
-    """A node, and all of its graph. Ops are equally likely, or most nodes would be constants."""
+    """Draw a node, and return it with all nodes of its graph.
+
+    Ops are equally likely, or most nodes would be constants.
+    """
     by_op: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
     for nodes in (meta.graph_def.node, *(f.node_def for f in meta.graph_def.library.function)):
         for node in nodes:
@@ -254,7 +257,7 @@ def _damage_object(meta: Any, random: Random) -> str:
 
 
 def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
-    """Other bytes, and what was done to them."""
+    """Return damaged bytes, and a description of the damage."""
     how = random.choice(["truncated", "flipped", "zeroed", "inserted", "removed", "emptied"])
     first = random.randrange(max(1, len(data)))
     size = random.choice([1, 2, 8, 64, 1000])
@@ -275,13 +278,13 @@ def damage_bytes(data: bytes, random: Random) -> tuple[bytes, str]:
 
 
 def damaged(model: Path, target: Path, random: Random) -> str:
-    """Make a copy of a model, damage it, and say how."""
+    """Copy a model, damage the copy, and return a description of the damage."""
     shutil.copytree(model, target)
     return _damage(target, random)
 
 
 def _damage(model: Path, random: Random) -> str:
-    """Damage a model in place, and say how."""
+    """Damage a model in place, and return a description of the damage."""
     graph = model / "saved_model.pb"
     if graph.exists() and random.random() < 0.75:
         proto = saved_model_pb2.SavedModel.FromString(graph.read_bytes())
@@ -302,7 +305,7 @@ def _damage(model: Path, random: Random) -> str:
 
 
 def _damage_index(file: Path, random: Random) -> str:
-    """Damage an entry of an index, whose checksums are right again then, or its header."""
+    """Damage an entry or the header of an index, and correct the checksums."""
     chosen = random.choice(sorted(key for key, _ in entries(file)))
     done = []
 
@@ -331,7 +334,7 @@ VALUES = (
 
 
 def damage_configuration(data: bytes, random: Random) -> bytes:
-    """A configuration with a value exchanged, a line moved, or bytes changed."""
+    """Return a configuration with a value exchanged, a line moved, or bytes changed."""
     lines = data.splitlines()
     how = random.choice(["value", "line", "bytes"])
     keys = [i for i, line in enumerate(lines) if b" = " in line]

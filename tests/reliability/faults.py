@@ -1,4 +1,4 @@
-"""Faults while a model is written, and what has to be true after each."""
+"""Faults while a model is written, and the conditions that hold after each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ HERE = "tests.reliability.conditions"
 
 
 class Writing:
-    """A command that writes a model, its source, and what it writes when nothing goes wrong.
+    """A command that writes a model, with its source and its result without a fault.
 
     Attributes:
-        folder: what the destination is in.
+        folder: the parent folder of the destination.
         target: the destination.
-        expected: digests of what is written.
-        earlier: digests of what is there to be overwritten; None where nothing is.
+        expected: digests of the files of an undisturbed run.
+        earlier: digests of the files to be overwritten; None if the destination is new.
     """
 
     def __init__(self, server: Server, command: str, source: Path, folder: Path, *, overwrite: bool = False) -> None:
@@ -43,29 +43,29 @@ class Writing:
         self.expected = digest(self.target)
 
     def reset(self) -> None:
-        """Make everything as it is before the command runs."""
+        """Restore the state before the command runs."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(parents=True)
         if self._earlier is not None:
             shutil.copytree(self._earlier, self.target)
 
     def run(self, *before: Call, **options: Any) -> Outcome:
-        """Run the command; the destination is reset before."""
+        """Reset the destination and run the command."""
         self.reset()
         return self.start(self.server, before, **options)
 
     def start(self, server: Server, before: Sequence[Call] = (), **options: Any) -> Outcome:
-        """Run the command in some server, whatever is at the destination."""
+        """Run the command in a server, without a reset of the destination."""
         return server.cli(*self._arguments, before=before, **options)
 
     def checked(self, outcome: Outcome, what: str) -> str:
         """Check what is true after any fault, run the command once more, and check that nothing is left of the fault.
 
         Returns:
-            What the fault came to: "before" or "after" the destination took its place, each with what was left.
+            The outcome: "before" or "after" the destination took its place, and "something left" or "nothing left".
 
         Raises:
-            BrokenPromiseError: something is lost, half-written or left for ever.
+            BrokenPromiseError: something is lost, half-written or left behind for good.
         """
         description = f"{what}: {outcome}"
         if digest(self.source) != self._before:
@@ -89,23 +89,23 @@ class Writing:
         return f"{moment}, {'something' if leftovers else 'nothing'} left"
 
     def events(self, *before: Call) -> int:
-        """How many audit events about files in the folder a run causes, after some calls."""
+        """Count the audit events about files in the folder that a run causes, after some calls."""
         outcome = self.run(*before, Call(f"{HERE}:counting", [str(self.folder)]))
         (count,) = re.findall(r"events: (\d+)", outcome.out)
         return int(count)
 
     def killed(self, share: float) -> str:
-        """Kill it at a moment, given as a share of the time that it takes."""
+        """Kill the command at a moment, a share of its usual duration."""
         after = share * self.seconds
         return self.checked(self.run(after=after), f"killed after {after:.3f} s")
 
     def killed_at(self, moment: int) -> str:
-        """Kill it at an event."""
+        """Kill the command at the event of this number."""
         outcome = self.run(Call(f"{HERE}:killed_at", [str(self.folder), moment]))
         return self.checked(outcome, f"killed at event {moment}")
 
     def interrupted(self, share: float) -> str:
-        """Interrupt it at such a moment, as Ctrl-C does."""
+        """Interrupt the command, as Ctrl-C does, at a share of its usual duration."""
         after = share * self.seconds
         outcome = self.run(after=after, by=2)
         said = judged(outcome, f"interrupted after {after:.3f} s")
@@ -115,7 +115,7 @@ class Writing:
 
 
 def writings(server: Server, model: Path, rewritten: Path, folder: Path) -> Iterator[tuple[str, Writing]]:
-    """The commands that write models, each to a new destination and over an old one."""
+    """Yield the commands that write models, each to a new destination and over an old one."""
     for command, source in (("rewrite", model), ("finalize", rewritten)):
         for overwrite in (False, True):
             name = f"{command}{' --overwrite' if overwrite else ''}"

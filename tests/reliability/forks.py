@@ -37,15 +37,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a process.
+    """Result of a process.
 
     Attributes:
         code: its exit code; that of `died` is negative.
-        seconds: how long it ran.
-        peak: the most MiB that it held.
-        out: what it wrote to stdout.
-        err: likewise.
-        stopped: why it was stopped from outside, "" if it was not: "signal", "time" or "memory".
+        seconds: its duration.
+        peak: its peak memory in MiB.
+        out: its text on stdout.
+        err: its text on stderr.
+        stopped: reason for which it was stopped from outside, "signal", "time" or "memory"; "" if it was not.
     """
 
     code: int
@@ -57,7 +57,7 @@ class Outcome:
 
 
 class Server:
-    """A process to fork others from; their sets and dicts of strings are ordered by the seed, as Python has it."""
+    """A process that forks others. Its hash seed determines the order of their sets of strings."""
 
     def __init__(self, hash_seed: int | None = None) -> None:
         seed = {} if hash_seed is None else {"PYTHONHASHSEED": str(hash_seed)}
@@ -109,7 +109,7 @@ class Server:
 
 @contextlib.contextmanager
 def server(hash_seed: int | None = None) -> Iterator[Server]:
-    """A server as long as the block runs."""
+    """Start a server, and close it at the end of the block."""
     started = Server(hash_seed)
     try:
         yield started

@@ -1,4 +1,4 @@
-"""Models that would do harm if they were run, or believed."""
+"""Models that would do harm if bnqat ran them or trusted their text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.mutate import mutated
 
 
 def writing_files(model: Path, target: Path, marker: Path) -> Path:
-    """A copy of a model of which every function, and the main graph, writes a file as soon as it runs."""
+    """Copy a model, and let every function and the main graph write a file as soon as it runs."""
 
     def edit(meta: Any) -> None:
         for function in meta.graph_def.library.function:
@@ -31,7 +31,7 @@ def writing_files(model: Path, target: Path, marker: Path) -> Path:
 
 
 def _writer(marker: Path, suffix: str) -> list[Any]:
-    """A node that writes a file, and its constants."""
+    """Return a node that writes a file, and its constants."""
     constants = []
     for name, text in (("evil_name", str(marker)), ("evil_text", "was here")):
         constant = node_def_pb2.NodeDef(name=name, op="Const")
@@ -48,7 +48,7 @@ CUSTOM = "AcmeScale"
 
 
 def with_custom_ops(model: Path, target: Path, *, described: bool = True) -> Path:
-    """A copy of a model in which every Relu became an op that is registered nowhere."""
+    """Copy a model, and turn every Relu into an op that is registered nowhere."""
 
     def edit(meta: Any) -> None:
         for function in meta.graph_def.library.function:

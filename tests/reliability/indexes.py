@@ -1,4 +1,4 @@
-"""Indexes of checkpoints with other content and right checksums."""
+"""Edited indexes of checkpoints, with correct checksums."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rewriter.savedmodel import index
 
 
 def _crc(data: bytes) -> int:
-    """The masked CRC-32C of RFC 3720, as a table of sorted strings has it."""
+    """Masked CRC-32C (RFC 3720), as LevelDB's table format stores it."""
     value = 0xFFFFFFFF
     for byte in data:
         value ^= byte
@@ -33,7 +33,7 @@ def _varint(number: int) -> bytes:
 
 
 def _written(entries: list[tuple[bytes, bytes]], kind: int = 0) -> bytes:
-    """A table with one block of entries; its checksums are right."""
+    """Return a table with one block of entries and correct checksums."""
     data = b""
 
     def placed(block_entries: list[tuple[bytes, bytes]]) -> bytes:
@@ -55,14 +55,14 @@ def _written(entries: list[tuple[bytes, bytes]], kind: int = 0) -> bytes:
 
 
 def edited(source: Path, target: Path, edit: Callable[[bytes, Any], None], kind: int = 0) -> Path:
-    """A copy of a model with entries of its checkpoint's index changed."""
+    """Copy a model and change entries of its checkpoint's index."""
     shutil.copytree(source, target)
     edit_index(target / "variables" / "variables.index", edit, kind)
     return target
 
 
 def edit_index(file: Path, edit: Callable[[bytes, Any], None], kind: int = 0) -> None:
-    """Change entries of an index, and its header, whose key is empty."""
+    """Change entries of an index; the entry with the empty key is its header."""
     entries = []
     for key, value in index.entries(file):
         kinds = tensor_bundle_pb2.BundleEntryProto if key else tensor_bundle_pb2.BundleHeaderProto

@@ -35,7 +35,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, name: str) -> None:
-    """What trials find where nothing is wrong: every step is done."""
+    """Every step of a trial is done if nothing is damaged."""
     outcomes = list(trial(forks, model(name), fresh(space)))
     assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(outcomes), outcomes
 
@@ -264,7 +264,7 @@ def test_no_such_gradient(forks: Server, model: Callable[[str], Path], tmp_path:
 
 
 def test_more_objects_in_the_checkpoint(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
-    """What is added is numbered alike in the model and in its checkpoint."""
+    """New objects need the same numbers in the model and in its checkpoint."""
     more = TrackableObjectGraph(nodes=[TrackableObjectGraph.TrackableObject()] * 100).SerializeToString()
     source = with_value(model("keras_export"), tmp_path / "source", OBJECT_GRAPH_KEY, lambda value: value + more)
     outcome = forks.cli("rewrite", source, tmp_path / "target")
@@ -295,7 +295,7 @@ def test_corrupt_collections(forks: Server, model: Callable[[str], Path], tmp_pa
 
 
 def test_an_output_without_a_port(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
-    """TensorFlow takes it for an op; a signature of such is left as it is."""
+    """TensorFlow takes an output without a port for an op; bnqat leaves such a signature as it is."""
 
     def edit(meta: Any) -> None:
         meta.signature_def["other"].CopyFrom(meta.signature_def["serving_default"])
@@ -314,7 +314,7 @@ def test_an_output_without_a_port(forks: Server, model: Callable[[str], Path], t
 
 
 def test_stale_shapes_of_calls(forks: Server, rewritten: Callable[..., Path], tmp_path: Path) -> None:
-    """TensorFlow does not look at them, and leaves them as they are where a call gets more outputs."""
+    """TensorFlow ignores stale shapes, and does not update them when a call gets more outputs."""
 
     def edit(meta: Any) -> None:
         for function in _functions(meta):
@@ -328,7 +328,7 @@ def test_stale_shapes_of_calls(forks: Server, rewritten: Callable[..., Path], tm
 
 
 def test_a_variable_that_holds_the_root(forks: Server, rewritten: Callable[..., Path], tmp_path: Path) -> None:
-    """What belongs to a captured object is kept; the root, which holds all, does not belong to it."""
+    """Children of a captured object are kept, except the root, which would keep everything."""
 
     def edit(meta: Any) -> None:
         variable = next(n for n in meta.object_graph_def.nodes if n.HasField("variable"))
@@ -354,7 +354,7 @@ def test_text_with_numbers_that_are_none(forks: Server, model: Callable[[str], P
 def test_names_that_are_saved(
     forks: Server, model: Callable[[str], Path], rewritten: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """One name more than there are tensors."""
+    """The saver has one name more than tensors."""
 
     def edit(meta: Any) -> None:
         node = next(n for f in _functions(meta) for n in f.node_def if n.name == "SaveV2/tensor_names")

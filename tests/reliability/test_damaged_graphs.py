@@ -32,7 +32,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
 def test_damaged_graphs(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
-    """Edges, ops, attributes, functions and objects that are others, one at a time, so that none hides another."""
+    """Edges, ops, attributes, functions and objects are exchanged one at a time, so that none hides another."""
     source = mutated(model(name), fresh(space) / "source", lambda meta: damage_graph(meta, random))
     (space / "out").mkdir()
     list(trial(forks, source, space / "out"))
@@ -52,7 +52,7 @@ def test_damaged_public_graphs(forks: Server, request: Any, space: Path, random:
 
 @pytest.mark.parametrize("name", ["keras_export", "v1_layers_fused", "v1_loop"])
 def test_attributes_that_were_left_out(forks: Server, model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    """Without what definitions give by default, and without the names by which variables are shared."""
+    """Attributes with the default of their op's definition may be absent, and so may `shared_name`."""
 
     def edit(meta: Any) -> None:
         for node in [*meta.graph_def.node, *(n for f in meta.graph_def.library.function for n in f.node_def)]:

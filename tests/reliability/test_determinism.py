@@ -1,4 +1,4 @@
-"""The same input, the same bytes: in other processes, with other hash seeds, for every command that writes."""
+"""Equal input gives equal bytes: in other processes, with other hash seeds, for every command that writes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def servers() -> Iterator[list[Server]]:
 
 
 def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
-    """What the other tests rest on."""
+    """The other tests rely on this."""
     orders = {s.run(Call("tests.reliability.conditions:print_set", [])).out for s in servers}
     assert len(orders) > 1
 

@@ -81,7 +81,7 @@ def test_interrupted(writing: Writing) -> None:
 
 
 def test_full_disk(rewriting: Writing) -> None:
-    """From a disk on which not even a directory fits to one that holds all."""
+    """Sizes range from a disk on which not even a directory fits to one that holds all."""
     needed = sum(p.stat().st_size for p in rewriting.target.rglob("*") if p.is_file()) // 1024
     sizes = [8, needed // 4, needed // 2, needed, 2 * needed, 4 * needed]
     outcomes = [_on_disk(rewriting, kib) for kib in sizes]
@@ -149,7 +149,7 @@ def test_source_vanishes(forks: Server, model: Callable[[str], Path], tmp_path: 
 
 
 def _meddled(forks: Server, model: Path, folder: Path, deed: str, file: str) -> tuple[Outcome, Path]:
-    """Something is done to a source when the destination begins to be written."""
+    """Change a source at the moment when writing the destination begins."""
     source, target = folder / "source", folder / "out" / "target"
     shutil.copytree(model, source)
     target.parent.mkdir()

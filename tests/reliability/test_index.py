@@ -49,7 +49,7 @@ def test_what_would_end_tensorflow(forks: Server, model: Paths, tmp_path: Path, 
 
 
 def test_an_index_written_by_hand_is_read(forks: Server, model: Paths, tmp_path: Path) -> None:
-    """What the other tests rest on: it is their damage that is refused."""
+    """The other tests rely on this: bnqat refuses their damage, not the way in which the index was written."""
     source = edited(model("keras_export"), tmp_path / "source", lambda _key, _entry: None)
     assert judged(forks.cli("rewrite", source, tmp_path / "target"), "rewrite") == "done"
 
@@ -74,7 +74,7 @@ def test_damaged_bytes(model: Paths, tmp_path: Path) -> None:
 
 
 def test_another_checkpoint_is_not_followed(forks: Server, model: Paths, tmp_path: Path) -> None:
-    """A directory of the checkpoint's name may hold a file that names another one, which TensorFlow reads then."""
+    """A directory of the checkpoint's name may hold a file that makes TensorFlow read another checkpoint."""
     key = "variables/0/.ATTRIBUTES/VARIABLE_VALUE"
     outside = with_value(model("keras_export"), tmp_path / "outside", key, lambda v: np.full_like(v, 1234.5))
     source = tmp_path / "source"

@@ -1,4 +1,4 @@
-"""What surrounds a command: its streams, the paths and files that it is given, and signals when it has just begun."""
+"""Surroundings of a command: its streams, its paths and files, and signals just after its start."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NPZ = np.random.default_rng(0).normal(size=(4, 8, 8, 3)).astype(np.float32)
 
 
 def test_closed_streams(model: Paths, tmp_path: Path) -> None:
-    """A file that is opened must not take the place of stdout, or what is printed goes into it."""
+    """An opened file must not get the descriptor of stdout, or printed text goes into it."""
     command = [*BNQAT, "rewrite", str(model("keras_export")), str(tmp_path / "target")]
     done = subprocess.run(["/bin/sh", "-c", '"$@" >&- 2>&-', "sh", *command], check=False)
     assert done.returncode == 0
@@ -70,7 +70,7 @@ def test_a_fault_of_our_own_is_one_line(forks: Server, model: Paths) -> None:
 
 @pytest.mark.parametrize("moment", [0.4, 1.5, 3.0])
 def test_interrupted_while_it_starts(model: Paths, tmp_path: Path, moment: float) -> None:
-    """Python, TensorFlow or the model is being loaded, or all is done."""
+    """The signal comes while Python, TensorFlow or the model is loaded, or after the end."""
     command = [*BNQAT, "rewrite", str(model("keras_export")), str(tmp_path / "target")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         time.sleep(moment)
@@ -193,7 +193,7 @@ def _zipped(name: str, content: bytes) -> bytes:
 
 
 def _npy(header: str) -> bytes:
-    """An array in a file of its own, whose header says something else."""
+    """Return a .npy file whose header does not match its array."""
     file = io.BytesIO()
     np.save(file, NPZ)
     return file.getvalue().replace(str(NPZ.shape).encode(), header.encode())
@@ -246,7 +246,7 @@ def test_inputs_that_are_none(forks: Server, model: Paths, rewritten: Paths, tmp
 
 
 def test_read_only_below(forks: Server, model: Paths, tmp_path: Path) -> None:
-    """A source that cannot be written to, and a model to be overwritten of which that is true."""
+    """The source is read-only, and so is the model to be overwritten."""
     source, target = tmp_path / "source", tmp_path / "folder" / "target"
     shutil.copytree(model("as_text"), source)
     (source / "assets.extra" / "deep").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""What a model, a record or a tag says is text: it steers no terminal, and styles no table."""
+"""Strings from a model, a record or a tag are plain text: they steer no terminal and style no table."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_records(forks: Server, model: Paths, rewritten: Paths, tmp_path: Path, 
 
 @pytest.mark.parametrize("reason", [ESCAPE, ["a"], {"a": 1}, 5])
 def test_reasons(forks: Server, model: Paths, tmp_path: Path, reason: Any) -> None:
-    """The log of a rewrite says why a site was skipped."""
+    """The log of a rewrite states the reason for which a site was skipped."""
     skipped = []
 
     def edit(meta: Any) -> None:

@@ -1,4 +1,4 @@
-"""Models from somewhere: nothing in them is run, nothing outside of them is read, what they say is only text."""
+"""Untrusted models: bnqat runs nothing in them, reads nothing outside of them, and treats their strings as text."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_what_reaches_outside(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["keras_export", "v1_two_fused"])
 def test_a_saver_that_a_signature_runs_is_reach(model: Callable[[str], Path], tmp_path: Path, name: str) -> None:
-    """Whoever serves that signature writes a file, or reads one, whose name is the caller's."""
+    """Serving such a signature writes or reads a file of the caller's choice."""
 
     def edit(meta: Any) -> None:
         saver = meta.saver_def
@@ -116,7 +116,7 @@ def test_a_saver_that_a_signature_runs_is_reach(model: Callable[[str], Path], tm
 
 
 def _saving(meta: Any, path: str) -> Any:
-    """A node that writes a file, in the main graph; only its name is anything's input."""
+    """Add a node to the main graph that writes a file; it is used only by name."""
     for name, text in (("evil_file", path), ("evil_name", "x"), ("evil_data", "content")):
         node = meta.graph_def.node.add(name=name, op="Const")
         node.attr["dtype"].type = types_pb2.DT_STRING
@@ -178,7 +178,7 @@ def test_a_saver_that_restores_another_file(model: Callable[[str], Path], tmp_pa
 
 
 def test_a_saver_function_that_writes(model: Callable[[str], Path], tmp_path: Path) -> None:
-    """V1 sessions restore by a function; what writes a file in it is run by loading."""
+    """V1 sessions restore by a function, so loading would run an op in it that writes a file."""
 
     def edit(meta: Any) -> None:
         restore = next(n for n in meta.graph_def.node if n.name == meta.saver_def.restore_op_name)
@@ -221,7 +221,7 @@ def test_data_sets_reach_files(tmp_path: Path) -> None:
 
 
 def test_ops_that_take_a_name_of_something_outside_reach() -> None:
-    """By the names of the strings that TensorFlow's ops take, as inputs or attributes."""
+    """Ops are told by the names of their string inputs and attributes."""
     registered = op_def_pb2.OpList()
     registered.ParseFromString(pywrap_tf_session.TF_GetBuffer(pywrap_tf_session.TF_GetAllOpList()))
     assert len(registered.op) > 1000
@@ -245,7 +245,7 @@ def test_assets_outside_are_refused(forks: Server, model: Callable[[str], Path],
 
 
 def test_assets_of_other_meta_graphs_are_refused(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
-    """They are copied, too."""
+    """A rewrite copies the assets of all meta graphs."""
     source = tmp_path / "source"
     shutil.copytree(model("keras_export"), source)
     proto = saved_model_pb2.SavedModel.FromString((source / "saved_model.pb").read_bytes())

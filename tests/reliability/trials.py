@@ -1,4 +1,4 @@
-"""What the commands make of a model that may be damaged, and whether that is as promised."""
+"""Runs of the commands on a model that may be damaged, checked against bnqat's promises."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class BrokenPromiseError(AssertionError):
 
 
 def judged(outcome: Outcome, what: str) -> str:
-    """ "done" or "refused"; raises what is neither.
+    """Return "done" or "refused", or raise an error for any other outcome.
 
     Raises:
         BrokenPromiseError: a hang, too much memory, a crash, a traceback, or an error that is not one line.
@@ -49,19 +49,19 @@ def judged(outcome: Outcome, what: str) -> str:
 
 
 def trial(server: Server, model: Path, folder: Path, limit: float = LIMIT) -> Iterator[str]:
-    """What each command makes of a model: inspect, rewrite, and of what was written diff and finalize.
+    """Run inspect and rewrite on a model, and diff and finalize on the result.
 
     Args:
-        server: to run them in.
-        model: what may be damaged.
-        folder: an empty one to write to.
+        server: runs the commands.
+        model: may be damaged.
+        folder: an empty folder for the results.
         limit: seconds that each command may take.
 
     Yields:
         For each command its name and "done" or "refused".
 
     Raises:
-        BrokenPromiseError: one did what it should never do.
+        BrokenPromiseError: a command did what it should never do.
     """
     before = digest(model)
     target, final = folder / "target", folder / "final"
@@ -83,7 +83,11 @@ def trial(server: Server, model: Path, folder: Path, limit: float = LIMIT) -> It
 
 
 def loads(server: Server, source: Path, written: Path, command: str) -> str:
-    """Whether TensorFlow loads what was written; it may only fail where TensorFlow does not load the source either."""
+    """Load a written model in TensorFlow, and return the outcome as text.
+
+    Raises:
+        BrokenPromiseError: TensorFlow loads the source, but not the written model.
+    """
     load = "tests.reliability.trials:load"
     after = server.run(Call(load, [str(written)]))
     if after.code == 0:
@@ -95,14 +99,14 @@ def loads(server: Server, source: Path, written: Path, command: str) -> str:
 
 
 def load(model: str) -> None:
-    """Load a model, in TensorFlow 2's way or, where that is not its format, in TensorFlow 1's."""
+    """Load a model with `tf.saved_model.load`, which takes TensorFlow 1's format, too."""
     import tensorflow as tf
 
     tf.saved_model.load(model)
 
 
 def fresh(folder: Path) -> Path:
-    """An empty folder."""
+    """Empty a folder, or create it, and return it."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder

@@ -1,4 +1,4 @@
-"""The beginning of scripts that train under MirroredStrategy, in processes of their own."""
+"""First lines of scripts that train under MirroredStrategy in a process of their own."""
 
 from __future__ import annotations
 

@@ -70,7 +70,11 @@ def loss_of(logits: Any, labels: np.ndarray) -> Any:
 
 
 def alone(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[float]]:
-    """What two replicas do, on one device: variables after each of the two phases, and the losses."""
+    """Do on one device what two replicas do.
+
+    Returns:
+        The variables after each of the two phases, and the losses.
+    """
     replicas = [tf.saved_model.load(str(path)) for _ in range(2)]
     trained = [list(m.quantization.trainable_variables) for m in replicas]
     losses = []
@@ -137,7 +141,7 @@ def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_pat
 
 
 def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
-    """What was saved after each phase is what one device has then, but for rounding."""
+    """Assert that the models saved after each phase equal those of one device but for rounding."""
     for number, expected in enumerate(phases, 1):
         actual = by_name(folder / f"out_{number}")
         assert actual["quantization/step:00"] == number * STEPS
@@ -217,7 +221,7 @@ for phase in (1, 2):
 
 
 def test_two_workers_in_a_loop_of_ones_own_do_what_one_device_does(rewritten: Paths, tmp_path: Path) -> None:
-    """As two replicas of one process do; the same bounds."""
+    """Two workers obey the same bounds as two replicas of one process."""
     ranges = {"gamma": "learned", "moving_mean": "ema"}
     path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
@@ -249,13 +253,13 @@ except ValueError as e:
 
 
 def test_fit_of_keras_3_takes_no_several_workers_whatever_the_model(tmp_path: Path) -> None:
-    """When this fails, Keras was mended, and the guide can use its `fit`."""
+    """If this test fails, Keras supports several workers, and the guide can use its `fit`."""
     (tmp_path / "worker.py").write_text(KERAS_3, encoding="utf-8")
     assert finished(tmp_path) == [["True"], ["True"]]
 
 
 def finished(folder: Path) -> list[list[str]]:
-    """What each worker printed, from the start of both to their end."""
+    """Run both workers to their end, and return the lines that each printed."""
     with workers(folder) as started:
         printed = [process.communicate(timeout=120)[0].splitlines() for process in started]
         for index, process in enumerate(started):
@@ -264,9 +268,9 @@ def finished(folder: Path) -> list[list[str]]:
 
 
 def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(tmp_path: Path) -> None:
-    """As if nothing had been: bit for bit, but for what workers average.
+    """The result equals an unbroken run's bit for bit, except variables that workers average.
 
-    Of that, each has its own until the backup, and the mean of both afterwards. The mean of both moves alike, but its
+    Each worker has its own value of these until the backup, and the mean afterwards. The mean moves alike, but its
     float32 sums are rounded at other places, at most some 1e-7 of the value at a step.
     """
     (program,) = re.findall(r"```python\n# file: worker.py\n(.*?)```", GUIDE.read_text(encoding="utf-8"), re.DOTALL)

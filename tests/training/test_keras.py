@@ -69,7 +69,7 @@ def test_weights_are_the_models_own_variables(name: str, rewritten: Paths) -> No
 
 @pytest.mark.parametrize("optimizer", ["Adam", "RMSprop"])
 def test_fit_is_the_training_loop_that_one_would_write(optimizer: str, rewritten: Paths) -> None:
-    """Bit for bit, as both run the same ops in the same order."""
+    """`fit` and the loop agree bit for bit, as both run the same ops in the same order."""
     path = rewritten("module", bits=4, start_step=2)
     layer, model = wrapped(path, getattr(keras.optimizers, optimizer)(1e-2))
     fit(model, epochs=2)
@@ -145,7 +145,7 @@ def test_keras_compiles_it_only_if_told_so(rewritten: Paths) -> None:
 
 
 def test_a_saved_file_goes_on_where_it_was(rewritten: Paths, tmp_path: Path) -> None:
-    """In the middle of a ramp, with stochastic rounding and moving ranges, and Adam's state: bit for bit."""
+    """Resuming is exact in the middle of a ramp, with stochastic rounding, moving ranges and Adam's state."""
     options: dict[str, Any] = {"range": "ema", "rounding": "stochastic", "start_step": 2, "ramp_steps": 2 * STEPS}
     path = rewritten("module", bits=4, **options)
     whole, model = wrapped(path)
@@ -271,7 +271,7 @@ def test_a_half_policy_concerns_only_what_is_around(rewritten: Paths) -> None:
 
 @pytest.mark.parametrize(("optimizer", "works"), [("SGD", True), ("Adam", False)])
 def test_what_keras_own_layer_can_do(optimizer: str, works: bool, rewritten: Paths) -> None:
-    """Names that end in `:0` are no names for Adam's slots, those of a float model neither."""
+    """Adam rejects variable names that end in `:0` for its slots, also those of a float model."""
     path = rewritten("keras_save", bits=4)
     layer = keras.layers.TFSMLayer(str(path), call_endpoint="serve", call_training_endpoint="train")
     inputs = keras.Input((8, 8, 3))
@@ -286,7 +286,7 @@ def test_what_keras_own_layer_can_do(optimizer: str, works: bool, rewritten: Pat
 
 
 def test_what_is_logged(rewritten: Paths, tmp_path: Path) -> None:
-    """Against the reference's arithmetic, for every scheme and range."""
+    """Logged values equal the reference's, for every scheme and kind of range."""
     options: dict[str, Any] = {
         "scheme": {"gamma": "symmetric", "beta": "power_of_two"},
         "range": {"gamma": "learned", "beta": (-1, 1), "moving_mean": "ema"},
@@ -341,7 +341,7 @@ def test_models_of_every_origin(name: str, rewritten: Paths) -> None:
 
 
 def events(folder: Path) -> dict[str, dict[int, float]]:
-    """tag -> step -> value, of the one file in a folder."""
+    """Read the only event file in a folder: tag -> step -> value."""
     (file,) = folder.iterdir()
     scalars: dict[str, dict[int, float]] = {}
     for record in tf.data.TFRecordDataset(str(file)):

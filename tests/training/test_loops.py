@@ -47,7 +47,7 @@ def assert_same(first: Any, second: Any) -> None:
 
 @pytest.mark.parametrize("stop", [5, 9])
 def test_a_stopped_and_resumed_run_computes_the_same_bits(stop: int, rewritten: Paths, tmp_path: Path) -> None:
-    """Stopped in the ramp, and with frozen statistics; with stochastic rounding, and ranges that move."""
+    """Runs stop in the ramp or with frozen statistics; rounding is stochastic, and ranges move."""
     ranges = {"gamma": "learned", "beta": "ema", "moving_mean": "ema", "moving_variance": "ema"}
     schedule = {"start_step": 3, "ramp_steps": 4, "freeze_step": 8}
     path = rewritten("module_train", bits=4, range=ranges, rounding="stochastic", **schedule)
@@ -79,7 +79,7 @@ def test_widths_set_by_hand_are_resumed_too(rewritten: Paths, tmp_path: Path) ->
 
 
 def test_the_whole_step_compiled(rewritten: Paths) -> None:
-    """XLA fuses and rounds in its own way; 8 bits, so that this moves a value to the next level seldom and little."""
+    """XLA rounds in its own way. At 8 bits this rarely moves a value to the next level, and the levels are close."""
     path = rewritten("module", bits=8)
     losses = []
     for compiled in (False, True):
@@ -92,7 +92,7 @@ def test_the_whole_step_compiled(rewritten: Paths) -> None:
 
 
 def test_the_second_phase_through_serve_is_the_frozen_branch(rewritten: Paths) -> None:
-    """The same loss and gradients, bit for bit, and not a step; it can be compiled, which the branch cannot."""
+    """Loss and gradients agree bit for bit, and the step does not move. `serve` can be compiled, the branch cannot."""
     loaded = tf.saved_model.load(str(rewritten("module", bits=4, freeze_step=0)))
     variables = list(loaded.quantization.trainable_variables)
     results = []
@@ -182,7 +182,7 @@ np.testing.assert_array_equal(tf.function(once.serve)(x), tf.function(baked.serv
 
 
 def test_half_precision_by_grappler_leaves_the_quantisers_in_float32(rewritten: Paths, tmp_path: Path) -> None:
-    """What they give is what float32 gives, stored; on a CPU without AVX-512 the pass leaves all as it is."""
+    """Quantisers give float32 results, stored in half precision. Without AVX-512 the Grappler pass changes nothing."""
     bnqat.finalize(rewritten("module", bits=4), tmp_path / "baked")
     environment = {"TF_ENABLE_ONEDNN_OPTS": "1", "TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "-1"}
     done = subprocess.run(

@@ -26,15 +26,15 @@ LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 class Watch(keras.callbacks.Callback):
-    """The moving statistics after each step."""
+    """Callback that keeps the moving statistics after each step."""
 
     def __init__(self, layer: Any) -> None:
         super().__init__()
         self.layer = layer
-        self.seen: list[list[np.ndarray]] = []
+        self.statistics: list[list[np.ndarray]] = []
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:  # noqa: ARG002  Keras gives it
-        self.seen.append(moving(self.layer))
+        self.statistics.append(moving(self.layer))
 
 
 def moving(layer: Any) -> list[np.ndarray]:
@@ -57,7 +57,7 @@ def assert_same(actual: list[np.ndarray], expected: list[np.ndarray], same: bool
 
 
 def test_at_the_end_it_is_what_the_function_gives(rewritten: Paths) -> None:
-    """And nothing but the averages is another than without it, in the layer and around it."""
+    """Nothing but the averages differs from a run without it, in the layer and around it."""
     path = rewritten("module", bits=4, start_step=2)
     results = []
     for callbacks in ([], [bnqat.ReestimateStatistics(DATA, STEPS)]):
@@ -93,15 +93,15 @@ def test_before_the_first_frozen_step_and_not_again(rewritten: Paths) -> None:
     watch = Watch(layer)
     callback = bnqat.ReestimateStatistics(DATA, STEPS)
     model.fit(DATA, epochs=2, shuffle=False, verbose=0, callbacks=[watch, callback])
-    assert_same(watch.seen[2 * STEPS - 4], watch.seen[2 * STEPS - 3], same=False)
-    assert_same(watch.seen[2 * STEPS - 3], watch.seen[2 * STEPS - 2], same=False)  # re-estimated
-    assert_same(watch.seen[2 * STEPS - 2], watch.seen[2 * STEPS - 1])
+    assert_same(watch.statistics[2 * STEPS - 4], watch.statistics[2 * STEPS - 3], same=False)
+    assert_same(watch.statistics[2 * STEPS - 3], watch.statistics[2 * STEPS - 2], same=False)  # re-estimated
+    assert_same(watch.statistics[2 * STEPS - 2], watch.statistics[2 * STEPS - 1])
     model.fit(DATA, shuffle=False, verbose=0, callbacks=[callback])
-    assert_same(moving(layer), watch.seen[-1])  # frozen before this `fit` began
+    assert_same(moving(layer), watch.statistics[-1])  # frozen before this `fit` began
     layer.quantization.freeze_step.assign(layer.quantization.step)
     model.fit(DATA, shuffle=False, verbose=0, callbacks=[watch, callback])
-    assert_same(watch.seen[-1], watch.seen[-2])
-    assert_same(watch.seen[-1], watch.seen[2 * STEPS - 1], same=False)  # frozen anew, with this step
+    assert_same(watch.statistics[-1], watch.statistics[-2])
+    assert_same(watch.statistics[-1], watch.statistics[2 * STEPS - 1], same=False)  # frozen anew, with this step
 
 
 def test_a_freeze_step_that_is_assigned_while_training(rewritten: Paths) -> None:
@@ -115,8 +115,8 @@ def test_a_freeze_step_that_is_assigned_while_training(rewritten: Paths) -> None
     model.fit(
         DATA, epochs=2, shuffle=False, verbose=0, callbacks=[watch, Freeze(), bnqat.ReestimateStatistics(DATA, 3)]
     )
-    assert_same(watch.seen[STEPS - 1], watch.seen[STEPS], same=False)
-    assert_same(watch.seen[STEPS], watch.seen[-1])
+    assert_same(watch.statistics[STEPS - 1], watch.statistics[STEPS], same=False)
+    assert_same(watch.statistics[STEPS], watch.statistics[-1])
 
 
 def test_mistakes_are_found_before_training(rewritten: Paths) -> None:
@@ -161,7 +161,7 @@ tf.saved_model.save(layer.model, out)
 
 
 def test_two_replicas_get_the_same(rewritten: Paths, tmp_path: Path) -> None:
-    """The values of one device for the saved model; other variables stay as they are on each replica."""
+    """The saved model has one device's values; other variables stay as they are on each replica."""
     path = rewritten("module", bits=4, range={"gamma": "ema"})
     np.savez(tmp_path / "data.npz", x=X, y=Y)
     code = [sys.executable, "-c", MIRRORED, str(path), str(tmp_path / "data.npz"), str(tmp_path / "out")]
