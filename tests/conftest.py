@@ -41,7 +41,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 def once(target: Path, make: Callable[[Path], Any]) -> Path:
-    """A directory, made by the first process that asks for it; the others wait until it is whole."""
+    """Make a directory in the first process that asks for it; the others wait until it is whole."""
     target.parent.mkdir(exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not target.exists():
@@ -117,7 +117,7 @@ def browser() -> Iterator[Browser]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say whether tests of models from elsewhere ran, and passed; `.ci/run` reads these lines."""
+    """Report the tests of models from elsewhere: run and passed, or not; `.ci/run` reads these lines."""
     properties = {p for report in terminalreporter.getreports("passed") for p in report.user_properties}
     for collection, exist in (("corpus", PUBLIC), ("mlperf_tiny", MLPERF_TINY)):
         ran = sum(name == collection for name, _ in properties)

@@ -30,7 +30,7 @@ def inputs_of(signature: Any, batch: int = 4, seed: int = 0) -> dict[str, tf.Ten
 
 
 def fetch(concrete: Any, inputs: Sequence[Any], names: Sequence[str]) -> list[np.ndarray]:
-    """Values of tensors inside a loaded concrete function (its own body, not that of its callees)."""
+    """Return values of tensors inside a loaded concrete function (its own body, not that of its callees)."""
     graph_def = concrete.graph.as_graph_def()
     feeds = [t.name for t in concrete.graph.inputs]
 
@@ -58,7 +58,7 @@ def concrete(function: Any) -> Any:
 
 
 def batch_norm_kernels(call: Callable[[], Any]) -> collections.Counter[str]:
-    """The executed kernels that contain batch norm, after Grappler, by op."""
+    """Count the executed kernels that contain batch norm, after Grappler, by op."""
     context.context().enable_graph_collection()
     context.context().enable_run_metadata()
     try:

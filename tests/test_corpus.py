@@ -1,4 +1,4 @@
-"""Public models made by others, as a user without Keras 2 gets them.
+"""Public models made by others, used by someone who has neither bnqat nor Keras 2.
 
 One of each kind, as each takes processes of its own; test_survey.py takes every model through all columns.
 """

@@ -25,7 +25,7 @@ STEPS = {"gamma": 4.0, "beta": 8.0, "moving_mean": 16.0, "moving_variance": 32.0
 
 @tf.custom_gradient
 def rounded(v: Any) -> Any:
-    """Rounds, with a gradient that can be told from every other one."""
+    """Round with a gradient of 3, which tells it from every other gradient."""
     return tf.round(v), lambda upstream: 3.0 * upstream
 
 

@@ -50,7 +50,7 @@ def test_the_noise_of_quantizers_has_nothing_in_common(rewritten: Paths) -> None
 
 
 class OwnStep(Net):
-    """Trains itself: the gradient and the weights' update are in the function."""
+    """Model that trains itself: the gradient and the weights' update are in the function."""
 
     @tf.function(input_signature=[tf.TensorSpec((None, 8, 8, 3), name="x")])
     def train(self, x: tf.Tensor) -> tf.Tensor:

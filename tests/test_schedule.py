@@ -65,7 +65,7 @@ def test_gradients_on_the_ramp(rewritten: Paths) -> None:
 
 @pytest.mark.parametrize("role", ROLES)
 def test_widths_by_role_and_by_layer(role: str, model: Paths, rewritten: Paths) -> None:
-    """Every width from one model; each layer by itself; 0 is off, bit for bit."""
+    """One model takes every width, for each layer by itself; 0 is off, bit for bit."""
     source = tf.saved_model.load(str(model("module")))
     result = tf.saved_model.load(str(rewritten("module")))
     bits, layer_bits = (getattr(getattr(result.quantization, name), role) for name in ("bits", "layer_bits"))
@@ -225,7 +225,7 @@ def test_stochastic_rounding_follows_from_the_step(rewritten: Paths, tmp_path: P
 
 
 def test_under_xla_the_numbers_are_the_same(rewritten: Paths) -> None:
-    """Outputs within the rounding of another order of sums, quantised values of unequal statistics within a step."""
+    """XLA sums in another order: outputs differ by rounding, quantised values of unequal statistics by a step."""
     path = str(rewritten("module_train", bits=8, quantize_average="none"))
     plain, compiled = tf.saved_model.load(path), tf.saved_model.load(path)
     train = tf.function(lambda x: compiled.quantization.train(x), jit_compile=True)  # noqa: PLW0108

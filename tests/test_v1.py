@@ -132,7 +132,7 @@ def test_the_gradients_of_a_train_op_use_what_the_batch_norm_used(name: str, rew
 
 @pytest.mark.parametrize("name", sorted(set(V1_MODELS) - {"v1_two_fused_training", "v1_loop_updates"}))
 def test_a_new_optimizer_trains_the_signature(name: str, rewritten: Any, tmp_path: Path) -> None:
-    """Gradients to every gamma and beta, through copied loops and branches too; then saved and served again."""
+    """Gradients reach every gamma and beta, through copied loops and branches too; the result is saved and served."""
     with session_of(rewritten(name, start_step=1)) as (session, meta):
         signature = meta.signature_def["train"]
         logits = session.graph.get_tensor_by_name(signature.outputs["logits"].name)
@@ -189,7 +189,7 @@ def test_tensorflow_2_trains_what_it_loads(name: str, rewritten: Any) -> None:
 
 
 def test_derived_training_is_the_sources_training(rewritten: Any) -> None:
-    """Two fused ops: derived from the serving graph against the graph of both modes, statistics of one batch."""
+    """With two fused ops, training derived from the serving graph equals the graph of both modes on one batch."""
     moved = []
     x, _ = batch(2)
     for name in ("v1_two_fused", "v1_two_fused_serving"):

@@ -151,7 +151,7 @@ class Runner:
 
 
 def timed(runners: Mapping[str, Steps], kind: str, limit: float) -> dict[str, list[float]]:
-    """Seconds of each step in each round."""
+    """Time each step in each round, in seconds."""
     first = {name: min(runner(kind) for _ in range(WARM_UP)) for name, runner in runners.items()}
     durations: dict[str, list[float]] = {name: [] for name in runners}
     end = time.perf_counter() + limit

@@ -155,7 +155,7 @@ class Timed:
 
 
 class InSession(Timed):
-    """A model in a V1 session: gradient descent on what was loaded, and averages that move beside it.
+    """A model in a V1 session: gradient descent on the loaded variables, and updates of the moving averages.
 
     The optimizer uses the gradients, as a session computes no gradient that nothing uses.
     """

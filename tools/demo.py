@@ -46,12 +46,12 @@ class Data(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch; what is left over is not used."""
+        """Steps in an epoch; a last smaller batch is dropped."""
         return len(self.x) // BATCH
 
     @property
     def batches(self) -> Any:
-        """The training data, in an order that is another one in each epoch, and the same in each run."""
+        """Training data in an order that differs between epochs and repeats in each run."""
         data = tf.data.Dataset.from_tensor_slices((self.x, self.y)).shuffle(len(self.x), seed=0)
         return data.batch(BATCH, drop_remainder=True)
 
@@ -117,7 +117,7 @@ def tuned(path: Path, data: Data, epochs: int, backup: Path, give_up: int | None
 
 
 def lite(final: Path, data: Data, integers: bool) -> Any:
-    """The outputs of a finalised model for the test images, by LiteRT."""
+    """Return LiteRT's outputs of a finalised model for the test images."""
     converter = tf.lite.TFLiteConverter.from_saved_model(str(final), signature_keys=["serving_default"])
     if integers:
         converter.optimizations = [tf.lite.Optimize.DEFAULT]

@@ -132,7 +132,7 @@ def compare_graphs(base: bytes, here: bytes) -> Verdict:
 
 
 def serialised(message: Any) -> bytes:
-    """A message's bytes, in which maps are sorted. Other than messages, these equal themselves if there is a NaN."""
+    """Bytes of a message with sorted maps. Unlike messages, they equal themselves even if there is a NaN."""
     content: bytes = message.SerializeToString(deterministic=True)
     return content
 

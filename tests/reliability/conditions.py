@@ -98,7 +98,7 @@ def ascii_only() -> None:
 
 
 def listed(folder: str, arguments: list[str]) -> None:
-    """Run the command line, and print what is in a folder when it is done."""
+    """Run the command line, and print the contents of a folder at its end."""
     from rewriter.app.cli import main
 
     try:
@@ -108,7 +108,7 @@ def listed(folder: str, arguments: list[str]) -> None:
 
 
 def print_set() -> None:
-    """Print a set of strings in the order that this process has it in."""
+    """Print a set of strings in this process's order."""
     sys.stdout.write(" ".join({f"name{i}" for i in range(20)}))
 
 

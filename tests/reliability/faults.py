@@ -59,7 +59,7 @@ class Writing:
         return server.cli(*self._arguments, before=before, **options)
 
     def checked(self, outcome: Outcome, what: str) -> str:
-        """Check what is true after any fault, run the command once more, and check that nothing is left of the fault.
+        """Check the conditions after any fault, run the command again, and check that no trace of the fault is left.
 
         Returns:
             The outcome: "before" or "after" the destination took its place, and "something left" or "nothing left".

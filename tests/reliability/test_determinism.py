@@ -22,7 +22,7 @@ def servers() -> Iterator[list[Server]]:
 
 
 def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
-    """The other tests rely on this."""
+    """The other tests rely on different orders."""
     orders = {s.run(Call("tests.reliability.conditions:print_set", [])).out for s in servers}
     assert len(orders) > 1
 

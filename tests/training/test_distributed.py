@@ -157,7 +157,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
 
 @contextlib.contextmanager
 def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
-    """Both workers of the guide, on ports that are free; none of them outlives the test."""
+    """Start both workers of the guide on free ports; none of them outlives the test."""
     sockets = [socket.socket() for _ in range(2)]
     for free in sockets:
         free.bind(("localhost", 0))

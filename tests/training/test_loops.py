@@ -92,7 +92,7 @@ def test_the_whole_step_compiled(rewritten: Paths) -> None:
 
 
 def test_the_second_phase_through_serve_is_the_frozen_branch(rewritten: Paths) -> None:
-    """Loss and gradients agree bit for bit, and the step does not move. `serve` can be compiled, the branch cannot."""
+    """Loss and gradients agree bit for bit. `serve` counts no step, and can be compiled; the branch cannot."""
     loaded = tf.saved_model.load(str(rewritten("module", bits=4, freeze_step=0)))
     variables = list(loaded.quantization.trainable_variables)
     results = []
