@@ -205,3 +205,26 @@ def test_a_batch_norm_in_a_branch_is_trained_with_statistics_from_outside(fuse: 
         quantised = session.run(output, feed)
     assert difference([y, *moving], [expected[0], *expected[-2:]]) < TOLERANCE
     assert difference([quantised], [y]) > 0.01
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_updates_that_only_the_choice_of_statistics_waits_for_still_run(references: bool, tmp_path: Path) -> None:
+    """In no collection: they run because `tf.where`, which chooses mean and variance, waits for them."""
+    with settings(Options(references=references)):
+        x, p = v1.placeholder(tf.float32, [None, 4, 4, 6], name="x"), v1.placeholder(tf.bool, [], name="p")
+        gamma, beta, *moving = variables(6)
+        batch = moments(x)
+        updates = [
+            v1.cond(p, lambda a=a, b=b: v1.assign(a, a * DECAY + b * (1 - DECAY)), lambda a=a: tf.identity(a))
+            for a, b in zip(moving, batch, strict=True)
+        ]
+        with tf.control_dependencies(updates):
+            mean, variance = (tf.where(p, b, a) for a, b in zip(moving, batch, strict=True))
+        write(tmp_path / "m", {"x": x, "p": p}, {"y": norm(x, mean, variance, gamma, beta)})
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "f", start_step=2**40)
+    assert report.sites_fused == 1
+    for condition in (True, False):
+        before, after = (run(tmp_path / name, condition) for name in ("m", "f"))
+        assert difference(after[: len(before)], before) < TOLERANCE
+    moved = run(tmp_path / "f", condition=True)[3:5]
+    assert all(not np.allclose(average, start, atol=0.01) for average, start in zip(moved, (0.0, 1.0), strict=True))

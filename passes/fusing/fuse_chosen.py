@@ -98,9 +98,9 @@ class _ChosenByMerge:
         trained = side(self.training, parameters, training=True)
         inferred = side(not self.training, parameters | moving, training=False)
         y = merge(inferred.y, candidate.waiting(trained.y, self.graph, self.entering, moments.nodes))
-        yield replaced(
-            candidate, self.candidate.waiting(op("Identity", y), self.graph, _operands(candidate), site.interior)
-        )
+        # A Merge that stands for `tf.where` has the control inputs itself: in TensorFlow 1's graphs, updates.
+        nodes = (*site.interior, *(node.name for node in self.merges))
+        yield replaced(candidate, candidate.waiting(op("Identity", y), self.graph, _operands(candidate), nodes))
         # An update that runs in inference too still gets the batch's statistics; nothing else computes them there.
         spares = layout.moments(self._switched(x, not self.training))
         statistics = dict(zip(STATISTICS, zip((trained.mean, trained.variance), spares, strict=True), strict=True))

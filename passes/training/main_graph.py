@@ -14,7 +14,7 @@ from passes.batch_norm.updates import updates_of
 from passes.quantization.controls import increment
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import sites_to_train
-from passes.training.notes import derived_notes, frozen_notes
+from passes.training.notes import derived_notes, frozen_notes, momentum_notes
 from passes.training.options import TrainingOptions
 from passes.training.outputs import inner_tensor, refuse_used_names
 from passes.training.site_training import Training, averages, serving_updates
@@ -73,14 +73,19 @@ class MainGraphTraining:
             )
             return
         if not candidates and not source_trained:
+            why = (
+                "are computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
+            )
+            if all(site.graph == MAIN for site in running):
+                why = "neither train by their batch's statistics nor serve by variables that could be updated"
             yield Note(
-                f"there is no signature 'train': the batch norms that the signature {signature.name} needs are "
-                "computed in functions that the main graph calls, which TensorFlow 1's format cannot differentiate"
+                f"there is no signature 'train': the batch norms that the signature {signature.name} needs {why}"
             )
             return
         if source_trained:
             self._refuse_freezing(source_trained)
             yield Note(_described(mode))
+            yield from momentum_notes(self.options)
         trained = self._sites_to_train(candidates, source_trained)
         trained_keys = {key for s in (*source_trained, *trained) for key in s.binding.variables}
         frozen_names = [

@@ -66,6 +66,12 @@ def _assumed(model: Model, trained: Sequence[Site], options: TrainingOptions) ->
     return f"; momentum {value}{why} is assumed{which} (--momentum sets it)"
 
 
+def momentum_notes(options: TrainingOptions) -> Iterator[Note]:
+    """Yield a note where a momentum is given for a graph that has its own."""
+    if options.momentum is not None or any(rule.momentum is not None for rule in options.rules):
+        yield Note("the momentum given has no influence: the source's own graph has its own")
+
+
 def frozen_notes(model: Model, frozen_names: Collection[str], options: TrainingOptions) -> Iterator[Note]:
     """Yield notes on the batch norms, by name, that stay frozen in training."""
     frozen_by_source = model.analysis(frozen_layers)
@@ -77,6 +83,8 @@ def frozen_notes(model: Model, frozen_names: Collection[str], options: TrainingO
             why = f"as {frozen_by_source[name]}; --train-batch-norm all trains them"
         elif any(rule.train_batch_norm is not None for rule in options.matching(model, layer)):
             why = "as a rule says"
+        elif options.train_batch_norm_of(model, layer) == "as-source":
+            why = "as the source's own graph does not train it"
         else:
             why = "as --train-batch-norm says"
         reasons.setdefault(why, []).append(name)

@@ -66,15 +66,23 @@ def fitted(inputs: Arrays, specs: Mapping[str, Any]) -> dict[str, np.ndarray] | 
     return feeds
 
 
-def odd_values(inputs: Arrays) -> Iterator[str]:
-    """Return sentences on arrays that may make a sound model look broken: not finite, or of one value."""
+def refuse_not_finite(inputs: Arrays) -> None:
+    """Refuse arrays of which NaN or infinity would spread to outputs, statistics and gradients.
+
+    Raises:
+        Error: there is one.
+    """
     for name, value in inputs.items():
         array = np.asarray(value)
-        if array.dtype.kind != "f" or array.size <= 1:
-            continue
-        if not np.isfinite(array).all():
-            yield f"the input {name} is not finite in places, which may spread to outputs, statistics and gradients"
-        elif array.min() == array.max():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise Error(f"the input {name} is not finite in places, which would spread to all that is compared")
+
+
+def uniform_values(inputs: Arrays) -> Iterator[str]:
+    """Yield sentences on arrays that may make a sound model look broken, as they hold one value only."""
+    for name, value in inputs.items():
+        array = np.asarray(value)
+        if array.dtype.kind == "f" and array.size > 1 and array.min() == array.max():
             yield f"the input {name} holds one value only, with which statistics and gradients may stay as they are"
 
 

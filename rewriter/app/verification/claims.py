@@ -14,7 +14,7 @@ from tensorflow.core.framework import types_pb2
 
 from passes.batch_norm.sites import sites
 from rewriter import op_defs
-from rewriter.app.arrays import odd_values
+from rewriter.app.arrays import refuse_not_finite, uniform_values
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
@@ -98,6 +98,7 @@ def verify(
     """
     if inputs is not None and not isinstance(inputs, Mapping):
         raise Error("inputs are arrays by name, a dict")
+    refuse_not_finite(inputs or {})
     pair = Pair(Path(before), Path(after), load(before), load(after))
     refuse_reaching(before, pair.source, trust=trust)
     refuse_reaching(after, pair.result, trust=trust)
@@ -115,7 +116,7 @@ def verify(
     ]
     examples = _count(max((served.rows for served in serving.ran.values()), default=trained.rows), "example")
     used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
-    notes = [*odd_values(inputs or {}), *notes_on_statistics(pair.after, pair.result, inputs)]
+    notes = [*uniform_values(inputs or {}), *notes_on_statistics(pair.after, pair.result, inputs)]
     return Verification(claims, f"{used}, {examples}", notes=notes)
 
 
@@ -203,7 +204,7 @@ def same_training(pair: Pair, trained: Trained) -> Claim:
     """Check that a step with quantisers off has the outputs and variable changes of the source's own training."""
     name = "training"
     if trained.failure or trained.absent or trained.source_distances is None:
-        no_training = "the source has no training function of its own"
+        no_training = "no function of the source is known to train and to take and return what serving does"
         if not pair.source.object_based:
             no_training = (
                 "a TensorFlow 1 graph has no training function to compare with, but ops that its program names"
