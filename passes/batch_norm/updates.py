@@ -18,7 +18,7 @@ import numpy as np
 
 from rewriter import constants, op_defs, ops
 from rewriter.dataflow import VariableKey, call_graph, consumers, following, origins
-from rewriter.ir import MAIN, Edge, Graph, Model, Node, Value
+from rewriter.ir import ARG, MAIN, Edge, Graph, Model, Node, Value
 from rewriter.pattern import origin
 from rewriter.sweep import FED, held
 
@@ -217,7 +217,8 @@ class _Walk:
                 yield from self._returned(graph, edge, entered, calls)
             elif user.op.startswith("Assign"):
                 run = calls[0] if calls else (graph.name, user.name)
-                yield _Reached(entered or edge, run, (graph.name, user.inputs[0]), (graph.name, user.name))
+                target = self._outside(graph, user.inputs[0], calls)
+                yield _Reached(entered or edge, run, target, (graph.name, user.name))
                 yield from self._read_again(graph, user, entered or edge, calls)
             elif ops.QUANTIZER_MARK in user.attrs:
                 if edge.position == len(user.inputs) - 1:
@@ -230,6 +231,21 @@ class _Walk:
                     yield from self.from_value(graph, Value(user.name, port), entered, calls)
             else:
                 yield from self._into(graph, user, edge.position, entered, calls)
+
+    def _outside(self, graph: Graph, value: Value, calls: Calls) -> tuple[str, Value]:
+        """Return what a value is in the outermost graph that passes it into the calls, as (graph, value).
+
+        A function may update several variables, which only its calls tell apart.
+        """
+        for outer_name, call in reversed(calls):
+            argument = origin(graph, value)
+            if graph.nodes[argument.node].op != ARG:
+                break
+            outer = self.model.graphs[outer_name]
+            node = outer.nodes[call]
+            position = ops.call_form_of(self.model, node).first + graph.arguments.index(argument.node)
+            graph, value = outer, node.inputs[position]
+        return graph.name, value
 
     @staticmethod
     def _passes(graph: Graph, node: Node, position: int) -> bool:

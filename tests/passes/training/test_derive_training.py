@@ -357,3 +357,36 @@ def test_an_update_in_the_caller_of_a_branch_gives_way(tmp_path: Path) -> None:
     averages = [key for key, variable in model.variables.items() if variable.name.startswith("moving")]
     assert {assigned[key] for key in averages} == {1}
     assert len(averages) == 4
+
+
+class UpdatedByFunction(tf.Module):
+    """A batch norm whose averages are updated by one function, which is called for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = FusedBatchNorm(3)
+        self.update = tf.function(lambda average, batch: average.assign(average * 0.8 + batch * 0.2))
+
+    @tf.function(input_signature=[SPEC])
+    def training(self, x: tf.Tensor) -> tf.Tensor:
+        batch = tf.nn.moments(x, [0, 1, 2])
+        for average, statistic in zip((self.norm.moving_mean, self.norm.moving_variance), batch, strict=True):
+            self.update(average, statistic)
+        return tf.nn.batch_normalization(x, *batch, self.norm.beta, self.norm.gamma, 1e-3)
+
+    @tf.function(input_signature=[SPEC])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        return self.norm(x, training=False)
+
+
+def test_a_function_that_updates_both_averages_is_told_apart_by_its_calls(tmp_path: Path) -> None:
+    module = UpdatedByFunction()
+    loaded, report = rewrite(module, tmp_path, module.serve, start_step=OFF)
+    assert any(note.startswith("train is the source's training trace") for note in report.notes)
+    (described,) = bnqat.inspect(tmp_path / "source").batch_norms
+    assert len(set(described.variables.values())) == 4
+    x = harness.images(SPEC.shape)
+    module.training(x)
+    loaded.train(x)
+    for name in ("moving_mean", "moving_variance"):
+        np.testing.assert_allclose(getattr(loaded.norm, name), getattr(module.norm, name), rtol=1e-6)
