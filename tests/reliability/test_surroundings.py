@@ -48,9 +48,11 @@ def test_full_streams(forks: Server, model: Paths, tmp_path: Path) -> None:
     assert judged(outcome, "written") == "refused"
     assert f"{written} was written, but stdout cannot be written to" in outcome.err
     shutil.rmtree(written)
-    outcome = forks.cli("rewrite", model("keras_export"), tmp_path / "target", before=[Call(f"{HERE}:full", [2])])
+    rewrite = ("rewrite", model("keras_export"), tmp_path / "target")
+    outcome = forks.cli(*rewrite, "-v", before=[Call(f"{HERE}:full", [2])])
     assert (outcome.code, outcome.out) == (2, "")
     assert not list(tmp_path.iterdir())
+    assert forks.cli(*rewrite, before=[Call(f"{HERE}:full", [2])]).code == 0  # nothing is said there without -v
 
 
 def test_streams_of_other_encodings(forks: Server, model: Paths) -> None:
