@@ -218,6 +218,8 @@ def test_tensorflow_1_format(tmp_path: Path) -> None:
     own_training = save_v1(tmp_path / "own", two_fused)
     with pytest.raises(bnqat.Error, match="train is the source's own graph, which trains it"):
         bnqat.rewrite(own_training, tmp_path / "out", train_batch_norm="none", overwrite=True)
+    report = bnqat.rewrite(own_training, tmp_path / "own_out", momentum=0.3)
+    assert "the momentum given has no influence: the source's own graph has its own" in report.notes
 
 
 def averages(path: Path) -> list[float]:
