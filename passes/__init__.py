@@ -1,13 +1,12 @@
 """The registry of passes: names, classes and default orders. A pass is one file with one class.
 
-A module is imported when its pass is asked for: passes import TensorFlow, and names are needed without it.
+`rewriter.pipeline.load_pass` imports a module when its pass is asked for: passes import TensorFlow, and names are
+needed without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from importlib import import_module
-from typing import Any
 
 REWRITE: Mapping[str, str] = {
     "upgrade-references": "passes.frontend.upgrade_references:UpgradeReferences",
@@ -38,14 +37,3 @@ FINALIZE: Mapping[str, str] = {
 
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""
-
-
-def pass_class(name: str) -> type[Any]:
-    """Return the class of a pass, by the pass's name.
-
-    Raises:
-        KeyError: there is no such pass.
-    """
-    module, _, attribute = PASSES[name].partition(":")
-    found: type[Any] = getattr(import_module(module), attribute)
-    return found

@@ -6,7 +6,7 @@ import importlib
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from rewriter.apply import apply
 from rewriter.check import check
@@ -97,8 +97,8 @@ class Pipeline:
         return model, steps
 
 
-def load_pass(name: str) -> Pass:
-    """Return an instance of the pass `module:Class`, with its default options.
+def load_pass(name: str, **options: Any) -> Pass:
+    """Return an instance of the pass `module:Class`, with its default options where none are given.
 
     Raises:
         Error: the module or the class is not found, or the class needs options or is no pass.
@@ -107,7 +107,7 @@ def load_pass(name: str) -> Pass:
     if not module or not attribute:
         raise Error(f"a pass is named module:Class, not {name!r}")
     try:
-        instance = getattr(importlib.import_module(module), attribute)()
+        instance = getattr(importlib.import_module(module), attribute)(**options)
     except (ImportError, AttributeError, TypeError) as e:
         raise Error(f"cannot make the pass {name}: {e}") from e
     if not isinstance(instance, Pass):

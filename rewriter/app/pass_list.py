@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from passes import PASSES, REWRITE, pass_class
+from passes import PASSES, REWRITE
 from passes.batch_norm.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
@@ -48,12 +48,9 @@ def _is_empty(options: Settings, option: str) -> bool:
 
 def _by_name(name: str, options: Settings) -> Pass:
     """Return a pass of bnqat with its options, or a user's own pass by ``module:Class``."""
-    if name in PASSES:
-        instance: Pass = pass_class(name)(**_arguments(name, options))
-        return instance
-    if ":" not in name:
+    if name not in PASSES and ":" not in name:
         raise Error(f"there is no pass {name!r}; there are {', '.join(PASSES)}, and your own as module:Class")
-    return load_pass(name)
+    return load_pass(PASSES.get(name, name), **_arguments(name, options))
 
 
 def _arguments(name: str, options: Settings) -> dict[str, Any]:
