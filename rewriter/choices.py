@@ -56,7 +56,7 @@ def _leaves(
             edge = Edge(graph.name, node.name, 0)
             value = node.inputs[0]
         elif source is not None:
-            if ops.QUANTIZER_MARK in node.attrs:
+            if ops.STAND_IN in node.attrs:
                 proxies = (*proxies, (graph.name, node.name))
             value = source
         elif node.op in ops.CHOICES and value.port == 0:

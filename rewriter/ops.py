@@ -69,13 +69,13 @@ GRADIENT = "_gradient_op_type"
 """Attribute of an op that has a custom gradient (``tf.custom_gradient``): the gradient's kind."""
 
 
-QUANTIZER_MARK = "_bnqat"
-"""Attribute of a node that stands for its last input in another precision. When a user loads and saves a model again,
-TensorFlow keeps the attribute on nodes but not on functions."""
+STAND_IN = "_bnqat"
+"""Attribute of a node that stands for its last input, which it gives in another form. When a user loads and saves a
+model again, TensorFlow keeps the attribute on nodes but not on functions."""
 
 
-PART = "_bnqat_part"
-"""Attribute of a node inside a quantiser: the part of its arithmetic, as named in `passes.quantization.node_marks`."""
+LABEL = "_bnqat_part"
+"""Attribute that tells a node from others that compute the same, by the part that it plays for a pass."""
 
 
 GENERAL_BRANCH = "_bnqat_general"
@@ -85,7 +85,7 @@ that is right for all conditions."""
 
 def forwarded(node: Node, port: int) -> Value | None:
     """Return the value that an output of a node is, or reads, or stands for; None if the node computes it."""
-    if QUANTIZER_MARK in node.attrs and node.inputs:
+    if STAND_IN in node.attrs and node.inputs:
         return node.inputs[-1]
     if node.op == "IdentityN":
         return node.inputs[port]

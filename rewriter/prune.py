@@ -195,7 +195,7 @@ class _Usage:
         """Yield the functions called by marked nodes, whose last input stays: they stand for that value."""
         for graph in self.model.graphs.values():
             for call in self.calls.calls.get(graph.name, ()):
-                if ops.QUANTIZER_MARK in graph.nodes[call.node].attrs:
+                if ops.STAND_IN in graph.nodes[call.node].attrs:
                     yield call.callee
 
     def _bodies(self) -> frozenset[str]:

@@ -182,9 +182,9 @@ class Terms:
         return self._intern(Term(UNKNOWN, of=what))
 
     def _intern(self, term: Term) -> Term:
-        """Return the one object of terms equal to this one; internal attributes other than `ops.PART` do not count."""
+        """Return the one object of terms equal to this one; internal attributes other than `ops.LABEL` do not count."""
         attrs = (
-            (k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.PART
+            (k, v.SerializeToString(deterministic=True)) for k, v in term.attrs.items() if k[0] != "_" or k == ops.LABEL
         )
         key = (term.op, term.inputs, term.port, term.of, tuple(sorted(attrs)))
         return self._interned_terms.setdefault(key, term)

@@ -220,7 +220,7 @@ class _Walk:
                 target = self._outside(graph, user.inputs[0], calls)
                 yield _Reached(entered or edge, run, target, (graph.name, user.name))
                 yield from self._read_again(graph, user, entered or edge, calls)
-            elif ops.QUANTIZER_MARK in user.attrs:
+            elif ops.STAND_IN in user.attrs:
                 if edge.position == len(user.inputs) - 1:
                     self.proxies[graph.name, user.name] = None
                     yield from self.from_value(graph, Value(user.name), entered or edge, calls)
@@ -285,7 +285,7 @@ def _weight(model: Model, entered: Edge) -> float | None:
     edge = entered
     for _ in range(5):  # quantised, (m - b), times a correction, times the weight: no form is longer
         user = graph.nodes.get(edge.node)
-        passes_on = user is not None and (ops.QUANTIZER_MARK in user.attrs or user.op in ops.FORWARDS)
+        passes_on = user is not None and (ops.STAND_IN in user.attrs or user.op in ops.FORWARDS)
         if user is None or not (passes_on or user.op in ARITHMETIC):
             return None
         if user.op == "Mul":

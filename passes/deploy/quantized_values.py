@@ -258,5 +258,5 @@ def _wider(array: np.ndarray, shape: tuple[int, ...]) -> bool:
 
 
 def _part(term: Term) -> str:
-    mark = term.attrs.get(ops.PART)
+    mark = term.attrs.get(ops.LABEL)
     return "" if mark is None else protos.text(mark.s)

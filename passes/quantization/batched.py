@@ -205,7 +205,7 @@ class _RowQuantizer:
         """Repeat each vector's number for its blocks, and copy its mark: [vectors, 1] -> [blocks, BLOCK_SIZE]."""
         repeated = op("BroadcastTo", vectors, _shape((len(self.row.sizes), BLOCK_SIZE)))
         values = op("GatherV2", repeated, self.blocks, constant(0, "int32"))
-        mark = vectors.attrs.get(ops.PART) if isinstance(vectors, Apply) else None
+        mark = vectors.attrs.get(ops.LABEL) if isinstance(vectors, Apply) else None
         return values if mark is None else marked(mark.s.decode(), values)
 
 

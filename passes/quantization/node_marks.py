@@ -41,4 +41,4 @@ def marked(name: str, value: Expr) -> Expr:
     """
     if not isinstance(value, Apply):
         raise AssertionError(f"{name} is not what an op computes")
-    return replace(value, attrs={**value.attrs, ops.PART: protos.attr(name)})
+    return replace(value, attrs={**value.attrs, ops.LABEL: protos.attr(name)})

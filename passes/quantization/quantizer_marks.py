@@ -10,7 +10,7 @@ from passes.roles import ROLES
 from rewriter import ops
 from rewriter.ir import Error, Node
 
-TAG = ops.QUANTIZER_MARK
+TAG = ops.STAND_IN
 """Attribute of the node that quantises its last input: JSON as in `rewriter.report.SiteReport`."""
 
 FIELDS: Mapping[str, type] = {

@@ -1,7 +1,7 @@
 """Pictures of places in two models: a node and its neighbourhood, before and after, drawn in layers.
 
 A picture shows both models as one graph, so that a node of both is in one place. Quantisers, i.e. nodes with
-`rewriter.ops.QUANTIZER_MARK`, are hidden unless the user asks for them, and so are nodes that only serve quantisers.
+`rewriter.ops.STAND_IN`, are hidden unless the user asks for them, and so are nodes that only serve quantisers.
 A formula at the edge stands for them.
 """
 
@@ -151,7 +151,7 @@ def _inner(graph: Graph) -> set[str]:
 
     The value that a quantiser stands for (its last input) is not among them.
     """
-    inner = {n.name for n in graph.nodes.values() if ops.QUANTIZER_MARK in n.attrs}
+    inner = {n.name for n in graph.nodes.values() if ops.STAND_IN in n.attrs}
     if not inner:
         return inner
     uses: dict[str, set[str]] = {}
@@ -183,7 +183,7 @@ def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -
         nodes = {} if graph is None else graph.nodes
         label = port_name(model, nodes[target], position) if position >= 0 else ""
         producer = nodes[source]
-        if new and ops.QUANTIZER_MARK in producer.attrs and position >= 0:
+        if new and ops.STAND_IN in producer.attrs and position >= 0:
             raw = producer.inputs[-1]
             was_raw = edges.get((raw.node, target, position, raw.port), [False, False])[0]
             # With quantisers hidden, the edge leads from the float value; shown, it leads from the quantiser.
@@ -204,7 +204,7 @@ def _is_behind_quantizer(union: Union, source: str, port: int, target: str, posi
     if union.new is None or node is None or not 0 <= position < len(node.inputs):
         return False
     producer = union.new.nodes[node.inputs[position].node]
-    return ops.QUANTIZER_MARK in producer.attrs and tuple(producer.inputs[-1]) == (source, port)
+    return ops.STAND_IN in producer.attrs and tuple(producer.inputs[-1]) == (source, port)
 
 
 def around(union: Union, middle: str) -> Picture:

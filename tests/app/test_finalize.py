@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import bnqat
 from passes.batch_norm.sites import sites
 from rewriter.app.cli import main
-from rewriter.ops import QUANTIZER_MARK
+from rewriter.ops import STAND_IN
 from rewriter.savedmodel.read import load
 from tests import harness
 
@@ -62,7 +62,7 @@ def assert_plain(path: Path) -> None:
     """Assert that no node of the graphs quantises, trains or controls, and that nothing else is left behind."""
     model = load(path)
     nodes = [n for g in model.graphs.values() for n in g.nodes.values()]
-    assert not [n.name for n in nodes if QUANTIZER_MARK in n.attrs or n.op.startswith("FakeQuant")]
+    assert not [n.name for n in nodes if STAND_IN in n.attrs or n.op.startswith("FakeQuant")]
     assert not [
         n.name
         for g, graph in model.graphs.items()

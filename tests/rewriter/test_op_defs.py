@@ -64,7 +64,7 @@ def raw_reads(source: str) -> Iterator[int]:
         ("graph.nodes[a].attrs[form.types]", 1),
         ("node.attrs.get('shape')", 1),
         ("x = 1 if 'f' in node.attrs else 2", 1),
-        ("node.attrs['_class']; node.attrs.get(TAG); ops.QUANTIZER_MARK in node.attrs; node.attrs.items()", 0),
+        ("node.attrs['_class']; node.attrs.get(TAG); ops.STAND_IN in node.attrs; node.attrs.items()", 0),
     ],
 )
 def test_raw_reads_are_seen(source: str, count: int) -> None:
