@@ -1,4 +1,4 @@
-"""The registry of passes: names, classes and default orders. A pass is one file with one class.
+"""The registry of passes, in their default orders, and of what they quantise. A pass is one file with one class.
 
 `rewriter.pipeline.load_pass` imports a module when its pass is asked for: passes import TensorFlow, and names are
 needed without it.
@@ -7,6 +7,11 @@ needed without it.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+from passes.batch_norm import roles as batch_norm
+from passes.quantization.roles import Role
 
 REWRITE: Mapping[str, str] = {
     "upgrade-references": "passes.frontend.upgrade_references:UpgradeReferences",
@@ -21,7 +26,7 @@ REWRITE: Mapping[str, str] = {
     "inline-branches": "passes.control_flow.inline_branches:InlineBranches",
     "cut-gradients": "passes.training.cut_gradients:CutGradients",
     "freeze-statistics": "passes.training.freeze_statistics:FreezeStatistics",
-    "quantize-batch-norm": "passes.batch_norm.quantize_batch_norm:QuantizeBatchNorm",
+    "quantize": "passes.quantize:Quantize",
     "check-averages": "passes.training.check_averages:CheckAverages",
 }
 """The passes of `bnqat rewrite` by name, in their default order, as ``module:Class``."""
@@ -37,3 +42,17 @@ FINALIZE: Mapping[str, str] = {
 
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""
+
+PROVIDERS: dict[str, tuple[Role, ...]] = {"passes.batch_norm.points:BatchNormPoints": batch_norm.QUANTIZED}
+"""The providers of what `quantize` quantises, as ``module:Class``, and the roles of their values."""
+
+
+def roles() -> dict[str, Role]:
+    """Return the roles of all providers' values by name."""
+    return {role.name: role for of_provider in PROVIDERS.values() for role in of_provider}
+
+
+def loaded(name: str) -> Any:
+    """Return what ``module:attribute`` names, after importing the module."""
+    module, _, attribute = name.partition(":")
+    return getattr(import_module(module), attribute)

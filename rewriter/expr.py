@@ -313,8 +313,10 @@ def select(condition: Expr, then: Expr, otherwise: Expr) -> Expr:
     return op("SelectV2", condition, then, otherwise)
 
 
-def concat(values: Sequence[Expr], axis: int = 0) -> Apply:
-    """Return tensors of one dtype, joined along an axis."""
+def concat(values: Sequence[Expr], axis: int = 0) -> Expr:
+    """Return tensors of one dtype, joined along an axis; a single tensor is returned as it is."""
+    if len(values) == 1:  # the op takes two or more
+        return values[0]
     dtype = values[0].dtype
     attrs = {
         "N": protos.attr(len(values)),

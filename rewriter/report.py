@@ -11,7 +11,7 @@ from typing import Any
 
 from rewriter.ir import Spec
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class SiteReport:
         status: ``float``, ``quantised`` or ``skipped``.
         reason: the reason why it is skipped; else empty.
         quantizers: for each quantiser of the site: role, scheme, initial bits, range, rounding, narrow_range,
-            batch_norm, layer (its index in variables with a value per layer), and use: parameter, statistic (of a
+            layer_name, layer (its index in variables with a value per layer), and use: parameter, statistic (of a
             batch) or average.
     """
 
@@ -113,12 +113,33 @@ class BatchNormReport:
 
 
 @dataclass(frozen=True)
+class QuantizerReport:
+    """Quantisers of one layer's values of one role, other than those of batch norms.
+
+    Attributes:
+        layer_name: name of the layer, or names of several layers, joined with "+".
+        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
+        bits: the initial width.
+        range: ``dynamic``, ``fixed``, ``ema`` or ``learned``.
+        places: (graph, node) of the quantisers.
+    """
+
+    role: str
+    layer_name: str
+    scheme: str
+    bits: int
+    range: str
+    places: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
 class Inspection:
-    """The signatures and batch norms of a model; `title` is the name of its directory."""
+    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory."""
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
     title: str = ""
+    quantizers: list[QuantizerReport] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -180,8 +201,9 @@ class RewriteReport:
             number of them that are fused.
         sites_added: number of quantised sites that the rewrite added: those of new functions, and the second site if
             the graph chooses a mode while it runs.
+        quantizers: quantisers that the rewrite added to values other than batch norms'.
         sites_fused: number of the source's sites in single ops that the fused kernel computes now.
-        skipped: the source's sites that were left unchanged.
+        skipped: the source's sites that were left unchanged, and what else was to be quantised and could not be.
         declined: sites that a pass other than the quantising one left unchanged.
         variables_added: names of the new variables.
         notes: sentences for the user: the origin of the training function, assumptions.
@@ -203,6 +225,7 @@ class RewriteReport:
     changes: list[Changed]
     options: dict[str, str]
     versions: dict[str, str]
+    quantizers: list[QuantizerReport] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     def to_json(self) -> str:
@@ -216,7 +239,8 @@ class Baked:
 
     Attributes:
         variable: name of the variable.
-        batch_norm: name of the layer, or names of several layers, joined with "+".
+        layer_name: name of the layer, or names of several layers, joined with "+".
+        role: role of the variable, such as "gamma".
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
         bits: the width in force. With 0 the quantiser was off, and the values are as trained.
         channels: number of values.
@@ -225,7 +249,7 @@ class Baked:
     """
 
     variable: str
-    batch_norm: str
+    layer_name: str
     role: str
     scheme: str
     bits: int

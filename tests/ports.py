@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from passes.roles import ROLES
+from passes.batch_norm.roles import ROLES
 from tests import harness
 from tests.reference import Quantized, quantize
 

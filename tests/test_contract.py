@@ -305,7 +305,7 @@ def test_nan_and_infinity_reach_the_kernel_alone(bad: float, role: str, rewritte
     variable.assign(value)
     body = harness.concrete(result.serve)
     node = next(
-        n for n, t in harness.tags(body).items() if t["role"] == role and t["batch_norm"].endswith("batch_norm")
+        n for n, t in harness.tags(body).items() if t["role"] == role and t["layer_name"].endswith("batch_norm")
     )
     (quantised,) = harness.fetch(body, [harness.images((None, 8, 8, 3))], [f"{node}:0"])
     others = np.arange(8) != 3

@@ -44,6 +44,6 @@ def test_a_reference_model_goes_all_the_way(mlperf_tiny: Path, tmp_path: Path) -
 
     tf.saved_model.save(model, str(tmp_path / "tuned"), signatures={"serving_default": serve})
     baked = bnqat.finalize(tmp_path / "tuned", tmp_path / "final").baked
-    assert {b.batch_norm for b in baked} == names
+    assert {b.layer_name for b in baked} == names
     final = tf.saved_model.load(str(tmp_path / "final")).signatures["serving_default"]
     np.testing.assert_array_equal(final(**{key: x})[output], tuned)

@@ -192,8 +192,8 @@ def test_averages_that_are_no_single_update_are_not_estimated(name: str, rewritt
         ({"quantizer": abs, "scheme": "symmetric"}, "so scheme has no effect"),
         ({"quantizer": abs, "rounding": {"gamma": "stochastic"}}, "so rounding has no effect"),
         ({"range": [3, 1]}, "the first limit is less than the second"),
-        ({"passes": ["quantize-batch-norm"], "freeze_step": 3}, "freeze_step is an option of freeze-statistics"),
-        ({"passes": ["freeze-statistics"], "bits": 3}, "is an option of quantize-batch-norm"),
+        ({"passes": ["quantize"], "freeze_step": 3}, "freeze_step is an option of freeze-statistics"),
+        ({"passes": ["freeze-statistics"], "bits": 3}, "is an option of quantize"),
     ],
 )
 def test_options_without_effect_are_refused(options: Any, match: str, model: Paths, tmp_path: Path) -> None:

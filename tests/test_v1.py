@@ -14,7 +14,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow.python.saved_model.signature_def_utils_impl import op_signature_def
 
 import bnqat
-from passes.roles import ROLES
+from passes.batch_norm.roles import ROLES
 from rewriter.app.verification.claims import verify
 from tests import reference
 from tests.models.v1 import EPSILON, V1_MODELS, Options, by_hand, draw, net, settings, two_fused, v1, write

@@ -26,7 +26,7 @@ from tests.models.all import ALL
 REPOSITORY = Path(__file__).parents[1]
 TESTS = (
     "tests/rewriter",
-    "tests/passes/batch_norm/test_quantize_batch_norm.py",
+    "tests/passes/test_quantize.py",
     "tests/passes/quantization/test_batched.py",
     "tests/test_corpus.py",
 )

@@ -2,5 +2,5 @@
 
 `sites` finds them, fused (`kernel`) or in single ops (`decomposed`, `moments`); `batch_norms` and `layers` group what
 belongs together; `updates` follows a statistic into an average. A new producer's form of batch norm goes into
-`decomposed` or `moments`. The pass `quantize_batch_norm` puts quantisers on all of this, as `choice` says.
+`decomposed` or `moments`. `points` says which of these values `passes.quantize` is to quantise.
 """

@@ -8,9 +8,9 @@ from pathlib import PurePosixPath
 
 import numpy as np
 
+from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.roles import ROLES
 from rewriter.expr import Expr, constant
 from rewriter.ir import Model, Names
 

@@ -12,8 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, VARIANCE
 from passes.batch_norm.updates import ARITHMETIC, scalar, update
-from passes.roles import BETA, GAMMA, MEAN, VARIANCE
 from rewriter import constants, ops
 from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, VariableKey, consumers, origins

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.roles import MEAN
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.roles import MEAN
 from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
@@ -23,7 +23,7 @@ SERVE = "__inference_bnqat_serve_0"
 FROZEN = "_frozen"
 """Suffix of the names of the functions in which training normalises with frozen statistics."""
 
-HINT = " (--passes quantize-batch-norm rewrites without a training function)"
+HINT = " (--passes quantize rewrites without a training function)"
 
 
 class Alignment(NamedTuple):

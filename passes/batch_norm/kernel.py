@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import protos
 from rewriter.expr import Apply, Expr, Port, array, constant, op
 from rewriter.shapes import Shape

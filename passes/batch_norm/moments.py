@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from passes.roles import MEAN, VARIANCE
+from passes.batch_norm.roles import MEAN, VARIANCE
 from rewriter import constants
 from rewriter.ir import ARG, Edge, Graph, Model, Value
 from rewriter.pattern import Capture, Match, Pattern, any_value, matches, node, origin

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS
-from passes.roles import ROLES
 from rewriter import op_defs, protos
 from rewriter.edit import Edit, Replace, Rewire, SetAttr
 from rewriter.expr import Apply, Expr, Use, op, read

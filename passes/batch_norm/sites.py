@@ -10,11 +10,11 @@ from typing import Literal
 import numpy as np
 
 from passes.batch_norm.decomposed import INPUT, DecomposedBatchNorm, decomposed, near_misses
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.batch_norm.site import Binding, Mode, Site
 from passes.batch_norm.updates import Update, assigned, averaged, update
 from passes.batch_norm.updates_beside import updates_beside
 from passes.quantization.quantizer_marks import tag_of
-from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import op_defs
 from rewriter.choices import Leaf, leaves, outside
 from rewriter.dataflow import (

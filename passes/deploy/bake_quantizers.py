@@ -91,8 +91,8 @@ class BakePlan(NamedTuple):
         first = quantized[0]
         if any(entry.value.tobytes() != first.value.tobytes() for entry in quantized):
             raise Error(
-                f"{first.tag['role']} of {first.tag['batch_norm']} is also used as it is, or quantised in two ways, "
-                f"and {first.graph} is called for several batch norms; so no variable could hold it quantised"
+                f"{first.tag['role']} of {first.tag['layer_name']} is also used as it is, or quantised in two ways, "
+                f"and {first.graph} is called for several layers; so no variable could hold it quantised"
             )
         return self.new_variables[first.variable, first.value.tobytes()]
 

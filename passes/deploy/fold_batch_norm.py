@@ -8,9 +8,9 @@ from typing import ClassVar, NamedTuple
 
 import numpy as np
 
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from rewriter import op_defs
 from rewriter.dataflow import consumers
 from rewriter.edit import Assign, Edit, Keep, Rewire, Skip

@@ -6,8 +6,8 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import sites
-from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Clone, Dispatch, Edit, Inline, Rewire, Sweep

@@ -10,9 +10,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from passes.batch_norm.roles import BETA, GAMMA, ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.roles import BETA, GAMMA, ROLES
 from rewriter import constants
 from rewriter.choices import leaves
 from rewriter.dataflow import Captured, Constant, Origin

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from passes.batch_norm.kernel import Layout, sample
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.declined import DeclinedError
-from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs, protos
 from rewriter.edit import Define, Edit
 from rewriter.expr import Expr, Function, Use, cond, op, parameter

@@ -10,11 +10,11 @@ import numpy as np
 from passes.batch_norm.decomposed import INPUT, OPS
 from passes.batch_norm.kernel import DTYPES, WIDE, Layout, layout_of
 from passes.batch_norm.moments import NO_GRADIENT, Moments, moments
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.control_flow.predicates import gated, gates, leads_to
 from passes.declined import DeclinedError
-from passes.roles import BETA, GAMMA, MEAN, VARIANCE
 from rewriter import constants, op_defs, protos
 from rewriter.dataflow import Argument, Computed, VariableKey, consumers, origins
 from rewriter.edit import Replace

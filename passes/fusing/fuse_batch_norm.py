@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.batch_norm.kernel import normalised
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import sites
 from passes.control_flow.branches import claim_conditionals
 from passes.declined import DeclinedError
 from passes.fusing.batch_statistics import averages_of, rewired
 from passes.fusing.fusable import Fusable, fusable, replaced
 from passes.fusing.fuse_chosen import fuse_both_modes
-from passes.roles import MEAN, VARIANCE
 from rewriter.edit import Edit, Skip, Sweep
 from rewriter.ir import Model
 

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from passes.batch_norm.kernel import Normalised, normalised
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.updates import only_assigned
 from passes.control_flow.branches import FIRST, Branches
 from passes.control_flow.predicates import assumption, choice, decided_by, switches
@@ -15,7 +16,6 @@ from passes.declined import DeclinedError
 from passes.fusing.batch_statistics import averages_of, final_uses, rewired
 from passes.fusing.either_mode import EitherMode
 from passes.fusing.fusable import Fusable, replaced
-from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs
 from rewriter.edit import Edit, Rewire, Sweep
 from rewriter.expr import Expr, Use, array, merge, op, parameter, switch

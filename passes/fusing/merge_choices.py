@@ -6,13 +6,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING
 from passes.control_flow.branches import Branches, claim_conditionals
 from passes.control_flow.cones import moveable
 from passes.control_flow.predicates import decided_by, leads_to
 from passes.declined import DeclinedError
-from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs
 from rewriter.dataflow import consumers, following
 from rewriter.edit import Edit, Rewire, Run, RunAfter, Skip, Sweep

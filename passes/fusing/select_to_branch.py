@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from passes.batch_norm.decomposed import INPUT
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.control_flow.cones import cone
 from passes.fusing.fusable import origin_of_x, used
-from passes.roles import MEAN, VARIANCE
 from rewriter import op_defs, protos
 from rewriter.edit import Define, Edit, Replace
 from rewriter.expr import Apply, Function, Use, cond, merge, op, parameter, switch

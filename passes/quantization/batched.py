@@ -67,7 +67,7 @@ class BatchRow(NamedTuple):
     """Vectors of one spec, concatenated.
 
     Attributes:
-        arithmetic: the spec, without a size.
+        arithmetic: the spec, without a shape.
         places: the vectors' indices in the batch.
         sizes: the vectors' lengths.
     """
@@ -97,8 +97,7 @@ class BatchRow(NamedTuple):
         for vector, size, length in zip(vectors, self.sizes, self.lengths, strict=True):
             padding = int(length) * BLOCK_SIZE - size
             pieces += [vector, *([filled(math.nan, vector.dtype, (padding,))] if padding else [])]
-        flat = concat(pieces) if pieces[1:] else pieces[0]
-        return op("Reshape", flat, _shape(self.shape))
+        return op("Reshape", concat(pieces), _shape(self.shape))
 
     def split(self, values: Expr) -> Iterator[Expr]:
         """Return the vectors that lie in blocks, [values]."""
@@ -120,13 +119,10 @@ def layout(specs: Sequence[QuantizerSpec]) -> list[BatchRow]:
     """
     places_by_spec: dict[QuantizerSpec, list[int]] = {}
     for place, spec in enumerate(specs):
-        if spec.size is None or not isinstance(spec.scheme.range, Dynamic):
-            raise AssertionError("vectors that are quantised together have known sizes and ranges that follow them")
-        places_by_spec.setdefault(replace(spec, size=None), []).append(place)
-    return [
-        BatchRow(spec, tuple(places), tuple(specs[i].size or 0 for i in places))
-        for spec, places in places_by_spec.items()
-    ]
+        if spec.shape is None or len(spec.shape) != 1 or not isinstance(spec.scheme.range, Dynamic):
+            raise AssertionError("what is quantised together are vectors of known size, whose ranges follow them")
+        places_by_spec.setdefault(replace(spec, shape=None), []).append(place)
+    return [BatchRow(spec, tuple(p), tuple(specs[i].sharing or 0 for i in p)) for spec, p in places_by_spec.items()]
 
 
 def batch_function(specs: tuple[QuantizerSpec, ...], mode: int) -> Function:
@@ -146,7 +142,12 @@ def batch_function(specs: tuple[QuantizerSpec, ...], mode: int) -> Function:
         quantized = quantizer.partly(noise.get(row), amount) if mode == GENERAL else quantizer.fully(noise.get(row))
         for i, result in zip(row.places, row.split(_straight_through(raw, quantized)), strict=True):
             results[i] = result
-    shapes = [(), *((len(row.places), 1) for row in rows), *(row.shape for row in noise), *(k.shape(0) for k in specs)]
+    shapes = [
+        (),
+        *((len(row.places), 1) for row in rows),
+        *(row.shape for row in noise),
+        *(spec.shape for spec in specs),
+    ]
     parameters = (amount, *bits, *noise.values(), *vectors)
     return Function(f"bnqat_{len(specs)}_vectors_{NAMES[mode]}", parameters, tuple(shapes), tuple(results))
 
@@ -169,7 +170,7 @@ class _RowQuantizer:
         self.values = Values(spec, raw, row.shape)
         extremes = self.values.extremes()
         limits = Limits(self._of_vectors("Min", extremes.low), self._of_vectors("Max", extremes.high))
-        self.grid = spec.scheme.grid(spec.scheme.range_of(limits, spec.epsilon), bits)
+        self.grid = spec.scheme.grid(spec.scheme.range_of(limits), bits)
 
     def partly(self, noise: Expr | None, amount: Expr) -> Expr:
         """Return the values, blended with the quantised ones by `amount` where the width in force is not 0."""
@@ -190,7 +191,7 @@ class _RowQuantizer:
             steps = op("Round", grid.position(self.values.coordinate))
             if ceiling is not None:
                 steps = op("Minimum", steps, self._of_blocks(ceiling))
-            quantized = scheme.value(grid.level(steps), self.row.arithmetic.epsilon)
+            quantized = scheme.value(grid.level(steps))
         return op("Select", self.values.defined, cast(quantized, value.dtype), value)
 
     def _on_grid(self, noise: Expr | None) -> OnGrid:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -13,8 +14,8 @@ from passes.quantization.custom import Quantizer
 from passes.quantization.node_marks import AMOUNT, marked
 from passes.quantization.quantizers import learned_limits
 from passes.quantization.ranges import Ema, Fixed, Learned
+from passes.quantization.roles import MAX_BITS
 from passes.quantization.schemes import FLOAT, Scheme
-from passes.roles import MAX_BITS, ROLES
 from rewriter import op_defs
 from rewriter.expr import Apply, Expr, PerCall, array, concat, constant, handle, op, per_call, read, select
 from rewriter.ir import MAIN, Error, Model, Variable
@@ -106,7 +107,7 @@ class Initial(NamedTuple):
 class Controls:
     """The values that quantisers are given, read from variables that the model has or gets.
 
-    A value for each quantiser is a row: row `role * layers + layer`, roles in the order of `ROLES`.
+    A value for each quantiser is a row: those of a role, one for each layer, follow those of the role before it.
 
     Attributes:
         quantizers: each role's quantisers, one for each layer; None where a layer has none.
@@ -122,12 +123,12 @@ class Controls:
         self.model = model
         self.quantizers = quantizers
         self.initial = initial
-        self.layers = len(quantizers[ROLES[0]])
+        self.first_rows = _first_rows({role: len(of_role) for role, of_role in quantizers.items()})
         start, ramp = (control(model, name, getattr(initial, name)) for name in ("start_step", "ramp_steps"))
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
         self.amount = per_call("quantization_amount", _amount(*(read(self.variables[n]) for n in self.variables)))
-        self.bits = per_call("quantization_bits", self._bits(), (4 * self.layers,))
-        rows = [self.row(role, i) for role in ROLES for i, q in enumerate(quantizers[role]) if q is not None]
+        self.bits = per_call("quantization_bits", self._bits(), (self._rows,))
+        rows = [self.row(role, i) for role, of in quantizers.items() for i, q in enumerate(of) if q is not None]
         self.execution_mode = per_call(
             "quantization_how", execution_mode(self.amount, gathered(self.bits, np.array(rows)))
         )
@@ -137,7 +138,11 @@ class Controls:
 
     def row(self, role: str, layer: int) -> int:
         """Return the row of a quantiser's values."""
-        return ROLES.index(role) * self.layers + layer
+        return self.first_rows[role] + layer
+
+    @property
+    def _rows(self) -> int:
+        return sum(map(len, self.quantizers.values()))
 
     def ranges(self, role: str) -> Variable:
         """Return the variable of a role's moving averages of limits, float32 [layers, 2]."""
@@ -146,11 +151,9 @@ class Controls:
     def _bits(self) -> Expr:
         """Return the widths, 0 to 16: each layer's own where it has one, else its role's."""
         rows: list[Expr] = []
-        shape = (self.layers,)
-        for role in ROLES:
-            initial_bits = [
-                AS_ROLE if q is None or q.bits == self.initial.bits[role] else q.bits for q in self.quantizers[role]
-            ]
+        for role, quantizers in self.quantizers.items():
+            shape = (len(quantizers),)
+            initial_bits = [AS_ROLE if q is None or q.bits == self.initial.bits[role] else q.bits for q in quantizers]
             of_role = control(self.model, f"bits/{role}", self.initial.bits[role], "int32")
             of_layers = _existing(self.model, f"layer_bits/{role}", shape) or _new_variable(
                 self.model, f"layer_bits/{role}", np.array(initial_bits, np.int32)
@@ -161,9 +164,10 @@ class Controls:
 
     def _limits(self) -> PerCall | None:
         """Return the limits: fixed ones, moving averages and learned ones; None if all ranges are dynamic."""
-        if all(q is None or q.range.name == "dynamic" for role in ROLES for q in self.quantizers[role]):
+        if all(q is None or q.range.name == "dynamic" for of_role in self.quantizers.values() for q in of_role):
             return None
-        return per_call("quantization_limits", concat([self._limits_of(role) for role in ROLES]), (4 * self.layers, 2))
+        limits = concat([self._limits_of(role) for role in self.quantizers])
+        return per_call("quantization_limits", limits, (self._rows, 2))
 
     def _limits_of(self, role: str) -> Expr:
         quantizers, initial = self.quantizers[role], self.initial.limits[role]
@@ -174,7 +178,7 @@ class Controls:
         limits: Expr = array(initial * np.array(masks[Fixed], np.float32)[:, None])
         if any(masks[Ema]):
             name = f"range/{role}"
-            shape = (self.layers, 2)
+            shape = (len(quantizers), 2)
             new = _new_variable(self.model, name, initial, synchronization=ON_READ, aggregation=MEAN)
             self.variables[name] = _existing(self.model, name, shape) or new
             limits = _where(masks[Ema], read(self.variables[name]), limits)
@@ -197,9 +201,20 @@ class Controls:
                 values = np.array([pair[index] for pair in pairs], np.float32)
                 new = _new_variable(self.model, name, values, synchronization=AUTO, aggregation=NONE)
                 new = replace(new, trainable=True)
-                self.variables[name] = _existing(self.model, name, (self.layers,)) or new
+                self.variables[name] = _existing(self.model, name, values.shape) or new
                 scale_and_low.append(read(self.variables[name]))
         return learned_limits(schemes, scale_and_low[0], scale_and_low[1] if len(scale_and_low) > 1 else None)
+
+
+def _first_rows(layers: Mapping[str, int]) -> dict[str, int]:
+    """Return the row of the first quantiser of each role, from the number of layers by role, in order."""
+    return dict(zip(layers, accumulate((0, *layers.values())), strict=False))
+
+
+def first_rows(model: Model, roles: Iterable[str]) -> dict[str, int]:
+    """Return the row of the first quantiser of each role in a model that was quantised; `roles` are all there are."""
+    layers = {v.name.removeprefix("quantization/layer_bits/"): v.shape[0] for v in model.variables.values() if v.shape}
+    return _first_rows({role: layers[role] for role in roles if role in layers})
 
 
 def gathered(values: Expr, index: np.ndarray) -> Expr:

@@ -12,29 +12,29 @@ from rewriter.ir import Gradient, Graph
 
 
 class Context(NamedTuple):
-    """Facts about a vector, for the function that quantises it.
+    """Facts about a value, for the function that quantises it.
 
     Attributes:
-        role: "gamma", "beta", "moving_mean" or "moving_variance".
-        layer: the batch norm's name; several that share a function are joined with "+".
-        epsilon: that of the batch norm.
+        role: such as "gamma", "beta", "moving_mean" or "moving_variance".
+        layer: the layer's name; several that share a function are joined with "+".
+        epsilon: of a batch norm's values, the number that it adds to variances; else None.
     """
 
     role: str
     layer: str
-    epsilon: float
+    epsilon: float | None
 
 
 QuantizeFunction = Callable[[Any, Context], Any]
-"""(vector, context) -> vector, each float32 [C]."""
+"""(value, context) -> value, each float32 and of one shape."""
 
 
 class TraceRequest(NamedTuple):
-    """A function to be traced for vectors of a size, float32 [size]."""
+    """A function to be traced for float32 values of a shape."""
 
     function: QuantizeFunction
     context: Context
-    size: int
+    shape: tuple[int, ...]
 
 
 class Traced(NamedTuple):
@@ -53,9 +53,9 @@ class Traced(NamedTuple):
 
 @dataclass(frozen=True)
 class CustomQuantizer:
-    """A user's function (vector, context) -> vector of float32 [C], which becomes part of the graph.
+    """A user's function (value, context) -> value of the same shape, float32, which becomes part of the graph.
 
-    It is traced once for each size and context. Its gradient is that of its ops, custom gradients included. It may
+    It is traced once for each shape and context. Its gradient is that of its ops, custom gradients included. It may
     hold no variables and no ops with effects.
 
     Attributes:

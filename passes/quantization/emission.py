@@ -11,7 +11,7 @@ import numpy as np
 from passes.quantization.batched import GENERAL, batch_function, layout
 from passes.quantization.controls import Controls, gathered
 from passes.quantization.custom import Traced
-from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Vector
+from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Operand
 from passes.quantization.quantizer_marks import TAG
 from passes.quantization.quantizers import (
     QuantizerSpec,
@@ -34,7 +34,7 @@ class QuantizerEmitter:
 
     Attributes:
         functions: the quantising functions; vectors of one spec share a function.
-        quantized: the quantised value of each vector.
+        quantized: the quantised value of each operand.
     """
 
     def __init__(self, model: Model, controls: Controls, traced: Traced) -> None:
@@ -42,7 +42,7 @@ class QuantizerEmitter:
         self.controls = controls
         self.traced = traced
         self.functions: dict[tuple[Any, ...], Function] = {}
-        self.quantized: dict[Vector, Expr] = {}
+        self.quantized: dict[Operand, Expr] = {}
 
     def place(self, group: Group | DynamicBatch) -> Iterator[Edit]:
         """Emit the quantised value of each vector of a group; the edits are those that move its ranges."""
@@ -58,7 +58,7 @@ class QuantizerEmitter:
             gathered(self.controls.bits, np.reshape(rows, (-1, 1) if count else 1)),
         ]
         if isinstance(spec, CustomSpec):
-            function = self._function(custom_function, self.traced.names[spec.request], spec.request.size, spec.dtype)
+            function = self._function(custom_function, self.traced.names[spec.request], spec.request.shape, spec.dtype)
             self.quantized[first] = function(*arguments, value, name=first.role, **{TAG: first.tag})
             return
         if self.controls.limits is not None and not isinstance(spec.scheme.range, Dynamic):
@@ -80,12 +80,12 @@ class QuantizerEmitter:
         attrs = {
             "num": protos.attr(count),
             "T": protos.dtype_attr(spec.dtype),
-            "_output_shapes": protos.shapes_attr([(spec.size or 0,)] * count),
+            "_output_shapes": protos.shapes_attr([spec.shape or ()] * count),
         }
         unstacked = Apply(spec.dtype, "Unpack", (quantized,), attrs)
         self._tag([Port(spec.dtype, unstacked, port) for port in range(count)], group)
 
-    def _place_batch(self, vectors: Sequence[Vector]) -> None:
+    def _place_batch(self, vectors: Sequence[Operand]) -> None:
         """Emit one call for vectors of one graph that all have dynamic ranges."""
         specs = tuple(v.spec for v in vectors if isinstance(v.spec, QuantizerSpec))
         bits, noise = [], []
@@ -101,15 +101,15 @@ class QuantizerEmitter:
         call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
         self._tag([Port(v.value.dtype, call, i) for i, v in enumerate(vectors)], vectors)
 
-    def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Vector]) -> None:
+    def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Operand]) -> None:
         """Let each quantised value stand for its vector: a tagged call says which."""
         for value, vector in zip(quantized, vectors, strict=True):
-            if not isinstance(vector.spec, QuantizerSpec) or vector.spec.size is None:
+            if not isinstance(vector.spec, QuantizerSpec) or vector.spec.sharing is None:
                 raise AssertionError("what is a row of others has a known size")
-            function = self._function(row_function, vector.spec.size, vector.spec.dtype)
+            function = self._function(row_function, vector.spec.sharing, vector.spec.dtype)
             self.quantized[vector] = function(value, vector.value, name=vector.role, **{TAG: vector.tag})
 
-    def _store_limits(self, group: tuple[Vector, ...], limits: Expr) -> Iterator[Edit]:
+    def _store_limits(self, group: Group, limits: Expr) -> Iterator[Edit]:
         """Store moved limits, after all else that a call does."""
         for role in dict.fromkeys(v.role for v in group):
             rows = [i for i, v in enumerate(group) if v.role == role]
@@ -124,7 +124,7 @@ class QuantizerEmitter:
                 # In the main graph nothing runs but what a signature needs, such as the update of an average.
                 yield RunAfter(MAIN, group[0].run, (update,), f"quantization/range/{role}")
 
-    def _noise(self, shape: Expr, first: Vector) -> Expr:
+    def _noise(self, shape: Expr, first: Operand) -> Expr:
         """Return random numbers that follow from the step and from the vectors that they are for."""
         stream = 2 * self.controls.row(first.role, first.layer) + first.statistic
         counter = array(np.array([0, stream], np.uint64))  # the op counts the first up, once for four numbers
@@ -149,5 +149,5 @@ def _stacked(group: Group, spec: QuantizerSpec | CustomSpec) -> Expr:
     """Return the vectors as the rows of a matrix."""
     attrs = {"N": protos.attr(len(group)), "T": protos.dtype_attr(spec.dtype)}
     if isinstance(spec, QuantizerSpec):
-        attrs["_output_shapes"] = protos.shapes_attr([(len(group), spec.size or 0)])
+        attrs["_output_shapes"] = protos.shapes_attr([(len(group), *(spec.shape or ()))])
     return Apply(spec.dtype, "Pack", tuple(v.value for v in group), attrs, "stacked")

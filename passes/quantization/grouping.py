@@ -1,15 +1,14 @@
-"""Quantisation points: uses of batch norms' variables and statistics, in groups that share a call."""
+"""Values that are fake-quantised, in groups that share a call."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from passes.control_flow.predicates import reached
 from passes.quantization.custom import TraceRequest
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic
-from rewriter.edit import Edit
 from rewriter.expr import Expr, Use
 from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
@@ -19,21 +18,21 @@ CONDITIONAL = ("Enter", "Merge", "Switch")
 
 
 class CustomSpec(NamedTuple):
-    """A custom quantiser's function, to be traced, and the dtype of the vector."""
+    """A custom quantiser's function, to be traced, and the dtype of the values."""
 
     request: TraceRequest
     dtype: str
 
 
-class Vector(NamedTuple):
-    """A value that is quantised once, however often it is used.
+class Operand(NamedTuple):
+    """A value that is fake-quantised once, however often it is used.
 
     Attributes:
         value: a value of the graph, or of an edit of it.
         layer: the layer's number.
         tag: the quantiser's metadata, as JSON.
         statistic: true for a batch's statistic, or for an average that is to be stored.
-        run: the node of the main graph that updates the averages of its site, if there is one.
+        run: the node of the main graph that runs in training, if there is one.
     """
 
     graph: str
@@ -46,66 +45,63 @@ class Vector(NamedTuple):
     run: str
 
 
-class QuantizationPoint(NamedTuple):
-    """A vector, the node that uses it, and the edits that let the node use another value instead."""
+class Used(NamedTuple):
+    """An operand, and the node that uses it."""
 
-    vector: Vector
+    operand: Operand
     user: str
-    put: Callable[[Expr], Iterator[Edit]]
 
 
-Group = tuple[Vector, ...]
-"""Vectors of one spec. Several of them are the rows of a stack."""
+Group = tuple[Operand, ...]
+"""Operands of one spec. Several of them are the rows of a stack."""
 
 
 class DynamicBatch(NamedTuple):
     """Dynamic-range vectors of several layers, fake-quantised by one batched call."""
 
-    vectors: tuple[Vector, ...]
+    vectors: tuple[Operand, ...]
 
 
-def groups(model: Model, points: Iterable[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
-    """Return all vectors, each once, in groups that share a call.
+def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch]:
+    """Return all operands, each once, in groups that share a call.
 
     Vectors of a graph share a call where none precedes another. If their ranges clip, they need the same spec besides.
     Parameters that are read before any is used share a call, and so do statistics that no average precedes. One set of
     ops serves them all, in place of a set for each.
     """
-    by_graph: dict[str, list[QuantizationPoint]] = {}
-    for point in points:
-        by_graph.setdefault(point.vector.graph, []).append(point)
-    for name, points_of_graph in by_graph.items():
+    by_graph: dict[str, list[Used]] = {}
+    for used in uses:
+        by_graph.setdefault(used.operand.graph, []).append(used)
+    for name, uses_of_graph in by_graph.items():
         graph = model.graphs[name]
-        grouped: set[Vector] = set()
+        grouped: set[Operand] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
         if model.object_based and not conditional:
-            for group in _shared(model, graph, points_of_graph):
+            for group in _shared(model, graph, uses_of_graph):
                 grouped.update(group.vectors if isinstance(group, DynamicBatch) else group)
                 yield group
-        yield from ((v,) for v in dict.fromkeys(q.vector for q in points_of_graph) if v not in grouped)
+        yield from ((v,) for v in dict.fromkeys(q.operand for q in uses_of_graph) if v not in grouped)
 
 
-def _shared(model: Model, graph: Graph, points: list[QuantizationPoint]) -> Iterator[Group | DynamicBatch]:
+def _shared(model: Model, graph: Graph, uses: list[Used]) -> Iterator[Group | DynamicBatch]:
     """Return the groups of a graph that share a call: those of its statistics, then those of its parameters."""
-    statistics = [q for q in points if q.vector.statistic]
-    parameters = [q for q in points if not q.vector.statistic]
+    statistics = [q for q in uses if q.operand.statistic]
+    parameters = [q for q in uses if not q.operand.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))
     yield from _joint(model, graph, statistics, after)
     after |= set(reached(model, graph, [q.user for q in parameters]))
     yield from _joint(model, graph, parameters, after)
 
 
-def _joint(
-    model: Model, graph: Graph, points: list[QuantizationPoint], after: set[str]
-) -> Iterator[Group | DynamicBatch]:
-    """Return the groups of some points that share a call, without vectors that are computed after others are used."""
-    specs: dict[QuantizerSpec, dict[Vector, None]] = {}
-    for point in points:
-        vector = point.vector
+def _joint(model: Model, graph: Graph, uses: list[Used], after: set[str]) -> Iterator[Group | DynamicBatch]:
+    """Return the groups of some uses that share a call, without vectors that are computed after others are used."""
+    specs: dict[QuantizerSpec, dict[Operand, None]] = {}
+    for used in uses:
+        vector = used.operand
         value = vector.value.value if isinstance(vector.value, Use) else None
         if isinstance(vector.spec, CustomSpec):
             continue
-        if value and value.node not in after and _is_vector(model, graph, value, vector.spec.size):
+        if value and value.node not in after and _is_vector(model, graph, value, vector.spec):
             specs.setdefault(vector.spec, {})[vector] = None
     dynamic = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
     # For a single layer, choosing the execution mode costs more than it saves.
@@ -117,6 +113,8 @@ def _joint(
             yield tuple(vectors)
 
 
-def _is_vector(model: Model, graph: Graph, value: Value, size: int | None) -> bool:
-    """Return true if a value is a vector of this size, and the size is known."""
-    return size is not None and shape_of(model, graph, value) == (size,)
+def _is_vector(model: Model, graph: Graph, value: Value, spec: QuantizerSpec) -> bool:
+    """Return true if a value is a vector of the spec's size, and the size is known."""
+    if spec.shape is None or len(spec.shape) != 1 or not spec.per_tensor:
+        return False
+    return shape_of(model, graph, value) == spec.shape

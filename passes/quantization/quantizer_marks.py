@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from types import UnionType
 from typing import Any
 
-from passes.roles import ROLES
 from rewriter import ops
 from rewriter.ir import Error, Node
 
 TAG = ops.STAND_IN
 """Attribute of the node that quantises its last input: JSON as in `rewriter.report.SiteReport`."""
 
-FIELDS: Mapping[str, type] = {
+FIELDS: Mapping[str, type | UnionType] = {
     "role": str,
     "scheme": str,
     "bits": int,
     "range": str,
     "rounding": str,
     "narrow_range": bool,
-    "batch_norm": str,
+    "axis": int | None,
+    "layer_name": str,
     "layer": int,
     "use": str,
 }
@@ -37,7 +38,7 @@ def tag_of(node: Node) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         tag = None
     valid = isinstance(tag, dict) and all(isinstance(tag.get(name), type_) for name, type_ in FIELDS.items())
-    if not valid or not node.inputs or tag["role"] not in ROLES:
+    if not valid or not node.inputs:
         raise Error(
             f"{node.name} ({node.op}) is marked as a quantiser, but not by bnqat; rewrite the float model again"
         )

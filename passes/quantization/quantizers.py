@@ -1,6 +1,6 @@
 """Quantisers: functions that fake-quantise the values of one role in TensorFlow.
 
-A function works on a vector [C], or on a stack of them [R, C], each with limits and a width of its own. Its
+A function works on a value of any shape, or on a stack of vectors [R, C], each with limits and a width of its own. Its
 arguments besides the values are, in this order:
 
 - amount: float32 scalar, blend weight: 0 gives the value itself, bit for bit; 1 gives the quantised value;
@@ -11,6 +11,7 @@ arguments besides the values are, in this order:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ import numpy as np
 
 from passes.quantization.node_marks import CODE, WIDTH, marked
 from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
-from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme
+from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme, reduced
 from rewriter.expr import (
     Apply,
     Expr,
@@ -43,31 +44,55 @@ class QuantizerSpec:
 
     Attributes:
         scheme: its options; the width is no part of the function.
-        epsilon: that of the batch norm.
-        size: the number of channels, where it is known.
+        shape: the shape of the values, where it is known.
+        axes: the axes, counted from the end, over which values share a range; there is a range for each index of the
+            others.
         dtype: the values' dtype; they are quantised in float32.
         training: true if it is used in training; matters for stochastic rounding and moving averages alone.
+        context: part of the functions' names; each context has functions of its own.
     """
 
     scheme: Scheme
-    epsilon: float
-    size: int | None
+    shape: tuple[int, ...] | None
+    axes: tuple[int, ...] = (-1,)
     dtype: str = FLOAT
     training: bool = False
+    context: str = ""
 
     @property
     def stochastic(self) -> bool:
         """True if its function takes random numbers."""
         return self.training and self.scheme.rounding == "stochastic"
 
-    def shape(self, rows: int) -> Shape:
-        """Return the shape of a vector for 0 rows, else that of a stack of rows; None where the size is not known."""
-        return None if self.size is None else (rows, self.size) if rows else (self.size,)
+    @property
+    def sharing(self) -> int | None:
+        """The number of values that share a range; None where it is not known."""
+        sizes = [None if self.shape is None else self.shape[axis] for axis in self.axes]
+        return math.prod(size for size in sizes if size is not None) if None not in sizes else None
+
+    @property
+    def per_tensor(self) -> bool:
+        """True if all values share one range."""
+        return self.shape is None or len(self.axes) == len(self.shape)
+
+    def stacked(self, rows: int) -> Shape:
+        """Return the shape of the values for 0 rows, else that of a stack of rows; None where it is not known."""
+        return None if self.shape is None else (rows, *self.shape) if rows else self.shape
 
     @property
     def observed(self) -> bool:
         """True if its range follows the values that it quantises, in variables."""
         return self.training and isinstance(self.scheme.range, Ema)
+
+    @property
+    def labels(self) -> list[str]:
+        """The parts of a function's name that say for which values it is."""
+        parts = [self.context] if self.context else []
+        if self.shape is not None:
+            parts.append("x".join(map(str, self.shape)) + "_channels" * (len(self.shape) == 1))
+        if self.axes != (-1,):
+            parts.append("over_" + "_".join(str(-axis) for axis in self.axes))
+        return parts
 
     @property
     def group_key(self) -> QuantizerSpec:
@@ -102,7 +127,7 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
 
     Args:
         spec: the scheme and the values.
-        rows: how many vectors the value holds, each in a row of its own; 0 for a single vector.
+        rows: how many vectors the value holds, each in a row of its own; 0 for a single value of any shape.
     """
     scheme = spec.scheme
     amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", spec.dtype)
@@ -110,7 +135,7 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     shapes: list[tuple[int, ...] | None] = [(), (rows, 1) if rows else (1,)]
     limits = None if isinstance(scheme.range, Dynamic) else parameter("limits", FLOAT)
     noise = parameter("noise", FLOAT) if spec.stochastic else None
-    shape = spec.shape(rows)
+    shape = spec.stacked(rows)
     if limits is not None:
         parameters.append(limits)
         shapes.append((rows, 2) if rows else (2,))
@@ -126,8 +151,7 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
             *(["narrow"] if scheme.narrow and not scheme.usually_narrow else []),
             *(["full"] if scheme.usually_narrow and not scheme.narrow else []),
             *(["stochastic"] if spec.stochastic else []),
-            f"epsilon_{spec.epsilon:.9g}",
-            *([] if spec.size is None else [f"{spec.size}_channels"]),
+            *spec.labels,
             *([] if spec.dtype == FLOAT else [spec.dtype]),
             *([f"{rows}_rows"] if rows else []),
         ]
@@ -135,12 +159,12 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     return Function(re.sub(r"\W", "_", name), (*parameters, value), (*shapes, shape), (result,))
 
 
-def custom_function(graph: str, size: int, dtype: str) -> Function:
+def custom_function(graph: str, shape: tuple[int, ...], dtype: str) -> Function:
     """Return the function around a custom quantiser's graph: (amount, bits, value) -> value, with its gradient."""
     amount, bits, value = parameter("amount", FLOAT), parameter("bits", "int32"), parameter("value", dtype)
     raw = cast(value, FLOAT)
     attrs = {"Tin": attr([Dtype(FLOAT)]), "Tout": attr([Dtype(FLOAT)]), "f": attr(Func(graph))}
-    attrs["_output_shapes"] = shapes_attr([(size,)])
+    attrs["_output_shapes"] = shapes_attr([shape])
     acting = (op("Greater", amount, 0.0)) & wide(bits)
     # While it does not act, no gradient goes back through it: 0 times a gradient that is not finite would be NaN.
     guarded = select(acting, raw, stop_gradient(raw))
@@ -148,11 +172,11 @@ def custom_function(graph: str, size: int, dtype: str) -> Function:
     blend = quantized * amount + raw * (constant(1.0, FLOAT) - amount)
     result = select(acting, cast(blend, dtype), value)
     name = f"bnqat_quantize_by_{graph}" + ("" if dtype == FLOAT else f"_{dtype}")
-    return Function(name, (amount, bits, value), ((), (1,), (size,)), (result,))
+    return Function(name, (amount, bits, value), ((), (1,), shape), (result,))
 
 
 class Values:
-    """A vector [C] or a stack [R, C] of a spec, before the levels are known.
+    """Values of a spec, of any shape or as a stack of vectors [R, C], before the levels are known.
 
     Attributes:
         raw: the values as float32.
@@ -166,11 +190,11 @@ class Values:
         self.shape = shape
         self.raw = cast(value, FLOAT)
         self.defined = spec.scheme.defined(self.raw)
-        self.coordinate = spec.scheme.coordinate(self.raw, spec.epsilon)
+        self.coordinate = spec.scheme.coordinate(self.raw)
 
     def extremes(self) -> Limits:
         """Return the least and the greatest of the values that count for the range."""
-        return self.spec.scheme.extremes(self.raw, self.defined, self.shape)
+        return self.spec.scheme.extremes(self.raw, self.defined, self.shape, self.spec.axes)
 
 
 class OnGrid:
@@ -188,7 +212,7 @@ class OnGrid:
         clipped = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
         self.inside = op("Equal", clipped, code)
         self.steps = clipped if grid.zero is None else clipped - grid.zero
-        self.value = scheme.value(grid.level(self.steps), values.spec.epsilon)
+        self.value = scheme.value(grid.level(self.steps))
 
     def blend(self, amount: Expr) -> Expr:
         """Return the result, blended with the raw values by `amount`, in the values' own dtype."""
@@ -202,11 +226,7 @@ class _Differentiable(OnGrid):
     def __init__(self, values: Values, bits: Expr, given_limits: Expr | None, noise: Expr | None) -> None:
         scheme = values.spec.scheme
         self.bits = bits
-        self.limits = (
-            _split(given_limits)
-            if given_limits is not None
-            else scheme.range_of(values.extremes(), values.spec.epsilon)
-        )
+        self.limits = _split(given_limits) if given_limits is not None else scheme.range_of(values.extremes())
         limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
         super().__init__(values, scheme.grid(limits, bits), noise)
 
@@ -226,14 +246,14 @@ class _Differentiable(OnGrid):
     def _limits_gradient(self, amount: Expr) -> Expr:
         """Return zeros whose gradient for the limits is that of the quantised value."""
         spec = self.values.spec
-        scheme, size = spec.scheme, spec.size
-        if size is None:
-            raise AssertionError("a learned range is for vectors of known size")
+        scheme, sharing = spec.scheme, spec.sharing
+        if sharing is None or not spec.per_tensor:
+            raise AssertionError("a learned range is for all values of a known number")
         inside = cast(self.inside, scheme.dtype)
         rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
         of_high = (self.steps - rounded) * self.grid.reciprocal
-        slope = scheme.slope(self.value, spec.epsilon)
-        factor = scheme.step_gradient_factor(self.bits, size) * amount
+        slope = scheme.slope(self.value)
+        factor = scheme.step_gradient_factor(self.bits, sharing) * amount
         factor = factor if slope is None else factor * slope
         result = _zero(self.limits.high) * self._factor(of_high, factor)
         if scheme.has_low:
@@ -282,21 +302,25 @@ def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     Limits are float32 [2], or [R, 2]. Where no value counts, they stay.
     """
     scheme = spec.scheme
-    if not isinstance(scheme.range, Ema):
-        raise AssertionError("only moving averages are moved")
+    if not isinstance(scheme.range, Ema) or not spec.per_tensor:
+        raise AssertionError("only moving averages are moved, and each holds the extremes of a whole value")
     value, old = parameter("value", spec.dtype), parameter("limits", FLOAT)
-    shape = spec.shape(rows)
+    shape = spec.stacked(rows)
     values = Values(spec, value, shape)
-    low, high = (cast(e, FLOAT) for e in scheme.range_of(values.extremes(), spec.epsilon))
+    low, high = (_flat(cast(e, FLOAT), spec) for e in scheme.range_of(values.extremes()))
     extremes = concat((low, high), -1)
-    counted = op("Any", values.defined, constant(-1, "int32"), keep_dims=True)
+    counted = _flat(reduced("Any", values.defined, spec.axes), spec)
     momentum = np.float32(scheme.range.momentum)
     new = old * constant(momentum, FLOAT) + extremes * constant(np.float32(1) - momentum, FLOAT)
-    name = f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}_epsilon_{spec.epsilon:.9g}"
-    name += ("" if spec.size is None else f"_{spec.size}_channels") + ("" if spec.dtype == FLOAT else f"_{spec.dtype}")
-    name += f"_{rows}_rows" if rows else ""
+    parts = [f"bnqat_observe_{scheme.name}_momentum_{momentum:.9g}", *spec.labels]
+    name = "_".join(parts + ([] if spec.dtype == FLOAT else [spec.dtype]) + ([f"{rows}_rows"] if rows else []))
     shapes = (shape, (rows, 2) if rows else (2,))
     return Function(re.sub(r"\W", "_", name), (value, old), shapes, (select(counted, new, old),))
+
+
+def _flat(extreme: Expr, spec: QuantizerSpec) -> Expr:
+    """Return the extreme of a value as a vector [1]; that of a vector or of a stack of them is none too many."""
+    return extreme if len(spec.axes) == 1 else op("Reshape", extreme, array(np.array([1], np.int32)))
 
 
 def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | None) -> Expr:

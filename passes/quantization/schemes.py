@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
 from passes.quantization.node_marks import EPSILON, ORIGIN, SCALE, ZERO_POINT, marked
 from passes.quantization.ranges import DYNAMIC, Fixed, Range
-from passes.roles import MAX_BITS, MIN_BITS
+from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Shape, array, constant, filled, op, select
 from rewriter.ir import Error
 from rewriter.protos import Dtype
@@ -102,28 +102,39 @@ class Scheme:
         if self.rounding not in ("nearest", "stochastic"):
             raise Error(f"rounding {self.rounding!r}: it is 'nearest' or 'stochastic'")
 
+    def within(self, epsilon: float | None) -> Scheme:  # noqa: ARG002  most schemes need none
+        """Return the scheme for values that are used with this epsilon, if there is one."""
+        return self
+
     def defined(self, value: Expr) -> Expr:
         """Return the mask of the values that are quantised; the others are kept, and do not count for the range."""
         return op("IsFinite", value)
 
-    def coordinate(self, value: Expr, epsilon: float) -> Expr:  # noqa: ARG002  it has no influence here
+    def coordinate(self, value: Expr) -> Expr:
         """Return float32 values in the coordinate in which levels are equally spaced."""
         return value
 
-    def value(self, coordinate: Expr, epsilon: float) -> Expr:  # noqa: ARG002  it has no influence here
+    def value(self, coordinate: Expr) -> Expr:
         """Return float32 values from their coordinates."""
         return coordinate
 
-    def slope(self, value: Expr, epsilon: float) -> Expr | None:  # noqa: ARG002  it has no influence here
+    def slope(self, value: Expr) -> Expr | None:  # noqa: ARG002  it is 1 everywhere
         """Return the derivative of a quantised value for its coordinate; None stands for 1."""
         return None
 
-    def extremes(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
-        """Return the least and the greatest of float32 values of a shape; zero counts where some values do not."""
-        counted = where(defined, value, 0.0, shape)
-        return Limits(_reduce("Min", counted), _reduce("Max", counted))
+    def extremes(self, value: Expr, defined: Expr, shape: Shape, axes: tuple[int, ...]) -> Limits:
+        """Return the least and the greatest of float32 values over some axes; zero counts where some values do not.
 
-    def range_of(self, extremes: Limits, epsilon: float) -> Limits:  # noqa: ARG002  it has no influence here
+        Args:
+            value: the values.
+            defined: the mask of those that count.
+            shape: the shape of the values, if it is known.
+            axes: the axes, counted from the end; they stay, with size 1.
+        """
+        counted = where(defined, value, 0.0, shape)
+        return Limits(reduced("Min", counted, axes), reduced("Max", counted, axes))
+
+    def range_of(self, extremes: Limits) -> Limits:
         """Return the limits, in the scheme's coordinate, of values with these extremes; zero is always between them."""
         return Limits(op("Minimum", extremes.low, 0.0), op("Maximum", extremes.high, 0.0))
 
@@ -142,12 +153,12 @@ class Scheme:
         """Return the lowest and the highest code of a width."""
         return 0, 2**bits - 1 - self.narrow
 
-    def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:  # noqa: ARG002  see above
+    def limits_of(self, values: np.ndarray) -> tuple[float, float]:
         """Return the limits of a checkpoint's float32 values; (0, 0) for no values."""
         counted = values[np.isfinite(values)]
         return min(float(counted.min(initial=0)), 0.0), max(float(counted.max(initial=0)), 0.0)
 
-    def fixed(self, range_: Fixed, epsilon: float) -> tuple[float, float]:  # noqa: ARG002  it has no influence here
+    def fixed(self, range_: Fixed) -> tuple[float, float]:
         """Return given limits in the scheme's coordinate; zero is always between them."""
         return min(range_.low, 0.0), max(range_.high, 0.0)
 
@@ -190,8 +201,10 @@ def where(defined: Expr, value: Expr, otherwise: float, shape: Shape) -> Expr:
     return op("Select", defined, value, filled(otherwise, value.dtype, shape))
 
 
-def _reduce(name: str, value: Expr) -> Expr:
-    return op(name, value, constant(-1, "int32"), keep_dims=True)
+def reduced(name: str, value: Expr, axes: tuple[int, ...]) -> Expr:
+    """Return the reduction of a value over some axes, which stay, with size 1."""
+    indices = constant(axes[0], "int32") if len(axes) == 1 else array(np.array(axes, np.int32))
+    return op(name, value, indices, keep_dims=True)
 
 
 def _or_one(scale: Expr) -> Expr:
@@ -296,10 +309,14 @@ class Log(Scheme):
     the least and the greatest value are kept, and zero stays exactly zero. Source: logarithmic quantisation as in
     Miyashita et al. 2016, arXiv:1603.01025, of v + epsilon in place of v, and with a base that follows the range.
 
+    Attributes:
+        epsilon: the number that is added to a variance before its root is taken; a value's context gives it.
+
     Raises:
         Error: a fixed range that ends at zero or below.
     """
 
+    epsilon: float = 0.0
     name: ClassVar[str] = "log"
     formula: ClassVar[str] = "exp(round(l/s)·s) - ε, l = log(v + ε)"
     dtype: ClassVar[str] = DOUBLE
@@ -312,31 +329,35 @@ class Log(Scheme):
                 f"range {self.range.low:g} to {self.range.high:g} of moving_variance: variances are not negative"
             )
 
+    def within(self, epsilon: float | None) -> Log:
+        """Return the scheme for variances that are used with this epsilon."""
+        return replace(self, epsilon=epsilon or 0.0)
+
     def defined(self, value: Expr) -> Expr:
         """Return the mask of the values that are quantised; the others are kept, and do not count for the range."""
         return (value >= 0.0) & (value < float("inf"))
 
-    def coordinate(self, value: Expr, epsilon: float) -> Expr:
+    def coordinate(self, value: Expr) -> Expr:
         """Return log(v + epsilon), float64; any number for values that do not count."""
-        return op("Log", op("Cast", value + epsilon, DstT=Dtype(DOUBLE)))
+        return op("Log", op("Cast", value + self.epsilon, DstT=Dtype(DOUBLE)))
 
-    def value(self, coordinate: Expr, epsilon: float) -> Expr:
+    def value(self, coordinate: Expr) -> Expr:
         """Return float32 values from their coordinates."""
         shifted = op("Cast", op("Exp", coordinate), DstT=Dtype(FLOAT))
-        return op("Maximum", shifted - marked(EPSILON, constant(epsilon, FLOAT)), 0.0)
+        return op("Maximum", shifted - marked(EPSILON, constant(self.epsilon, FLOAT)), 0.0)
 
-    def slope(self, value: Expr, epsilon: float) -> Expr:
+    def slope(self, value: Expr) -> Expr:
         """Return dv'/dl."""
-        return value + epsilon
+        return value + self.epsilon
 
-    def extremes(self, value: Expr, defined: Expr, shape: Shape) -> Limits:
+    def extremes(self, value: Expr, defined: Expr, shape: Shape, axes: tuple[int, ...]) -> Limits:
         """Return the least and the greatest of the values that count; infinities if there is none."""
         low, high = (where(defined, value, x, shape) for x in (float("inf"), float("-inf")))
-        return Limits(_reduce("Min", low), _reduce("Max", high))
+        return Limits(reduced("Min", low, axes), reduced("Max", high, axes))
 
-    def range_of(self, extremes: Limits, epsilon: float) -> Limits:
+    def range_of(self, extremes: Limits) -> Limits:
         """Return the logarithms of the extremes; the range need not contain zero."""
-        return Limits(*(self.coordinate(limit, epsilon) for limit in extremes))
+        return Limits(*(self.coordinate(limit) for limit in extremes))
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """Return the levels for float64 limits [..., 1] and int32 bits [..., 1]."""
@@ -346,16 +367,16 @@ class Log(Scheme):
         scale = marked(SCALE, select(span >= TINY, span * reciprocal, constant(1.0, DOUBLE)))
         return Grid(scale, None, low, None, self.top(bits), reciprocal)
 
-    def limits_of(self, values: np.ndarray, epsilon: float) -> tuple[float, float]:
+    def limits_of(self, values: np.ndarray) -> tuple[float, float]:
         """Return the limits of a checkpoint's float32 values; those of 0 for no values."""
         counted = values[(values >= 0) & (values < np.inf)]
-        shifted = (counted if counted.size else np.zeros(1, np.float32)) + np.float32(epsilon)
+        shifted = (counted if counted.size else np.zeros(1, np.float32)) + np.float32(self.epsilon)
         logs = np.log(shifted.astype(np.float64))
         return float(logs.min()), float(logs.max())
 
-    def fixed(self, range_: Fixed, epsilon: float) -> tuple[float, float]:
+    def fixed(self, range_: Fixed) -> tuple[float, float]:
         """Return given limits in the scheme's coordinate; a negative low limit counts as 0."""
-        return self.limits_of(np.array([max(range_.low, 0.0), range_.high], np.float32), epsilon)
+        return self.limits_of(np.array([max(range_.low, 0.0), range_.high], np.float32))
 
 
 SCHEMES: Mapping[str, type[Scheme]] = {scheme.name: scheme for scheme in (Affine, Symmetric, PowerOfTwo, Log)}
@@ -367,7 +388,7 @@ def altered(quantizer: Scheme, options: Mapping[str, Any]) -> Scheme:
     Raises:
         Error: there is no such option or scheme, or a value is out of range.
     """
-    current = {f.name: getattr(quantizer, f.name) for f in fields(quantizer)}
+    current = {f.name: getattr(quantizer, f.name) for f in fields(Scheme)}
     unknown = set(options) - {"scheme", *current}
     if unknown:
         raise Error(f"a quantiser has no option {sorted(unknown)[0]!r}; it has scheme, {', '.join(current)}")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE, frozen, serving_entry
+from passes.batch_norm.roles import MEAN, ROLES, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING, updates_of
 from passes.control_flow.invocations import Invocation, of_entry, of_signature
-from passes.roles import MEAN, ROLES, VARIANCE
 from rewriter.dataflow import VariableKey
 from rewriter.edit import Edit, Note
 from rewriter.ir import Entry, Error, Model
@@ -47,7 +47,7 @@ class CheckAverages:
             for _, node in updates_of(model, key):
                 raise Error(
                     f"train would leave {model.variables[key].name} as it is, which the source updates at {node}; "
-                    "try --no-fuse, or --passes quantize-batch-norm for a result without a training function"
+                    "try --no-fuse, or --passes quantize for a result without a training function"
                 )
         if never:
             yield Note(f"nothing in the source updates {_names(model, never)}, so train does not either")

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.entries import computed, entries_of_root
+from passes.batch_norm.roles import BETA, GAMMA, MEAN
 from passes.quantization.controls import increment
-from passes.roles import BETA, GAMMA, MEAN
 from rewriter import protos
 from rewriter.expr import Apply
 from rewriter.ir import MAIN, Model

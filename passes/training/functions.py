@@ -9,10 +9,10 @@ from typing import NamedTuple
 from passes.batch_norm.entries import HINT, running_from
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.moving_statistics import normalise_with_moving
+from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
 from passes.frontend.split_modes import bodies
-from passes.roles import ROLES
 from passes.training.frozen_layers import frozen_layers
 from passes.training.options import TrainingOptions
 from passes.training.outputs import InnerOutputs

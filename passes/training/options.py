@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeVar, get_args
 
 from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM, batch_norms
-from passes.batch_norm.choice import Match, unmatched
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
 from passes.batch_norm.site import Site
+from passes.quantization.choice import Match, unmatched
 from rewriter.ir import Error, Model
 
 MOMENTUM = "_bnqat_momentum"
@@ -73,7 +73,7 @@ class TrainingOptions:
         Raises:
             Error: there is such a rule.
         """
-        rule = unmatched(model, self.rules, model.analysis(layers))
+        rule = unmatched(model, self.rules, [bn for layer in model.analysis(layers) for bn in layer.batch_norms])
         if rule is not None:
             first = model.analysis(layers)[0].name
             raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")

@@ -11,9 +11,9 @@ import numpy as np
 from passes.batch_norm.batch_norms import moving_average
 from passes.batch_norm.decomposed import INPUT
 from passes.batch_norm.kernel import POPULATION, population
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS
-from passes.roles import MEAN, VARIANCE
 from passes.training.options import MOMENTUM, TrainingOptions
 from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import REFERENCES

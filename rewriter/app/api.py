@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from passes.batch_norm.batch_norms import batch_norms
-from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
 from passes.quantization.custom import QuantizeFunction
+from passes.quantize import Quantize
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
-from rewriter.app.reports import describe, describe_signature, report_of, why_nothing
+from rewriter.app.reports import describe, describe_signature, other_quantizers, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
 from rewriter.app.work import gc_paused
@@ -57,7 +57,7 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         )
         for bn in layers
     ]
-    return Inspection(signatures, described, Path(model).resolve().name)
+    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model))
 
 
 @gc_paused()
@@ -143,11 +143,11 @@ def rewrite(
     before = load(source, tags)
     after, steps = Pipeline(pipeline_passes, observers).run(before)
     report = report_of(before, after, steps)
-    quantizing = any(isinstance(p, QuantizeBatchNorm) for p in pipeline_passes)
+    quantizing = any(isinstance(p, Quantize) for p in pipeline_passes)
     if quantizing:
         report = replace(report, notes=[*report.notes, *options.notes])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
-    if unchanged or (quantizing and not report.sites_rewritten):
+    if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))
     if dry_run:
         return report

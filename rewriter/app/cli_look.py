@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from passes.roles import MAX_BITS, MIN_BITS
+from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.app.guard import refuse_files, report_errors, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
 from rewriter.app.show import show_inspection, show_sensitivity, show_verification

@@ -152,7 +152,7 @@ def _parameters(plan: BakePlan, after: Model) -> list[Parameter]:
     table: dict[str, Parameter] = {}
     for key, variable in after.variables.items():
         if key in value_by_key:
-            layer = f"{value_by_key[key].tag['batch_norm']}/{value_by_key[key].tag['role']}"
+            layer = f"{value_by_key[key].tag['layer_name']}/{value_by_key[key].tag['role']}"
             name = unused(variable.name if names[variable.name] == 1 else layer, table)
             table[name] = parameter(name, key, value_by_key[key])
     return list(table.values())
@@ -164,7 +164,7 @@ def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Para
     folding = [s for s in steps if isinstance(s.by, FoldBatchNorm)]
     return FinalizeReport(
         baked=[
-            Baked(p.variable, p.batch_norm, p.role, p.scheme, p.bits, p.value.size, p.error, p.checkpoint_key in added)
+            Baked(p.variable, p.layer_name, p.role, p.scheme, p.bits, p.value.size, p.error, p.checkpoint_key in added)
             for p in table
         ],
         folded=[place for s in folding for place in folded(s.before)],

@@ -9,8 +9,8 @@ import numpy as np
 import tensorflow as tf
 
 from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import STATISTICS
-from passes.roles import MEAN, VARIANCE
 from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.loaded import Arguments
 from rewriter.app.reestimate import NEVER, REESTIMATED, estimates, trainer_of

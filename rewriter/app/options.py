@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from passes import roles
+from passes.quantization.roles import MAX_BITS, MIN_BITS
 
 
 class ByRole(click.ParamType[Any, Any]):
@@ -26,8 +27,8 @@ class ByRole(click.ParamType[Any, Any]):
         pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
         by_role: dict[str, Any] = {}
         for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
-            if "=" in value and role not in ROLES:
-                self.fail(f"{role!r} is no variable of a batch norm; there are {', '.join(ROLES)}", param, ctx)
+            if "=" in value and role not in roles():
+                self.fail(f"{role!r} is no role; there are {', '.join(roles())}", param, ctx)
             if role in by_role:
                 self.fail(f"{value!r} names {role} twice", param, ctx)
             try:

@@ -18,7 +18,7 @@ from passes.quantization.node_marks import CODE, EPSILON, ORIGIN, SCALE, ZERO_PO
 from rewriter.ir import Error
 from rewriter.savedmodel.staging import write_whole
 
-FORMAT = 1
+FORMAT = 2
 
 Numbers: TypeAlias = "float | int | np.ndarray"
 """One number, or one for each vector."""
@@ -37,7 +37,7 @@ class Parameter:
     Attributes:
         variable: the variable's name in the finalised model; if several have that name, the layer's name and the role.
         checkpoint_key: the variable's key in the finalised model's checkpoint.
-        batch_norm: the layer's name.
+        layer_name: the layer's name.
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
         bits: the width in force; 0: the quantiser was off.
         narrow_range: true if there is one code fewer than 2^bits.
@@ -52,7 +52,7 @@ class Parameter:
 
     variable: str
     checkpoint_key: str
-    batch_norm: str
+    layer_name: str
     role: str
     scheme: str
     bits: int
@@ -82,7 +82,7 @@ def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
     return Parameter(
         variable=variable,
         checkpoint_key=key,
-        batch_norm=tag["batch_norm"],
+        layer_name=tag["layer_name"],
         role=tag["role"],
         scheme=tag["scheme"],
         bits=quantized.bits,

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
-from passes import PASSES, REWRITE
-from passes.batch_norm.choice import Rule
+from passes import PASSES, PROVIDERS, REWRITE, loaded
+from passes.quantization.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import Affine
-from passes.roles import ROLES
 from passes.training.options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, RuleOptions, Settings
@@ -62,24 +62,33 @@ def _arguments(name: str, options: Settings) -> dict[str, Any]:
             return {
                 "momentum": options.momentum,
                 "train_batch_norm": options.train_batch_norm,
-                "rules": tuple(TrainingRule(r.match, r.momentum, r.train_batch_norm) for r in options.rules),
+                "rules": tuple(
+                    TrainingRule(r.match, r.momentum, r.train_batch_norm)
+                    for r in options.rules
+                    if (r.momentum, r.train_batch_norm) != (None, None)
+                ),
                 "outputs": options.train_outputs,
             }
         case "freeze-statistics":
             return {"freeze_step": options.freeze_step}
-        case "quantize-batch-norm":
+        case "quantize":
             rules = (
-                Rule(r.match, {role: _changes(_rule_options_of(options, r, role)) for role in ROLES})
+                Rule(r.match, {role: _changes(_rule_options_of(options, r, role)) for role in options.quantized})
                 for r in options.rules
             )
             return {
-                **{role: quantizer_of(options.quantizer(role), role) for role in ROLES},
+                "quantizers": {role: quantizer_of(options.quantizer(role), role) for role in options.quantized},
                 "rules": tuple(rules),
-                "average": options.quantize_average,
                 "start_step": options.start_step,
                 "ramp_steps": options.ramp_steps,
+                "providers": tuple(_provider(loaded(name), options) for name in PROVIDERS),
             }
     return {}
+
+
+def _provider(provider: type[Any], options: Settings) -> Any:
+    """Return a provider of quantisation points with its options, which are its fields."""
+    return provider(**{field.name: getattr(options, field.name) for field in fields(provider)})
 
 
 def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:

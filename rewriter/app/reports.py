@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from passes.batch_norm.batch_norms import BatchNorm
-from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
+from passes.deploy.quantized_values import tagged
+from passes.quantization.quantizer_marks import tag_of
+from passes.quantize import Quantize
 from passes.training.options import MOMENTUM
 from rewriter.dataflow import call_graph, running
 from rewriter.ir import MAIN, Model, Signature
@@ -19,6 +22,7 @@ from rewriter.report import (
     BatchNormReport,
     Changed,
     Declined,
+    QuantizerReport,
     RewriteReport,
     SignatureReport,
     SiteReport,
@@ -94,7 +98,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     quantized_now = after.analysis(quantized)
     decomposed = {k for k, s in sites_before.items() if s.kind == "decomposed"}
     fused = {k for k in decomposed if all(sites_after[j].kind == "fused" for j in became[k])}
-    if any(isinstance(step.by, QuantizeBatchNorm) for step in steps):
+    if any(isinstance(step.by, Quantize) for step in steps):
         rewritten = {
             k for k, s in sites_before.items() if not s.binding.quantized and quantized_now.issuperset(became[k])
         }
@@ -108,14 +112,17 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         sites_added=len(quantized_now.difference(sites_before, *became.values())),
         sites_fused=len(fused),
         skipped=[
-            Skipped(*k, next(filter(None, reasons_after[k]), "no pass changed it"))
-            for k in sites_before
-            if k not in rewritten
+            *(
+                Skipped(*k, next(filter(None, reasons_after[k]), "no pass changed it"))
+                for k in sites_before
+                if k not in rewritten
+            ),
+            *_skipped_beside(steps),
         ],
         declined=[
             Declined(step.name, s.graph, s.node, s.reason)
             for step in steps
-            if not isinstance(step.by, QuantizeBatchNorm)
+            if not isinstance(step.by, Quantize)
             for s in step.skipped
         ],
         variables_added=[v.name for k, v in after.variables.items() if k not in before.variables],
@@ -124,7 +131,28 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         changes=[change for step in steps for change in _changes(step)],
         options={step.name: repr(step.by) for step in steps},
         versions=versions(),
+        quantizers=[report for report in other_quantizers(after) if report not in other_quantizers(before)],
     )
+
+
+def _skipped_beside(steps: Iterable[Step]) -> Iterator[Skipped]:
+    """Yield what could not be quantised and is no batch norm."""
+    for step in steps:
+        batch_norm_places = {(s.graph, s.node) for s in step.before.analysis(sites)}
+        for skip in step.skipped if isinstance(step.by, Quantize) else ():
+            if (skip.graph, skip.node) not in batch_norm_places:
+                yield Skipped(skip.graph, skip.node, skip.reason)
+
+
+def other_quantizers(model: Model) -> list[QuantizerReport]:
+    """Return the quantisers of values other than batch norms', by role and layer."""
+    reports: dict[tuple[str, str], QuantizerReport] = {}
+    for graph, node in tagged(model):
+        tag = tag_of(model.graphs[graph].nodes[node])
+        if tag["role"] not in ROLES:
+            new = QuantizerReport(tag["role"], tag["layer_name"], tag["scheme"], tag["bits"], tag["range"], [])
+            reports.setdefault((new.role, new.layer_name), new).places.append((graph, node))
+    return list(reports.values())
 
 
 Key = tuple[str, str]

@@ -10,8 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from passes import roles
 from passes.batch_norm.batch_norms import batch_norms
-from passes.roles import MAX_BITS, MIN_BITS, ROLES
+from passes.batch_norm.roles import ROLES
+from passes.deploy.quantized_values import tagged
+from passes.quantization.quantizer_marks import tag_of
+from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.app.arrays import fitted
 from rewriter.app.verification.running import attempt, loaded
 from rewriter.ir import Error, Model
@@ -27,7 +31,7 @@ class SensitivityRow:
 
     Attributes:
         layer: its index in the control variables that hold a value for each layer.
-        name: the batch norm's name.
+        name: the layer's name.
         error: the norm of the difference to the float outputs, relative to the norm of these, by width.
     """
 
@@ -132,14 +136,16 @@ def plot(measured: Sensitivity, file: Path) -> None:
 
 
 def _quantizers(model: str | Path, saved_model: Model) -> dict[tuple[int, str], str]:
-    """Return the batch norm's name of each quantiser that serving uses, by (layer, role), in order."""
+    """Return the layer's name of each quantiser that serving uses, by (layer, role), in order."""
     names: dict[tuple[int, str], str] = {}
     for bn in saved_model.analysis(batch_norms):
         tags = [tag for site in bn.sites if site.mode != "training" for tag in site.binding.quantized]
-        names |= {(tag["layer"], tag["role"]): tag["batch_norm"] for tag in tags if "layer" in tag}
+        names |= {(tag["layer"], tag["role"]): tag["layer_name"] for tag in tags if "layer" in tag}
+    tags = [tag_of(saved_model.graphs[graph].nodes[node]) for graph, node in tagged(saved_model)]
+    names |= {(tag["layer"], tag["role"]): tag["layer_name"] for tag in tags if tag["role"] not in ROLES}
     if not names:
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")
-    return dict(sorted(names.items(), key=lambda item: (item[0][0], ROLES.index(item[0][1]))))
+    return dict(sorted(names.items(), key=lambda item: (item[0][0], list(roles()).index(item[0][1]))))
 
 
 def _widths(root: Any) -> dict[str, Any]:
@@ -152,7 +158,7 @@ def _widths(root: Any) -> dict[str, Any]:
         raise Error(f"the model's root holds no quantization.{missing[0]}; give the model that bnqat rewrote itself")
     for name in ("start_step", "ramp_steps"):
         variables[f"quantization/{name}:0"].assign(0)
-    return {role: variables[f"quantization/layer_bits/{role}:0"] for role in ROLES}
+    return {role: variables[name] for role in roles() if (name := f"quantization/layer_bits/{role}:0") in variables}
 
 
 def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], list[np.ndarray]], int]:

@@ -13,9 +13,11 @@ from typing import Annotated, Any, Literal
 
 import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import InitErrorDetails
 
+from passes import roles
 from passes.quantization.ranges import Ema, Fixed
-from passes.roles import MAX_BITS, MEAN, MIN_BITS, ROLES, VARIANCE
+from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.ir import Error
 
 Steps = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
@@ -84,18 +86,34 @@ OF_TRAINING = frozenset({"momentum", "train_batch_norm"})
 
 
 class Defaults(QuantizerOptions):
-    """Options of all roles, and tables that override them for one role."""
+    """Options of all roles, and tables that override them for one role, such as `gamma`."""
 
-    gamma: QuantizerOptions = QuantizerOptions()
-    beta: QuantizerOptions = QuantizerOptions()
-    moving_mean: QuantizerOptions = QuantizerOptions()
-    moving_variance: QuantizerOptions = QuantizerOptions()
+    model_config = ConfigDict(extra="allow")
+    # `init` has no effect, but on type checkers.
+    __pydantic_extra__: dict[str, QuantizerOptions] = Field(init=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tables(cls, table: Any) -> Any:
+        """Return the table in the order of fields and roles; refuse keys that are neither."""
+        if not isinstance(table, Mapping):
+            return table
+        keys = [*cls.model_fields, *roles()]
+        unknown = next((key for key in table if key not in keys), None)
+        if unknown is not None:
+            error = InitErrorDetails(type="extra_forbidden", loc=(unknown,), input=table[unknown])
+            raise ValidationError.from_exception_data(cls.__name__, [error])
+        return {key: table[key] for key in keys if key in table}
+
+    @property
+    def tables(self) -> Mapping[str, QuantizerOptions]:
+        """The tables for single roles."""
+        return self.__pydantic_extra__
 
     def of(self, role: str) -> dict[str, Any]:
         """Return the options that are set for a role, its own and those of all roles."""
         common = self.model_dump(exclude_none=True, include=set(OF_QUANTIZER))
-        role_options: QuantizerOptions = getattr(self, role)
-        return {**common, **role_options.model_dump(exclude_none=True)}
+        return {**common, **self.tables.get(role, QuantizerOptions()).model_dump(exclude_none=True)}
 
 
 class RuleOptions(Defaults):
@@ -140,18 +158,14 @@ class Settings(_Options):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Settings:
-        tables = {f"defaults.{role}": self.defaults.of(role) for role in ROLES}
-        tables |= {f"rules.{number}.{role}": rule.of(role) for number, rule in enumerate(self.rules) for role in ROLES}
+        tables = {f"defaults.{role}": self.defaults.of(role) for role in self.quantized}
+        for number, rule in enumerate(self.rules):
+            tables |= {f"rules.{number}.{role}": rule.of(role) for role in self.quantized}
         for place, options in tables.items():
-            role = place.rpartition(".")[2]
-            if options.get("scheme") == "log" and role != VARIANCE:
-                raise ValueError(
-                    f"{place}: the scheme log is for moving_variance, as {role} may have values below zero"
-                )
-            if options.get("range") == "learned" and role in (MEAN, VARIANCE):
-                raise ValueError(
-                    f"{place}: no gradient reaches moving statistics, so a learned range would stay; choose ema"
-                )
+            unsuited = roles()[place.rpartition(".")[2]].unsuited
+            for option in (options.get("scheme"), options.get("range")):
+                if isinstance(option, str) and option in unsuited:
+                    raise ValueError(f"{place}: {unsuited[option]}")
         averages = any(options.get("range") == "ema" for options in tables.values())
         for place, options in tables.items():
             if options.get("range_momentum") is not None and not averages:
@@ -179,9 +193,16 @@ class Settings(_Options):
             f"{follow} what quantisers change; a --freeze-step later than {whole} lets them, 0 keeps the source's"
         ]
 
+    @property
+    def quantized(self) -> list[str]:
+        """The roles that have quantisers, unless their scheme is "none": the usual ones, and those that are named."""
+        named = {*self.defaults.tables, *(role for rule in self.rules for role in rule.tables)}
+        return [role.name for role in roles().values() if role.always or role.name in named]
+
     def quantizer(self, role: str) -> dict[str, Any]:
         """Return all options of a role's quantiser, with the built-in values of those that are not set."""
-        scheme = "log" if role == VARIANCE else "affine"
+        known = roles()[role]
+        scheme = known.scheme if known.always or role in self.defaults.tables else "none"
         options = {"scheme": scheme, "bits": 8, "range": "dynamic", "rounding": "nearest", **self.defaults.of(role)}
         return {"range_momentum": Ema().momentum, **options} if options["range"] == "ema" else options
 
@@ -191,7 +212,7 @@ class Settings(_Options):
 
         excluded = {"defaults", "rules", *(() if self.train_outputs else ("train_outputs",))}
         plain = self.model_dump(exclude_none=True, exclude=excluded)
-        plain["defaults"] = {role: self.quantizer(role) for role in ROLES}
+        plain["defaults"] = {role: self.quantizer(role) for role in self.quantized}
         rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
         return tomli_w.dumps(_with_function_names({**plain, **({"rules": rules} if rules else {})}))
 
@@ -228,28 +249,34 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
             {k: v for k, v in rule.items() if k != option} for rule in file_options.get("rules", ())
         ]
     defaults = {**file_options.get("defaults", {})}
+    usual = _usual(defaults, direct)
     for option in OF_QUANTIZER:
         if option not in direct:
             continue
         value = direct.pop(option)
-        by_role = value if isinstance(value, Mapping) else dict.fromkeys(ROLES, value)
-        unknown = set(by_role) - set(ROLES)
+        by_role = value if isinstance(value, Mapping) else dict.fromkeys(usual, value)
+        unknown = set(by_role) - set(roles())
         if unknown:
-            raise Error(
-                f"{option}: {sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}"
-            )
+            raise Error(f"{option}: {min(unknown)!r} is no role; there are {', '.join(roles())}")
         defaults |= {role: {**defaults.get(role, {}), option: v} for role, v in by_role.items()}
         if "rules" in file_options:
-            file_options["rules"] = [_without(rule, option, by_role) for rule in file_options["rules"]]
+            file_options["rules"] = [_without(rule, option, by_role, usual) for rule in file_options["rules"]]
     return checked({**file_options, **direct, "defaults": defaults})
 
 
-def _without(rule: Mapping[str, Any], option: str, roles: Iterable[str]) -> dict[str, Any]:
-    """Return a rule without an option for these roles; what it says of all roles is written out by role."""
+def _usual(defaults: Mapping[str, Any], direct: Mapping[str, Any]) -> list[str]:
+    """Return the roles that an option without a role is for: the usual ones, and those that another option names."""
+    mappings = (direct[option] for option in OF_QUANTIZER if isinstance(direct.get(option), Mapping))
+    named = {*defaults, *(role for by_role in mappings for role in by_role)}
+    return [role.name for role in roles().values() if role.always or role.name in named]
+
+
+def _without(rule: Mapping[str, Any], option: str, by_role: Iterable[str], usual: Iterable[str]) -> dict[str, Any]:
+    """Return a rule without an option for some roles; what it says of all roles is written out by role."""
     common = {k: v for k, v in rule.items() if k in OF_QUANTIZER}
-    tables = {role: {**common, **rule.get(role, {})} for role in ROLES}
-    for role in roles:
-        tables[role].pop(option, None)
+    tables = {role: {**common, **rule.get(role, {})} for role in roles() if role in usual or role in rule}
+    for role in by_role:
+        tables.get(role, {}).pop(option, None)
     rule_keys = {k: v for k, v in rule.items() if k == "match" or k in OF_TRAINING}
     return {**rule_keys, **{role: table for role, table in tables.items() if table}}
 
@@ -285,8 +312,8 @@ def _sentence(error: Any) -> str:
         return f"{key}{value_text}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}
-        inner = QuantizerOptions if set(place[:-1]) & set(ROLES) else tables.get(place[0], Settings)
-        fields = (inner if place[1:] else Settings).model_fields
+        inner = QuantizerOptions if set(place[:-1]) & set(roles()) else tables.get(place[0], Settings)
+        fields = [*(inner if place[1:] else Settings).model_fields, *(roles() if issubclass(inner, Defaults) else ())]
         if not place[1:] and name in OF_QUANTIZER:
             return f"{key} is an option of quantisers; it belongs under [defaults], [defaults.gamma] or a rule"
         close = difflib.get_close_matches(name, fields, n=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from rewriter.app.terminal import say, show
 if TYPE_CHECKING:
     from rewriter.app.sensitivity import Sensitivity
     from rewriter.app.verification.claims import Verification
-    from rewriter.report import FinalizeReport, Inspection, RewriteReport
+    from rewriter.report import FinalizeReport, Inspection, QuantizerReport, RewriteReport
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -18,17 +19,23 @@ COMPUTED_BY = {"fused": "the fused kernel", "decomposed": "single ops"}
 
 
 def show_inspection(report: Inspection) -> None:
-    """Print signatures, and a row for each batch norm."""
-    from rich import box
-    from rich.table import Table
-
+    """Print signatures, a row for each batch norm, and one for whatever else is quantised."""
     for name, signature in report.signatures.items():
         inputs = ", ".join(t.described for t in signature.inputs)
         outputs = ", ".join(t.described for t in signature.outputs)
         say(f"signature {name}({inputs}) -> {outputs}")
-    if not report.batch_norms:
+    if report.batch_norms:
+        _show_batch_norms(report)
+    else:
         say("no batch norm found")
-        return
+    _show_quantizers(report.quantizers)
+
+
+def _show_batch_norms(report: Inspection) -> None:
+    """Print a row for each batch norm, its values, and the sites that cannot be rewritten."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD)
     for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):
         table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -58,6 +65,22 @@ def show_inspection(report: Inspection) -> None:
     for site in sites.values():
         if site.reason:
             say(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+
+
+def _show_quantizers(quantizers: list[QuantizerReport]) -> None:
+    """Print a row for each layer and role whose values are quantised and are not a batch norm's."""
+    from rich import box
+    from rich.table import Table
+
+    if not quantizers:
+        return
+    table = Table(box=box.SIMPLE_HEAD, title="what else is quantised")
+    table.add_column("layer", overflow="fold")
+    for column in ("role", "scheme", "range"):
+        table.add_column(column)
+    for column in ("bits", "places"):
+        table.add_column(column, justify="right")
+    show(table, ((q.layer_name, q.role, q.scheme, q.range, str(q.bits), str(len(q.places))) for q in quantizers))
 
 
 def _show_values(report: Inspection) -> None:
@@ -111,6 +134,10 @@ def show_rewrite(report: RewriteReport, target: Path | None) -> None:
     """Print the rewritten sites, the skipped ones with their reasons, notes and other changes."""
     say(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
     say(f", {report.sites_added} more in new places" if report.sites_added else "")
+    by_role = Counter(q.role for q in report.quantizers)
+    if by_role:
+        layers = ", ".join(f"{role} of {counted(number, 'layer')}" for role, number in by_role.items())
+        say(f"also quantised: {layers}")
     if report.sites_fused:
         say(f"{counted(report.sites_fused, 'site')} in single ops became the fused kernel")
     for site in report.skipped:
@@ -169,7 +196,7 @@ def show_sensitivity(measured: Sensitivity) -> None:
 
     table = Table(box=box.SIMPLE_HEAD, title=f"relative error of the outputs, {counted(measured.inputs, 'input')}")
     table.add_column("layer", justify="right")
-    table.add_column("batch norm", overflow="fold")
+    table.add_column("name", overflow="fold")
     table.add_column("role")
     for width in measured.rows[0].error:
         table.add_column(f"{width} bits", justify="right")

@@ -42,7 +42,7 @@ def title(function: QuantizeFunction) -> str:
 
 
 def trace(requests: Sequence[TraceRequest]) -> Traced:
-    """Return the graphs of functions (float32 [size], context) -> float32 [size]; equal functions share one.
+    """Return the graphs of functions (value, context) -> value, float32 of one shape; equal functions share one.
 
     Raises:
         Error: a function fails, holds variables or ops with effects, or returns something else.
@@ -77,13 +77,13 @@ def trace(requests: Sequence[TraceRequest]) -> Traced:
 
 
 def _concrete(request: TraceRequest) -> Any:
-    """Return the `tf.function` of a request, traced for its size and context."""
+    """Return the `tf.function` of a request, traced for its shape and context."""
     import tensorflow as tf
 
     def pipeline(vector: Any) -> Any:
         return request.function(vector, request.context)
 
-    name, spec = title(request.function), tf.TensorSpec([request.size], tf.float32, "vector")
+    name, spec = title(request.function), tf.TensorSpec(request.shape, tf.float32, "vector")
     place = f"for {request.context.role} of {request.context.layer}"
     function = tf.function(pipeline, input_signature=[spec])
     try:
@@ -93,9 +93,10 @@ def _concrete(request: TraceRequest) -> Any:
     result = concrete.structured_outputs
     if not isinstance(result, tf.Tensor | tf.TensorSpec):
         raise Error(f"the pipeline {name} gives no tensor {place}, but {result!r}")
-    if result.dtype != tf.float32 or result.shape.rank != 1 or result.shape[0] != request.size:
+    if result.dtype != tf.float32 or result.shape != tf.TensorShape(request.shape):
         raise Error(
-            f"the pipeline {name} gives {result.dtype.name} {result.shape} {place}, and not float32 [{request.size}]"
+            f"the pipeline {name} gives {result.dtype.name} {result.shape} {place}, and not float32 "
+            f"{list(request.shape)}"
         )
     if concrete.captured_inputs:
         raise Error(

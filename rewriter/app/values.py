@@ -10,10 +10,10 @@ from dataclasses import replace
 
 import numpy as np
 
+from passes import roles
 from passes.batch_norm.batch_norms import BatchNorm
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
-from passes.quantization.schemes import Affine, Log, Scheme
-from passes.roles import VARIANCE
+from passes.quantization.schemes import SCHEMES, Log
 from rewriter import evaluation
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
@@ -40,10 +40,9 @@ def values_of(model: Model, batch_norms: Sequence[BatchNorm]) -> Mapping[Key, Va
                 continue
             if vector.size:
                 vectors[bn.name, role] = vector
-                scheme: Scheme = Log() if role == VARIANCE else Affine()
-                keys_by_spec.setdefault(QuantizerSpec(scheme, bn.sites[0].epsilon, vector.size), []).append(
-                    (bn.name, role)
-                )
+                scheme = SCHEMES[roles()[role].scheme]()
+                spec = QuantizerSpec(scheme.within(bn.sites[0].epsilon), vector.shape)
+                keys_by_spec.setdefault(spec, []).append((bn.name, role))
     errors: dict[Key, dict[int, float]] = {}
     for spec, keys in keys_by_spec.items():
         errors.update(zip(keys, _errors(spec, [vectors[key] for key in keys]), strict=True))
@@ -82,8 +81,9 @@ def error(spec: QuantizerSpec, vector: np.ndarray, quantized: np.ndarray) -> flo
     finite = np.isfinite(vector)
     v, q = vector[finite].astype(np.float64), quantized[finite].astype(np.float64)
     if isinstance(spec.scheme, Log):
-        shifted = np.maximum(v + spec.epsilon, np.finfo(np.float32).tiny)
-        return float(np.sqrt(np.mean((np.sqrt(shifted / np.maximum(q + spec.epsilon, 1e-38)) - 1) ** 2)))
+        epsilon = spec.scheme.epsilon
+        shifted = np.maximum(v + epsilon, np.finfo(np.float32).tiny)
+        return float(np.sqrt(np.mean((np.sqrt(shifted / np.maximum(q + epsilon, 1e-38)) - 1) ** 2)))
     norm = float(np.sqrt(np.sum(v**2)))
     return float(np.sqrt(np.sum((q - v) ** 2))) / norm if norm else 0.0
 

@@ -49,7 +49,7 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
     done = bnqat("inspect", model("keras_save"), "--json")
     assert done.code == 0, done.err
     report = json.loads(done.out)
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     assert report["signatures"]["serving_default"]["inputs"][0]["shape"] == [None, 8, 8, 3]
     first, second = report["batch_norms"]
     assert first["name"] == "batch_normalization"
@@ -91,7 +91,7 @@ def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: 
     assert report["skipped"] == []
     assert report["variables_added"][:3] == ["quantization/step", "quantization/start_step", "quantization/ramp_steps"]
     assert len(report["variables_added"]) == 3 + 2 * 4
-    assert report["schema_version"] == 1
+    assert report["schema_version"] == 2
     log = json.loads((tmp_path / "out/assets.extra/bnqat.json").read_text())
     assert log["batch_norms"][0]["sites"]
     assert str(tmp_path) not in json.dumps(log)

@@ -253,7 +253,7 @@ def test_codes_give_exactly_what_is_in_the_variables(
         name = variable["variable"]
         bits = options["bits"]
         stored = reader.get_tensor(variable["checkpoint_key"])
-        assert (variable["bits"], name) == (bits, f"{variable['batch_norm']}/{variable['role']}")
+        assert (variable["bits"], name) == (bits, f"{variable['layer_name']}/{variable['role']}")
         np.testing.assert_array_equal(values_of(variable), stored)
         assert not variable["exceptions"]
         codes = arrays[f"{name}.codes"]

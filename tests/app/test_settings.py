@@ -83,7 +83,7 @@ def test_rules_keep_what_they_say_of_training_unless_it_is_given(tmp_path: Path)
         (["--train-output", "a=b", "--train-output", "a=c"], "the name a is given twice"),
         (["--train-batch-norm", "some"], "'some' is not one of 'as-source', 'all', 'none'"),
         (
-            ["--train-output", "a=b", "--passes", "quantize-batch-norm"],
+            ["--train-output", "a=b", "--passes", "quantize"],
             "--train-output is an option of derive-training",
         ),
     ],
@@ -179,7 +179,7 @@ def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Pa
         (["--quantizer", "mine"], "module:function"),
         (["--freeze-step", "-1"], "-1 is not in the range"),
         (["--config", "nowhere.toml"], "cannot be read"),
-        (["--freeze-step", "3", "--passes", "quantize-batch-norm"], "is an option of freeze-statistics"),
+        (["--freeze-step", "3", "--passes", "quantize"], "is an option of freeze-statistics"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_python_takes_mappings(model: Paths, tmp_path: Path) -> None:
     bnqat.rewrite(model("module"), tmp_path / "out", config=options, bits={"beta": 3}, ramp_steps=4)
     tags = [t for bn in bnqat.inspect(tmp_path / "out").batch_norms for s in bn.sites for t in s.quantizers]
     assert {t["role"]: t["bits"] for t in tags} == {"gamma": 5, "beta": 3, "moving_mean": 8, "moving_variance": 8}
-    with pytest.raises(bnqat.Error, match="bits: 'scale' is no variable of a batch norm"):
+    with pytest.raises(bnqat.Error, match="bits: 'scale' is no role"):
         bnqat.rewrite(model("module"), tmp_path / "x", bits={"scale": 3})
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import passes
-from passes import FINALIZE, PASSES, REWRITE
+from passes import FINALIZE, PASSES, PROVIDERS, REWRITE, loaded
 from rewriter.pipeline import Pass, load_pass, pass_name
 
 ROOT = Path(passes.__file__).parent
@@ -28,6 +28,12 @@ def test_every_class_with_edits_is_registered() -> None:
     modules = {".".join(("passes", *f.relative_to(ROOT).with_suffix("").parts)) for f in files}
     assert modules == {target.partition(":")[0] for target in PASSES.values()}
     assert not REWRITE.keys() & FINALIZE.keys()
+
+
+@pytest.mark.parametrize("name", PROVIDERS)
+def test_a_provider_has_the_roles_that_the_registry_gives_it(name: str) -> None:
+    assert tuple(loaded(name)().roles) == PROVIDERS[name]
+    assert {role.name for role in PROVIDERS[name]} <= set(passes.roles())
 
 
 def test_a_pass_without_a_name_is_called_as_its_class() -> None:

@@ -92,7 +92,7 @@ def test_reasons(forks: Server, model: Paths, tmp_path: Path, reason: Any) -> No
     assert "\x1b" not in outcome.out
 
 
-@pytest.mark.parametrize("field", ["scheme", "use", "rounding", "range", "batch_norm"])
+@pytest.mark.parametrize("field", ["scheme", "use", "rounding", "range", "layer_name"])
 def test_tags(forks: Server, model: Paths, rewritten: Paths, tmp_path: Path, field: str) -> None:
     def edit(meta: Any) -> None:
         for function in meta.graph_def.library.function:

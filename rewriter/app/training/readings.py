@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from passes import roles
 from passes.batch_norm.batch_norms import batch_norms
+from passes.quantization.controls import first_rows
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import SCHEMES
-from passes.roles import ROLES
 from rewriter import op_defs
 from rewriter.app.loaded import variables_by_key
 from rewriter.app.values import error, run
@@ -87,16 +88,16 @@ class Readings:
         bits = self._computed("quantization_bits")
         has_limits = any(q.spec.scheme.range is not DYNAMIC for q in self.quantizers)
         all_limits = self._computed("quantization_limits") if has_limits else np.zeros((len(bits), 2), np.float32)
-        layers = len(bits) // len(ROLES)
+        first = first_rows(self.source, roles())
         readings = {}
         for spec in dict.fromkeys(q.spec for q in self.quantizers):
             group = [q for q in self.quantizers if q.spec == spec]
             vectors = [self.variables[q.key].numpy().astype(np.float32).ravel() for q in group]
-            rows = [ROLES.index(q.role) * layers + q.layer for q in group]
+            rows = [first[q.role] + q.layer for q in group]
             limits = all_limits[rows]
             inputs = [np.array(1, np.float32), bits[rows][:, None]]
             if spec.scheme.range is DYNAMIC:
-                limits = np.array([spec.scheme.limits_of(v, spec.epsilon) for v in vectors])
+                limits = np.array([spec.scheme.limits_of(v) for v in vectors])
             else:
                 inputs.append(limits)
             quantized = run(define(fake_quantize_function(spec, len(group))), [*inputs, np.stack(vectors)])
@@ -139,6 +140,6 @@ def _quantizers(model: Model) -> Iterator[_Quantizer]:
             tag = next((t for s in bn.sites for t in s.binding.quantized if t["role"] == role), None)
             if tag is None or tag["scheme"] not in SCHEMES:
                 continue
-            size = np.asarray(model.value_of(key)).size
+            shape = (np.asarray(model.value_of(key)).size,)
             scheme = SCHEMES[tag["scheme"]](range=RANGES[tag["range"]], narrow_range=tag["narrow_range"])
-            yield _Quantizer(bn.name, role, key, tag["layer"], QuantizerSpec(scheme, bn.sites[0].epsilon, size))
+            yield _Quantizer(bn.name, role, key, tag["layer"], QuantizerSpec(scheme.within(bn.sites[0].epsilon), shape))

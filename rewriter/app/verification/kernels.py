@@ -10,9 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import tensorflow as tf
 from tensorflow.python.eager import context
 
+from passes.batch_norm.roles import MEAN, ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import FUSED, sites
-from passes.roles import MEAN, ROLES
 from rewriter import op_defs, ops
 from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Graph, Model, Value

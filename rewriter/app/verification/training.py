@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.entries import TRAIN, Alignment, serving_signature
-from passes.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.training.frozen_layers import frozen_means
 from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at

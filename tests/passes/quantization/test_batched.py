@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
 from passes.deploy.quantized_values import quantized_values
 from passes.quantization.batched import BLOCK_SIZE, GENERAL, batch_function, layout
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.schemes import Affine, Log, PowerOfTwo, Scheme, Symmetric
+from passes.quantize import Quantize
 from rewriter import evaluation, ops, protos
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
@@ -78,7 +78,7 @@ def _placeholder(node: Node, value: np.ndarray) -> Node:
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.name} {s.narrow}")
 def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> None:
     arrays = vectors()
-    specs = [QuantizerSpec(scheme, EPSILON, v.size).function_key for v in arrays]
+    specs = [QuantizerSpec(scheme.within(EPSILON), v.shape).function_key for v in arrays]
     assert len(layout(specs)) == 1
     for bits in (2, 3, 5, 8, 11, 16):
         on, partly = (computed(specs, index, bits, arrays) for index in (ON, GENERAL))
@@ -97,7 +97,11 @@ def test_both_ways_give_the_numbers_of_each_vector_by_itself(scheme: Scheme) -> 
 @pytest.mark.parametrize("dtype", ["half", "bfloat16", "float64"])
 def test_other_dtypes(dtype: str) -> None:
     arrays = [v.astype(tf.as_dtype(dtype).as_numpy_dtype) for v in vectors()[:-2]]
-    specs = [QuantizerSpec(scheme, EPSILON, v.size, dtype).function_key for scheme in (Affine(), Log()) for v in arrays]
+    specs = [
+        QuantizerSpec(scheme.within(EPSILON), v.shape, dtype=dtype).function_key
+        for scheme in (Affine(), Log())
+        for v in arrays
+    ]
     on, partly = (computed(specs, index, 4, [*arrays, *arrays]) for index in (ON, GENERAL))
     for v, short, whole in zip([*arrays, *arrays], on, partly, strict=True):
         assert short.dtype == v.dtype
@@ -108,13 +112,13 @@ def test_other_dtypes(dtype: str) -> None:
 
 def test_off_and_a_width_of_zero_and_an_amount_of_zero_give_the_same_bits() -> None:
     arrays = [*vectors(), np.array([-0.0, 0.0], np.float32)]
-    specs = [QuantizerSpec(Affine(), EPSILON, v.size).function_key for v in arrays]
+    specs = [QuantizerSpec(Affine(), v.shape).function_key for v in arrays]
     for results in (computed(specs, 0, 8, arrays), computed(specs, GENERAL, 0, arrays)):
         assert [m.tobytes() for m in results] == [v.tobytes() for v in arrays]
 
 
 def quantized(path: Path) -> Model:
-    return Pipeline([QuantizeBatchNorm()]).run(load(path))[0]
+    return Pipeline([Quantize()]).run(load(path))[0]
 
 
 def changed(model: Model, op: str, change: Callable[[Node], Node]) -> Model:

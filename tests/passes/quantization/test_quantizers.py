@@ -26,7 +26,8 @@ ROUNDINGS = ["nearest", "stochastic"]
 
 
 def spec_of(make: Any, size: int | None = SIZE, training: bool = True, **options: Any) -> QuantizerSpec:
-    return QuantizerSpec(make(**options), EPSILON, size, training=training).group_key
+    shape = None if size is None else (size,)
+    return QuantizerSpec(make(**options).within(EPSILON), shape, training=training).group_key
 
 
 def expected(spec: QuantizerSpec, v: np.ndarray, bits: int, limits: Any, noise: Any) -> Quantized:
@@ -45,7 +46,7 @@ def expected(spec: QuantizerSpec, v: np.ndarray, bits: int, limits: Any, noise: 
 def limits_for(scheme: Scheme, spread: float = 0.8) -> np.ndarray:
     """Return limits, in the scheme's coordinate, that hold most but not all of `vector`."""
     low, high = (0.01, spread) if isinstance(scheme, Log) else (-0.7, spread)
-    return np.array(scheme.fixed(Fixed(low, high), EPSILON), F)
+    return np.array(scheme.fixed(Fixed(low, high)), F)
 
 
 def vector(scheme: type[Scheme], seed: int = 0) -> np.ndarray:
@@ -330,9 +331,53 @@ def test_rows_are_quantized_as_vectors_by_themselves(make: Any, range_: Range) -
         np.testing.assert_array_equal(got[index], alone)
 
 
+KERNEL = (2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("make", SCHEMES)
+@pytest.mark.parametrize("axes", [(-4, -3, -2), (-4, -2, -1), (-4, -3), (-4, -3, -2, -1)], ids=str)
+@pytest.mark.parametrize("range_", [DYNAMIC, Fixed(0.0, 0.9)], ids=lambda r: r.name)
+def test_ranges_extend_over_the_axes_of_the_spec(make: Any, axes: tuple[int, ...], range_: Any) -> None:
+    """Every part of a kernel that shares a range is quantised as a vector by itself."""
+    spec = QuantizerSpec(make(range=range_).within(EPSILON), KERNEL, axes)
+    v = np.random.default_rng(4).normal(0.1, 0.6, KERNEL).astype(F)
+    v = np.abs(v) if make is Log else v
+    limits = limits_for(spec.scheme)
+    for run in (saved(spec), compiled(spec)):
+        got = run(*function_inputs(spec, v, 4, limits=limits)).numpy()
+        whole, parts = (np.moveaxis(a, axes, range(len(axes))) for a in (got, v))
+        for index in np.ndindex(parts.shape[len(axes) :]):
+            here = (..., *index)
+            wanted = expected(spec, parts[here].ravel(), 4, limits, None).value
+            assert_equal(spec.scheme, whole[here].ravel(), wanted)
+    assert np.unique(got).size > 2
+
+
+@pytest.mark.parametrize("range_", [Ema(0.9), Learned()], ids=lambda r: r.name)
+def test_one_range_that_is_kept_serves_a_whole_kernel(range_: Range) -> None:
+    spec = QuantizerSpec(Affine(range=range_), KERNEL, (-4, -3, -2, -1), training=True)
+    flat = QuantizerSpec(Affine(range=range_), (120,), training=True)
+    v = np.random.default_rng(4).normal(0.1, 0.6, KERNEL).astype(F)
+    limits = np.array([-0.7, 0.8], F)
+    if isinstance(range_, Ema):
+        moved = saved(spec, observe=True)(tf.constant(v), tf.constant(limits))
+        np.testing.assert_array_equal(moved, saved(flat, observe=True)(tf.constant(v.ravel()), tf.constant(limits)))
+        assert not np.array_equal(moved, limits)
+    results = []
+    for of, value in ((spec, v), (flat, v.ravel())):
+        inputs = function_inputs(of, value, 3, limits=limits)
+        with tf.GradientTape() as tape:
+            tape.watch(inputs)
+            loss = tf.reduce_sum(saved(of)(*inputs) ** 2)
+        results.append([g for g in tape.gradient(loss, inputs) if g is not None])
+    assert len(results[0]) == len(results[1]) >= 1
+    for of_kernel, of_vector in zip(*results, strict=True):
+        np.testing.assert_allclose(np.ravel(of_kernel), of_vector, rtol=1e-5)
+
+
 @pytest.mark.parametrize("make", SCHEMES)
 def test_half_precision_is_quantized_in_float32(make: Any) -> None:
-    spec = QuantizerSpec(make(), EPSILON, SIZE, "half")
+    spec = QuantizerSpec(make().within(EPSILON), (SIZE,), dtype="half")
     v = vector(make).astype(np.float16)
     got = saved(spec)(*function_inputs(spec, v, 4)).numpy()
     reference = expected(spec, v.astype(F), 4, None, None).value

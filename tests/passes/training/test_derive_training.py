@@ -259,10 +259,10 @@ class ByValue(Norms):
 
 def test_what_cannot_be_trained_is_an_error_with_a_way_out(tmp_path: Path) -> None:
     module = ByValue()
-    with pytest.raises(bnqat.Error, match=r"read in another function.*--passes quantize-batch-norm"):
+    with pytest.raises(bnqat.Error, match=r"read in another function.*--passes quantize"):
         rewrite(module, tmp_path, {"serving_default": module.serve})
     assert not (tmp_path / "out").exists()
-    bnqat.rewrite(tmp_path / "source", tmp_path / "out", passes=["quantize-batch-norm"], bits=2)
+    bnqat.rewrite(tmp_path / "source", tmp_path / "out", passes=["quantize"], bits=2)
     loaded, source = (tf.saved_model.load(str(tmp_path / name)) for name in ("out", "source"))
     x = harness.images(SPEC.shape)
     assert not np.array_equal(loaded.serve(x), source.serve(x))

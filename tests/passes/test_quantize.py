@@ -11,9 +11,11 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm.quantize_batch_norm import QuantizeBatchNorm
+from passes.batch_norm.points import BatchNormPoints
 from passes.batch_norm.sites import sites
+from passes.quantization.choice import Rule
 from passes.quantization.controls import step
+from passes.quantize import Quantize
 from rewriter.edit import Skip
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
 from rewriter.pipeline import Pipeline
@@ -136,7 +138,7 @@ def test_text_of_a_training_site() -> None:
 
 
 def quantized(model: Model, **options: object) -> Model:
-    return Pipeline([QuantizeBatchNorm(**options)]).run(model)[0]  # type: ignore[arg-type]
+    return Pipeline([Quantize(**options)]).run(model)[0]  # type: ignore[arg-type]
 
 
 def test_counts_of_a_keras_save(model: Paths) -> None:
@@ -166,7 +168,7 @@ def test_no_other_attribute_of_a_kernel_changes(model: Paths) -> None:
 
 def test_running_twice_adds_nothing(model: Paths) -> None:
     once = quantized(load(model("module_train")))
-    pipeline = Pipeline([QuantizeBatchNorm()])
+    pipeline = Pipeline([Quantize()])
     twice, (step,) = pipeline.run(once)
     assert twice is once
     assert {s.reason for s in step.skipped} == {"already quantised"}
@@ -182,7 +184,7 @@ def test_variables_are_added_once_and_captured_once(model: Paths, rewritten: Cal
 
 
 def test_averages_stay_in_the_kernel_without_quantisation(model: Paths) -> None:
-    after = quantized(load(model("module_train")), average="none")
+    after = quantized(load(model("module_train")), providers=(BatchNormPoints("none"),))
     for site in after.analysis(sites):
         assert site.kernel_average is site.training
 
@@ -289,9 +291,9 @@ def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> 
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
     batched, tags = batched_nodes(serve), tagged(serve)
-    alone = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in tags if n not in batched)
-    joint = sorted((tags[n]["batch_norm"], tags[n]["role"]) for n in batched)
-    first, second = sorted({tag["batch_norm"] for tag in tags.values()})
+    alone = sorted((tags[n]["layer_name"], tags[n]["role"]) for n in tags if n not in batched)
+    joint = sorted((tags[n]["layer_name"], tags[n]["role"]) for n in batched)
+    first, second = sorted({tag["layer_name"] for tag in tags.values()})
     assert {(first, "moving_mean"), (first, "moving_variance")} <= set(alone)
     assert {(first, "gamma"), (second, "gamma"), (first, "beta"), (second, "beta")} <= set(joint)
     bnqat.rewrite(source, tmp_path / "off", start_step=2**40, quantize_average="none")
@@ -308,7 +310,17 @@ def test_what_is_read_after_an_update_is_quantised_by_itself(tmp_path: Path) -> 
         np.testing.assert_allclose(got, wanted, rtol=0, atol=2e-7 if tag["scheme"] == "log" else 0)
 
 
-@pytest.mark.parametrize("options", [{"start_step": -1}, {"start_step": 2**63}, {"average": "all"}, {"ramp_steps": -1}])
-def test_options_out_of_range(options: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (Quantize, {"start_step": -1}),
+        (Quantize, {"start_step": 2**63}),
+        (Quantize, {"ramp_steps": -1}),
+        (Quantize, {"quantizers": {"delta": None}}),
+        (Quantize, {"rules": (Rule("", {"delta": None}),)}),
+        (BatchNormPoints, {"quantize_average": "all"}),
+    ],
+)
+def test_options_out_of_range(make: Any, options: dict[str, object]) -> None:
     with pytest.raises(Error):
-        QuantizeBatchNorm(**options)  # type: ignore[arg-type]
+        make(**options)

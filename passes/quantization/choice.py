@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import regex
 
-from passes.batch_norm.batch_norms import BatchNorm
-from passes.batch_norm.layers import Layer
 from passes.quantization.custom import CustomQuantizer, Quantizer
+from passes.quantization.points import Layer, Member
 from passes.quantization.schemes import Affine, Scheme, altered
-from passes.roles import ROLES
 from rewriter.ir import Error, Model
 
 Options = Mapping[str, Any]
@@ -41,18 +39,18 @@ class Match:
         except regex.error as e:
             raise Error(f"{self.match!r} is no regular expression: {e}") from e
 
-    def matches(self, model: Model, bn: BatchNorm) -> bool:
-        """Return true if a batch norm is one of these layers.
+    def matches(self, model: Model, member: Member) -> bool:
+        """Return true if this is one of these layers.
 
         Raises:
             Error: the search in a name takes too long.
         """
-        names = (bn.name, *(model.variables[key].name for key in bn.variables.values()))
+        names = (member.name, *(model.variables[key].name for key in member.variables.values()))
         try:
             return any(regex.search(self.match, name, timeout=PATIENCE) for name in names)
         except TimeoutError:
             raise Error(
-                f"to search {self.match!r} in {bn.name} takes longer than {PATIENCE} s; write it simpler"
+                f"to search {self.match!r} in {member.name} takes longer than {PATIENCE} s; write it simpler"
             ) from None
 
 
@@ -62,18 +60,9 @@ class Rule(Match):
 
     Attributes:
         options: by role, the options that differ from the role's; None removes the quantiser.
-
-    Raises:
-        Error: there is no such role.
     """
 
     options: Mapping[str, Options | None] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        unknown = set(self.options) - set(ROLES)
-        if unknown:
-            raise Error(f"{sorted(unknown)[0]!r} is no variable of a batch norm; there are {', '.join(ROLES)}")
 
     def applied(self, role: str, quantizer: Quantizer | None) -> Quantizer | None:
         """Return the quantiser that the rule makes of another."""
@@ -96,21 +85,20 @@ def quantizer_for(
     """Return the quantiser of a role in a layer.
 
     Raises:
-        Error: rules give different ones to batch norms that share a function.
+        Error: rules give different ones to layers that share a function.
     """
     quantizers: dict[str, Quantizer | None] = {}
-    for bn in layer.batch_norms:
+    for member in layer.members:
         quantizer: Quantizer | None = default
         for rule in rules:
-            if rule.matches(model, bn):
+            if rule.matches(model, member):
                 quantizer = rule.applied(role, quantizer)
-        quantizers[bn.name] = quantizer
+        quantizers[member.name] = quantizer
     if len(set(quantizers.values())) > 1:
         raise Error(f"{', '.join(quantizers)} share a function, so rules must give them the same quantiser for {role}")
     return next(iter(quantizers.values()))
 
 
-def unmatched(model: Model, rules: Iterable[Match], layers: Iterable[Layer]) -> Match | None:
+def unmatched(model: Model, rules: Iterable[Match], members: Sequence[Member]) -> Match | None:
     """Return the first rule that matches no layer at all, or None."""
-    batch_norms = [bn for layer in layers for bn in layer.batch_norms]
-    return next((rule for rule in rules if not any(rule.matches(model, bn) for bn in batch_norms)), None)
+    return next((rule for rule in rules if not any(rule.matches(model, member) for member in members)), None)

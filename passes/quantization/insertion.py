@@ -1,0 +1,159 @@
+"""Insertion of quantisers: quantisation points and the quantisers of their layers, turned into edits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from passes.quantization.controls import Controls, Initial, counters
+from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
+from passes.quantization.emission import QuantizerEmitter
+from passes.quantization.grouping import CustomSpec, Operand, Used, groups
+from passes.quantization.points import Layer, QuantizationPoint, Quantizers
+from passes.quantization.quantizers import QuantizerSpec
+from passes.quantization.ranges import Dynamic, Fixed
+from passes.quantization.schemes import Scheme
+from rewriter import op_defs
+from rewriter.edit import AddVariable, Define, Edit, Import, RunAfter
+from rewriter.expr import Use, read
+from rewriter.ir import MAIN, Edge, Error, Model, Value
+
+
+class Family(NamedTuple):
+    """Layers that one provider numbers, their quantisers, and the points to quantise."""
+
+    layers: Sequence[Layer]
+    quantizers: Quantizers
+    points: list[QuantizationPoint]
+
+
+class Schedule(NamedTuple):
+    """Initial values of the variables that say when, and with which widths, quantisers act.
+
+    Attributes:
+        start_step: the first step at which they act.
+        ramp_steps: the number of steps from there on in which float and quantised value are blended.
+        bits: the width of each role; 0 where it has no quantiser.
+    """
+
+    start_step: int
+    ramp_steps: int
+    bits: Mapping[str, int]
+
+
+def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> Iterator[Edit]:
+    """Yield the edits that quantise the values at the points of all families.
+
+    Raises:
+        Error: a range cannot be kept for values of that shape, or the model holds control variables of other layers.
+    """
+    quantizers = {role: of_role for family in families for role, of_role in family.quantizers.items()}
+    limits: dict[str, np.ndarray] = {}
+    for family in families:
+        limits |= starting_limits(model, family.layers, family.quantizers)
+    controls = Controls(model, quantizers, Initial(schedule.start_step, schedule.ramp_steps, schedule.bits, limits))
+    yield from (AddVariable(v) for v in controls.variables.values() if v.key not in model.variables)
+    # A run counts its step only after it has read the step that it compares.
+    count = controls.variables["step"]
+    yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(model))
+    operands = _Operands(model)
+    inserted = [(operands.of(family, point), point) for family in families for point in family.points]
+    traced = _trace([operand for operand, _ in inserted], quantizers)
+    if traced.graphs:
+        yield Import(tuple(traced.graphs.values()), traced.gradients)
+    emitter = QuantizerEmitter(model, controls, traced)
+    for group in groups(model, [Used(operand, point.edge.node) for operand, point in inserted]):
+        yield from emitter.place(group)
+    for operand, point in inserted:
+        yield from point.edits(emitter.quantized[operand])
+    if model.object_based:
+        yield from (Define(function) for function in emitter.functions.values())
+
+
+def starting_limits(model: Model, layers: Sequence[Layer], quantizers: Quantizers) -> dict[str, np.ndarray]:
+    """Return the limits that the ranges of each role begin with, float32 [layers, 2], in the schemes' coordinates."""
+    return {
+        role: np.array([_limits(model, layer, role, q) for layer, q in zip(layers, of_role, strict=True)], np.float32)
+        for role, of_role in quantizers.items()
+    }
+
+
+def _limits(model: Model, layer: Layer, role: str, quantizer: Quantizer | None) -> tuple[float, float]:
+    members = [member for member in layer.members if role in member.variables]
+    if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not members:
+        return 0.0, 0.0
+    scheme = quantizer.within(layer.epsilon)
+    if isinstance(scheme.range, Fixed):
+        return scheme.fixed(scheme.range)
+    values = [np.asarray(model.value_of(member.variables[role]), np.float32).ravel() for member in members]
+    return scheme.limits_of(np.concatenate(values))
+
+
+class _Operands:
+    """The operands of quantisers.
+
+    Attributes:
+        values: the expression for each value that a graph has: one, so that its uses share a quantiser.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.values: dict[tuple[str, Value], Use] = {}
+
+    def of(self, family: Family, point: QuantizationPoint) -> Operand:
+        """Return the value of a point, with the quantiser of its layer.
+
+        Raises:
+            Error: its range is kept in variables, which hold one for a whole value, and the point has several.
+        """
+        quantizer = family.quantizers[point.role][point.layer]
+        if quantizer is None:
+            raise AssertionError("what has no quantiser is no point")
+        if point.axis is not None and quantizer.range.name in ("ema", "learned"):
+            raise Error(
+                f"{point.role}: a range for each channel is dynamic or fixed; of {quantizer.range.name} there is one"
+            )
+        value = self._used(point.edge) if point.value is None else point.value
+        spec = _spec(family.layers[point.layer], quantizer, point, value.dtype)
+        tag = {
+            "role": point.role,
+            "scheme": quantizer.name if isinstance(quantizer, Scheme) else f"{quantizer.name} {quantizer.label}",
+            "bits": quantizer.bits,
+            "range": quantizer.range.name,
+            "rounding": quantizer.rounding,
+            "narrow_range": quantizer.narrow,
+            "axis": point.axis,
+            "layer_name": point.name,
+            "layer": point.layer,
+            "use": point.use,
+        }
+        text, statistic = json.dumps(tag, sort_keys=True), point.use != "parameter"
+        return Operand(point.edge.graph, value, spec, point.role, point.layer, text, statistic, point.run)
+
+    def _used(self, edge: Edge) -> Use:
+        """Return the value that is used at an edge."""
+        graph = self.model.graphs[edge.graph]
+        value = graph.nodes[edge.node].inputs[edge.position] if edge.node else graph.results[edge.position].value
+        if (edge.graph, value) not in self.values:
+            self.values[edge.graph, value] = Use(op_defs.output_dtype(self.model, graph, value), value)
+        return self.values[edge.graph, value]
+
+
+def _spec(layer: Layer, quantizer: Quantizer, point: QuantizationPoint, dtype: str) -> QuantizerSpec | CustomSpec:
+    """Return the properties by which the quantiser of a point's value differs from others."""
+    shape = None if -1 in point.shape else point.shape
+    if not isinstance(quantizer, Scheme):
+        facts = Context(point.role, layer.name, point.epsilon)
+        return CustomSpec(TraceRequest(quantizer.function, facts, shape or ()), dtype)
+    context = "" if point.epsilon is None else f"epsilon_{point.epsilon:.9g}"
+    return QuantizerSpec(quantizer.within(point.epsilon), shape, point.axes, dtype, point.trained, context).group_key
+
+
+def _trace(operands: Iterable[Operand], quantizers: Quantizers) -> Traced:
+    """Trace the functions of custom quantisers, all at once."""
+    requests = list(dict.fromkeys(o.spec.request for o in operands if isinstance(o.spec, CustomSpec)))
+    tracers = [q.trace for of_role in quantizers.values() for q in of_role if isinstance(q, CustomQuantizer)]
+    return tracers[0](requests) if requests else Traced({}, {}, {})

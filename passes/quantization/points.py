@@ -1,0 +1,125 @@
+"""Quantisation points: which values are fake-quantised. Providers yield them; `insertion` says how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+from passes.quantization.custom import Quantizer
+from passes.quantization.roles import Role
+from rewriter.edit import Edit, Rewire
+from rewriter.expr import Expr
+from rewriter.ir import Edge, Model
+from rewriter.shapes import Shape
+
+Use = Literal["parameter", "statistic", "average"]
+"""Use of a quantised value: a parameter that is read; a batch's statistic; or an average that is stored."""
+
+
+Replaced = Callable[[Expr], Iterable[Edit]]
+"""Function that makes the edits that let a quantised value be used."""
+
+
+class Member(Protocol):
+    """What a user thinks of as one layer, such as a batch norm."""
+
+    @property
+    def name(self) -> str:
+        """Its name, which rules match."""
+        ...
+
+    @property
+    def variables(self) -> Mapping[str, str]:
+        """The checkpoint keys of its variables by role."""
+        ...
+
+
+class Layer(NamedTuple):
+    """The identity of quantisers: values of one layer and role share widths and ranges.
+
+    Attributes:
+        name: its name in reports.
+        members: the one layer that it is, or several that share a function and with it their quantisers.
+        epsilon: of a batch norm, the number that it adds to variances; else None.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    epsilon: float | None = None
+
+
+Quantizers = Mapping[str, Sequence[Quantizer | None]]
+"""The quantisers of each role, one for each layer; None where a layer has none for the role."""
+
+
+@dataclass(frozen=True)
+class QuantizationPoint:
+    """A use of a value that is fake-quantised.
+
+    Attributes:
+        edge: where the value is used.
+        role: the name of its role.
+        layer: the number of its layer among the provider's.
+        name: the name of the layer, in reports.
+        shape: its shape; -1 is an unknown size.
+        axis: the axis of the channels, counted from the end, each of which has a range of its own; None for one range.
+        value: the value, where it is computed for this purpose; by default, it is that of the edge.
+        epsilon: of a batch norm's values, the number that it adds to variances; else None.
+        use: its use.
+        trained: true if it is used in training, so that a range may follow it and rounding may be stochastic.
+        run: the node of the main graph that runs in training, and moved ranges with it; "" if there is none.
+        scope: the name scope of the nodes that quantise it; by default, that of the node that uses it.
+        replaced: makes the edits that let the quantised value be used; by default, the edge takes it.
+    """
+
+    edge: Edge
+    role: str
+    layer: int
+    name: str
+    shape: Shape
+    axis: int | None = None
+    value: Expr | None = None
+    epsilon: float | None = None
+    use: Use = "parameter"
+    trained: bool = False
+    run: str = ""
+    scope: str = ""
+    replaced: Replaced | None = None
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes, counted from the end, over which values share a range."""
+        return tuple(axis for axis in range(-len(self.shape), 0) if axis != self.axis)
+
+    def edits(self, quantized: Expr) -> Iterable[Edit]:
+        """Return the edits that let the quantised value be used."""
+        if self.replaced is not None:
+            return self.replaced(quantized)
+        return [Rewire(self.edge, quantized, self.scope or self.edge.node or self.role)]
+
+
+class Provider(Protocol):
+    """A source of quantisation points: one kind of thing in a model that has values to quantise.
+
+    It is best written as a frozen dataclass whose fields are its options.
+    """
+
+    @property
+    def roles(self) -> Sequence[Role]:
+        """The roles of its values, in the order of the control variables' rows."""
+        ...
+
+    def layers(self, model: Model) -> Sequence[Layer]:
+        """Return the layers, in the order of their numbers."""
+        ...
+
+    def points(self, model: Model, quantizers: Quantizers, /) -> Iterator[QuantizationPoint | Edit]:
+        """Yield the points to quantise, and a `Skip` for what cannot be; other edits are made after the points'.
+
+        A point whose layer has no quantiser for its role is left out by the caller.
+
+        Raises:
+            Error: the options do not go together.
+        """
+        ...

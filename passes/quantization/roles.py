@@ -1,0 +1,27 @@
+"""Roles: the kinds of values that are quantised. Importing this module does not import TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+MIN_BITS, MAX_BITS = 2, 16
+"""The least and the greatest width of a code."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """A kind of value that is quantised.
+
+    Attributes:
+        name: its name in options, variables and reports.
+        scheme: its scheme where the user gives none.
+        always: true if it is quantised unless the user says otherwise; else it is quantised where the user gives an
+            option for it by name.
+        unsuited: schemes and ranges that make no sense for it, with the reason.
+    """
+
+    name: str
+    scheme: str = "affine"
+    always: bool = False
+    unsuited: Mapping[str, str] = field(default_factory=lambda: {"log": "the scheme log is for values above zero"})

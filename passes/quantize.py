@@ -1,0 +1,128 @@
+"""Quantisers on the values that providers point out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from passes import PROVIDERS, loaded
+from passes.quantization.choice import Rule, quantizer_for, unmatched
+from passes.quantization.custom import Quantizer
+from passes.quantization.insertion import Family, Schedule, insertion
+from passes.quantization.points import Provider, QuantizationPoint
+from passes.quantization.roles import Role
+from passes.quantization.schemes import SCHEMES
+from rewriter.edit import Edit, Skip
+from rewriter.ir import Error, Model
+
+
+def default_providers() -> tuple[Provider, ...]:
+    """Return all providers of the registry, with their default options."""
+    return tuple(loaded(name)() for name in PROVIDERS)
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Pass values through switchable quantisers: batch norms' variables and moving-average updates, by default.
+
+    Quantisers act from the step on that `quantization.start_step` holds, in training and inference alike;
+    before it, every value passes unchanged, bit for bit.
+
+    Attributes:
+        quantizers: the quantiser of each role by name, None leaves it float; a role that is not named has its own
+            default.
+        rules: other options for some layers; a later rule overrides an earlier one.
+        start_step: the first step at which quantisers act; the variable's initial value.
+        ramp_steps: the number of steps from there on in which float and quantised value are blended; likewise.
+        providers: what is quantised.
+
+    Raises:
+        Error: an option is out of range, or there is no such role.
+    """
+
+    name: ClassVar[str] = "quantize"
+
+    quantizers: Mapping[str, Quantizer | None] = field(default_factory=dict)
+    rules: tuple[Rule, ...] = ()
+    start_step: int = 0
+    ramp_steps: int = 0
+    providers: tuple[Provider, ...] = field(default_factory=default_providers)
+
+    def __post_init__(self) -> None:
+        for name in ("start_step", "ramp_steps"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise Error(f"{name} {getattr(self, name)}: it is a number of steps, 0 or more, that fits in an int64")
+        roles = {role.name for provider in self.providers for role in provider.roles}
+        named = {*self.quantizers, *(role for rule in self.rules for role in rule.options)}
+        if not named <= roles:
+            raise Error(f"{min(named - roles)!r} is no role; there are {', '.join(roles)}")
+
+    def edits(self, model: Model) -> Iterable[Edit]:
+        """Yield quantisers for every value that can have its own; a `Skip` with the reason for the others.
+
+        Raises:
+            Error: options or rules do not fit the model, or it was rewritten when it had other layers.
+        """
+        families = [self._family(model, provider) for provider in self.providers]
+        self._refuse_unmatched(model, families)
+        later: list[Edit] = []
+        for provider, family in zip(self.providers, families, strict=True):
+            for role in provider.roles:
+                _refuse_unsuited(role, family.quantizers[role.name])
+            for item in provider.points(model, family.quantizers):
+                if isinstance(item, Skip):
+                    yield item
+                elif not isinstance(item, QuantizationPoint):
+                    later.append(item)
+                elif family.quantizers[item.role][item.layer] is not None:
+                    family.points.append(item)
+        families = [family for family in families if family.points]
+        if families and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
+            raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
+        if families:
+            yield from insertion(model, families, Schedule(self.start_step, self.ramp_steps, self._bits))
+            yield from later
+
+    def _default(self, role: Role) -> Quantizer | None:
+        """Return the quantiser of a role where no rule changes it."""
+        usual = SCHEMES[role.scheme]() if role.always else None
+        return self.quantizers.get(role.name, usual)
+
+    @property
+    def _bits(self) -> dict[str, int]:
+        """The width of each role; 0 where it has no quantiser."""
+        defaults = {role.name: self._default(role) for provider in self.providers for role in provider.roles}
+        return {name: 0 if quantizer is None else quantizer.bits for name, quantizer in defaults.items()}
+
+    def _family(self, model: Model, provider: Provider) -> Family:
+        """Return a provider's layers with their quantisers, and no points yet."""
+        layers = provider.layers(model)
+        quantizers = {
+            role.name: [quantizer_for(model, self._default(role), self.rules, role.name, layer) for layer in layers]
+            for role in provider.roles
+        }
+        return Family(layers, quantizers, [])
+
+    def _refuse_unmatched(self, model: Model, families: Iterable[Family]) -> None:
+        """Refuse a rule that matches no layer.
+
+        Raises:
+            Error: there is such a rule.
+        """
+        members = [member for family in families for layer in family.layers for member in layer.members]
+        rule = unmatched(model, self.rules, members) if members else None
+        if rule is not None:
+            raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {members[0].name}, say")
+
+
+def _refuse_unsuited(role: Role, quantizers: Iterable[Quantizer | None]) -> None:
+    """Refuse a scheme or a range that makes no sense for a role.
+
+    Raises:
+        Error: a quantiser has one; the message says why it makes no sense.
+    """
+    for quantizer in quantizers:
+        for option in () if quantizer is None else (quantizer.name, quantizer.range.name):
+            if option in role.unsuited:
+                raise Error(f"{role.name}: {role.unsuited[option]}")

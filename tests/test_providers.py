@@ -1,0 +1,211 @@
+"""A provider of the tests' own quantises biases: through options, reports, proof and deployment, with nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from click.testing import CliRunner, Result
+
+import bnqat
+import passes
+from rewriter.app.cli import main
+from rewriter.savedmodel.read import load
+from tests import harness, reference
+from tests.models import FusedBatchNorm, save_module
+from tests.passes.quantization.bias_points import BIAS, BiasPoints
+
+F = np.float32
+
+
+class Biased(tf.Module):
+    """Convolution, bias, batch norm, and a classifier with a bias; the biases are called `first` and `second`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = np.random.default_rng(5)
+        self.kernel = tf.Variable(rng.normal(0, 0.3, (3, 3, 3, 8)).astype(F), name="kernel")
+        self.first = tf.Variable(rng.normal(0, 1, 8).astype(F), name="first")
+        self.norm = FusedBatchNorm(8)
+        self.weights = tf.Variable(rng.normal(0, 1, (8, 5)).astype(F), name="weights")
+        self.second = tf.Variable(rng.normal(0, 1, 5).astype(F), name="second")
+
+    def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
+        hidden = tf.nn.bias_add(tf.nn.conv2d(x, self.kernel, 1, "SAME"), self.first)
+        hidden = tf.nn.relu(self.norm(hidden, training))
+        return tf.nn.bias_add(tf.reduce_mean(hidden, [1, 2]) @ self.weights, self.second)
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 6, 6, 3), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        return self.call(x, training=False)
+
+
+@pytest.fixture(autouse=True)
+def provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(passes.PROVIDERS, f"{BiasPoints.__module__}:{BiasPoints.__name__}", (BIAS,))
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_module(Biased(), tmp_path_factory.mktemp("biased") / "m")
+
+
+def run(*arguments: object) -> Result:
+    result = CliRunner().invoke(main, [str(a) for a in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def values(path: Path) -> dict[str, np.ndarray]:
+    """Return the values of variables by name."""
+    model = load(path)
+    return {v.name: np.asarray(model.value_of(key)) for key, v in model.variables.items()}
+
+
+def quantized_biases(path: Path, bits: dict[str, int]) -> dict[str, np.ndarray]:
+    before = values(path)
+    return {name: reference.quantize("affine", before[name], n, 0.0).value for name, n in bits.items()}
+
+
+def test_biases_are_quantised_by_the_reference(source: Path, tmp_path: Path) -> None:
+    result = run("rewrite", source, tmp_path / "q", "--bits", "bias=4").output
+    assert "also quantised: bias of 2 layers" in result
+    root = tf.saved_model.load(str(tmp_path / "q"))
+    expected = quantized_biases(source, {"first": 4, "second": 4})
+    for function in (root.serve, root.quantization.train):
+        body = harness.concrete(function)
+        nodes = {tag["layer_name"]: n for n, tag in harness.tags(body).items() if tag["role"] == "bias"}
+        outputs = [body.graph.get_operation_by_name(nodes[name]).outputs[0].name for name in expected]
+        got = harness.fetch(body, [harness.images((None, 6, 6, 3))], outputs)
+        for value, wanted in zip(got, expected.values(), strict=True):
+            np.testing.assert_array_equal(value, wanted)
+
+
+def test_they_have_controls_of_their_own(source: Path, tmp_path: Path) -> None:
+    """Widths of the role and of its layers; a schedule in common; off is the source, bit for bit."""
+    bnqat.rewrite(
+        source, tmp_path / "q", bits={"bias": 3}, scheme=dict.fromkeys(passes.roles(), "none") | {"bias": "symmetric"}
+    )
+    x = harness.images((None, 6, 6, 3))
+    float_model, root = (tf.saved_model.load(str(p)) for p in (source, tmp_path / "q"))
+    bits, layer_bits = root.quantization.bits.bias, root.quantization.layer_bits.bias
+    assert (int(bits), layer_bits.numpy().tolist()) == (3, [-1, -1])
+    wanted, on = float_model.serve(x), root.serve(x)
+    assert not np.array_equal(on, wanted)
+    bits.assign(0)
+    np.testing.assert_array_equal(root.serve(x), wanted)
+    layer_bits.assign([3, 3])
+    np.testing.assert_array_equal(root.serve(x), on)
+    root.quantization.start_step.assign(1)
+    np.testing.assert_array_equal(root.serve(x), wanted)
+    root.quantization.train(x)
+    assert int(root.quantization.step) == 1
+    assert not np.array_equal(root.serve(x), wanted)
+
+
+def test_every_command_knows_them(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "options.toml").write_text(
+        """
+        [defaults.bias]
+        bits = 5
+        [[rules]]
+        match = "second"
+        bias.bits = 2
+        """
+    )
+    run("rewrite", source, tmp_path / "q", "--config", tmp_path / "options.toml")
+    report = bnqat.inspect(tmp_path / "q")
+    assert [(q.role, q.layer_name, q.bits, q.scheme) for q in report.quantizers] == [
+        ("bias", "first", 5, "affine"),
+        ("bias", "second", 2, "affine"),
+    ]
+    assert "what else is quantised" in run("inspect", tmp_path / "q").output
+    assert ">second</td><td>bias</td>" in report.to_html()
+    assert "holds           off: " in run("verify", source, tmp_path / "q").output
+    np.savez(tmp_path / "x.npz", x=harness.images((None, 6, 6, 3)))
+    rows = json.loads(run("sensitivity", tmp_path / "q", "--inputs", tmp_path / "x.npz", "--json").stdout)["rows"]
+    errors = {row["name"]: row["error"] for row in rows if row["role"] == "bias"}
+    assert errors["first"]["2"] > errors["first"]["8"] > 0
+
+    run("finalize", tmp_path / "q", tmp_path / "f", "--params", tmp_path / "p.json")
+    expected = quantized_biases(source, {"first": 5, "second": 2})
+    got = values(tmp_path / "f")
+    for name, value in expected.items():
+        np.testing.assert_array_equal(got[name], value)
+    table = json.loads((tmp_path / "p.json").read_text())["variables"]
+    assert {(row["layer_name"], row["bits"]) for row in table if row["role"] == "bias"} == {("first", 5), ("second", 2)}
+    x = harness.images((None, 6, 6, 3))
+    tuned, final = (tf.saved_model.load(str(tmp_path / name)) for name in ("q", "f"))
+    np.testing.assert_array_equal(final.serve(x), tuned.serve(x))
+
+
+@pytest.mark.parametrize("range_", ["ema", "learned", [-1.0, 1.0]])
+def test_ranges_that_are_kept(source: Path, tmp_path: Path, range_: Any) -> None:
+    """A moving range starts at the values and follows them; a learned one is trained; a fixed one clips."""
+    bnqat.rewrite(source, tmp_path / "q", range={"bias": range_})
+    root = tf.saved_model.load(str(tmp_path / "q"))
+    x = harness.images((None, 6, 6, 3))
+    held = {v.name.removesuffix(":0"): v for v in root.quantization.variables}
+    first = values(source)["first"]
+    if range_ == "ema":
+        limits = held["quantization/range/bias"]
+        np.testing.assert_array_equal(limits[0], [min(first.min(), 0), max(first.max(), 0)])
+        root.first.assign(first * 2)
+        root.quantization.train(x)
+        np.testing.assert_allclose(limits[0], [first.min() * 1.01, first.max() * 1.01], rtol=1e-6)
+    elif range_ == "learned":
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(root.quantization.train(x) ** 2)
+        assert np.any(tape.gradient(loss, held["quantization/scale/bias"]))
+    else:
+        expected = reference.quantize("affine", first, 8, 0.0, limits=np.array(range_, F)).value
+        run("finalize", tmp_path / "q", tmp_path / "f")
+        np.testing.assert_array_equal(values(tmp_path / "f")["first"], expected)
+
+
+def test_without_their_name_they_stay_float(source: Path, tmp_path: Path) -> None:
+    for number, options in enumerate(({}, {"bits": 4}, {"scheme": "symmetric"})):
+        report = bnqat.rewrite(source, tmp_path / str(number), **options)  # type: ignore[arg-type]
+        assert report.quantizers == []
+        assert not any(name.endswith("/bias") for name in report.variables_added)
+    assert "bias" not in run("rewrite", "--bits", "4", "--print-config").output
+    assert "[defaults.bias]" in run("rewrite", "--bits", "bias=4", "--print-config").output
+
+
+def test_a_width_for_all_roles_is_for_those_that_are_named_too(source: Path, tmp_path: Path) -> None:
+    report = bnqat.rewrite(source, tmp_path / "q", bits=6, scheme={"bias": "symmetric"})
+    assert {q.bits for q in report.quantizers} == {6}
+
+
+def test_options_that_do_not_suit_them(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(bnqat.Error, match="bias: the scheme log is for values above zero"):
+        bnqat.rewrite(source, tmp_path / "q", scheme={"bias": "log"})
+    with pytest.raises(
+        bnqat.Error, match="'bia' is no role; there are gamma, beta, moving_mean, moving_variance, bias"
+    ):
+        bnqat.rewrite(source, tmp_path / "q", bits={"bia": 4})
+    assert not (tmp_path / "q").exists()
+
+
+def test_what_cannot_be_quantised_is_named(tmp_path: Path) -> None:
+    """One function adds two biases, so no quantiser of its own could serve either."""
+    module = Biased()
+    add = tf.function(tf.nn.bias_add)
+    module.third = tf.Variable(np.ones(5, F), name="third")
+    call = module.call
+    module.serve = tf.function(
+        lambda x: add(add(call(x, False), module.third), module.second),
+        input_signature=[tf.TensorSpec((None, 6, 6, 3), name="x")],
+    )
+    report = bnqat.rewrite(save_module(module, tmp_path / "m"), tmp_path / "q", bits={"bias": 4})
+    assert [s.reason for s in report.skipped] == ["its function adds several biases"]
+    assert {q.layer_name for q in report.quantizers} == {"first", "second"}
+
+
+def test_the_provider_fits_in_sixty_lines() -> None:
+    text = (Path(__file__).parent / "passes/quantization/bias_points.py").read_text()
+    assert len(text.splitlines()) <= 60
