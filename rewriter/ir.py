@@ -143,6 +143,10 @@ class Graph:
         for index, result in enumerate(self.results):
             yield result.value, Edge(self.name, "", index)
 
+    def used_at(self, edge: Edge) -> Value:
+        """Return the value that is used at an edge of this graph."""
+        return self.nodes[edge.node].inputs[edge.position] if edge.node else self.results[edge.position].value
+
     def consumers(self) -> Mapping[Value, list[Edge]]:
         """Return all uses of each value of this graph."""
         uses: dict[Value, list[Edge]] = {}

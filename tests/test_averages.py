@@ -109,3 +109,22 @@ def test_every_form_of_update_stores_what_is_quantised(name: str, model: Paths, 
     for old, new in zip(before, after, strict=True):
         assert not np.array_equal(old, new)
         assert len(np.unique(new)) <= 16
+
+
+@pytest.mark.parametrize("float_roles", [("moving_mean",), ("moving_variance",), STATISTICS], ids="+".join)
+def test_an_average_that_is_left_float_moves_as_in_the_source(float_roles: tuple[str, ...], tmp_path: Path) -> None:
+    """The kernel, which computes the source's averages, gives statistics where one of them is quantised."""
+    source = save_module(OneNorm(), tmp_path / "m")
+    bnqat.rewrite(source, tmp_path / "out", scheme=dict.fromkeys(float_roles, "none"), bits=2)
+    before, after = (tf.saved_model.load(str(path)) for path in (source, tmp_path / "out"))
+    x = tf.constant(np.random.default_rng(0).normal(0.4, 1.3, (64, 4, 4, 3)).astype(np.float32))
+    for _ in range(3):
+        before.train(x)
+        after.quantization.train(x)
+    for role in STATISTICS:
+        wanted, got = (getattr(m.norm, role).numpy() for m in (before, after))
+        if role in float_roles:
+            # Two factors in float32: the kernel's a + (b - a) f, and bnqat's a (1 - f) + b f.
+            np.testing.assert_allclose(got, wanted, rtol=1e-6)
+        else:
+            assert not np.allclose(got, wanted, rtol=1e-4)

@@ -80,7 +80,7 @@ def moments(model: Model, graph: Graph, mean: Value, variance: Value) -> Moments
     subtracted = None
     if SUBTRACTED in variances:
         edge = variances[SUBTRACTED].edges[0]
-        subtracted = shape_of(model, graph, graph.nodes[edge.node].inputs[edge.position])
+        subtracted = shape_of(model, graph, graph.used_at(edge))
         if subtracted is None:
             return "the shape in which its mean is subtracted is not known before it runs"
     nodes = frozenset((*means.nodes, *variances.nodes))

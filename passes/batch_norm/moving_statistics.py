@@ -27,7 +27,7 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
     for role, average in averages.items():
         for edge in site.inputs[role]:
             graph = model.graphs[edge.graph]
-            used = graph.nodes[edge.node].inputs[edge.position]
+            used = graph.used_at(edge)
             batch = Use(op_defs.output_dtype(model, graph, used), used)
             value = average if average.dtype == batch.dtype else op("Cast", average, DstT=protos.Dtype(batch.dtype))
             if site.kind == "decomposed":

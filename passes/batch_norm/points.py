@@ -20,6 +20,7 @@ from passes.quantization.insertion import starting_limits
 from passes.quantization.points import QuantizationPoint, Quantizers
 from passes.quantization.ranges import Dynamic, Ema, Learned
 from passes.quantization.roles import Role
+from rewriter import op_defs
 from rewriter.dataflow import call_graph
 from rewriter.edit import Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Use
@@ -77,7 +78,7 @@ class BatchNormPoints:
                 yield from of_model.statistics(site)
         for site in todo:
             if site.kernel_average and self.quantize_average == "statistic":
-                yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
+                yield from of_model.averages_beside(site)
         if todo and stores:
             limits = starting_limits(model, self.layers(model), quantizers)
             yield from dead_zone(model.analysis(layers), quantizers, limits)
@@ -158,6 +159,22 @@ class _Points:
             for edge in () if stores else edges:
                 average = partial(self._averaged, site, role, edge)
                 yield self._point(site, role, edge, "statistic", replaced=average)
+
+    def averages_beside(self, site: Site) -> Iterator[Edit]:
+        """Let a kernel that computes averages give the batch's statistics, where one of them is quantised.
+
+        An average whose statistic is not quantised is then computed beside the kernel, too.
+        """
+        number = self._layer(site).number
+        float_roles = [role for role in site.binding.statistics if self.quantizers[role][number] is None]
+        if len(float_roles) == len(site.binding.statistics):
+            return
+        yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
+        for role in float_roles:
+            for edge in site.binding.statistics[role]:
+                graph = self.model.graphs[edge.graph]
+                value = graph.used_at(edge)
+                yield from self._averaged(site, role, edge, Use(op_defs.output_dtype(self.model, graph, value), value))
 
     def _averaged(self, site: Site, role: str, edge: Edge, batch: Expr) -> Iterator[Edit]:
         """Let an average take a quantised statistic. An average of the kernel's own is then computed beside it."""

@@ -143,7 +143,7 @@ _Form = _Fused | _Decomposed
 def _leaves(model: Model, edges: Iterable[Edge]) -> Iterator[Leaf]:
     """Yield the alternatives of the values at some edges."""
     for edge in edges:
-        yield from leaves(model, edge, model.graphs[edge.graph].nodes[edge.node].inputs[edge.position])
+        yield from leaves(model, edge, model.graphs[edge.graph].used_at(edge))
 
 
 def _held(model: Model, leaf: Leaf) -> bool:
@@ -266,7 +266,7 @@ def _gradients(model: Model, graph: Graph, edge: Edge, form_edges: frozenset[Edg
     A gradient of a batch norm follows its output. It is a fused kernel's, or a product that no result of the graph
     needs. An update of a variable follows the output too, but leads to an assignment.
     """
-    value = graph.nodes[edge.node].inputs[edge.position]
+    value = graph.used_at(edge)
     other_uses = [e for e in model.analysis_of(graph, consumers)[value] if e != edge and e.node and e not in form_edges]
     for use in other_uses:
         op = graph.nodes[use.node].op

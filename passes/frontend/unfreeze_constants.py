@@ -60,7 +60,7 @@ def _unfrozen(model: Model, site: Site, variables: dict[tuple[str, bytes], Varia
             variables[key] = _variable(model, site, role, value, {v.name for v in variables.values()})
             yield AddVariable(variables[key])
         for edge in site.inputs[role]:
-            used = model.graphs[edge.graph].nodes[edge.node].inputs[edge.position]
+            used = model.graphs[edge.graph].used_at(edge)
             yield from (Rewire(leaf.edge, read(variables[key]), site.node) for leaf in leaves(model, edge, used))
 
 

@@ -70,7 +70,7 @@ class Fusable:
 
     def used(self, role: str) -> Value:
         """Return the value that x meets in this role."""
-        return used(self.graph, self.site.inputs[role][0])
+        return self.graph.used_at(self.site.inputs[role][0])
 
     @property
     def precise(self) -> frozenset[str]:
@@ -170,7 +170,7 @@ class Fusable:
         """Refuse statistics of x in another precision than that of the x which is normalised."""
         normalised = _casts(self.graph, self.x)
         for edge in statistics.uses:
-            averaged = _casts(graph, used(graph, edge)) | _casts(self.graph, outer(statistics.x))
+            averaged = _casts(graph, graph.used_at(edge)) | _casts(self.graph, outer(statistics.x))
             for holder, name in sorted(averaged ^ normalised):
                 node = self.model.graphs[holder].nodes[name]
                 before = self.dtype(self.model.graphs[holder], node.inputs[0])
@@ -258,11 +258,6 @@ def require_precise(graph: Graph, names: Iterable[str], precise: Collection[str]
             raise DeclinedError(f"{name} rounds to {rounded}, which the kernel does not")
 
 
-def used(graph: Graph, edge: Edge) -> Value:
-    """Return the value used at an edge of a graph."""
-    return graph.nodes[edge.node].inputs[edge.position]
-
-
 def _casts(graph: Graph, value: Value) -> frozenset[tuple[str, str]]:
     """Return (graph, node) of the casts between x in its own shape and its use."""
     passing = (v.node for v in way(graph, value, shaped=True, stop=NO_GRADIENT))
@@ -295,7 +290,7 @@ def fusable(model: Model, site: Site, fed: dict[str, list[str]]) -> Fusable:
         raise DeclinedError(site.reason)
     graph = model.graphs[site.graph]
     (edge, *_) = site.inputs[INPUT]
-    x = used(graph, edge)
+    x = graph.used_at(edge)
     for name in _waits(graph, x):
         x = graph.nodes[name].inputs[0]
     dtype = op_defs.output_dtype(model, graph, x)

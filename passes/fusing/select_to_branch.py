@@ -12,7 +12,7 @@ from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.control_flow.cones import cone
-from passes.fusing.fusable import origin_of_x, used
+from passes.fusing.fusable import origin_of_x
 from rewriter import op_defs, protos
 from rewriter.edit import Define, Edit, Replace
 from rewriter.expr import Apply, Function, Use, cond, merge, op, parameter, switch
@@ -61,7 +61,7 @@ def _selects(model: Model) -> dict[str, dict[str, Node]]:
 def _choosing(model: Model, graph: Graph, site: Site) -> Iterator[Node]:
     """Yield the nodes that choose a site's statistics or, where the site has one mode, its output."""
     if site.mode == "both":
-        names = [origin(graph, used(graph, site.inputs[role][0])).node for role in (MEAN, VARIANCE)]
+        names = [origin(graph, graph.used_at(site.inputs[role][0])).node for role in (MEAN, VARIANCE)]
     else:
         names = [name for name in cone(model, graph, Value(site.node)).others if name]
     yield from (graph.nodes[name] for name in names if graph.nodes[name].op in SELECTS)
@@ -80,7 +80,7 @@ def _normalised(model: Model, graph: Graph, value: Value) -> Value | None:
     """Return the input of the batch norm before a value, which has the shape of the value."""
     ends = {s.node: s for s in model.analysis(sites) if s.graph == graph.name and INPUT in s.inputs}
     site = ends.get(origin(graph, value, shaped=True).node)
-    return None if site is None else origin_of_x(graph, used(graph, site.inputs[INPUT][0]))
+    return None if site is None else origin_of_x(graph, graph.used_at(site.inputs[INPUT][0]))
 
 
 def _merged(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:

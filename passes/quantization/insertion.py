@@ -136,7 +136,7 @@ class _Operands:
     def _used(self, edge: Edge) -> Use:
         """Return the value that is used at an edge."""
         graph = self.model.graphs[edge.graph]
-        value = graph.nodes[edge.node].inputs[edge.position] if edge.node else graph.results[edge.position].value
+        value = graph.used_at(edge)
         if (edge.graph, value) not in self.values:
             self.values[edge.graph, value] = Use(op_defs.output_dtype(self.model, graph, value), value)
         return self.values[edge.graph, value]

@@ -40,7 +40,7 @@ def averages(model: Model, site: Site) -> Mapping[str, Average]:
     by_role = {}
     for role in STATISTICS:
         edge = site.inputs[role][0]
-        average = _average(graph, graph.nodes[edge.node].inputs[edge.position])
+        average = _average(graph, graph.used_at(edge))
         if average is None:
             return {}
         by_role[role] = average
@@ -146,7 +146,7 @@ class Training:
         value = self._entering(site)
         x: Expr = Use(op_defs.output_dtype(self.model, graph, value), self._value(value))
         mean_edge = site.binding.parameters[MEAN][0]
-        dtype = op_defs.output_dtype(self.model, graph, graph.nodes[mean_edge.node].inputs[mean_edge.position])
+        dtype = op_defs.output_dtype(self.model, graph, graph.used_at(mean_edge))
         if x.dtype != dtype:
             x = op("Cast", x, DstT=protos.Dtype(dtype))
         shaped = self._shaped(graph, site, mean_edge)
@@ -177,7 +177,7 @@ class Training:
 
     @staticmethod
     def _used(graph: Graph, edge: Edge) -> Value:
-        return graph.nodes[edge.node].inputs[edge.position]
+        return graph.used_at(edge)
 
     def _shaped(self, graph: Graph, site: Site, mean_edge: Edge) -> Expr:
         """Return the moving mean in the shape in which x meets it.
