@@ -79,6 +79,7 @@ class Quantize:
                     family.points.append(item)
         families = [family for family in families if family.points]
         if families and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
+            # Its control variables have a row for each layer of that time, and running graphs read them by number.
             raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
         if families:
             yield from insertion(model, families, Schedule(self.start_step, self.ramp_steps, self._bits))

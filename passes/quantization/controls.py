@@ -31,6 +31,8 @@ AS_ROLE = -1
 """Stands for the role's value in a variable that has a value for each layer."""
 
 
+# Every replica of a distribution strategy counts the step. With ON_WRITE and ONLY_FIRST_REPLICA one of them writes, and
+# all read the same number, so quantisers start at once everywhere.
 def control(model: Model, name: str, initial: int, dtype: str = "int64") -> Variable:
     """Return the scalar `quantization/<name>`, the same on every replica: the model's, or a new one if it has none."""
     return _existing(model, name, ()) or _new_variable(model, name, np.array(initial, dtype))
@@ -126,6 +128,8 @@ class Controls:
         self.first_rows = _first_rows({role: len(of_role) for role, of_role in quantizers.items()})
         start, ramp = (control(model, name, getattr(initial, name)) for name in ("start_step", "ramp_steps"))
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
+        # What all quantisers need is computed once for each call of a function from outside, and passed down to them: a
+        # read and a comparison at each of a hundred quantisers would cost more than the quantising.
         self.amount = per_call("quantization_amount", _amount(*(read(self.variables[n]) for n in self.variables)))
         self.bits = per_call("quantization_bits", self._bits(), (self._rows,))
         rows = [self.row(role, i) for role, of in quantizers.items() for i, q in enumerate(of) if q is not None]
@@ -160,6 +164,7 @@ class Controls:
             )
             self.variables |= {f"bits/{role}": of_role, f"layer_bits/{role}": of_layers}
             rows.append(select(read(of_layers) >= 0, read(of_layers), read(of_role)))
+        # The variables are the user's to assign, and a width of 17 would read beyond the tables of `by_width`.
         return op("Minimum", op("Maximum", concat(rows), 0), MAX_BITS)
 
     def _limits(self) -> PerCall | None:
@@ -175,10 +180,12 @@ class Controls:
             range_type: [q is not None and isinstance(q.range, range_type) for q in quantizers]
             for range_type in (Fixed, Ema, Learned)
         }
+        # Limits of dynamic ranges stay 0: no quantiser reads these rows.
         limits: Expr = array(initial * np.array(masks[Fixed], np.float32)[:, None])
         if any(masks[Ema]):
             name = f"range/{role}"
             shape = (len(quantizers), 2)
+            # Each replica observes its own part of a batch; on saving, its mean over replicas is stored.
             new = _new_variable(self.model, name, initial, synchronization=ON_READ, aggregation=MEAN)
             self.variables[name] = _existing(self.model, name, shape) or new
             limits = _where(masks[Ema], read(self.variables[name]), limits)
@@ -213,8 +220,9 @@ def _first_rows(layers: Mapping[str, int]) -> dict[str, int]:
 
 def first_rows(model: Model, roles: Iterable[str]) -> dict[str, int]:
     """Return the row of the first quantiser of each role in a model that was quantised; `roles` are all there are."""
-    layers = {v.name.removeprefix("quantization/layer_bits/"): v.shape[0] for v in model.variables.values() if v.shape}
-    return _first_rows({role: layers[role] for role in roles if role in layers})
+    shapes = {v.name: v.shape for v in model.variables.values()}
+    of_roles = {role: shapes.get(f"quantization/layer_bits/{role}") for role in roles}
+    return _first_rows({role: shape[0] for role, shape in of_roles.items() if shape})
 
 
 def gathered(values: Expr, index: np.ndarray) -> Expr:
@@ -228,6 +236,7 @@ def _amount(start: Expr, ramp: Expr, now: Expr) -> Expr:
     fraction = op("Cast", op("Maximum", over, 0), DstT=Dtype(FLOAT)) / op(
         "Cast", op("Maximum", ramp, 1), DstT=Dtype(FLOAT)
     )
+    # A negative ramp, which a user may assign, must not let quantisers act before the start.
     return marked(AMOUNT, select((over >= ramp) & (over >= 0), constant(1.0, FLOAT), fraction))
 
 

@@ -69,6 +69,7 @@ class QuantizerEmitter:
                 )
                 yield from self._store_limits(group, limits)
             arguments.append(limits)
+        # The order of the arguments is that of `fake_quantize_function`.
         if spec.stochastic:
             arguments.append(self._noise(op("Shape", value), first))
         function = self._function(fake_quantize_function, spec.function_key, count)
@@ -104,6 +105,8 @@ class QuantizerEmitter:
     def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Operand]) -> None:
         """Let each quantised value stand for its vector: a tagged call says which."""
         for value, vector in zip(quantized, vectors, strict=True):
+            # The mark needs a node for each vector, and a batched op is one for all. A call is such a node at no cost:
+            # Grappler inlines it when the model runs, but never in the SavedModel.
             if not isinstance(vector.spec, QuantizerSpec) or vector.spec.sharing is None:
                 raise AssertionError("what is a row of others has a known size")
             function = self._function(row_function, vector.spec.sharing, vector.spec.dtype)
@@ -126,6 +129,7 @@ class QuantizerEmitter:
 
     def _noise(self, shape: Expr, first: Operand) -> Expr:
         """Return random numbers that follow from the step and from the vectors that they are for."""
+        # A layer's parameter and its statistic of the same role are rounded in one step, with numbers of their own.
         stream = 2 * self.controls.row(first.role, first.layer) + first.statistic
         counter = array(np.array([0, stream], np.uint64))  # the op counts the first up, once for four numbers
         return op(

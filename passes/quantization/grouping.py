@@ -14,7 +14,7 @@ from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
 
 CONDITIONAL = ("Enter", "Merge", "Switch")
-"""Ops that occur only in graphs in which some values may not be computed."""
+"""Ops that occur only in graphs in which some values may not be computed: a stack of values would wait for these."""
 
 
 class CustomSpec(NamedTuple):
@@ -85,6 +85,7 @@ def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch]
 
 def _shared(model: Model, graph: Graph, uses: list[Used]) -> Iterator[Group | DynamicBatch]:
     """Return the groups of a graph that share a call: those of its statistics, then those of its parameters."""
+    # A statistic is known after the kernel has run, which reads the parameters: one stack of both would be a cycle.
     statistics = [q for q in uses if q.operand.statistic]
     parameters = [q for q in uses if not q.operand.statistic]
     after = set(reached(model, graph, [q.user for q in statistics]))

@@ -61,12 +61,14 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(model))
     operands = _Operands(model)
     inserted = [(operands.of(family, point), point) for family in families for point in family.points]
+    # TensorFlow traces and saves all of a user's functions in one go: each save takes tenths of a second.
     traced = _trace([operand for operand, _ in inserted], quantizers)
     if traced.graphs:
         yield Import(tuple(traced.graphs.values()), traced.gradients)
     emitter = QuantizerEmitter(model, controls, traced)
     for group in groups(model, [Used(operand, point.edge.node) for operand, point in inserted]):
         yield from emitter.place(group)
+    # All values are quantised before any is replaced: what one edit puts in place is no value that another quantises.
     for operand, point in inserted:
         yield from point.edits(emitter.quantized[operand])
     if model.object_based:

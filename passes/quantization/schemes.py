@@ -136,6 +136,7 @@ class Scheme:
 
     def range_of(self, extremes: Limits) -> Limits:
         """Return the limits, in the scheme's coordinate, of values with these extremes; zero is always between them."""
+        # Zero has to be a level: padding, and channels that are switched off, are exactly zero.
         return Limits(op("Minimum", extremes.low, 0.0), op("Maximum", extremes.high, 0.0))
 
     def ceiling(self, grid: Grid) -> Expr | None:  # noqa: ARG002  most never have a value there
@@ -190,12 +191,15 @@ class Scheme:
 
 def by_width(bits: Expr, entry: Callable[[int], float], dtype: str) -> Expr:
     """Return a function's result for int32 widths from 0 to 16, read from a table; 0 and 1 count as 2."""
+    # Computed here in float64 and rounded once. In the graph, Grappler and XLA would turn a division by a constant into
+    # a product, with another last bit.
     table = array(np.array([entry(max(n, MIN_BITS)) for n in range(MAX_BITS + 1)], dtype=dtype))
     return op("GatherV2", table, bits, constant(0, "int32"))
 
 
 def where(defined: Expr, value: Expr, otherwise: float, shape: Shape) -> Expr:
     """Return the values where they are defined, else a number; `shape` is that of the values, if it is known."""
+    # Select needs operands of one shape, and is faster than SelectV2, which broadcasts always (docs/performance.md).
     if shape is None:
         return select(defined, value, constant(otherwise, value.dtype))
     return op("Select", defined, value, filled(otherwise, value.dtype, shape))
