@@ -11,7 +11,7 @@ from rewriter import ops
 from rewriter.ir import Error, Node
 
 TAG = ops.STAND_IN
-"""Attribute of the node that quantises its last input: JSON as in `rewriter.report.SiteReport`."""
+"""Attribute of the node that quantises its last input: JSON as in `rewriter.app.report_schema.SiteReport`."""
 
 FIELDS: Mapping[str, type | UnionType] = {
     "role": str,

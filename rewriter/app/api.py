@@ -13,6 +13,7 @@ from passes.quantization.custom import QuantizeFunction
 from passes.quantize import Quantize
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
+from rewriter.app.report_schema import Inspection, RewriteReport
 from rewriter.app.reports import describe, describe_signature, other_quantizers, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
@@ -20,7 +21,6 @@ from rewriter.app.work import gc_paused
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
 from rewriter.pipeline import Observer, Pass, Pipeline
-from rewriter.report import Inspection, RewriteReport
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import Written, save

@@ -20,6 +20,7 @@ from rewriter.app.api import NothingToRewriteError
 from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
+from rewriter.app.report_schema import Baked, FinalizeReport, Skipped
 from rewriter.app.reports import versions
 from rewriter.app.work import gc_paused
 from rewriter.dataflow import call_graph
@@ -27,7 +28,6 @@ from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
 from rewriter.pipeline import Observer, Pipeline, Step
 from rewriter.reach import refuse_reaching
-from rewriter.report import Baked, FinalizeReport, Skipped
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 from rewriter.savedmodel.write import Written, save

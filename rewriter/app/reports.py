@@ -14,11 +14,7 @@ from passes.deploy.quantized_values import tagged
 from passes.quantization.quantizer_marks import tag_of
 from passes.quantize import Quantize
 from passes.training.options import MOMENTUM
-from rewriter.dataflow import call_graph, running
-from rewriter.ir import MAIN, Model, Signature
-from rewriter.pipeline import Step
-from rewriter.protos import text
-from rewriter.report import (
+from rewriter.app.report_schema import (
     BatchNormReport,
     Changed,
     Declined,
@@ -29,6 +25,10 @@ from rewriter.report import (
     Skipped,
     Tensor,
 )
+from rewriter.dataflow import call_graph, running
+from rewriter.ir import MAIN, Model, Signature
+from rewriter.pipeline import Step
+from rewriter.protos import text
 
 
 def describe_signature(model: Model, signature: Signature) -> SignatureReport:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from rewriter.app.terminal import say, show
 
 if TYPE_CHECKING:
+    from rewriter.app.report_schema import FinalizeReport, Inspection, QuantizerReport, RewriteReport
     from rewriter.app.sensitivity import Sensitivity
     from rewriter.app.verification.claims import Verification
-    from rewriter.report import FinalizeReport, Inspection, QuantizerReport, RewriteReport
 
 BARS = " ▁▂▃▄▅▆▇█"
 

@@ -15,11 +15,11 @@ from passes.batch_norm.batch_norms import BatchNorm
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.schemes import SCHEMES, Log
 from rewriter import evaluation
+from rewriter.app.report_schema import ValuesReport
 from rewriter.draft import define
 from rewriter.ir import ARG, MAIN, Error, Graph, Model, Node
 from rewriter.op_defs import argument_dtype
 from rewriter.protos import dtype_attr, shape_attr
-from rewriter.report import ValuesReport
 
 WIDTHS = (8, 6, 4, 3, 2)
 BINS = 12

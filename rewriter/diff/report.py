@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from rewriter.report import SCHEMA_VERSION
+SCHEMA_VERSION = 2
+"""The version of all reports, of comparisons and others. It grows when a field changes its meaning or is removed; new
+fields may come without a new version."""
 
 ChangeState = Literal["added", "removed", "changed", "missing"]
 """State of a change; "missing" means that a rewrite's record has the change, and the models do not."""

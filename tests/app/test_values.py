@@ -12,7 +12,7 @@ from playwright.sync_api import Browser
 
 import bnqat
 from rewriter.app.cli import main
-from rewriter.report import ValuesReport
+from rewriter.app.report_schema import ValuesReport
 from tests import reference
 from tests.browsing import opened
 from tests.models import Net, save_module

@@ -22,9 +22,9 @@ from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, Bound, C
 from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, serve
 from rewriter.app.verification.training import Trained, train
+from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Error, Model
 from rewriter.reach import refuse_reaching
-from rewriter.report import SCHEMA_VERSION
 from rewriter.savedmodel.read import load
 
 Status = Literal["holds", "fails", "does not apply"]

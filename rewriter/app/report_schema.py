@@ -1,7 +1,4 @@
-"""Reports of inspecting, rewriting and finalising: one schema, as dataclasses and as JSON.
-
-`SCHEMA_VERSION` grows when a field changes its meaning or is removed. New fields may come without a new version.
-"""
+"""Reports of inspecting, rewriting and finalising: one schema, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
@@ -9,9 +6,8 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
-
-SCHEMA_VERSION = 2
 
 
 @dataclass(frozen=True)
