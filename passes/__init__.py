@@ -1,17 +1,23 @@
-"""The registry of passes, in their default orders, and of what they quantise. A pass is one file with one class.
+"""The registry: passes in their default orders, their options, and the providers of what is quantised.
 
-`rewriter.pipeline.load_pass` imports a module when its pass is asked for: passes import TensorFlow, and names are
-needed without it.
+A pass is one file with one class. `rewriter.pipeline.load_pass` imports the file when its pass is asked for: passes
+import TensorFlow, and names are needed without it. So are options and roles: they are in light modules.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 from passes.batch_norm import roles as batch_norm
+from passes.batch_norm.options import AverageOptions
+from passes.frontend.options import ReferenceOptions
+from passes.options import Flag, Help, PassOptions
+from passes.quantization.options import ScheduleOptions
 from passes.quantization.roles import Role
+from passes.training.options import DeriveOptions, FreezeOptions
 
 REWRITE: Mapping[str, str] = {
     "upgrade-references": "passes.frontend.upgrade_references:UpgradeReferences",
@@ -56,3 +62,35 @@ def loaded(name: str) -> Any:
     """Return what ``module:attribute`` names, after importing the module."""
     module, _, attribute = name.partition(":")
     return getattr(import_module(module), attribute)
+
+
+@dataclass(frozen=True)
+class OrderOptions(PassOptions):
+    """Options that put passes into the default order, or leave them out."""
+
+    unfreeze_constants: Annotated[
+        Flag,
+        Help("Make batch norms' parameters that are constants variables again"),
+    ] = False
+    fuse: Annotated[
+        Flag,
+        Help("Use the fused kernel for batch norms that are in single ops, or computed in both modes"),
+    ] = True
+
+
+SWITCHED: Mapping[str, tuple[str, ...]] = {
+    "unfreeze_constants": ("unfreeze-constants",),
+    "fuse": ("split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch"),
+}
+"""The passes that are in the default order where these options are true."""
+
+OPTIONS: Mapping[type[PassOptions], tuple[str, ...]] = {
+    ScheduleOptions: ("quantize",),
+    FreezeOptions: ("freeze-statistics",),
+    DeriveOptions: ("derive-training",),
+    AverageOptions: ("quantize",),
+    OrderOptions: (),
+    ReferenceOptions: ("upgrade-references",),
+}
+"""The options of a rewrite, in the order in which they are listed, and the passes that inherit them, or
+whose providers do."""

@@ -10,6 +10,7 @@ from passes import PROVIDERS, loaded
 from passes.quantization.choice import Rule, quantizer_for, unmatched
 from passes.quantization.custom import Quantizer
 from passes.quantization.insertion import Family, Schedule, insertion
+from passes.quantization.options import ScheduleOptions
 from passes.quantization.points import Provider, QuantizationPoint
 from passes.quantization.roles import Role
 from passes.quantization.schemes import SCHEMES
@@ -23,7 +24,7 @@ def default_providers() -> tuple[Provider, ...]:
 
 
 @dataclass(frozen=True)
-class Quantize:
+class Quantize(ScheduleOptions):
     """Pass values through switchable quantisers: batch norms' variables and moving-average updates, by default.
 
     Quantisers act from the step on that `quantization.start_step` holds, in training and inference alike;
@@ -33,8 +34,6 @@ class Quantize:
         quantizers: the quantiser of each role by name, None leaves it float; a role that is not named has its own
             default.
         rules: other options for some layers; a later rule overrides an earlier one.
-        start_step: the first step at which quantisers act; the variable's initial value.
-        ramp_steps: the number of steps from there on in which float and quantised value are blended; likewise.
         providers: what is quantised.
 
     Raises:
@@ -45,14 +44,10 @@ class Quantize:
 
     quantizers: Mapping[str, Quantizer | None] = field(default_factory=dict)
     rules: tuple[Rule, ...] = ()
-    start_step: int = 0
-    ramp_steps: int = 0
     providers: tuple[Provider, ...] = field(default_factory=default_providers)
 
     def __post_init__(self) -> None:
-        for name in ("start_step", "ramp_steps"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise Error(f"{name} {getattr(self, name)}: it is a number of steps, 0 or more, that fits in an int64")
+        super().__post_init__()
         roles = {role.name for provider in self.providers for role in provider.roles}
         named = {*self.quantizers, *(role for rule in self.rules for role in rule.options)}
         if not named <= roles:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from passes.batch_norm.batch_norms import channels, moving_average, names_of_sites
 from passes.batch_norm.entries import frozen
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
+from passes.batch_norm.options import Average, AverageOptions
 from passes.batch_norm.roles import BETA, GAMMA, QUANTIZED, ROLES, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
@@ -26,29 +27,16 @@ from rewriter.edit import Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Use
 from rewriter.ir import MAIN, Edge, Error, Model
 
-Average = Literal["statistic", "none", "stored"]
-
 
 @dataclass(frozen=True)
-class BatchNormPoints:
+class BatchNormPoints(AverageOptions):
     """Every batch norm's variables and moving-average updates.
 
-    Attributes:
-        quantize_average: what happens to a batch's statistics on their way into the moving averages: "statistic"
-            quantises them, and the average stays float and is quantised where it is read; "none" leaves them;
-            "stored" quantises the average itself before it is written back, which can make it stand still.
-
     Raises:
-        Error: there is no such option.
+        Error: an option is out of range.
     """
 
     roles: ClassVar[Sequence[Role]] = QUANTIZED
-
-    quantize_average: Average = "statistic"
-
-    def __post_init__(self) -> None:
-        if self.quantize_average not in ("statistic", "none", "stored"):
-            raise Error(f"quantize_average {self.quantize_average!r}: it is 'statistic', 'none' or 'stored'")
 
     def layers(self, model: Model) -> Sequence[points.Layer]:
         """Return the layers: batch norms, or several that share a function."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from passes.frontend.options import ReferenceOptions
 from rewriter import op_defs, protos
 from rewriter.dataflow import REFERENCES, consumers
 from rewriter.edit import Edit, Note, Refetch, Replace, Rewire, RunAfter
@@ -32,26 +33,21 @@ FORWARDS: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class UpgradeReferences:
+class UpgradeReferences(ReferenceOptions):
     """Turn every reference variable (``VariableV2``) into a resource variable of the same name.
 
     ``tf.saved_model.load`` neither lists reference variables nor gives them gradients. Every op that reads or
     changes one is replaced by its twin for resources, in place and under its name. Where the output of an
     assignment is used, the variable is read after the assignment.
-
-    Attributes:
-        keep: leave reference variables as they are, and say what that means.
     """
 
     name: ClassVar[str] = "upgrade-references"
-
-    keep: bool = False
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Replace every reference variable and its users; yield nothing where there is none."""
         main = model.graphs[MAIN]
         variables = [n for n in main.nodes.values() if n.op in REFERENCES]
-        if self.keep:
+        if self.keep_ref:
             if variables:
                 yield Note(f"{len(variables)} reference variables are kept: the result trains in V1 sessions only")
             return

@@ -24,16 +24,17 @@ from passes.batch_norm.sites import sites
 from passes.quantization.controls import step
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import FunctionClones, Switched, derived_sites, switched_sites
+from passes.training.layer_options import TrainingOptions, TrainingRule
 from passes.training.main_graph import MainGraphTraining
 from passes.training.notes import derived_notes, frozen_notes, unfrozen_notes
-from passes.training.options import Trained, TrainingOptions, TrainingRule
+from passes.training.options import DeriveOptions
 from passes.training.outputs import InnerOutputs, inner_tensor, output_names, refuse_used_names
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Note, Run
 from rewriter.ir import Endpoint, Entry, Error, Model, VariablesOf
 
 
 @dataclass(frozen=True)
-class DeriveTraining:
+class DeriveTraining(DeriveOptions):
     """Expose `serve` and `train` at the root, `quantization.train`, and the signature `train`.
 
     `train` is the source's own training trace where it holds one that takes and returns what serving does,
@@ -41,12 +42,7 @@ class DeriveTraining:
     keep the moving averages; dropout and regularisers cannot be recovered. Every call counts one step.
 
     Attributes:
-        momentum: the momentum of derived moving averages where no training site says it; None stands for that of
-            the other batch norms, or else for 0.99.
-        train_batch_norm: the batch norms that train: "as-source", all that the source does not leave frozen; "all";
-            or "none".
         rules: other options for some layers.
-        outputs: further outputs of `train`, as name -> node; with them, `train` returns a dict.
 
     Raises:
         Error: an option is out of range.
@@ -54,13 +50,7 @@ class DeriveTraining:
 
     name: ClassVar[str] = "derive-training"
 
-    momentum: float | None = None
-    train_batch_norm: Trained = "as-source"
     rules: tuple[TrainingRule, ...] = ()
-    outputs: Mapping[str, str] | None = None
-
-    def __post_init__(self) -> None:
-        self._options()
 
     def _options(self) -> TrainingOptions:
         return TrainingOptions(self.momentum, self.train_batch_norm, self.rules)
@@ -77,7 +67,7 @@ class DeriveTraining:
         self._options().refuse_unmatched(model)
         yield AddVariable(count)
         if not model.object_based:
-            yield from MainGraphTraining(model, self._options(), self.outputs or {}).edits()
+            yield from MainGraphTraining(model, self._options(), self.train_outputs or {}).edits()
             return
         if "quantization" in model.root_names:
             raise Error("the model has an attribute 'quantization' of its own, which is where bnqat puts its controls")
@@ -90,7 +80,7 @@ class DeriveTraining:
         if why_not:
             yield Note(why_not)
         likes = {TRAIN: serving} | ({TRAIN_SIGNATURE: signed} if signed is not None else {})
-        outputs = _inner_outputs(model, likes, trace, self.outputs or {})
+        outputs = _inner_outputs(model, likes, trace, self.train_outputs or {})
         if trace is not None:
             yield from self._from_trace(model, trace, likes, outputs)
         else:

@@ -11,6 +11,7 @@ from passes.batch_norm.moving_statistics import normalise_with_moving
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.controls import control, step
+from passes.training.options import FreezeOptions
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.edit import AddVariable, Clone, Dispatch, Edit
 from rewriter.expr import per_call, read
@@ -18,27 +19,18 @@ from rewriter.ir import Error, Model
 
 
 @dataclass(frozen=True)
-class FreezeStatistics:
+class FreezeStatistics(FreezeOptions):
     """Let training normalise with the moving statistics, from the step on that `quantization.freeze_step` holds.
 
     There are two training functions then, and one branch at the root chooses the one that runs. The first uses the
     batch's statistics, which enter the moving averages. The second uses the moving statistics as serving has them,
     quantised if they are there. Everything else is the same, including dropout and the count of steps.
 
-    Attributes:
-        freeze_step: the first step of the second phase, and the variable's initial value; None for no such phase.
-
     Raises:
-        Error: the freeze step is negative or does not fit in an int64.
+        Error: an option is out of range.
     """
 
     name: ClassVar[str] = "freeze-statistics"
-
-    freeze_step: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.freeze_step is not None and not 0 <= self.freeze_step < 2**63:
-            raise Error(f"freeze_step {self.freeze_step}: it is a number of steps, 0 or more, that fits in an int64")
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Add the second phase; yield nothing where no freeze step is wanted, or the model has one already.

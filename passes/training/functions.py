@@ -14,7 +14,7 @@ from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
 from passes.frontend.split_modes import bodies
 from passes.training.frozen_layers import frozen_layers
-from passes.training.options import TrainingOptions
+from passes.training.layer_options import TrainingOptions
 from passes.training.outputs import InnerOutputs
 from passes.training.site_training import RESOURCE_ASSIGNS, Training, averages
 from rewriter import op_defs

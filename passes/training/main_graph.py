@@ -14,8 +14,8 @@ from passes.batch_norm.updates import updates_of
 from passes.quantization.controls import increment
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import sites_to_train
+from passes.training.layer_options import TrainingOptions
 from passes.training.notes import derived_notes, frozen_notes, momentum_notes
-from passes.training.options import TrainingOptions
 from passes.training.outputs import inner_tensor, refuse_used_names
 from passes.training.site_training import Training, averages, serving_updates
 from rewriter import op_defs

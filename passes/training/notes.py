@@ -8,7 +8,7 @@ from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.site import Site
 from passes.training.frozen_layers import frozen_layers
-from passes.training.options import TrainingOptions, weights
+from passes.training.layer_options import TrainingOptions, weights
 from rewriter.edit import Note
 from rewriter.ir import Model
 

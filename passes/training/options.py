@@ -1,153 +1,52 @@
-"""Options of training functions for each layer: whether a batch norm trains, and with which momentum."""
+"""Options of training functions. Importing this module does not import TensorFlow."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, TypeVar, get_args
+from typing import Annotated, Literal
 
-from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM, batch_norms
-from passes.batch_norm.layers import Layer, layers, layers_of_sites
-from passes.batch_norm.site import Site
-from passes.quantization.choice import Match, unmatched
-from rewriter.ir import Error, Model
+from annotated_types import Ge, Lt
 
-MOMENTUM = "_bnqat_momentum"
-"""Attribute of a site that training was derived for: the source of its momentum, "source", "given" or "assumed"."""
+from passes.options import Help, PassOptions, Step
 
+MomentumValue = Annotated[float, Ge(0), Lt(1)]
 Trained = Literal["as-source", "all", "none"]
 """The batch norms that train: those that the source trains, all, or none."""
 
-T = TypeVar("T")
 
+@dataclass(frozen=True)
+class LayerOptions(PassOptions):
+    """Options of derived training that rules may change for some layers.
 
-class Momentum(NamedTuple):
-    """A momentum, and who set it: the model's source, the user, or nobody, so that it is assumed."""
+    A momentum that is not given is that of the other batch norms where they agree, or else 0.99.
+    """
 
-    value: float
-    whose: Literal["source", "given", "assumed"]
-
-    @property
-    def weight(self) -> float:
-        """The weight of the batch's statistics."""
-        return 1 - self.value
+    momentum: Annotated[
+        MomentumValue | None,
+        Help("Momentum of derived training where the model does not say it"),
+    ] = None
+    train_batch_norm: Annotated[
+        Trained,
+        Help("Batch norms that train: all but those that the source says are frozen, all, or none"),
+    ] = "as-source"
 
 
 @dataclass(frozen=True)
-class TrainingRule(Match):
-    """Training options for some layers; None stands for the option of all other layers.
+class DeriveOptions(LayerOptions):
+    """All options of derived training; with further outputs, `train` returns a dict."""
 
-    Raises:
-        Error: an option is out of range.
-    """
-
-    momentum: float | None = None
-    train_batch_norm: Trained | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _check(self.momentum, self.train_batch_norm)
+    train_outputs: Annotated[
+        Mapping[str, str] | None,
+        Help("Let train also return, as NAME, what this node gives"),
+    ] = None
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
-    """Training options for all layers, and rules for some, of which the last that matches counts.
+class FreezeOptions(PassOptions):
+    """The beginning of training's second phase: the initial value of the variable; None for no such phase."""
 
-    Attributes:
-        momentum: the momentum of moving averages where no training site of the source says it.
-
-    Raises:
-        Error: an option is out of range.
-    """
-
-    momentum: float | None = None
-    train_batch_norm: Trained = "as-source"
-    rules: tuple[TrainingRule, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check(self.momentum, self.train_batch_norm)
-
-    def refuse_unmatched(self, model: Model) -> None:
-        """Refuse a rule that matches no layer.
-
-        Raises:
-            Error: there is such a rule.
-        """
-        rule = unmatched(model, self.rules, [bn for layer in model.analysis(layers) for bn in layer.batch_norms])
-        if rule is not None:
-            first = model.analysis(layers)[0].name
-            raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")
-
-    def trains(self, model: Model, layer: Layer, source: bool) -> bool:
-        """Return true if a layer is to train; `source` is true if the source trains it.
-
-        Raises:
-            Error: rules say different things of batch norms that share a function.
-        """
-        option = self.train_batch_norm_of(model, layer)
-        return source if option == "as-source" else option == "all"
-
-    def train_batch_norm_of(self, model: Model, layer: Layer) -> Trained:
-        """Return the option `train_batch_norm` of a layer.
-
-        Raises:
-            Error: rules say different things of batch norms that share a function.
-        """
-        options = [(rule, rule.train_batch_norm) for rule in self.rules if rule.train_batch_norm is not None]
-        return _last(model, layer, options, "train_batch_norm") or self.train_batch_norm
-
-    def given_momentum(self, model: Model, layer: Layer) -> float | None:
-        """Return the momentum that the user gives for a layer; None where none is given.
-
-        Raises:
-            Error: rules say different things of batch norms that share a function.
-        """
-        options = [(rule, rule.momentum) for rule in self.rules if rule.momentum is not None]
-        by_rule = _last(model, layer, options, "momentum")
-        return self.momentum if by_rule is None else by_rule
-
-    def matching(self, model: Model, layer: Layer) -> list[TrainingRule]:
-        """Return the rules that match a layer."""
-        return [rule for rule in self.rules if any(rule.matches(model, bn) for bn in layer.batch_norms)]
-
-    def momentum_of(self, model: Model, site: Site) -> Momentum:
-        """Return the momentum with which a site's moving averages are derived.
-
-        In this order: the momentum of the batch norm's own training sites; the given one; the one that the training
-        sites of all other batch norms agree on; 0.99.
-
-        Raises:
-            Error: rules say different things of batch norms that share a function.
-        """
-        source_weights = weights(model, site)
-        if source_weights:
-            return Momentum(1 - source_weights[0], "source")
-        momentum = self.given_momentum(model, model.analysis(layers_of_sites)[site.graph, site.node])
-        if momentum is not None:
-            return Momentum(momentum, "given")
-        other_weights = {bn.weight for bn in model.analysis(batch_norms)} - {None}
-        common = next((f for f in other_weights if f is not None and len(other_weights) == 1), 1 - DEFAULT_MOMENTUM)
-        return Momentum(1 - common, "assumed")
-
-
-def weights(model: Model, site: Site) -> list[float]:
-    """Return the weights of a batch's statistics that the model's training sites give the batch norms of a site."""
-    all_weights = [bn.weight for bn in model.analysis(batch_norms) if site in bn.sites]
-    return list(dict.fromkeys(f for f in all_weights if f is not None))
-
-
-def _check(momentum: float | None, trained: str | None) -> None:
-    if momentum is not None and not 0 <= momentum < 1:
-        raise Error(f"momentum {momentum}: it is at least 0 and less than 1")
-    if trained is not None and trained not in get_args(Trained):
-        raise Error(f"train_batch_norm {trained!r}: it is one of {', '.join(get_args(Trained))}")
-
-
-def _last(model: Model, layer: Layer, options: Iterable[tuple[Match, T]], name: str) -> T | None:
-    """Return the option of the last rule that matches a layer; None where none matches."""
-    option_of: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
-    for rule, value in options:
-        option_of |= {bn.name: value for bn in layer.batch_norms if rule.matches(model, bn)}
-    if len(set(option_of.values())) > 1:
-        raise Error(f"{', '.join(option_of)} share a function, so rules must give them the same {name}")
-    return next(iter(option_of.values()))
+    freeze_step: Annotated[
+        Step | None,
+        Help("First step of training with the moving statistics, not updated"),
+    ] = None

@@ -14,7 +14,7 @@ from passes.batch_norm.kernel import POPULATION, population
 from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS
-from passes.training.options import MOMENTUM, TrainingOptions
+from passes.training.layer_options import MOMENTUM, TrainingOptions
 from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import REFERENCES
 from rewriter.edit import Edit, Rewire, SetAttr

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from passes import PASSES, PROVIDERS, REWRITE, loaded
+from passes import PASSES, PROVIDERS, REWRITE, SWITCHED, loaded
+from passes.options import PassOptions, options_of
 from passes.quantization.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import Affine
-from passes.training.options import TrainingRule
+from passes.training.layer_options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, RuleOptions, Settings
 from rewriter.app.trace import import_function, title, trace
 from rewriter.ir import Error
 from rewriter.pipeline import Pass, load_pass
-
-FUSING = ("split-modes", "select-to-branch", "merge-choices", "fuse-batch-norm", "choose-branch")
-"""Passes that the option `fuse` switches on."""
 
 
 def pass_list(options: Settings, names: Sequence[Pass | str] | None = None) -> list[Pass]:
@@ -29,14 +26,13 @@ def pass_list(options: Settings, names: Sequence[Pass | str] | None = None) -> l
         Error: there is no pass of a name, or options do not go together.
     """
     pass_names = [name for name in names or () if isinstance(name, str)]
-    for option in (
-        sorted(options.model_fields_set - {"fuse"}) if pass_names and len(pass_names) == len(names or ()) else ()
-    ):
+    only_named = bool(pass_names) and len(pass_names) == len(names or ())
+    for option in sorted(options.model_fields_set & OPTIONS_OF.keys()) if only_named else ():
         owners = OPTIONS_OF[option]
         if not set(owners) & set(pass_names) and not _is_empty(options, option):
             raise Error(f"{option} is an option of {owners[0]}, which is not among the passes that are named")
-    enabled = {"unfreeze-constants": options.unfreeze_constants, **dict.fromkeys(FUSING, options.fuse)}
-    default_names = [name for name in REWRITE if enabled.get(name, True)]
+    left_out = {name for option, switched in SWITCHED.items() if not getattr(options, option) for name in switched}
+    default_names = [name for name in REWRITE if name not in left_out]
     return [_by_name(p, options) if isinstance(p, str) else p for p in (default_names if names is None else names)]
 
 
@@ -48,47 +44,44 @@ def _is_empty(options: Settings, option: str) -> bool:
 
 def _by_name(name: str, options: Settings) -> Pass:
     """Return a pass of bnqat with its options, or a user's own pass by ``module:Class``."""
-    if name not in PASSES and ":" not in name:
-        raise Error(f"there is no pass {name!r}; there are {', '.join(PASSES)}, and your own as module:Class")
-    return load_pass(PASSES.get(name, name), **_arguments(name, options))
+    if name not in PASSES:
+        if ":" not in name:
+            raise Error(f"there is no pass {name!r}; there are {', '.join(PASSES)}, and your own as module:Class")
+        return load_pass(name)
+    from_tables = FROM_TABLES[name](options) if name in FROM_TABLES else {}
+    return load_pass(PASSES[name], **_own_options(loaded(PASSES[name]), options), **from_tables)
 
 
-def _arguments(name: str, options: Settings) -> dict[str, Any]:
-    """Return the arguments of a pass's constructor."""
-    match name:
-        case "upgrade-references":
-            return {"keep": options.keep_ref}
-        case "derive-training":
-            return {
-                "momentum": options.momentum,
-                "train_batch_norm": options.train_batch_norm,
-                "rules": tuple(
-                    TrainingRule(r.match, r.momentum, r.train_batch_norm)
-                    for r in options.rules
-                    if (r.momentum, r.train_batch_norm) != (None, None)
-                ),
-                "outputs": options.train_outputs,
-            }
-        case "freeze-statistics":
-            return {"freeze_step": options.freeze_step}
-        case "quantize":
-            rules = (
-                Rule(r.match, {role: _changes(_rule_options_of(options, r, role)) for role in options.quantized})
-                for r in options.rules
-            )
-            return {
-                "quantizers": {role: quantizer_of(options.quantizer(role), role) for role in options.quantized},
-                "rules": tuple(rules),
-                "start_step": options.start_step,
-                "ramp_steps": options.ramp_steps,
-                "providers": tuple(_provider(loaded(name), options) for name in PROVIDERS),
-            }
-    return {}
+def _own_options(of: type[Any], options: Settings) -> dict[str, Any]:
+    """Return the options that a pass, or a provider of quantisation points, inherits."""
+    own = options_of(of) if issubclass(of, PassOptions) else ()
+    return {option.name: getattr(options, option.name) for option in own}
 
 
-def _provider(provider: type[Any], options: Settings) -> Any:
-    """Return a provider of quantisation points with its options, which are its fields."""
-    return provider(**{field.name: getattr(options, field.name) for field in fields(provider)})
+def _training_rules(options: Settings) -> dict[str, Any]:
+    rules = [TrainingRule(r.match, r.momentum, r.train_batch_norm) for r in options.rules]
+    # A rule of quantisers alone may be for layers that hold no batch norm.
+    return {"rules": tuple(rule for rule in rules if (rule.momentum, rule.train_batch_norm) != (None, None))}
+
+
+def _quantizers(options: Settings) -> dict[str, Any]:
+    rules = (
+        Rule(r.match, {role: _changes(_rule_options_of(options, r, role)) for role in options.quantized})
+        for r in options.rules
+    )
+    providers = (loaded(name) for name in PROVIDERS)
+    return {
+        "quantizers": {role: quantizer_of(options.quantizer(role), role) for role in options.quantized},
+        "rules": tuple(rules),
+        "providers": tuple(provider(**_own_options(provider, options)) for provider in providers),
+    }
+
+
+FROM_TABLES: Mapping[str, Callable[[Settings], dict[str, Any]]] = {
+    "derive-training": _training_rules,
+    "quantize": _quantizers,
+}
+"""What passes take from the configuration's tables `defaults` and `rules`: further arguments of their constructors."""
 
 
 def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:

@@ -13,7 +13,7 @@ from passes.batch_norm.sites import quantized, sites
 from passes.deploy.quantized_values import tagged
 from passes.quantization.quantizer_marks import tag_of
 from passes.quantize import Quantize
-from passes.training.options import MOMENTUM
+from passes.training.layer_options import MOMENTUM
 from rewriter.app.report_schema import (
     BatchNormReport,
     Changed,

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import passes
-from passes import FINALIZE, PASSES, PROVIDERS, REWRITE, loaded
+from passes import FINALIZE, OPTIONS, PASSES, PROVIDERS, REWRITE, SWITCHED, OrderOptions, loaded
+from passes.options import options_of
 from rewriter.pipeline import Pass, load_pass, pass_name
 
 ROOT = Path(passes.__file__).parent
@@ -40,10 +41,33 @@ def test_a_pass_without_a_name_is_called_as_its_class() -> None:
     assert pass_name(load_pass("tests.rewriter.test_pipeline:Talks")) == "Talks"
 
 
-def test_names_are_known_without_tensorflow() -> None:
-    code = "import sys, passes; assert passes.PASSES; print('tensorflow' in sys.modules)"
+def test_names_and_options_are_known_without_tensorflow() -> None:
+    """Nor is pydantic imported: that would make ``bnqat --help`` slower by half."""
+    code = "import sys, passes, passes.options as o; assert all(o.options_of(c) for c in passes.OPTIONS)\n"
+    code += "print(*{'tensorflow', 'numpy', 'pydantic'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd=ROOT.parent)
-    assert done.stdout.strip() == "False"
+    assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("name", PASSES)
+def test_a_pass_inherits_the_options_that_are_its_own(name: str) -> None:
+    classes = [loaded(PASSES[name]), *(map(loaded, PROVIDERS) if name == "quantize" else ())]
+    assert {options for options in OPTIONS for owner in classes if issubclass(owner, options)} == {
+        options for options, owners in OPTIONS.items() if name in owners
+    }
+
+
+def test_an_option_has_one_name_and_says_what_it_does() -> None:
+    options = [option for cls in OPTIONS for option in options_of(cls)]
+    assert len({option.name for option in options}) == len(options)
+    for option in options:
+        assert option.help[0].isupper()
+        assert not option.help.endswith(".")
+
+
+def test_switches_are_of_default_passes() -> None:
+    assert list(SWITCHED) == [option.name for option in options_of(OrderOptions)]
+    assert {name for names in SWITCHED.values() for name in names} <= REWRITE.keys()
 
 
 def test_the_documents_list_the_default_passes_in_their_order() -> None:

@@ -289,7 +289,7 @@ def test_the_signature_that_computes_a_batch_norm_is_chosen(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("momentum", [-0.1, 1.0, 1.5])
 def test_momentum_out_of_range(momentum: float) -> None:
-    with pytest.raises(Error, match="at least 0 and less than 1"):
+    with pytest.raises(Error, match="momentum = "):
         DeriveTraining(momentum)
 
 
