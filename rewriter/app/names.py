@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from passes import OPTIONS, SWITCHED, OrderOptions
+from passes.options import options_of
+
 OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(
         (
@@ -13,20 +16,18 @@ OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
             "rounding",
             "narrow_range",
             "quantizer",
-            "quantize_average",
-            "start_step",
-            "ramp_steps",
             "defaults",
         ),
         ("quantize",),
     ),
     "rules": ("quantize", "derive-training"),
-    "freeze_step": ("freeze-statistics",),
-    **dict.fromkeys(("momentum", "train_batch_norm", "train_outputs"), ("derive-training",)),
-    "keep_ref": ("upgrade-references",),
-    "unfreeze_constants": ("unfreeze-constants",),
+    **{option.name: owners for options, owners in OPTIONS.items() if owners for option in options_of(options)},
+    **{option.name: SWITCHED[option.name] for option in options_of(OrderOptions) if not option.default},
 }
-"""Passes that each option of the command line or of a configuration file belongs to."""
+"""Passes that each option of the command line or of a configuration file belongs to.
+
+An option that only leaves passes out of the default order belongs to none.
+"""
 
 PARAMETER_FILES = (".npz", ".json")
 """Suffixes of parameter files."""

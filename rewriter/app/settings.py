@@ -15,14 +15,15 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from passes import roles
+from passes import OrderOptions, roles
+from passes.batch_norm.options import AverageOptions
+from passes.frontend.options import ReferenceOptions
+from passes.options import options_of, refusal
+from passes.quantization.options import ScheduleOptions
 from passes.quantization.ranges import Ema, Fixed
 from passes.quantization.roles import MAX_BITS, MIN_BITS
+from passes.training.options import DeriveOptions, FreezeOptions, LayerOptions, MomentumValue, Trained
 from rewriter.ir import Error
-
-Steps = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
-Momentum = Annotated[float, Field(ge=0, lt=1)]
-TrainBatchNorm = Literal["as-source", "all", "none"]
 
 REMEDIES = {
     "per_channel": "a range for each channel changes nothing, as there is one value for each channel; leave it out",
@@ -81,7 +82,7 @@ class QuantizerOptions(_Options):
 
 OF_QUANTIZER = tuple(QuantizerOptions.model_fields)
 """Names of the options of a quantiser."""
-OF_TRAINING = frozenset({"momentum", "train_batch_norm"})
+OF_TRAINING = frozenset(option.name for option in options_of(LayerOptions))
 """Names of the options of training that rules may have."""
 
 
@@ -125,8 +126,8 @@ class RuleOptions(Defaults):
     """
 
     match: str
-    momentum: Momentum | None = None
-    train_batch_norm: TrainBatchNorm | None = None
+    momentum: MomentumValue | None = None
+    train_batch_norm: Trained | None = None
 
     @field_validator("match")
     @classmethod
@@ -140,19 +141,22 @@ class RuleOptions(Defaults):
         return value
 
 
-class Settings(_Options):
-    """All options of a rewrite; the docstrings of the passes describe theirs."""
+class Settings(
+    BaseModel,
+    ReferenceOptions,
+    OrderOptions,
+    AverageOptions,
+    DeriveOptions,
+    FreezeOptions,
+    ScheduleOptions,
+    extra="forbid",
+    frozen=True,
+):
+    """All options of a rewrite: those of `passes.OPTIONS`, the quantisers' and the rules.
 
-    start_step: Steps = 0
-    ramp_steps: Steps = 0
-    freeze_step: Steps | None = None
-    momentum: Momentum | None = None
-    train_batch_norm: TrainBatchNorm = "as-source"
-    train_outputs: Mapping[str, str] = {}
-    quantize_average: Literal["statistic", "none", "stored"] = "statistic"
-    unfreeze_constants: Annotated[bool, Field(strict=True)] = False
-    fuse: Annotated[bool, Field(strict=True)] = True
-    keep_ref: Annotated[bool, Field(strict=True)] = False
+    Pydantic takes the fields of the base classes from the last to the first.
+    """
+
     defaults: Defaults = Defaults()
     rules: tuple[RuleOptions, ...] = ()
 
@@ -210,8 +214,8 @@ class Settings(_Options):
         """Return the options in force as the text of a configuration file."""
         import tomli_w
 
-        excluded = {"defaults", "rules", *(() if self.train_outputs else ("train_outputs",))}
-        plain = self.model_dump(exclude_none=True, exclude=excluded)
+        options = self.model_dump(exclude={"defaults", "rules"})
+        plain = {k: v for k, v in options.items() if v not in ({}, None)}
         plain["defaults"] = {role: self.quantizer(role) for role in self.quantized}
         rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
         return tomli_w.dumps(_with_function_names({**plain, **({"rules": rules} if rules else {})}))
@@ -326,5 +330,4 @@ def _sentence(error: Any) -> str:
         return f"{key} is missing"
     if error["type"] in ("model_type", "tuple_type"):
         return f"{key}{value_text}: it is a {'table' if error['type'] == 'model_type' else 'list of tables'}"
-    message = error["msg"].removeprefix("Value error, ")
-    return f"{key}{value_text}: {message[0].lower()}{message[1:]}".replace("input should be", "it is to be")
+    return refusal(key, error)
