@@ -8,24 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from passes import FINALIZE, REWRITE
+from passes import FINALIZE, REWRITE, SWITCHED
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
 from rewriter.app.guard import Commands, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.options import (
     BITS,
+    FLAGS,
     NARROW,
     QUANTIZER,
     RANGE,
     ROUNDING,
     SCHEME,
     SCHEMES,
-    STEPS,
     TAGS,
-    TRAIN_BATCH_NORM,
-    TRAIN_OUTPUTS,
     VERBOSE,
+    pass_options,
 )
 from rewriter.app.show import show_rewrite
 from rewriter.app.waiting import waiting
@@ -60,44 +59,9 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
 @click.option("--rounding", type=ROUNDING, help="nearest, or stochastic in training; or by role.")
 @click.option("--narrow-range", type=NARROW, help="One code fewer; or by role.")
 @click.option("--quantizer", type=QUANTIZER, help="Your own function in place of a scheme; or by role.")
-@click.option(
-    "--quantize-average",
-    type=click.Choice(["statistic", "none", "stored"]),
-    help="What is quantised of the moving averages' update: the batch's statistic (if not given), nothing, or what "
-    "is stored.",
-)
-@click.option("--start-step", type=STEPS, help="First step that quantises (0 if not given).")
-@click.option("--ramp-steps", type=STEPS, help="Steps from there on that blend float and quantised values.")
-@click.option("--freeze-step", type=STEPS, help="First step of training with the moving statistics, not updated.")
-@click.option("--momentum", type=float, help="Momentum of derived training where the model does not say it.")
-@click.option(
-    "--train-batch-norm",
-    type=click.Choice(TRAIN_BATCH_NORM),
-    help="Batch norms that train: all but those that the source says are frozen (if not given), all, or none.",
-)
-@TRAIN_OUTPUTS
+@pass_options
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with options and rules.")
 @click.option("--print-config", is_flag=True, help="Print the options in force as such a file, and do nothing.")
-@click.option(
-    "--unfreeze-constants",
-    is_flag=True,
-    default=None,
-    help="Make batch norms' parameters that are constants variables again.",
-)
-@click.option(
-    "--no-fuse",
-    "fuse",
-    is_flag=True,
-    flag_value=False,
-    default=None,
-    help="Leave batch norms that are in single ops, or computed in both modes, as they are.",
-)
-@click.option(
-    "--keep-ref",
-    is_flag=True,
-    default=None,
-    help="Leave TensorFlow 1's reference variables; the result trains in V1 sessions only.",
-)
 @TAGS
 @click.option(
     "--passes",
@@ -179,13 +143,16 @@ def _refuse_unused(names: list[str] | None, options: dict[str, Any]) -> None:
     """Refuse options of passes that are not to run."""
     if names is not None and not names:
         raise click.UsageError("--passes names no pass")
-    if names and options["fuse"] is False:
-        raise click.UsageError("--no-fuse is about the default passes; leave the passes out that --passes names")
+    for option in SWITCHED.keys() - OPTIONS_OF.keys():  # they only leave passes out
+        if names and options[option] is not None:
+            raise click.UsageError(
+                f"{FLAGS[option]} is about the default passes; leave the passes out that --passes names"
+            )
     for option, value in options.items():
         owners = OPTIONS_OF.get(option, ())
         if value is not None and names and owners and not set(owners) & set(names):
-            flag = "train-output" if option == "train_outputs" else option.replace("_", "-")
-            raise click.UsageError(f"--{flag} is an option of {owners[0]}, which --passes does not name")
+            flag = FLAGS.get(option, f"--{option.replace('_', '-')}")
+            raise click.UsageError(f"{flag} is an option of {owners[0]}, which --passes does not name")
 
 
 if __name__ == "__main__":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from passes import roles
+from passes import OPTIONS, roles
+from passes.options import Option, options_of
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 
 
@@ -80,7 +81,6 @@ RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two
 ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
 NARROW = ByRole("yes|no", _yes_or_no, "it is yes or no")
 QUANTIZER = ByRole("module:function", str, "")
-STEPS = click.IntRange(min=0, max=2**63 - 1)
 
 
 def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:
@@ -90,8 +90,6 @@ def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str]
 TAGS = click.option(
     "--tags", callback=_tags, help="Tags of the meta graph, comma-separated, where the model holds several."
 )
-
-TRAIN_BATCH_NORM = ("as-source", "all", "none")
 
 
 def _named_nodes(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
@@ -106,14 +104,50 @@ def _named_nodes(_: click.Context, __: click.Parameter, values: tuple[str, ...])
     return nodes or None
 
 
-TRAIN_OUTPUTS = click.option(
-    "--train-output",
-    "train_outputs",
-    multiple=True,
-    callback=_named_nodes,
-    metavar="NAME=NODE",
-    help="Let train also return, as NAME, what this node gives; repeatable.",
-)
+def flag(option: Option) -> str:
+    """Return the name of an option on the command line; that of a boolean says the opposite of its default."""
+    name = option.name.replace("_", "-")
+    if get_origin(option.type) is Mapping:  # each use adds one entry
+        return f"--{name.removesuffix('s')}"
+    return f"--no-{name}" if option.default is True else f"--{name}"
+
+
+FLAGS = {option.name: flag(option) for options in OPTIONS for option in options_of(options)}
+"""Names of the passes' options on the command line."""
+
+
+def pass_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command all options of passes. An option that is not given is None, so that the file's value counts."""
+    for option in reversed([option for options in OPTIONS for option in options_of(options)]):
+        command = click.option(flag(option), option.name, help=_help(option), **_form(option))(command)
+    return command
+
+
+def _form(option: Option) -> dict[str, Any]:
+    """Return the arguments of `click.option` that follow from an option's type."""
+    kind = get_origin(option.type) or option.type
+    if kind is bool:
+        return {"is_flag": True, "flag_value": not option.default, "default": None}
+    if kind is Mapping:
+        return {"multiple": True, "callback": _named_nodes, "metavar": "NAME=NODE"}
+    if kind is Literal:
+        return {"type": click.Choice(get_args(option.type))}
+    if kind is int:
+        least, limit = option.bounds
+        return {"type": click.IntRange(least, None if limit is None else limit - 1)}
+    return {"type": kind}  # the bounds of floats are checked with the configuration file's
+
+
+def _help(option: Option) -> str:
+    """Return an option's help text, with its default, as a sentence."""
+    if option.default is True:
+        return f"Do not {option.help[0].lower()}{option.help[1:]}."
+    if get_origin(option.type) is Mapping:
+        return f"{option.help}; repeatable."
+    if option.default is None or option.default is False:
+        return f"{option.help}."
+    return f"{option.help} ({option.default} if not given)."
+
 
 RUN_TRUSTED = click.option(
     "--trust", is_flag=True, help="Run it even if it holds ops for files, the network or Python."
