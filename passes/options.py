@@ -34,6 +34,31 @@ class Strict:
         return {**handler(source), "strict": True}
 
 
+class Check(NamedTuple):
+    """A check that no type expresses: the function returns the value as it is to be held, or raises ValueError."""
+
+    function: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        """Return the schema of a value that only the function checks."""
+        del source, handler
+        return {"type": "function-plain", "function": {"type": "no-info", "function": self.function}}
+
+
+class Text(NamedTuple):
+    """The form of an option's value on the command line, where it does not follow from the type.
+
+    Attributes:
+        name: the name of such a text in the command's help.
+        parse: the value of a text; raises ValueError for one that it does not take.
+        expected: what the text is to be, in an error.
+    """
+
+    name: str
+    parse: Callable[[str], Any]
+    expected: str
+
+
 Step = Annotated[int, Strict(), Ge(0), Lt(2**63)]
 """A number of training steps, as an int64 variable holds it."""
 Flag = Annotated[bool, Strict()]
@@ -46,6 +71,7 @@ class Option(NamedTuple):
         annotation: the type as pydantic takes it, with its checks; None is allowed where it is the default.
         type: the type alone, without checks and None.
         bounds: the least value, and the first one that is too large; None where there is no bound.
+        text: its form on the command line, where that does not follow from the type.
     """
 
     name: str
@@ -54,6 +80,7 @@ class Option(NamedTuple):
     help: str
     type: Any
     bounds: tuple[int | None, int | None]
+    text: Text | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +108,7 @@ def options_of(options: type[PassOptions]) -> tuple[Option, ...]:
             help_text.text,
             type_alone,
             (_first(Ge, "ge", metadata), _first(Lt, "lt", metadata)),
+            next((m for m in metadata if isinstance(m, Text)), None),
         )
         for field, type_alone, metadata in described
         for help_text in metadata

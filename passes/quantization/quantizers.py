@@ -19,8 +19,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from passes.quantization.node_marks import CODE, WIDTH, marked
+from passes.quantization.options import Rounding
 from passes.quantization.ranges import Dynamic, Ema, Fixed, Learned
-from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Rounding, Scheme, reduced
+from passes.quantization.schemes import FLOAT, TINY, Grid, Limits, Scheme, reduced
 from rewriter.expr import (
     Apply,
     Expr,

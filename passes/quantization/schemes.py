@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, NamedTuple, get_args
 
 import numpy as np
 
 from passes.quantization.node_marks import EPSILON, ORIGIN, SCALE, ZERO_POINT, marked
+from passes.quantization.options import QuantizerOptions, Rounding
 from passes.quantization.ranges import DYNAMIC, Fixed, Range
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Shape, array, constant, filled, op, select
@@ -23,8 +24,6 @@ from rewriter.protos import Dtype
 FLOAT, DOUBLE = "float32", "float64"
 TINY = float(np.finfo(np.float32).tiny)
 """The least normal float32."""
-
-Rounding = Literal["nearest", "stochastic"]
 
 
 class Limits(NamedTuple):
@@ -81,9 +80,9 @@ class Scheme:
         Error: an option is out of range.
     """
 
-    bits: int = 8
+    bits: int = QuantizerOptions.bits
     range: Range = DYNAMIC
-    rounding: Rounding = "nearest"
+    rounding: Rounding = QuantizerOptions.rounding
     narrow_range: bool | None = None
     name: ClassVar[str]
     formula: ClassVar[str]
@@ -99,7 +98,7 @@ class Scheme:
     def __post_init__(self) -> None:
         if not MIN_BITS <= self.bits <= MAX_BITS:
             raise Error(f"{self.bits} bits: a width is from {MIN_BITS} to {MAX_BITS}")
-        if self.rounding not in ("nearest", "stochastic"):
+        if self.rounding not in get_args(Rounding):
             raise Error(f"rounding {self.rounding!r}: it is 'nearest' or 'stochastic'")
 
     def within(self, epsilon: float | None) -> Scheme:  # noqa: ARG002  most schemes need none

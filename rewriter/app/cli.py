@@ -13,19 +13,7 @@ from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
 from rewriter.app.guard import Commands, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.names import OPTIONS_OF
-from rewriter.app.options import (
-    BITS,
-    FLAGS,
-    NARROW,
-    QUANTIZER,
-    RANGE,
-    ROUNDING,
-    SCHEME,
-    SCHEMES,
-    TAGS,
-    VERBOSE,
-    pass_options,
-)
+from rewriter.app.options import FLAGS, TAGS, VERBOSE, pass_options, quantizer_options
 from rewriter.app.show import show_rewrite
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
@@ -53,12 +41,7 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
 @main.command()
 @click.argument("source", type=click.Path(path_type=Path), metavar="SRC", required=False)
 @click.argument("target", type=click.Path(path_type=Path), metavar="DST", required=False)
-@click.option("--bits", type=BITS, help="Width of all codes (8 if not given), or by role: gamma=4,beta=8.")
-@click.option("--scheme", type=SCHEME, help=f"How values are rounded, or by role: {', '.join(SCHEMES)}.")
-@click.option("--range", type=RANGE, help="Between which limits, or by role: dynamic, ema, learned, or like -1:1.")
-@click.option("--rounding", type=ROUNDING, help="nearest, or stochastic in training; or by role.")
-@click.option("--narrow-range", type=NARROW, help="One code fewer; or by role.")
-@click.option("--quantizer", type=QUANTIZER, help="Your own function in place of a scheme; or by role.")
+@quantizer_options
 @pass_options
 @click.option("--config", type=click.Path(path_type=Path, dir_okay=False), help="TOML file with options and rules.")
 @click.option("--print-config", is_flag=True, help="Print the options in force as such a file, and do nothing.")

@@ -6,20 +6,10 @@ from collections.abc import Mapping
 
 from passes import OPTIONS, SWITCHED, OrderOptions
 from passes.options import options_of
+from passes.quantization.options import QuantizerOptions
 
 OPTIONS_OF: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(
-        (
-            "bits",
-            "scheme",
-            "range",
-            "rounding",
-            "narrow_range",
-            "quantizer",
-            "defaults",
-        ),
-        ("quantize",),
-    ),
+    **dict.fromkeys((*(option.name for option in options_of(QuantizerOptions)), "defaults"), ("quantize",)),
     "rules": ("quantize", "derive-training"),
     **{option.name: owners for options, owners in OPTIONS.items() if owners for option in options_of(options)},
     **{option.name: SWITCHED[option.name] for option in options_of(OrderOptions) if not option.default},

@@ -9,6 +9,7 @@ import click
 
 from passes import OPTIONS, roles
 from passes.options import Option, options_of
+from passes.quantization.options import QuantizerOptions
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 
 
@@ -50,37 +51,49 @@ def width(text: str) -> int:
     return int(text)
 
 
-def _one_of(*names: str) -> Callable[[str], str]:
-    """Return a function that returns one of these names, and raises ValueError for another text."""
+def _one_of(names: Mapping[str, Any]) -> Callable[[str], Any]:
+    """Return a function that returns what one of these names stands for, and raises ValueError for another text."""
 
-    def check(text: str) -> str:
+    def value(text: str) -> Any:
         if text not in names:
             raise ValueError(text)
-        return text
+        return names[text]
 
-    return check
-
-
-def _limits(text: str) -> str | list[float]:
-    """Return a range: its name, or two limits from a text like ``-1:1``."""
-    if text in RANGES:
-        return text
-    low, high = text.split(":")
-    return [float(low), float(high)]
+    return value
 
 
-def _yes_or_no(text: str) -> bool:
-    return {"yes": True, "no": False}[_one_of("yes", "no")(text)]
+def _by_role(option: Option) -> ByRole:
+    """Return the command line's type of a quantiser's option."""
+    if option.text is not None:
+        return ByRole(*option.text)
+    kind = get_origin(option.type) or option.type
+    if kind is bool:
+        return ByRole("yes|no", _one_of({"yes": True, "no": False}), "it is yes or no")
+    if kind is Literal:
+        names = get_args(option.type)
+        return ByRole(option.name, _one_of({name: name for name in names}), f"it is one of {', '.join(names)}")
+    least, limit = (bound or 0 for bound in option.bounds)
+
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not least <= value < limit:
+            raise ValueError(text)
+        return value
+
+    greatest = f"{limit - 1}" if kind is int else f"less than {limit}"
+    return ByRole(option.name, number, f"it is a number from {least} to {greatest}, or a list like gamma=4,beta=8")
 
 
-SCHEMES = ("affine", "symmetric", "power_of_two", "log", "none")
-RANGES = ("dynamic", "ema", "learned")
-BITS = ByRole("bits", width, f"a width is a number from {MIN_BITS} to {MAX_BITS}, or a list like gamma=4,beta=8")
-SCHEME = ByRole("scheme", _one_of(*SCHEMES), f"a scheme is one of {', '.join(SCHEMES)}")
-RANGE = ByRole("range", _limits, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1")
-ROUNDING = ByRole("rounding", _one_of("nearest", "stochastic"), "rounding is nearest or stochastic")
-NARROW = ByRole("yes|no", _yes_or_no, "it is yes or no")
-QUANTIZER = ByRole("module:function", str, "")
+def quantizer_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command all options of quantisers, each with one value or values by role."""
+    for option in reversed(options_of(QuantizerOptions)):
+        names = ", ".join(get_args(option.type)) if get_origin(option.type) is Literal else ""
+        text = f"{option.help}: {names}" if names else option.help
+        text += "" if option.default is None else f" ({option.default} if not given)"
+        text += "; or by role" + (", as gamma=4,beta=8." if option.type is int else ".")
+        flag_name = f"--{option.name.replace('_', '-')}"
+        command = click.option(flag_name, option.name, type=_by_role(option), help=text)(command)
+    return command
 
 
 def _tags(_: click.Context, __: click.Parameter, value: str | None) -> list[str] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from passes import PASSES, PROVIDERS, REWRITE, SWITCHED, loaded
+from passes import PASSES, PROVIDERS, REWRITE, SWITCHED, loaded, roles
 from passes.options import PassOptions, options_of
 from passes.quantization.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
@@ -93,6 +93,8 @@ def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:
 def _rule_options_of(options: Settings, rule: RuleOptions, role: str) -> Mapping[str, Any]:
     """Return a rule's options for a role; if it gives only a range or its momentum, the other is the default's."""
     rule_options = rule.of(role)
+    if role in rule.tables and not roles()[role].always and role not in options.defaults.tables:
+        rule_options = {"scheme": roles()[role].scheme, **rule_options}  # it is named here for the first time
     default_range = {k: v for k, v in options.quantizer(role).items() if k in ("range", "range_momentum")}
     return {**default_range, **rule_options} if {"range", "range_momentum"} & set(rule_options) else rule_options
 

@@ -9,18 +9,17 @@ import difflib
 import tomllib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import regex
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
 from passes import OrderOptions, roles
 from passes.batch_norm.options import AverageOptions
 from passes.frontend.options import ReferenceOptions
 from passes.options import options_of, refusal
-from passes.quantization.options import ScheduleOptions
-from passes.quantization.ranges import Ema, Fixed
+from passes.quantization.options import QuantizerOptions, ScheduleOptions
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 from passes.training.options import DeriveOptions, FreezeOptions, LayerOptions, MomentumValue, Trained
 from rewriter.ir import Error
@@ -28,7 +27,6 @@ from rewriter.ir import Error
 REMEDIES = {
     "per_channel": "a range for each channel changes nothing, as there is one value for each channel; leave it out",
     "bits": f"a width is a whole number from {MIN_BITS} to {MAX_BITS}; to leave something float, scheme = 'none'",
-    "range": 'it is "dynamic", "ema", "learned" or two numbers, [low, high]',
 }
 """Advice for keys whose value is wrong."""
 
@@ -37,61 +35,29 @@ class _Options(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
 
-class QuantizerOptions(_Options):
-    """Options of one quantiser; an option that is None has the value of the more general table.
+if TYPE_CHECKING:
 
-    Attributes:
-        scheme: "none" leaves the values float.
-        bits: 2 to 16.
-        range: "dynamic", "ema", "learned", or [low, high].
-        range_momentum: the momentum of an ema range.
-        rounding: "stochastic" is for training; inference rounds to nearest.
-        narrow_range: use one code fewer than 2^bits.
-        quantizer: the user's own function in place of a scheme: (vector, context) -> vector, or "module:function".
-    """
+    class QuantizerTable(_Options):
+        """Options of quantisers; one that is None is not set, and has the value of the more general table."""
+else:
+    QuantizerTable = create_model(
+        "QuantizerTable",
+        __base__=_Options,
+        **{option.name: (option.annotation | None, None) for option in options_of(QuantizerOptions)},
+    )
 
-    scheme: Literal["affine", "symmetric", "power_of_two", "log", "none"] | None = None
-    bits: Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS, strict=True)] | None = None
-    range: Any = None
-    range_momentum: Annotated[float, Field(ge=0, lt=1)] | None = None
-    rounding: Literal["nearest", "stochastic"] | None = None
-    narrow_range: Annotated[bool, Field(strict=True)] | None = None
-    quantizer: Any = None
-
-    @field_validator("range")
-    @classmethod
-    def _range(cls, value: Any) -> Any:
-        if value is None or (isinstance(value, str) and value in ("dynamic", "ema", "learned")):
-            return value
-        if isinstance(value, list | tuple) and [type(v) in (int, float) for v in value] == [True, True]:
-            low, high = (float(v) for v in value)
-            try:
-                Fixed(low, high)
-            except Error as e:
-                raise ValueError(str(e)) from e
-            return [low, high]
-        raise ValueError(REMEDIES["range"])
-
-    @field_validator("quantizer")
-    @classmethod
-    def _quantizer(cls, value: Any) -> Any:
-        if value is None or callable(value) or (isinstance(value, str) and regex.fullmatch(r"[\w.]+:[\w.]+", value)):
-            return value
-        raise ValueError("it is a function, or the name of one as module:function")
-
-
-OF_QUANTIZER = tuple(QuantizerOptions.model_fields)
+OF_QUANTIZER = tuple(option.name for option in options_of(QuantizerOptions))
 """Names of the options of a quantiser."""
 OF_TRAINING = frozenset(option.name for option in options_of(LayerOptions))
 """Names of the options of training that rules may have."""
 
 
-class Defaults(QuantizerOptions):
+class Defaults(QuantizerTable):
     """Options of all roles, and tables that override them for one role, such as `gamma`."""
 
     model_config = ConfigDict(extra="allow")
     # `init` has no effect, but on type checkers.
-    __pydantic_extra__: dict[str, QuantizerOptions] = Field(init=False)
+    __pydantic_extra__: dict[str, QuantizerTable] = Field(init=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -107,14 +73,14 @@ class Defaults(QuantizerOptions):
         return {key: table[key] for key in keys if key in table}
 
     @property
-    def tables(self) -> Mapping[str, QuantizerOptions]:
+    def tables(self) -> Mapping[str, QuantizerTable]:
         """The tables for single roles."""
         return self.__pydantic_extra__
 
     def of(self, role: str) -> dict[str, Any]:
         """Return the options that are set for a role, its own and those of all roles."""
         common = self.model_dump(exclude_none=True, include=set(OF_QUANTIZER))
-        return {**common, **self.tables.get(role, QuantizerOptions()).model_dump(exclude_none=True)}
+        return {**common, **self.tables.get(role, QuantizerTable()).model_dump(exclude_none=True)}
 
 
 class RuleOptions(Defaults):
@@ -207,8 +173,10 @@ class Settings(
         """Return all options of a role's quantiser, with the built-in values of those that are not set."""
         known = roles()[role]
         scheme = known.scheme if known.always or role in self.defaults.tables else "none"
-        options = {"scheme": scheme, "bits": 8, "range": "dynamic", "rounding": "nearest", **self.defaults.of(role)}
-        return {"range_momentum": Ema().momentum, **options} if options["range"] == "ema" else options
+        usual = {option.name: option.default for option in options_of(QuantizerOptions) if option.default is not None}
+        momentum = usual.pop("range_momentum")
+        options = {"scheme": scheme, **usual, **self.defaults.of(role)}
+        return {"range_momentum": momentum, **options} if options["range"] == "ema" else options
 
     def to_toml(self) -> str:
         """Return the options in force as the text of a configuration file."""
@@ -316,7 +284,7 @@ def _sentence(error: Any) -> str:
         return f"{key}{value_text}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}
-        inner = QuantizerOptions if set(place[:-1]) & set(roles()) else tables.get(place[0], Settings)
+        inner = QuantizerTable if set(place[:-1]) & set(roles()) else tables.get(place[0], Settings)
         fields = [*(inner if place[1:] else Settings).model_fields, *(roles() if issubclass(inner, Defaults) else ())]
         if not place[1:] and name in OF_QUANTIZER:
             return f"{key} is an option of quantisers; it belongs under [defaults], [defaults.gamma] or a rule"

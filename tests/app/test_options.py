@@ -6,17 +6,19 @@ import inspect
 import json
 import re
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
 import bnqat
 from passes import OPTIONS, SWITCHED
 from passes.options import Option, options_of
+from passes.quantization.options import QuantizerOptions
+from passes.quantization.schemes import SCHEMES
 from rewriter.app.cli import rewrite
 from rewriter.app.names import OPTIONS_OF
-from rewriter.app.options import FLAGS
-from rewriter.app.settings import OF_QUANTIZER, Settings
+from rewriter.app.options import FLAGS, ByRole
+from rewriter.app.settings import OF_QUANTIZER, Defaults, Settings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 ALL = [option for options in OPTIONS for option in options_of(options)]
@@ -26,7 +28,7 @@ PASSES_OF = {**{o.name: owners for options, owners in OPTIONS.items() for o in o
 def test_the_configuration_file_has_each_option_with_its_default() -> None:
     assert list(Settings.model_fields) == [*(option.name for option in ALL), "defaults", "rules"]
     assert Settings.model_validate({}).model_dump(exclude={"defaults", "rules"}) == {o.name: o.default for o in ALL}
-    assert OPTIONS_OF.keys() == {*Settings.model_fields, *OF_QUANTIZER} - {"fuse", "range_momentum"}
+    assert OPTIONS_OF.keys() == {*Settings.model_fields, *OF_QUANTIZER} - {"fuse"}
 
 
 @pytest.mark.parametrize("option", ALL, ids=lambda option: option.name)
@@ -58,6 +60,29 @@ def test_the_documents_describe_each_option() -> None:
     text = (ROOT / "docs/quantisation.md").read_text(encoding="utf-8")
     table = text.partition("| option | command line |")[2].partition("\n\n")[0]
     assert table.splitlines()[2:] == [_row(option) for option in ALL]
+
+
+@pytest.mark.parametrize("option", options_of(QuantizerOptions), ids=lambda option: option.name)
+def test_an_option_of_quantisers_is_everywhere(option: Option) -> None:
+    """In the configuration's tables, where None is not set; on the command line and in Python, by role or not."""
+    assert Defaults.model_fields[option.name].default is None
+    (parameter,) = (p for p in rewrite.params if p.name == option.name)
+    assert isinstance(parameter.type, ByRole)
+    assert parameter.opts == [f"--{option.name.replace('_', '-')}"]
+    assert rewrite.make_context("rewrite", []).params[option.name] is None
+    assert getattr(parameter, "help", "").startswith(option.help)
+    assert inspect.signature(bnqat.rewrite).parameters[option.name].default is None
+    text = (ROOT / "docs/quantisation.md").read_text(encoding="utf-8")
+    table = text.partition("| option of a quantiser |")[2].partition("\n\n")[0]
+    default = "" if option.default is None else f"`{json.dumps(option.default)}`"
+    names = ": " + ", ".join(get_args(option.type)) if get_origin(option.type) is Literal else ""
+    row = f"| `{option.name}` | `{parameter.opts[0]}` | {default} | {option.help}{names} |".replace("|  |", "| |")
+    assert row in table.splitlines()
+
+
+def test_the_names_of_schemes_are_those_that_there_are() -> None:
+    (scheme,) = (option for option in options_of(QuantizerOptions) if option.name == "scheme")
+    assert get_args(scheme.type) == (*SCHEMES, "none")
 
 
 def _row(option: Option) -> str:

@@ -170,11 +170,11 @@ def test_mistakes_name_the_key_and_the_remedy(text: str, message: str, model: Pa
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--scheme", "afine"], "a scheme is one of affine"),
+        (["--scheme", "afine"], "it is one of affine"),
         (["--range", "gamma=1"], "or two limits like -1:1"),
         (["--range", "1:1"], "the first limit is less than the second"),
         (["--bits", "gamma=4,gamma=5"], "names gamma twice"),
-        (["--rounding", "up"], "rounding is nearest or stochastic"),
+        (["--rounding", "up"], "it is one of nearest, stochastic"),
         (["--narrow-range", "maybe"], "it is yes or no"),
         (["--quantizer", "mine"], "module:function"),
         (["--freeze-step", "-1"], "-1 is not in the range"),
