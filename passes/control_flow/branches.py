@@ -64,6 +64,7 @@ class Branches:
         same_choice = decided_by(self.graph, user_branches.predicate) == decided_by(self.graph, self.predicate)
         if not same_choice or user_branches.uses(not on, edge):
             return False
+        # An ``If`` that runs before this one cannot take a result of it: each would wait for the other.
         return node == self.node or not leads_to(self.model, self.graph, [node.name], {self.node.name})
 
     def serves(self, edge: Edge, before: Mapping[str, Iterable[str]] = MappingProxyType({})) -> bool:
@@ -71,6 +72,7 @@ class Branches:
 
         `before` maps a node to further nodes that run after it, as in `leads_to`.
         """
+        # All inputs of an op lie in one loop, or in none.
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         if frame_of.get(edge.node) != frame_of.get(self.node.name):
             return False
@@ -104,6 +106,7 @@ class Branches:
         for name, (then, otherwise) in added.items():
             yield AddResult(self.taken(True).name, name, then, scope)
             yield AddResult(self.taken(False).name, name, otherwise, scope)
+        # The op declares its outputs itself, apart from the branches.
         dtypes = [then.dtype for then, _ in added.values()]
         yield SetAttr(
             self.graph.name,
@@ -111,6 +114,7 @@ class Branches:
             "Tout",
             protos.more_dtypes(op_defs.attribute(self.node, "Tout"), dtypes),
         )
+        # TensorFlow refuses a list of shapes that is shorter than the outputs; an empty `output_shapes` says nothing.
         for name, attr in sorted(self.node.attrs.items()):
             if name in ("output_shapes", "_output_shapes") and attr.list.shape:
                 yield SetAttr(self.graph.name, self.node.name, name, protos.more_shapes(attr, shapes))
@@ -122,6 +126,8 @@ def claim_conditionals(edits: list[Edit], extended: set[tuple[str, str]]) -> lis
     Raises:
         DeclinedError: another batch norm has extended one of them already.
     """
+    # Only `Branches.results` sets attributes here. It counts an ``If``'s outputs as they are before the pass, so two
+    # batch norms would take the same output, and the second ``Tout`` would overwrite the first.
     claimed = {(edit.graph, edit.node) for edit in edits if isinstance(edit, SetAttr)}
     for _, name in claimed & extended:
         raise DeclinedError(f"{name} chooses for another batch norm too")

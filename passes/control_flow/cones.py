@@ -65,4 +65,5 @@ def moveable(node: Node) -> bool:
     definition = op_defs.registered(node.op)
     if definition is None or definition.is_stateful or node.op in ops.CALLS or node.op in (*ops.CHOICES, *SWITCHES):
         return False
+    # ``Assign`` and other ops on references change a variable, but their definitions do not call them stateful.
     return not any(arg.is_ref for arg in definition.input_arg)

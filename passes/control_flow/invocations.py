@@ -112,10 +112,12 @@ class _Walk:
             return
         callees = [name for name in caller.assumed.taken(call) if name not in self.ignored]
         passed = call.inputs[form.first :]
+        # A loop may give its body other values in the next round.
         arguments = tuple(
             None if form.carried and not self._carried_unchanged(call, i) else caller.origin(v)
             for i, v in enumerate(passed)
         )
+        # One of several branches is not certain to run. A loop's body counts as certain, though there may be no round.
         certain = (len(callees) == 1 or form.carried) and caller.always(call.name)
         for name in callees:
             passed_to = zip(self.model.graphs[name].arguments, passed, strict=True)

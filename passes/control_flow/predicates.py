@@ -39,6 +39,7 @@ def choice(model: Model, graph: Graph, merge: Node) -> Choice | None:
     """Return the choice that a Merge passes on; None where no single boolean decides it."""
     for predicate in dict.fromkeys(_predicates(graph, merge)):
         then, otherwise = (assumption(model, graph, predicate, v).chosen(merge) for v in (True, False))
+        # The nearest Switch may be that of a conditional inside of a branch, which does not decide this Merge.
         if then is not None and otherwise is not None and then != otherwise:
             return Choice(predicate, then, otherwise)
     return None
@@ -56,6 +57,7 @@ def _predicates(graph: Graph, merge: Node) -> Iterator[Value]:
         if node.op in SWITCHES:
             yield decided_by(graph, node.inputs[1])
         else:
+            # An op of a branch without inputs, such as a constant, depends on the Switch by a control input alone.
             waiting += [*(v.node for v in node.inputs), *node.after]
 
 

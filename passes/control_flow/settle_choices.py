@@ -47,4 +47,5 @@ class SettleChoices:
                 "its functions choose their mode by a constant; what it chooses stays, and kernels that could not be "
                 "merged may be, so that outputs may differ in the last bit"
             )
+            # All functions stay; `Keep` removes what they no longer need.
             yield Keep(tuple(model.entries))
