@@ -58,6 +58,7 @@ _RSQRTS = (
 
 def _with_inv(inv: Pattern) -> Iterator[Pattern]:
     """Yield the forms that scale x and the mean, or their difference, by one vector."""
+    # `tf.nn.batch_normalization` writes the first and, without an offset, the third.
     yield _add(_mul(_X, inv), _sub(_BETA, _mul(_MEAN, inv)))
     yield _sub(_mul(_X, inv), _sub(_mul(_MEAN, inv), _BETA))
     yield _add(_mul(_X, inv), _mul(node("Neg", _MEAN), inv))
@@ -162,6 +163,7 @@ def _first(model: Model, graph: Graph, anchor: Node) -> DecomposedBatchNorm | No
                 for match in matches(graph, root, form):
                     epsilon = scalar(graph, match[EPSILON].value)
                     fits = _numbers(graph, match) and _parameters(model, graph, match)
+                    # An op below may end the next batch norm, whose own root the form matches then.
                     if epsilon is not None and fits and anchor.name in match.nodes:
                         # What applies gamma twice has a part that is a batch norm, but is none itself.
                         return None if _twice(model, graph, root, match) else DecomposedBatchNorm(root, match, epsilon)
@@ -190,7 +192,7 @@ def _below(model: Model, graph: Graph, anchor: Node) -> list[str]:
                     below[user.name] = None
                     following.append(user.name)
                 elif user.op in ops.FORWARDS or constants.viewed(graph, user) is not None:
-                    waiting += [Value(user.name, 0), Value(user.name, 1)]
+                    waiting += [Value(user.name, 0), Value(user.name, 1)]  # a Switch has two outputs
         level = following
     return list(below)
 
@@ -200,6 +202,7 @@ def _parameters(model: Model, graph: Graph, match: Match) -> bool:
     values = [match[role].value for role in (GAMMA, BETA) if role in match]
     constant_values = [constants.constant_of(graph, value) for value in values]
     origins_of_values = {o for value in values for o in origins(model, graph.name, value)}
+    # A number scales or shifts all channels alike: it belongs to the net around the batch norm.
     scalar_constant = any(c is not None and not c.ndim for c in constant_values)
     held_by_model = all(isinstance(o, VariableKey | Constant | Captured) for o in origins_of_values)
     edges = [match[role].edges[0] for role in (VARIANCE, GAMMA, BETA) if role in match]

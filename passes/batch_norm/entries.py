@@ -15,6 +15,7 @@ from rewriter.dataflow import call_graph
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Signature, Spec, Value
 from rewriter.liveness import Assumption
 
+# From names of this form, TensorFlow's loader strips the prefix and the number.
 TRAIN = "__inference_bnqat_train_0"
 TRAIN_SIGNATURE = "__inference_bnqat_train_signature_0"
 SERVE = "__inference_bnqat_serve_0"
@@ -105,6 +106,7 @@ def _running(model: Model, name: str, known: Mapping[Value, bool], assumptions: 
         known_inputs = [assumption.known(v) if _boolean(model, graph, v) else None for v in call.inputs[form.first :]]
         for callee in assumption.taken(call):
             arguments = model.graphs[callee].arguments
+            # A loop may change its booleans from round to round.
             inner = {
                 Value(a): v for a, v in zip(arguments, known_inputs, strict=True) if v is not None and not form.carried
             }
@@ -116,6 +118,7 @@ def _trains(site: Site, running: Mapping[str, list[Assumption]]) -> bool:
 
     It may not where its mode or that of its updates is known to be another.
     """
+    # Where a constant chooses inference, the graph may compute the other mode too, for nothing.
     assumptions = [a for a in running.get(site.graph, []) if a.returns(site.node)]
     held_means = site.binding.parameters.get(MEAN, ()) if site.mode == "both" else ()
     if not site.training or all(any(a.settles(e) and a.passes(e) for e in held_means) for a in assumptions):
@@ -139,6 +142,7 @@ def training_trace(model: Model, serving: Entry) -> Entry | None:
     def trained(entry: Entry) -> frozenset[str]:
         return computed(model, entry.function, training=True)
 
+    # Of several functions that train, some may train a part of the layers only, so the one that trains most is first.
     def rank(entry: Entry) -> tuple[int, bool, bool, str]:
         same_names = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
         return -len(trained(entry)), "__call__" not in entry.paths, not same_names, entry.function

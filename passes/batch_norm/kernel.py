@@ -105,6 +105,7 @@ def normalised(x: Expr, vectors: Mapping[str, Expr], layout: Layout, epsilon: fl
         data_format=layout.data_format,
         **{POPULATION: size},
     )
+    # In inference nothing uses it, and what nothing uses is not placed.
     variance = population(Port("float32", fused, 2), x, size)
     return Normalised(layout.back(fused, x), Port("float32", fused, 1), variance)
 
@@ -113,6 +114,7 @@ def sample(variance: Expr, x: Expr, channels: int) -> Expr:
     """Return the batch's variance with the correction that the kernel makes: the inverse of `population`."""
     elements = op("Cast", op("Size", x, out_type=protos.Dtype("int64")), DstT=protos.Dtype("float32"))
     count = elements / constant(float(channels), "float32")
+    # A single element has the variance 0; without the lower bound, it would be 0 times infinity.
     return variance * (count / op("Maximum", count - 1.0, 1.0))
 
 
@@ -124,4 +126,5 @@ def population(corrected: Expr, x: Expr, channels: int) -> Expr:
     elements = op("Cast", op("Size", x, out_type=protos.Dtype("int64")), DstT=protos.Dtype("float32"))
     rest = constant(1.0, "float32") - constant(float(channels), "float32") / elements
     product = op("Mul", corrected, rest)
+    # Later passes ask for its shape, which an added op does not record by itself.
     return replace(product, attrs={**product.attrs, "_output_shapes": protos.shapes_attr([(channels,)])})

@@ -30,9 +30,11 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
             used = graph.used_at(edge)
             batch = Use(op_defs.output_dtype(model, graph, used), used)
             value = average if average.dtype == batch.dtype else op("Cast", average, DstT=protos.Dtype(batch.dtype))
+            # Single ops may use a statistic with axes of size 1, as `keepdims` leaves them.
             if site.kind == "decomposed":
                 value = op("Reshape", value, op("Shape", batch))
             yield Rewire(edge._replace(graph=names[edge.graph]), value, f"{site.node}/{role}")
+        # A NoOp stays in the place of an assignment, as other nodes may wait for it.
         for name, node in site.binding.assigns[role]:
             if name in names:
                 yield Replace(names[name], node, Apply("", "NoOp", ()))
@@ -43,6 +45,8 @@ def normalise_with_moving(model: Model, site: Site, names: Mapping[str, str]) ->
 
 def _average(model: Model, site: Site, role: str) -> Expr | None:
     """Return a moving statistic of a site, read in its graph; None where its variable is not known."""
+    # An assignment in the site's graph names the resource even where several layers share the function. The last one is
+    # the average's: a zero-debiased update assigns a biased average first.
     for graph, node in reversed(site.binding.assigns[role]):
         if graph == site.graph:
             assign = model.graphs[graph].nodes[node]

@@ -109,6 +109,7 @@ class _Points:
             return "a pipeline needs a model in TensorFlow 2's format"
         if _observes(quantizers) and any(self._repeated(s) for bn in layer.batch_norms for s in bn.sites if s.training):
             return "its function is trained several times in a step; an ema range cannot follow it"
+        # In the main graph nothing runs but what a signature needs, so ranges move when an update of an average runs.
         unknown_update = site.graph == MAIN and not any(graph == MAIN for graph, _ in site.binding.runs)
         if _observes(quantizers) and site.training and unknown_update:
             return "what updates its averages is not known, and an ema range is to be moved with them"
@@ -125,11 +126,13 @@ class _Points:
         calls = [call.graph for call in self.model.analysis(call_graph).callers.get(site.graph, ())]
         with_variables = [bn for bn in layer.batch_norms if bn.variables]
         places = {(s.graph, s.node) for s in twins}
+        # A main graph may hold the source's training and a copy for the signature `train`; one of them runs at a time.
         return len(with_variables) > 1 or len(calls) > len(set(calls)) or (len(places) > 1 and site.graph != MAIN)
 
     def parameters(self, site: Site) -> Iterator[QuantizationPoint]:
         """Yield the points at which a site uses its variables; the base of its moving average is none of them."""
         for role, edges in site.binding.parameters.items():
+            # In TensorFlow 1's format a quantiser is no call but many nodes, which get a scope of their own.
             scope = site.node if self.model.object_based else f"{site.node}/{role}"
             for edge in edges:
                 yield self._point(site, role, edge, scope=scope)
@@ -184,6 +187,7 @@ class _Points:
         scope: str = "",
         replaced: points.Replaced | None = None,
     ) -> QuantizationPoint:
+        # The second phase normalises with the moving statistics, and still trains gamma and beta.
         second_phase = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
         size = self._size(site)
         return QuantizationPoint(

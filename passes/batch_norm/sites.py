@@ -109,6 +109,7 @@ class _Fused:
                 # All uses count as updates, whatever the graph does with them: these outputs have no other purpose.
                 uses = model.analysis_of(graph, consumers).get(Value(node.name, port), ())
                 self.updates[role] = replace(entered, edges=tuple(uses))
+            # The averages may have kept the source's moments, beside this kernel.
             if not any(u.targets for u in self.updates.values()):
                 self.updates |= updates_beside(model, graph, node.inputs[0])
 
@@ -131,6 +132,7 @@ class _Decomposed:
         for role in STATISTICS:
             for leaf in _leaves(model, self.inputs[role]):
                 if not _held(model, leaf) and not _from_average(model, leaf):
+                    # Where the only caller of a function computes the statistic, the way to the average begins there.
                     source = outside(model, leaf)
                     self.updates[role] = update(
                         model, model.graphs[source.graph], source.value, source.calls, normalising
@@ -169,6 +171,7 @@ def _site(model: Model, graph: Graph, form: _Form, form_edges: frozenset[Edge]) 
     if form.training or form.updates:
         mode = "both" if (held_leaves[MEAN] or computed) and not form.training else "training"
     used = {r: alternatives[r] if r in (GAMMA, BETA) else held_leaves[r] if mode != "training" else [] for r in ROLES}
+    # Of a chosen statistic, it is the moving one that tells which layer this is.
     values = [next(iter(held_leaves[role] or alternatives[role]), None) for role in ROLES]
     with_averages = _origins(model, graph, [*(v if v is None else (v.graph, v.value) for v in values), *averages])
     origins_of_roles = frozenset(o[:4] for o in with_averages)
@@ -256,6 +259,7 @@ def _quantizable(
     for leaf in alternatives:
         if not all(isinstance(o, Constant | Captured) for o in origins(model, leaf.graph, leaf.value)):
             yield leaf.edge
+            # A train op in the graph is to differentiate by the values that the batch norm uses.
             if leaf.edge.graph == graph.name:
                 yield from _gradients(model, graph, leaf.edge, form_edges)
 

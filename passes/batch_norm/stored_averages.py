@@ -33,6 +33,7 @@ def assigning(model: Model, updates: Sequence[tuple[str, str]]) -> list[tuple[st
     def target(graph: str, node: str) -> object:
         return origins(model, graph, model.graphs[graph].nodes[node].inputs[0])
 
+    # A layer that is used twice assigns its average twice; a biased average is another variable.
     return [update for update in updates if target(*update) == target(*updates[-1])]
 
 

@@ -151,8 +151,10 @@ def only_assigned(model: Model, graph: Graph, edge: Edge, unused: Collection[int
     uses = model.analysis_of(graph, consumers)
     outputs = [Value(user.name, port) for port in range(op_defs.output_count(model, user))]
     is_choice = user.op in ops.CHOICES and edge.position >= ops.CHOICES[user.op]
+    # OptionalFromValue wraps what a branch returns for the gradient of its conditional alone.
     if is_choice or user.op in (*ARITHMETIC, "OptionalFromValue") or shown(graph, user, edge.position):
         following_uses = [e for value in outputs for e in uses.get(value, ())]
+        # A value that leads nowhere enters no average.
         return bool(following_uses) and all(only_assigned(model, graph, e, unused) for e in following_uses)
     form = ops.call_form(model, user)
     if form is None or form.carried or edge.position < form.first:
@@ -221,6 +223,7 @@ class _Walk:
                 yield _Reached(entered or edge, run, target, (graph.name, user.name))
                 yield from self._read_again(graph, user, entered or edge, calls)
             elif ops.STAND_IN in user.attrs:
+                # A quantiser stands for its last input; the others are its controls.
                 if edge.position == len(user.inputs) - 1:
                     self.proxies[graph.name, user.name] = None
                     yield from self.from_value(graph, Value(user.name), entered or edge, calls)
