@@ -55,6 +55,7 @@ def averages_of(
 def rewired(model: Model, graph: Graph, edge: Edge, used: Value, statistic: Expr) -> Iterator[Edit]:
     """Let one use of a statistic take a vector, in the shape and dtype that are used there."""
     shape = shape_of(model, graph, used)
+    # Without a known shape there is nothing to reshape the vector to: this use keeps the single ops.
     if shape is not None and -1 not in shape:
         dtype = op_defs.output_dtype(model, graph, used)
         yield Rewire(edge, shaped(statistic, shape, dtype), used.node)

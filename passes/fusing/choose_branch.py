@@ -26,6 +26,7 @@ from rewriter.ir import Edge, Graph, Model, Value
 from rewriter.liveness import SWITCHES
 from rewriter.shapes import Shape, shape_of
 
+# The file holds every element: 65,536 zeros in float32 are 256 KiB.
 SMALL = 1 << 16
 """Limit to the elements of a constant that stands for a value which a branch no longer uses."""
 
@@ -61,6 +62,7 @@ class ChooseBranch:
 def _chosen(model: Model, site: Site) -> Iterator[Edit]:
     graph = model.graphs[site.graph]
     kernel_cone = cone(model, graph, Value(site.node))
+    # In a loop of TensorFlow 1, `tf.gradients` would take a further Switch for one of the loop's own.
     if not kernel_cone.ends or site.node in model.analysis_of(graph, loop_frames):
         return
     choosing = {edge.node for edge, _ in kernel_cone.ends}
@@ -81,6 +83,7 @@ def _always_used(model: Model, site: Site, kernel_cone: Cone) -> bool:
     """
     if not kernel_cone.others:
         return False
+    # A kernel without a twin in the other mode computes nothing in vain, so there is nothing to report.
     other_modes = [s for s in model.analysis(sites) if s.graph == site.graph and s.mode != site.mode]
     if any(other.binding.variables & site.binding.variables for other in other_modes):
         raise DeclinedError(f"{kernel_cone.others[0] or 'its caller'} uses it whatever the mode is")
@@ -105,12 +108,15 @@ class _KernelBeforeSwitch:
         if len(predicates) > 1 or len(ports) > 1 or not ports:
             return
         self.predicate, on = predicates.pop(), bool(ports.pop())
+        # A predicate that depends on the kernel's output cannot decide whether the kernel runs.
         if self._only(self.site.node, on) or leads_to(self.model, self.graph, [self.site.node], {self.predicate.node}):
             return
         if _always_used(self.model, self.site, self.cone):
             return
         if any(Value(self.site.node, port) in self.uses for port in GRADIENTS):
             raise DeclinedError(HELD)
+        # One dead input would stop the kernel. Parameters are switched too, because the gradient of a kernel that did
+        # not run is dead, and makes its sum with that of the other kernel dead. The gradient of a Switch merges them.
         inputs = self.node.inputs
         for position, value in enumerate(inputs):
             if self.graph.nodes[value.node].op != "Const":
@@ -178,6 +184,7 @@ class _KernelBeforeIf:
                 yield Rewire(edge, Use(dtype, self._returned(value, returned)), self.site.node)
         if returned:
             yield from self._results(list(returned))
+        # A node in a branch cannot wait for one outside, so the ``If`` waits instead.
         before = dict.fromkeys(name for n in self.nodes for name in self.graph.nodes[n].after if name not in self.nodes)
         if before:
             yield RunAfter(self.graph.name, self.branches.node.name, tuple(before))
@@ -270,6 +277,7 @@ class _KernelBeforeIf:
         argument = Value(self.inside.arguments[edge.position - FIRST])
         for inner in self.model.analysis_of(self.inside, consumers).get(argument, ()):
             yield Rewire(inner, self._value(value), self.site.node)
+        # Both branches take the same arguments, so the argument stays, although this branch no longer uses it.
         yield Rewire(edge, self._stand_in(value), self.site.node)
 
     def _stand_in(self, value: Value) -> Expr:

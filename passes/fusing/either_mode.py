@@ -47,6 +47,7 @@ class EitherMode:
         """Return a batch's statistic, a float32 vector; `computed` is the vector that the branch for training gives."""
         if role not in self._conditionals:
             name = re.sub(r"\W", "_", f"{self.site.graph}_{self.site.node}_{role}")
+            # It is the last parameter, as a `Function`'s result has the shape of the last one.
             statistic = parameter("statistic", "float32")
             parameters = (*self.operands, statistic)
             shapes = (*(shape for _, shape in self.operands.values()), (self.channels,))

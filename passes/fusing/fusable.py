@@ -192,6 +192,7 @@ class Fusable:
         # A constant such as epsilon has no input that could wait, so it has the control inputs itself.
         replaced |= {v.node for n in replaced for v in graph.nodes[n].inputs if graph.nodes[v.node].op == "Const"}
         before = {name for node in replaced for name in graph.nodes[node].after} - replaced
+        # The Identity waits, and not the kernel: an update among these nodes may take the kernel's statistics.
         return ordered(op("Identity", y), [Use("", Value(name)) for name in sorted(before)]) if before else y
 
     @property
@@ -204,6 +205,7 @@ class Fusable:
 
         The kernel needs the nodes in `more` besides x and the parameters.
         """
+        # Each of two batch norms may wait for the other's averages. If both fed their averages, there would be a cycle.
         return leads_to(self.model, self.graph, nodes, {*(v.node for v in self.kernel_inputs), *more}, self.fed)
 
     def feeds(self, nodes: Sequence[str], more: Collection[str] = ()) -> None:
@@ -221,6 +223,7 @@ class Fusable:
         for gate in frozenset().union(*(gates(self.graph, v) for v in statistics)):
             if not gated(self.model, self.graph, gate, self.kernel_inputs):
                 raise DeclinedError(f"its statistics are there only if {gate[0].node} is {gate[1]}, and x always")
+        # A loop may normalise with statistics that are averaged outside of it, where its kernel's cannot be used.
         frame_of = self.model.analysis_of(self.graph, loop_frames)
         if frame_of.get(statistic.node) != frame_of.get(self.site.node):
             return False
@@ -275,6 +278,7 @@ def replaced(candidate: Fusable, y: Apply) -> Replace:
     dtype = candidate.dtype(candidate.graph, Value(node.name))
     if y.dtype != dtype:
         y = op("Cast", y, DstT=protos.Dtype(dtype))
+    # The kernel has six outputs, and TensorFlow refuses a list of shapes that is shorter.
     if "_output_shapes" in node.attrs and not y.op.startswith("FusedBatchNorm"):
         y = replace(y, attrs={**y.attrs, "_output_shapes": node.attrs["_output_shapes"]})
     return Replace(candidate.site.graph, node.name, y)
@@ -342,6 +346,7 @@ def _channel(shape: Shape, operands: list[Shape]) -> int:
     if any(len(operand) > len(shape) for operand in operands) or len(sizes) > 1:
         raise DeclinedError(f"what it applies to x of shape {_text(shape)} has the shapes {_texts(operands)}")
     if not sizes:
+        # With a single channel every axis of size 1 gives the same result; axis 0 is the batch's.
         unit_axes = [axis for axis, size in enumerate(shape) if size == 1 and axis]
         if not unit_axes:
             raise DeclinedError("its parameters are single numbers, applied to several channels")

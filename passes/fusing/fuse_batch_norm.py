@@ -77,6 +77,7 @@ def _training(candidate: Fusable) -> Iterator[Edit]:
     replaced_nodes = {*site.interior, site.node, *moments.nodes}
     uses = {role: list(averages_of(candidate, v, replaced_nodes)) for role, v in ((MEAN, mean), (VARIANCE, variance))}
     nodes = [edge.node for role_uses in uses.values() for edge, _ in role_uses]
+    # Otherwise the averages keep the moments in single ops, beside a kernel that computes its own.
     if candidate.runs_with(mean) and not candidate.before_kernel(nodes):
         candidate.feeds(nodes)
         for role, statistic in ((MEAN, kernel.mean), (VARIANCE, kernel.variance)):

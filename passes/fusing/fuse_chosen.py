@@ -25,6 +25,7 @@ from rewriter.liveness import BRANCHES
 from rewriter.shapes import shape_of
 
 STATISTICS = (MEAN, VARIANCE)
+# A variance may be a difference: the mean of the squares less the square of the mean.
 MOMENTS = ("Mean", "Sub")
 """Ops that compute a batch's statistics."""
 
@@ -38,6 +39,7 @@ def fuse_both_modes(candidate: Fusable) -> Iterator[Edit]:
     graph = candidate.graph
     values = [candidate.computed(graph, candidate.used(role)) for role in STATISTICS]
     choosing = [graph.nodes[v.node] for v in values]
+    # In a loop of TensorFlow 1, `tf.gradients` would take a further Switch for one of the loop's own.
     if candidate.site.node in candidate.model.analysis_of(graph, loop_frames):
         raise DeclinedError("it chooses its mode inside of a while loop")
     if all(node.op == "Merge" for node in choosing):
@@ -97,6 +99,8 @@ class _ChosenByMerge:
 
         trained = side(self.training, parameters, training=True)
         inferred = side(not self.training, parameters | moving, training=False)
+        # What the batch's statistics wait for may be in their branch. A node behind the Merge that waited for it would
+        # be dead in inference.
         y = merge(inferred.y, candidate.waiting(trained.y, self.graph, self.entering, moments.nodes))
         # A Merge that stands for `tf.where` has the control inputs itself: in TensorFlow 1's graphs, updates.
         nodes = (*site.interior, *(node.name for node in self.merges))
@@ -115,6 +119,7 @@ class _ChosenByMerge:
 
     def _averages(self, value: Value, statistic: Expr, always: Expr, moments: frozenset[str]) -> Iterator[Edit]:
         batch_norm_nodes = {*self.candidate.site.interior, self.candidate.site.node, *moments}
+        # The merged value waits for the predicate and, in inference, for the moving statistic.
         kernel_needs = {self.predicate.node, *(v.node for v in self.moving.values())}
         for edge, used in averages_of(self.candidate, value, batch_norm_nodes, self.gates):
             if not self.candidate.before_kernel([edge.node], kernel_needs):
@@ -127,6 +132,7 @@ class _ChosenByMerge:
         return value in assumption(self.model, self.graph, self.predicate, not on).dead
 
     def _switched(self, value: Expr, on: bool) -> Expr:
+        # A value that is computed in this mode alone needs no Switch.
         if isinstance(value, Use) and self._only(value.value, on):
             return value
         if value not in self.switches:
@@ -221,6 +227,7 @@ class _ChosenByIf:
             return
         for edge, used in final_uses(self.model, self.graph, value, self.candidate.precise):
             if edge.node == node.name:
+                # The graph passes the statistic into the branch, which has the kernel's now.
                 argument = Value(self.inside.arguments[edge.position - FIRST])
                 yield from self._within_branch(self.inside, argument, statistic, frozenset())
                 yield from self._unused(edge, used)

@@ -98,7 +98,9 @@ class _MergedConditionals:
             yield RunAfter(self.graph.name, second, self.first.node.after)
         for node in self.model.analysis_of(self.graph, following).get(first, ()):
             yield RunAfter(self.graph.name, node.name, (second,))
+        # Its effects run in the second one now, so they do not keep it.
         yield Sweep(self.graph.name, (first,), moved=True)
+        # What waits for one of the two waits for both from here on, which may close a cycle with a later pair.
         for name, other in directions:
             self.merged.setdefault(name, []).append(other)
 

@@ -50,6 +50,7 @@ def _selects(model: Model) -> dict[str, dict[str, Node]]:
         if (
             not site.binding.quantized
             and INPUT in site.inputs
+            # In a loop of TensorFlow 1, `tf.gradients` would take a further Switch for one of the loop's own.
             and site.node not in model.analysis_of(graph, loop_frames)
         ):
             for node in _choosing(model, graph, site):
@@ -73,6 +74,7 @@ def _convertible(model: Model, graph: Graph, node: Node) -> bool:
     shapes = [shape_of(model, graph, value) for value in (then, otherwise)]
     if shape_of(model, graph, predicate) != () or shapes[0] is None or shapes[0] != shapes[1]:
         return False
+    # Unknown sizes may differ, so that ``Select`` broadcasts. Those of batch norms of one x are the same.
     return -1 not in shapes[0] or len({_normalised(model, graph, value) for value in (then, otherwise)}) == 1
 
 
@@ -87,6 +89,7 @@ def _merged(model: Model, graph: Graph, node: Node) -> Iterator[Edit]:
     predicate, then, otherwise = _operands(model, graph, node)
     chosen = merge(switch(otherwise, predicate)[0], switch(then, predicate)[1])
     shape = shape_of(model, graph, node.inputs[1])
+    # The second output of Merge is the index of the input that it passes on.
     yield _replaced(graph, node, chosen, [shape, ()])
 
 
