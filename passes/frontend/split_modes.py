@@ -56,8 +56,10 @@ def _deciding(model: Model, graph: Graph) -> str | None:
 
     None if no argument decides one, or if the graph consists of a single node besides its arguments.
     """
+    # What this pass has split is a single ``If``, which is not split again.
     if len(graph.nodes) - len(graph.arguments) == 1:
         return None
+    # What a constant decides is settled without a split.
     always = set(_decided(graph, Assumption(model, graph, {})))
     counts = {
         name: sum(
@@ -144,6 +146,7 @@ def _settled(model: Model, graph: Graph, name: str, assumed: Assumption) -> Iter
             same_shape = len(shapes) == 1 and None not in shapes  # else it is broadcast
             for edge in uses.get(Value(conditional), ()) if same_shape else ():
                 yield Rewire(edge._replace(graph=name), Use(dtype, chosen), conditional)
+    # `Inline` removes a conditional's node, so edits that use its outputs come before.
     for conditional in decided:
         node = graph.nodes[conditional]
         if node.op in BRANCHES:

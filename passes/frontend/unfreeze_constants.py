@@ -49,11 +49,13 @@ class UnfreezeConstants:
 
 def _unfrozen(model: Model, site: Site, variables: dict[tuple[str, bytes], Variable]) -> Iterator[Edit]:
     for index, role in enumerate(ROLES):
+        # Where each call of a function brings a constant of its own, one variable could not stand for all.
         origin, *others = {b[index] for b in site.binding.origins}
         value = None if others else _value(model, origin)
         if value is None or value.ndim != 1 or not value.size or np.all(value == ABSENT.get(role)):
             continue
         key = str(origin), value.tobytes()
+        # Each trace of a layer holds the constant in a graph of its own, so the graph is no part of the key.
         if isinstance(origin, Constant):
             key = origin.node, value.tobytes()
         if key not in variables:

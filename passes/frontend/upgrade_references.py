@@ -63,6 +63,7 @@ class UpgradeReferences(ReferenceOptions):
 
 
 def _handle_attrs(node: Node) -> Attrs:
+    # References without a shared name go by their nodes' names; resources without one would all be one variable.
     name = op_defs.attribute(node, "shared_name").s
     kept_attrs = {k: v for k, v in node.attrs.items() if k in ("dtype", "shape", "container", "_class")}
     return {**kept_attrs, "shared_name": protos.attr(name or node.name)}
@@ -85,12 +86,14 @@ class _Upgrade:
         yield from self._fetches(reference, self._read(handle, reference))
         for edge in self.model.analysis_of(self.graph, consumers).get(reference, ()):
             user = self.graph.nodes[edge.node]
+            # At its input 1, RefSwitch reads the reference as a predicate.
             if user.op in FORWARDS and not (user.op == "RefSwitch" and edge.position):
                 yield from self._replace(user, FORWARDS[user.op], {"T": protos.dtype_attr("resource")})
                 for port in range(2 if user.op == "RefSwitch" else 1):
                     yield from self.uses(Value(user.name, port), Value(user.name, port))
             elif self._takes_reference(user, edge.position):
                 yield from self._replace(user, self._twin(user.op), {})
+                # An assignment to a reference returns the reference; an assignment to a resource returns nothing.
                 if op_defs.op_def(self.model, user.op).output_arg[0].is_ref:
                     yield from self._after(user, handle)
             else:
@@ -128,6 +131,7 @@ class _Upgrade:
         yield from self._fetches(assigned, ordered(self._read(handle, assigned), [Use("", assigned)]))
         for edge in self.model.analysis_of(self.graph, consumers).get(Value(assign.name), ()):
             user = self.graph.nodes[edge.node]
+            # The resource does not pass through the assignment, so a control input keeps the order.
             if user.op in FORWARDS or (user.op != "Identity" and self._takes_reference(user, edge.position)):
                 yield RunAfter(MAIN, user.name, (assign.name,))
                 yield from self._again(user, edge, handle)
