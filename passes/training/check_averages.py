@@ -44,6 +44,7 @@ class CheckAverages:
             never |= served_keys - updates.still - updates.possible
             sometimes |= (served_keys & updates.possible) - updates.still - updates.certain
         for key in sorted(never):
+            # An assignment from data, anywhere in the model, is the source's own update.
             for _, node in updates_of(model, key):
                 raise Error(
                     f"train would leave {model.variables[key].name} as it is, which the source updates at {node}; "
@@ -89,6 +90,7 @@ def _training_updates(model: Model) -> list[_AverageUpdates]:
     if not model.object_based:
         signature = model.main_signatures.get("train")
         return [] if signature is None else [_updates_in(model, of_signature(model, signature))]
+    # A function that is given its mode moves nothing in inference, which is as it should be.
     tops = [model.entries[name] for name in (TRAIN, TRAIN_SIGNATURE) if name in model.entries]
     return [
         max(_by_mode(model, top), key=lambda updates: (len(updates.certain), len(updates.possible))) for top in tops

@@ -96,6 +96,7 @@ def _stops(model: Model, graph: Graph, node: Node, users: frozenset[str]) -> Ite
         dtype = op_defs.output_dtype(model, graph, Value(node.name, port))
         if dtype in FLOATS:
             stopped[Value(node.name, port)] = stop_gradient(Use(dtype, Value(node.name, port)))
+    # The main graph also holds nodes that `train` does not run, which keep their gradients.
     for value, edge in graph.edges() if stopped else ():
         if value in stopped and (not edge.node or edge.node in users):
             yield Rewire(edge, stopped[value], node.name)
@@ -117,6 +118,7 @@ def _trainable(model: Model, calls: CallGraph, graphs: set[str]) -> dict[str, se
     tainted: dict[str, set[str]] = {name: set() for name in graphs}
     if MAIN in graphs:
         tainted[MAIN] |= {v.node for v in model.variables.values() if v.trainable and v.node}
+    # Callers come first, so that what they pass is known.
     for name in nx.topological_sort(calls.digraph.subgraph(graphs)):
         graph = model.graphs[name]
         entry = model.entries.get(name)
@@ -124,7 +126,7 @@ def _trainable(model: Model, calls: CallGraph, graphs: set[str]) -> dict[str, se
             bound = zip(graph.arguments[len(entry.inputs) :], entry.captures, strict=True)
             tainted[name] |= {a for a, c in bound if isinstance(c, str) and model.variables[c].trainable}
         if entry is None:
-            # A loop's body sees what it returned before; what comes back is not followed, so nothing is cut there.
+            # A loop's body sees what it returned before. That is not followed, so all its arguments count as dependent.
             looped = any(model.graphs[c.graph].nodes[c.node].op in LOOPS for c in calls.callers.get(name, []))
             tainted[name] |= set(graph.arguments) if looped else set()
         _spread(graph, tainted[name])

@@ -73,6 +73,7 @@ class DeriveTraining(DeriveOptions):
             raise Error("the model has an attribute 'quantization' of its own, which is where bnqat puts its controls")
         serving = serving_entry(model)
         if "serve" not in model.root_names:
+            # An endpoint needs a function of its own: the source's may be a signature's, or exposed under another name.
             yield Clone(serving.function, SERVE)
             yield Expose("serve", Endpoint(SERVE, serving.function, serving.function))
         trace = training_trace(model, serving)
@@ -123,6 +124,7 @@ class DeriveTraining(DeriveOptions):
         yield from derived_notes(model, clones.trained, clones.untrainable, options)
         untrained = computed(model, likes[TRAIN].function) - _names(model, trained_sites)
         yield from frozen_notes(model, sorted(untrained), options)
+        # If the signature's function calls the serving one, its clone calls `train`, which counts the step already.
         yield from (_count(model, top, untrained) for top in tops if top == TRAIN or TRAIN not in clones.names.values())
 
 

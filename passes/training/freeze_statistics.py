@@ -60,6 +60,7 @@ class FreezeStatistics(FreezeOptions):
             yield Clone(name, copy, names)
         second = per_call("statistics_frozen", read(step(model)) >= read(limit))
         for top in tops:
+            # `Dispatch` replaces the function's own nodes, so the first phase gets a copy as well.
             yield Clone(top, f"{top}_learning")
             yield Dispatch(top, second, names[top], f"{top}_learning")
         training_sites = [s for s in model.analysis(sites) if s.graph in reached and s.training]

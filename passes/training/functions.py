@@ -133,6 +133,7 @@ class FunctionClones:
         changed = {s.graph for s in trained} | set(outputs.graphs)
         changed |= {g for s in frozen for g in _graphs_of(s)}
         self.served = dict(self._updates_in(reached))
+        # A graph without a site is copied too where it updates averages: the updates go from the copy.
         changed |= self.served.keys()
         updating = {s.graph for s in self.trained}
         self.updating = updating.union(*(self.calls.reaching(g) for g in updating))
@@ -140,11 +141,13 @@ class FunctionClones:
         called = {c.callee for g in self.cloned for c in self.calls.calls.get(g, [])} & self.cloned
         self.names = {g: f"{g}_train" for g in called}
         for name, top in tops.items():
+            # A clone with other inputs or outputs than its source cannot take the source's place in a call.
             if top.graph in called and not (top.inputs or top.outputs or outputs):
                 self.names[top.graph] = name
 
     def _updates_in(self, graphs: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
         """Yield each graph that updates averages of `trained` itself, and the nodes: derived training replaces them."""
+        # An update may lie in another graph than its site, such as the caller of a branch, and would race with ours.
         held = [keys[ROLES.index(role)] for s in self.trained for keys in s.binding.variables for role in STATISTICS]
         derived = {VariableKey(key) for key in held if key is not None}
         for name in sorted(graphs):
@@ -166,6 +169,7 @@ class FunctionClones:
             )
         clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
         for name, top in self.tops.items():
+            # Each clone gets bodies of its own: two functions that run the same one cannot both be differentiated.
             own_bodies = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
             names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own_bodies}
             clones |= {names[body]: Clone(body, names[body], names) for body in own_bodies}
@@ -188,6 +192,7 @@ class FunctionClones:
 
     def _freeze(self, graph: str, target: str) -> Iterator[Edit]:
         """Put frozen sites into inference mode, as far as the edits concern this clone."""
+        # A site's edits concern several graphs. Those of graphs other than this clone's are dropped.
         names = {**{g: "" for s in self.frozen for g in _graphs_of(s)}, **self.names, graph: target}
         for site in self.frozen:
             if graph in _graphs_of(site):

@@ -54,6 +54,7 @@ class MainGraphTraining:
 
     def edits(self) -> Iterator[Edit]:
         """Copy the nodes that differ in training, with updates and a signature; yield a note where there is none."""
+        # A user may also train by the source's own train op, in a V1 session.
         yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
         signature = self._signature()
         if signature is None:
@@ -123,6 +124,7 @@ class MainGraphTraining:
         """Return true if the assumption leaves open whether some batch norm trains."""
         training = set().union(*(_keys(s) for s in running if trains(s, mode)))
         others = [s for s in running if not trains(s, mode)]
+        # Where one site of a layer trains and another does not, something that the placeholders leave open chooses.
         return any(s.mode == "both" or training & _keys(s) for s in others)
 
     def _trainable(self, site: Site) -> bool:
@@ -188,6 +190,7 @@ class MainGraphTraining:
         serving_assigns = list(serving_updates(self.graph, holders, needed))
         differing = [*(s.node for s in changed), *(e.node for e in edges), *looped, *serving_assigns]
         copied = _TrainingCopy(self.graph, mode, needed, differing, frame_of)
+        # The source may have a name scope `train` of its own.
         prefix = unused(PREFIX, {name.partition("/")[0] for name in self.graph.nodes})
         yield Duplicate(MAIN, tuple(copied.names), prefix, copied.instead)
 
@@ -216,6 +219,7 @@ class MainGraphTraining:
             yield from (RunAfter(MAIN, name(n), (update,), f"{prefix}/{holder.node}") for n in rounds)
             updates += [] if rounds else [update]
         last = [*updates, self.count]
+        # Whatever output of the signature is run, the whole step is made.
         fetches = []
         for fetched in fetched_values:
             chosen = copied.resolved(fetched)
@@ -255,6 +259,7 @@ class MainGraphTraining:
         fed = {v.node for v in (*signature.feeds, *mode.values)}
         names = set(signature.inputs)
         for node in needed:
+            # A placeholder with a default need not be fed.
             if self.graph.nodes[node].op == "Placeholder" and node not in fed:
                 value = Value(node)
                 name = unused(re.sub(r"\W", "_", node), names)
@@ -322,6 +327,7 @@ class _TrainingCopy:
             chosen = self.mode.chosen(self.graph.nodes[name])
             if chosen is not None:
                 self.instead.update({Value(name, port): chosen for port in range(2)})
+        # The copy of an Enter opens a frame of its own, so every node of the loop needs a copy.
         loops: dict[str, list[str]] = {}  # a loop is copied whole
         for name, frame in self.frame_of.items():
             loops.setdefault(frame[0], []).append(name)

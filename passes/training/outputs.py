@@ -209,4 +209,5 @@ class InnerOutputs:
                 if added and node.op in ops.CALLS:
                     dtypes = protos.more_dtypes(op_defs.attribute(node, "Tout"), list(added.values()))
                     yield SetAttr(name, node.name, "Tout", dtypes)
+                    # TensorFlow refuses a list of shapes that is shorter than the outputs.
                     yield SetAttr(name, node.name, "_output_shapes", None)

@@ -62,6 +62,7 @@ def _average(graph: Graph, value: Value) -> Average | None:
         node = graph.nodes[value.node]
         if node.op == "ReadVariableOp":
             return Average(node.inputs[0], value)
+        # No op reads a reference: the graph uses what the first op after it passes on.
         if node.op in REFERENCES:
             return Average(value, old)
         passed = constants.viewed(graph, node) or ops.forwarded(node, value.port)
@@ -98,7 +99,7 @@ class Training:
         """
         if site.kind == "fused":
             node = self.copied(site.node)
-            yield SetAttr(self.graph, node, "is_training", None)
+            yield SetAttr(self.graph, node, "is_training", None)  # the op's default is true
             batch: Mapping[str, Expr] = self._kernels(site, node)
         else:
             batch = self._moments(site)
@@ -131,6 +132,7 @@ class Training:
         if frame_of.get(old.node) == frame_of.get(site.node):
             return Use(batch.dtype, self._value(old))
         read = op("ReadVariableOp", Use("resource", self._value(holder)), dtype=protos.Dtype(batch.dtype))
+        # The resource comes from outside of the loop; the control input lets the read run in each round.
         return ordered(read, [batch])
 
     def _edge(self, edge: Edge) -> Edge:
@@ -164,6 +166,7 @@ class Training:
         """Return the axes to reduce: those over which `shaped` is broadcast, the mean in its shape where x meets it."""
         keys = {key[2] for key in site.binding.variables}
         vectors = all(k is not None and len(self.model.variables[k].shape or ()) == 1 for k in keys)
+        # A vector that x meets as it is read lies along the last axis.
         if vectors and mean_edge == site.inputs[MEAN][0]:
             shape = shape_of(self.model, self.model.graphs[site.graph], self._entering(site))
             if shape is not None:
