@@ -59,6 +59,7 @@ class BakeQuantizers:
             for edge in model.analysis_of(graph, consumers).get(Value(node), ()):
                 yield Rewire(edge, value, node)
         if by_node:
+            # All functions stay; `Keep` removes the variables that only quantisers read.
             yield Keep(tuple(model.entries))
 
 
@@ -112,10 +113,12 @@ def _plan(model: Model, quantized: tuple[Quantized, ...]) -> BakePlan:
     for entry in quantized:
         if entry.variable:
             values.setdefault(entry.variable, {})[entry.value.tobytes()] = entry.value
+    # A variable that is needed with all quantisers cut off is used as it is somewhere.
     bare = needed_without(
         model, (Edge(g, n, i) for g, n in tagged(model) for i in range(len(model.graphs[g].nodes[n].inputs)))
     )
     single = {key: next(iter(v.values())) for key, v in values.items() if len(v) == 1 and key not in bare}
+    # The stored value has a shape even where the variable's is unknown.
     baked = {key: value.reshape(np.shape(model.value_of(key))) for key, value in single.items()}
     new_variables: dict[tuple[str, bytes], Variable] = {}
     used_paths: set[str] = set()

@@ -125,6 +125,7 @@ def _fold(model: Model, terms: Terms, site: Site) -> _Fold:
         inputs[BIAS] = adding.inputs[1]
     values: list[tuple[str, np.ndarray]] = []
     bias_input = BIAS if adding else ""
+    # The node is one for all ways, so the bias is the same input on each.
     for way in terms.ways(graph.name, list(inputs.values())):
         term_of = {name: terms.on(graph.name, value, way) for name, value in inputs.items()}
         # Without a bias of its own, the convolution gets one in the place of a vector of the batch norm.
@@ -171,9 +172,11 @@ def _values(
     names = list(term_of)
     values = dict(zip(names, evaluated(model, [term_of[n] for n in names], {}, trust=False), strict=True))
     wide = {name: np.asarray(value, np.float64) for name, value in values.items()}
+    # What overflows or is no number is refused below.
     with np.errstate(all="ignore"):
         scale = wide[GAMMA] / np.sqrt(wide[VARIANCE] + np.float64(epsilon))
         bias = (wide.get(BIAS, np.float64(0)) - wide[MEAN]) * scale + wide[BETA]
+        # A depthwise filter is [H, W, C, M]; it gives output channel c * M + m.
         filters = wide[FILTER] * (scale if kind == "Conv2D" else scale.reshape(wide[FILTER].shape[2:]))
     if not (np.isfinite(filters).all() and np.isfinite(bias).all()):
         raise Error("its scale is not finite")

@@ -63,6 +63,7 @@ class KeepServing:
                 )
             name = f"{source.function}_{DEFAULT}"
             inputs, outputs = _names(source)
+            # A signature takes and returns in the order of the names.
             yield Clone(source.function, name, inputs=_order(inputs), outputs=_order(outputs))
             yield AddSignature(DEFAULT, Endpoint(name, source.function, source.function, inputs, outputs))
             yield Note(f"the signature {DEFAULT} is made from the model's {source.paths[0]}")

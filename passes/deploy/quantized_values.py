@@ -138,6 +138,7 @@ class _QuantizerTerms(NamedTuple):
             bits = int(np.ravel(self._own_part(values[self.width], whole=False))[0])
         except IndexError:
             raise unknown(f"{self.node} in {self.graph}") from None
+        # A mark is data from a file, and may stand on a node that bnqat did not write.
         if CODE in parts and (parts[CODE].shape != shape or any(_wider(parts[n], shape) for n in parts)):
             raise unknown(f"{self.node} in {self.graph}")
         return Quantized(
@@ -192,6 +193,7 @@ def _whole(value: Term, where: str) -> tuple[Term, _Place]:
     Raises:
         Error: the value is not taken from the term as bnqat does.
     """
+    # ``Unpack`` takes a row of a stack, and ``SplitV`` a vector of a batch, of which ``Slice`` leaves out the padding.
     sliced = value.op == "Slice"
     of = value.inputs[0] if sliced else value
     port, of = (of.port, of.inputs[0]) if of.op == PORT else (0, of)
@@ -238,6 +240,7 @@ def _parts(whole: Term, where: str) -> _Parts:
             width = term.inputs[0]
         if name in PARTS:
             parts.setdefault(name, term)
+    # The scheme log has both of these, and any other has neither.
     whole_log = (ORIGIN in parts) == (EPSILON in parts)
     if width is None or (CODE in parts) != (SCALE in parts) or not whole_log:
         raise unknown(where)
