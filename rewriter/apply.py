@@ -86,6 +86,7 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
     model = _duplicate(model, [e for e in batch if isinstance(e, Duplicate)])
     model, rewires = _dispatch(model, [e for e in batch if isinstance(e, Dispatch)])
     batch += rewires
+    # Before the drafts: a draft asks the model whether calls enter at its graph, and which variables it captures.
     model = _expose(model, batch)
     drafts = _Drafts(model)
     added_signatures = dict(model.main_signatures)
@@ -115,11 +116,13 @@ def apply(model: Model, edits: Iterable[Edit]) -> Model:
             case _:
                 pass
     _reorder(drafts, [e for e in batch if isinstance(e, Reorder)])
+    # Before `lift`, which finishes the drafts that this changes.
     make_stateful(model, drafts)
     inlined = drafts[MAIN].inlined if MAIN in drafts else {}
     signatures = {n: _refetched(s, new_fetches, inlined) for n, s in model.signatures.items()}
     main_signatures = {n: _refetched(s, {}, inlined) for n, s in added_signatures.items()}
     lifted = replace(lift(model, drafts), signatures=signatures, main_signatures=main_signatures)
+    # Last: only the finished graphs tell what is still used.
     swept = sweep(lifted, [e for e in batch if isinstance(e, Sweep)])
     kept_functions = [e.functions for e in batch if isinstance(e, Keep)]
     return keep(swept, frozenset().union(*kept_functions)) if kept_functions else swept
@@ -207,6 +210,7 @@ def _synchronize(model: Model, edits: list[Synchronize]) -> Model:
         variables[edit.key] = replace(
             variables[edit.key], synchronization=edit.synchronization, aggregation=edit.aggregation
         )
+    # New variables are written from `attributes`, so these hold the changed ones as well.
     attributes = {p: variables[v.key] if isinstance(v, Variable) else v for p, v in model.attributes.items()}
     return replace(model, variables=variables, attributes=attributes) if edits else model
 
@@ -232,6 +236,7 @@ def _add_clones(model: Model, clones: list[Clone]) -> Model:
         source = model.graphs[clone.graph]
         nodes = source.nodes
         if clone.callees:
+            # A direct call has the function's name as its op; other calls name it in an attribute.
             nodes = {
                 n.name: replace(
                     n,
@@ -259,6 +264,7 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
         names = {name: f"{edit.prefix}/{name}" for name in edit.nodes}
 
         def copy_of(value: Value, edit: Duplicate = edit, names: Mapping[str, str] = names) -> Value:
+            # The value that is used instead may itself be replaced.
             while value in edit.instead:
                 value = edit.instead[value]
             return Value(names.get(value.node, value.node), value.port)
@@ -275,6 +281,7 @@ def _duplicate(model: Model, edits: list[Duplicate]) -> Model:
             after = tuple(dict.fromkeys(copy_of(Value(a)).node for a in node.after))
             new_nodes[new] = replace(node, name=new, inputs=tuple(copy_of(v) for v in node.inputs), after=after)
         graphs[edit.graph] = replace(graph, nodes={**graph.nodes, **new_nodes})
+    # The writer gives copied loops and conditionals control flow contexts of their own (`v1.extend`).
     copies = tuple((edit.prefix, edit.nodes) for edit in edits if edit.graph == MAIN)
     return replace(model, graphs=graphs, copies=(*model.copies, *copies))
 
@@ -295,6 +302,7 @@ def _dispatch(model: Model, edits: list[Dispatch]) -> tuple[Model, list[Rewire]]
             "_lower_using_switch_merge": attr(value=True),  # as tf.cond sets it; else the branches are not optimised
             "output_shapes": shapes_attr([shape_of(model, graph, result.value) for result in graph.results]),
         }
+        # The first argument only fills the condition's place, until the edit below wires the condition.
         conditional = Node(name, "If" if graph.stateful else "StatelessIf", (Value(graph.arguments[0]),), attrs=attrs)
         rewires.append(Rewire(Edge(graph.name, name, 0), edit.condition, name))
         graphs[graph.name] = _wrapper(graph, conditional)

@@ -70,6 +70,7 @@ class _GraphChecker:
                 attrs, faults = self._attributes_of(definition, node)
                 yield from faults or self._input_problems(node, _tensor_groups(definition.input_arg, attrs))
                 yield from (() if faults else self._call_problems(node, _tensor_groups(definition.output_arg, attrs)))
+                # Outputs are listed one by one when a graph is written, and a damaged attribute may claim 2**60.
                 if not faults and sum(count for count, _ in _tensor_groups(definition.output_arg, attrs)) > MAX_OUTPUTS:
                     yield f"{node.name} ({node.op}) has more than {MAX_OUTPUTS} outputs"
         shapes = self.graph.attrs.get("_input_shapes")
@@ -170,6 +171,7 @@ def _attributes(definition: Any, node: Node) -> tuple[Mapping[str, Any], list[st
             faults.append(f"the attribute {attr_def.name} of {node.name} ({node.op}) is none of the values it may have")
         elif attr_def.has_minimum and (value.i if attr_def.type == "int" else _length(value)) < attr_def.minimum:
             faults.append(f"the attribute {attr_def.name} of {node.name} ({node.op}) is below {attr_def.minimum}")
+    # `constants.constant_of` decodes constants, and relies on this.
     if not faults and node.op == "Const":
         tensor = attrs["value"].tensor
         if tensor.dtype != attrs["dtype"].type or not _is_complete(tensor):

@@ -196,6 +196,7 @@ def follow(model: Model, graph: Graph, value: Value) -> Origin:
         called_names = ops.callees(model, node)
         if form is None or (len(called_names) != 1 and not form.carried):
             return Computed(graph.name, node.name, node.op)
+        # The last callee of a loop is its body.
         callee = model.graphs[called_names[-1]]
         inner_origin = follow(model, callee, callee.results[value.port].value)
         if form.carried and inner_origin != Argument(callee.name, value.port):
@@ -270,6 +271,7 @@ def _resolve(model: Model, graph: str, local: Origins) -> frozenset[Origins]:
             continue  # the main graph passes the variables that the concrete function captures
         caller = model.graphs[call.graph]
         node = caller.nodes[call.node]
+        # Such a value differs between iterations, so the argument itself is the origin.
         if _changed_by_loop(model, node, local):
             resolved.add(local)
             continue
@@ -281,6 +283,7 @@ def _resolve(model: Model, graph: str, local: Origins) -> frozenset[Origins]:
                 for o in local
             ),
         )
+    # If nothing calls the function, its arguments are the origins.
     memo[key] = frozenset(resolved or {local})
     return memo[key]
 

@@ -68,6 +68,7 @@ class Draft:
         while stack:
             e = stack[-1]
             if isinstance(e, PerCall) and self.entry and e.inner not in self._placed:
+                # The scope is its label, whichever edit needs it first: readers of a saved model find it by that name.
                 self.place(e.inner, e.label)
             missing = [] if e in self._placed else [i for i in self._operands(e) if i not in self._placed]
             if missing:
@@ -122,6 +123,7 @@ class Draft:
 
     def _add_op(self, expr: Apply, name: str) -> str:
         operands = (*(self._placed[i] for i in expr.inputs), *(self._placed[e] for e in expr.after))
+        # All inputs of an op must be of one frame: the innermost one, into which the others are brought.
         frame = max((self._frames.get(v.node, ()) for v in operands), key=len, default=())
         inputs = self._inputs(expr, frame)
         if frame:
@@ -140,6 +142,7 @@ class Draft:
         while len(value_frame) < len(frame):
             value_frame = frame[: len(value_frame) + 1]
             if (value, value_frame) not in self._entered:
+                # A frame is known by the name that its Enter ops state, so a new one takes it from another.
                 enter = next(
                     n for n in self.nodes.values() if n.op in ENTERS and self._frames.get(n.name) == value_frame
                 )
@@ -167,6 +170,7 @@ class Draft:
         """Return the resource of a variable, which the main graph makes."""
         if variable.node:
             return Value(variable.node)
+        # An earlier batch of edits may have placed it.
         for node in self.nodes.values():
             if node.op == "VarHandleOp" and attribute(node, "shared_name").s == variable.key.encode():
                 return Value(node.name)
@@ -182,6 +186,7 @@ class Draft:
             return
         node = self._node(edge.node)
         if self._frames:
+            # An Enter takes its input from outside of the frame that it opens.
             frame = self._frames.get(node.name, ())
             new = self._enter(new, value.dtype, frame[:-1] if node.op in ENTERS else frame)
         inputs = list(node.inputs)
@@ -197,6 +202,7 @@ class Draft:
 
     def add_effect(self, node: str) -> None:
         """Let a node run whenever the graph does."""
+        # A GraphDef has no control outputs.
         if self.graph.name != MAIN and node not in self._effect_nodes:
             self.effects.append(Effect(self._effect_names.new(node), node))
             self._effect_nodes.add(node)
@@ -285,6 +291,7 @@ class Draft:
             before = {r.value.node for r in self.results} | {
                 e.node for e in self.effects if e.node not in self._run_last
             }
+            # Arguments are there before anything runs. Sorted, as the order of a set of names differs from run to run.
             arguments = {n for n in before if self.nodes[n].op == ARG}
             self.nodes[name] = replace(self.nodes[name], after=tuple(sorted(before - arguments)))
         new_arguments = tuple(self.needs.values())

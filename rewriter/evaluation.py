@@ -128,6 +128,7 @@ class _TermGraph:
             raise Error(
                 f"quantisers compute more than {FOLDED} elements of constants alone; --trust computes them all the same"
             )
+        # NumPy knows bfloat16 as a void type.
         if array.dtype.kind not in "biufc" and array.dtype.name != "bfloat16":
             raise Error(f"a quantiser computes by {op.op} what is no number")
         name = f"term_{len(self.nodes)}"
@@ -146,6 +147,7 @@ class _TermGraph:
         self._refuse_unsafe(term)
         for value in term.attrs.values():
             self.called.update(protos.functions_in(value))
+        # Only variables are not placed ahead; one that an op other than a read takes is refused here.
         inputs = tuple(self._placed[i] if i in self._placed else self._place(i) for i in term.inputs)
         name = f"term_{len(self.nodes)}"
         self.nodes[name] = Node(name, term.op, inputs, attrs=_public_attrs(term))

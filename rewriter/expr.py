@@ -83,6 +83,7 @@ class Port(Expr):
     port: int
 
 
+# Compared by value, unlike other expressions: edits that pass the same value share one argument.
 @dataclass(frozen=True)
 class Passed(Expr):
     """A value of a graph, used there or in a function that the graph calls; the function gets one more argument."""
@@ -102,6 +103,7 @@ class Handle(Expr):
     """The resource of a variable. The engine brings it to every graph that needs it."""
 
     variable: Variable
+    # Every need (`draft.Need`) has a label and a shape; a resource is a scalar.
     shape = ()
 
     @property
@@ -150,6 +152,8 @@ def array(value: np.ndarray) -> Apply:
 @cache
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
     """Return a constant array filled with one value, which is stored once; equal ones are one expression."""
+    # A constant may store fewer elements than its shape has: the last one stands for the rest. Of several elements,
+    # make_tensor_proto writes the bytes (tensor_content), which have to be complete.
     proto = protos.attr(np.full((1,), value, dtype))
     proto.tensor.tensor_shape.CopyFrom(protos.shape_attr(shape).shape)
     return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": proto})
@@ -271,6 +275,8 @@ def case(index: Expr, branches: Sequence[Function], inputs: Sequence[Expr], name
         "output_shapes": protos.shapes_attr(list(first.result_shapes)),
         **{k: protos.attr(v) for k, v in tags.items()},
     }
+    # Without _lower_using_switch_merge, unlike `cond`: after lowering, the executor still passes over every op of the
+    # branches that do not run (docs/performance.md).
     return Apply(first.results[0].dtype, "StatelessCase", (index, *inputs), attrs, name)
 
 
@@ -318,6 +324,7 @@ def concat(values: Sequence[Expr], axis: int = 0) -> Expr:
     if len(values) == 1:  # the op takes two or more
         return values[0]
     dtype = values[0].dtype
+    # `op` makes no op whose inputs are a list.
     attrs = {
         "N": protos.attr(len(values)),
         "T": protos.dtype_attr(dtype),

@@ -32,6 +32,7 @@ def frames(graph: Graph) -> Mapping[str, Frame]:
     while waiting:
         node = waiting.pop()
         frame = of_node(node, node_frames)
+        # A node may be met first by an input from outside of its loop; the deepest of its inputs tells its frame.
         if len(frame) > len(node_frames.get(node.name, ())):
             node_frames[node.name] = frame
             waiting += users.get(node.name, [])

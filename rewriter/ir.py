@@ -46,6 +46,7 @@ class Names:
 
     def __init__(self, taken: Iterable[str] = ()) -> None:
         self.taken = set(taken)
+        # The last number tried for each hint: without it, many names of one hint take quadratic time.
         self._counts: dict[str, int] = {}
 
     def new(self, hint: str) -> str:
@@ -178,6 +179,7 @@ class Variable:
     synchronization: int = 0
     aggregation: int = 0
     path: str = ""
+    # An array has no hash, and variables are keys of caches (`expr.handle`).
     initial: Any = field(default=None, compare=False)
     node: str = ""
     frozen: bool = False
@@ -318,6 +320,7 @@ class Model:
     values: Callable[[str], Any] | None = field(default=None, compare=False, repr=False)
     assigned: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     source: Any = field(default=None, compare=False, repr=False)
+    # Not an argument of __init__, so `replace` begins with an empty one: an edit may change any of these results.
     _memo: dict[Any, Any] = field(default_factory=dict, init=False, compare=False, repr=False)
     _graph_memo: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)  # shared by its successors
 
@@ -331,6 +334,7 @@ class Model:
     def analysis_of(self, graph: Graph, of: Callable[[Model, Graph], T]) -> T:
         """Return the result of `of(self, graph)`, computed once for this graph, even if other graphs change."""
         cached_graph, result = self._graph_memo.get((of, graph.name), (None, None))
+        # One result per name: that of an edited graph takes the place of the old one, so nothing piles up.
         if cached_graph is not graph:
             result = of(self, graph)
             self._graph_memo[of, graph.name] = (graph, result)

@@ -58,6 +58,7 @@ def lift(model: Model, drafts: dict[str, Draft]) -> Model:
 
 
 def _sort_key(need: Need) -> tuple[str, str]:
+    # Names of variables need not be unique; keys are.
     return need.label, need.variable.key if isinstance(need, Handle) else ""
 
 
@@ -74,6 +75,7 @@ def _propagate_needs(model: Model, drafts: dict[str, Draft], calls: CallGraph) -
         _decline_opaque(calls, name)
         needs = tuple(drafts[name].needs)
         for call in calls.callers.get(name, []):
+            # A node passes the same inputs to all functions that it may call.
             siblings = ops.callees(model, model.graphs[call.graph].nodes[call.node])
             waiting.extend(neighbour for neighbour in (call.graph, *siblings) if _add_needs(drafts, neighbour, needs))
 
@@ -87,6 +89,7 @@ def _add_needs(drafts: dict[str, Draft], name: str, needs: tuple[Need, ...]) -> 
     for need in needs:
         if isinstance(need, Passed) and need.graph == name:
             continue
+        # Calls enter here, so the value is computed here, from variables that the function needs instead.
         if isinstance(need, PerCall) and draft.entry:
             for variable in variables_of(need):
                 draft.need(handle(variable))
@@ -116,6 +119,7 @@ def _extend_calls(model: Model, drafts: Mapping[str, Draft], draft: Draft) -> No
             shapes = op_defs.attribute(node, "output_shapes")
             if shapes.list.shape:
                 attrs["output_shapes"] = protos.more_shapes(shapes, [n.shape for n in needs])
+            # It has an entry for each output, and the loop has more outputs now.
             attrs["_output_shapes"] = None
         draft.set_node(replace(node.with_attrs(**attrs), inputs=(*node.inputs, *arguments)))
 

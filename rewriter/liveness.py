@@ -50,6 +50,7 @@ class Assumption:
 
     def chosen(self, node: Node) -> Value | None:
         """Return the input that Switch, Select or Merge passes on; None if it is not known."""
+        # Both outputs are the input; `dead` tells which of them is computed.
         if node.op in SWITCHES and self.known(node.inputs[1]) is not None:
             return node.inputs[0]
         if node.op in SELECTS:
@@ -101,11 +102,13 @@ class Assumption:
             dead_values.add(value)
             node = self.graph.nodes[value.node]
             users = [e.node for e in uses.get(value, ()) if e.node]
+            # A Switch runs even if one of its outputs is dead, and so do the nodes that it precedes.
             if node.op not in SWITCHES:
                 users += followers.get(node.name, [])
             for name in users:
                 user = self.graph.nodes[name]
                 if user.op not in MERGES or all(v in dead_values for v in user.inputs):
+                    # Port 0 also stands for a node without outputs, such as an assignment.
                     waiting += [Value(name, port) for port in range(max(1, op_defs.output_count(self.model, user)))]
         return frozenset(dead_values)
 
@@ -128,6 +131,7 @@ class Assumption:
             return False
         if node.op in BRANCHES:
             return value in self._needed_inputs(node)
+        # Input 0 of Select is its condition. An input of Merge that is not chosen is dead, and ruled out above.
         chosen = self.chosen(node)
         return chosen is None or edge.position == 0 or node.op not in ops.CHOICES or chosen == value
 

@@ -115,6 +115,7 @@ def argument_counts(arguments: Any, attrs: Mapping[str, Any], defaults: Mapping[
 @cache
 def refers_to_functions(op: str) -> bool:
     """Return true if a node of this op may refer to functions, or if the op is not registered."""
+    # An op that is not registered may be a direct call, whose op is the function's name.
     definition = registered(op)
     return definition is None or any(a.type in ("func", "list(func)") for a in definition.attr)
 

@@ -146,6 +146,7 @@ def closest(graph: Graph, roots: Iterable[str], patterns: Iterable[Pattern]) -> 
     """Return the mismatch of the pattern that matches furthest, from one of these nodes."""
     matcher = _Matcher(graph, ())
     mismatches = [matcher.mismatch(Value(root), pattern) for pattern in patterns for root in roots]
+    # A pattern that matches wholly is no near miss.
     return max((m for m in mismatches if m.node), key=lambda m: m.matched, default=Mismatch(0))
 
 

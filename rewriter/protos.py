@@ -86,6 +86,7 @@ class Func(str):
 def attr(value: bool | int | float | str | bytes | np.ndarray | list[Dtype] | list[Func]) -> Any:
     """Return a Python value as an ``AttrValue``."""
     proto = attr_value_pb2.AttrValue()
+    # The order matters: a bool is an int, and `Dtype` and `Func` are texts.
     if isinstance(value, bool):
         proto.b = value
     elif isinstance(value, int):

@@ -37,6 +37,7 @@ def keep(model: Model, functions: Collection[str]) -> Model:
         name = waiting.pop()
         if name not in kept_functions:
             kept_functions.add(name)
+            # The functions of a captured object stay with it, such as those that fill a table.
             waiting += (f for c in model.entries[name].captures if isinstance(c, int) for f in model.owned.get(c, ()))
         if not waiting:
             waiting += (name for name in _used_in_main(model) if name not in kept_functions)
@@ -50,11 +51,14 @@ def keep(model: Model, functions: Collection[str]) -> Model:
 
 def prune(model: Model) -> Model:
     """Return the model without functions, nodes, arguments and variables that nothing needs."""
+    # Twice: calls in functions that nothing reaches would count as uses, and the calls that are removed below may be
+    # the last ones of a function.
     model = _without_unreached(model)
     usage = _Usage(model)
     graphs = {name: usage.pruned(graph) for name, graph in model.graphs.items()}
     entries = {name: usage.bound(entry) for name, entry in model.entries.items()}
     captured = {c for entry in entries.values() for c in entry.captures}
+    # In TensorFlow 1's format, variables are nodes of the main graph, and no concrete function captures them.
     variables = {key: v for key, v in model.variables.items() if key in captured or not model.object_based}
     return _without_unreached(replace(model, graphs=graphs, entries=entries, variables=variables))
 
@@ -176,11 +180,13 @@ class _Usage:
         self.model = model
         self.calls = model.analysis(call_graph)
         self.bodies = self._bodies()
+        # Ops other than calls, and TensorFlow when it differentiates, go on passing all arguments to these functions.
         fixed = {*self.calls.opaque, *(g.function for g in model.gradients.values()), *self._marked_callees()}
         fixed &= model.graphs.keys()
         self.live_arguments: set[Position] = {(n, p) for n in fixed for p in range(len(model.graphs[n].arguments))}
         self.live_arguments |= {(e.function, p) for e in model.entries.values() for p in range(len(e.inputs))}
         self.live: dict[str, set[str]] = {}
+        # Callees first: an input of a call is live if the callee's argument is. The main graph ("") comes last.
         order = [n for n in reversed(list(nx.topological_sort(self.calls.digraph))) if n in model.graphs and n]
         count = -1
         while count < len(self.live_arguments):  # if one branch needs an argument, the other takes it as well
@@ -217,6 +223,7 @@ class _Usage:
 
     def _mark_live(self, graph: Graph) -> None:
         """Find the live nodes of a function, and add its live arguments to `live_arguments`."""
+        # A value that a loop's body only passes on is needed if something else needs the argument.
         waiting = [r.value.node for i, r in enumerate(graph.results) if not self._passes_through(graph, i)]
         waiting += [e.node for e in graph.effects if graph.nodes[e.node].op not in READS or _waits(graph, e.node)]
         waiting += [a for p, a in enumerate(graph.arguments) if (graph.name, p) in self.live_arguments]
@@ -251,6 +258,7 @@ class _Usage:
                 node = graph.nodes[call.node]
                 callees, form = ops.callees(self.model, node), ops.call_form_of(self.model, node)
                 for position in range(len(node.inputs) - form.first):
+                    # Output i of a loop is its i-th variable, which stays if the output is used.
                     carried = form.carried and Value(node.name, position) in used
                     if carried or any((name, position) in self.live_arguments for name in callees):
                         self.live_arguments |= {(name, position) for name in callees}
@@ -273,6 +281,7 @@ class _Usage:
         arguments = {a for a, flag in zip(graph.arguments, is_kept, strict=True) if flag}
         stays = live | arguments
         nodes = {n.name: self._without_dropped_inputs(graph, n, stays) for n in graph.nodes.values() if n.name in stays}
+        # A graph that stays the same object is written as the proto that was read.
         if all(is_kept) and len(nodes) == len(graph.nodes) and all(nodes[n] is graph.nodes[n] for n in nodes):
             return graph
         ports = {name: self._new_ports(graph.nodes[name]) for name in nodes}
@@ -312,6 +321,7 @@ class _Usage:
         is_kept = [index not in dropped for index in range(len(node.inputs))]
         lists = {form.types} | ({"output_shapes", "_output_shapes"} if form.carried else set())
         new_attrs = {k: _filtered(v, is_kept[form.first :]) for k, v in node.attrs.items() if k in lists}
+        # It lists inputs by number, and the numbers change.
         new_attrs["_read_only_resource_inputs"] = None
         inputs = tuple(v for v, flag in zip(node.inputs, is_kept, strict=True) if flag)
         return replace(node.with_attrs(**new_attrs), inputs=inputs)

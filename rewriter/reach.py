@@ -14,6 +14,8 @@ from rewriter.dataflow import Argument, Call, call_graph, follow
 from rewriter.ir import MAIN, Error, Graph, Model, Node, Value
 from rewriter.savedmodel.graphs import tensors_of
 
+# Some use a file only if they are told to: DecodeProtoV2 and EncodeProto for descriptors, FixedUnigramCandidateSampler
+# for a vocabulary. DatasetFromGraph runs a serialised graph, which may hold any op.
 # fmt: off
 FILES = frozenset(
     {
@@ -141,8 +143,10 @@ class _Saver:
             return False
         calls = [] if graph.name == MAIN else self.callers.get(graph.name, [])
         places = {node.name} if graph.name == MAIN else {call.node for call in calls if call.graph == MAIN}
+        # A saver's function is called by nodes of the main graph alone; any other call may run it at any time.
         if graph.name in self.external_functions or len(places) != max(1, len(calls)) or places & self.served:
             return False
+        # Neither signatures nor loading run it: it saves, and only on request.
         if not places & self.restored:
             return True
         if node.op not in RESTORES:

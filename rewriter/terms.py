@@ -198,6 +198,8 @@ class Terms:
         if depth > DEEP:
             raise Error(f"what {value.node} in {graph.name} is computed from is nested too deep to be followed")
         terms = self._terms_of.setdefault((graph.name, bound), {})
+        # A chain within a graph may be longer than Python's recursion limit, so it is followed by a stack. Calls are
+        # followed by recursion, as `DEEP` limits their nesting.
         waiting, started = [value], set[Value]()
         while waiting:
             current = waiting[-1]
@@ -207,6 +209,7 @@ class Terms:
             elif not missing:
                 terms[current] = self._build(graph, current, bound, depth)
             elif current in started:
+                # It asked for its sources before, and they are still missing: it depends on itself.
                 terms[current] = self._unknown(f"what a loop changes in {graph.name}")
             else:
                 started.add(current)
@@ -216,6 +219,7 @@ class Terms:
     def _missing(self, graph: Graph, value: Value, bound: Bound, terms: Mapping[Value, Term]) -> list[Value]:
         """Return the values whose terms are still needed for a value's term."""
         call = self._call(graph.nodes[value.node], value.port)
+        # Another result of the call depends on the same arguments, whose terms are bound already.
         if call is not None and (graph.name, value.node, call.arguments, bound) in self._call_bounds:
             return []
         return [v for v in self._sources(graph, value) if v not in terms]
@@ -250,6 +254,7 @@ class Terms:
         """Return the functions that a node may call; if they compute the same, only the one that is always right."""
         callees = ops.callees(self.model, node)
         general = node.attrs.get(ops.GENERAL_BRANCH) if node.op in ("Case", "StatelessCase") else None
+        # The attribute comes from a file: it may be of any kind, or name a branch that does not exist.
         if general is None or general.WhichOneof("value") != "i" or not 0 <= general.i < len(callees):
             return callees
         return (callees[general.i],)

@@ -77,9 +77,11 @@ def attr_text(value: Any) -> str:
     if kind == "i":
         return str(value.i)
     if kind == "f":
+        # A point, an exponent, inf or nan tells a float from an integer when the text is read back.
         short = str(np.float32(value.f))
         return short if any(c in short for c in ".en") else f"{short}.0"
     if kind == "s":
+        # Attributes hold any bytes; latin-1 maps each of them to one character and back.
         return _quoted(value.s.decode("latin-1"))
     if kind == "type":
         return protos.dtype_name(value.type)
