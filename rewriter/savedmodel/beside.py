@@ -36,6 +36,7 @@ def beside(target: Path) -> Iterator[Path]:
     try:
         yield lock.with_suffix("")
     finally:
+        # Locked until the lock file is gone: until then, no other run takes the path for abandoned.
         _remove(lock, target)
         os.close(descriptor)
 
@@ -51,6 +52,7 @@ def _remove_abandoned(target: Path) -> None:
 
 def _remove_if_abandoned(lock: Path, target: Path) -> None:
     with suppress(OSError):  # the lock is another user's, or its process still runs
+        # A lock file is never a link, so a link of this name is somebody else's.
         descriptor = os.open(lock, os.O_RDWR | os.O_NOFOLLOW)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

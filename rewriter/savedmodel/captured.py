@@ -50,6 +50,7 @@ def recapture(model: Model, objects: Any) -> Model:
     work = _Recapture(model, objects, {n: objects.nodes[n].captured_tensor for n in numbers})
     waiting = list(model.graphs)
     while waiting:
+        # A copied gradient function may itself hold ops whose gradients capture its tensors.
         waiting += work.visit(waiting.pop(0))
     work.remove_unused()
     return replace(model, graphs=work.graphs, gradients=work.gradients, entries=work.entries)
@@ -128,6 +129,7 @@ class _Recapture:
         if function not in self.ops_by_function:
             graph: Graph | None = self.model.source.protos.get(function, (None, None))[0]
             nodes = [] if graph is None else [n for n in graph.nodes.values() if ops.GRADIENT in n.attrs]
+            # Reversed, so that the first of several ops of one kind stays in the dict.
             self.ops_by_function[function] = {protos.text(n.attrs[ops.GRADIENT].s): n for n in reversed(nodes)}
         return self.ops_by_function[function]
 

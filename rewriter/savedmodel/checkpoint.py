@@ -72,6 +72,7 @@ class Checkpoint:
         group: list[str] = []
         size = 0
         for key in sorted(set(self.shapes) - skip):
+            # Strings have no size.
             itemsize = max(1, self.dtypes[key].size or 8)
             nbytes = int(np.prod(self.shapes[key], dtype=np.int64)) * itemsize
             if group and size + nbytes > SHARD_BYTES:
@@ -104,6 +105,7 @@ def _require_shards(prefix: Path) -> int:
         if match:
             shards.setdefault(int(match[2]), set()).add(int(match[1]))
             size += path.stat().st_size
+    # Shards of another checkpoint, of another number, may have been left beside them.
     if not any(present == set(range(count)) for count, present in shards.items()):
         raise Error(f"the checkpoint {prefix} lacks at least one of its .data files")
     return size
@@ -128,6 +130,7 @@ def copy(
     parts: list[str] = []
 
     def save(tensors: Mapping[str, Any]) -> None:
+        # A directory for each part, as MergeV2Checkpoints removes the directories that hold the parts.
         prefix = str(target.parent / f"part-{len(parts):05d}" / "part")
         tf.raw_ops.SaveV2(
             prefix=prefix,

@@ -32,6 +32,7 @@ def copy(meta: Any, prefix: str, nodes: Collection[str]) -> None:
     waiting = [(c, context) for c in KINDS for context in _contexts(meta, c)]
     while waiting:
         collection, context = waiting.pop(0)
+        # Each loop and each branch has a pivot; one whose pivot was not copied was not copied itself.
         if context.pivot_name.partition(":")[0] not in nodes:
             continue
         if collection == "while_context" or _still_chooses(context, nodes):
@@ -125,6 +126,7 @@ def _index(
     collection: str, context: Any, depth: int, places: dict[str, tuple[int, Any]], loops: dict[str, tuple[int, Any]]
 ) -> None:
     """Record the innermost context of each node, with its depth, and the context of each loop's frame name."""
+    # A context lists these among its values, too, though they lie outside of it.
     outer = {text.partition(":")[0] for text in context.values_def.external_values}
     outer |= {text.partition(":")[0] for text in getattr(context, "loop_exit_names", ())}
     for text in context.values_def.values:
@@ -174,6 +176,7 @@ def _add(context: Any, node: Node, count: int) -> None:
 
 def _still_chooses(context: Any, nodes: Collection[str]) -> bool:
     """Return true if the copied conditional still chooses: its predicate and its Switch were copied."""
+    # ``tf.compat.v1.cond`` makes its Switch in the name scope in which it names its contexts.
     return context.pred_name.partition(":")[0] in nodes and f"{context.context_name.rpartition('/')[0]}/Switch" in nodes
 
 

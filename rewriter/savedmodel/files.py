@@ -35,6 +35,7 @@ def stamps(model: Path) -> Stamps:
     by_path = {}
     try:
         for folder, folders, files in os.walk(root):
+            # os.walk lists links to directories among the folders, and does not follow them.
             for name in (*folders, *files):
                 path = Path(folder) / name
                 status = _checked_status(root, path)

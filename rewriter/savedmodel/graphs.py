@@ -83,6 +83,7 @@ def read_function(proto: Any, find: Definitions) -> Graph:
         if not rest:
             return Value(name)
         output, _, index = rest.partition(":")
+        # Listed once per node: a Case may have thousands of outputs, each of which is asked for.
         if name not in ports:
             node = by_name.get(name)
             if node is None:
@@ -133,6 +134,7 @@ def _refuse_twice(name: str, nodes: Mapping[str, Node], graph_name: str) -> None
         raise Error(f"in {graph_name}: there are two nodes called {name}")
 
 
+# int() alone would read digits of other scripts, and raise a ValueError for thousands of digits.
 _PORT = re.compile(r"\d{0,9}", re.ASCII)
 
 
@@ -205,6 +207,7 @@ def _arg_residue(proto: Any) -> bytes:
 
 def _read_argument(arg: Any, extra: Any) -> Node:
     attrs = {} if extra is None else dict(extra.attr)
+    # The argument of a polymorphic function names a type attribute instead, which is in the residue.
     if arg.type:
         attrs["T"] = protos.dtype_attr(protos.dtype_name(arg.type))
     return Node(arg.name, ARG, attrs=attrs, residue=_arg_residue(arg))

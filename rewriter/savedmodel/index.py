@@ -59,6 +59,7 @@ def _fault(entry: Any, available: int) -> str:
     if entry.shape.unknown_rank or any(size < 0 for size in sizes):
         return "a shape that is none"
     min_bytes = math.prod(sizes) * (dtype.size or 1)  # dtype.size of a string is None; its length alone takes a byte
+    # An entry with slices describes a whole tensor; its data belongs to the slices, which have entries of their own.
     if min_bytes > available or (min_bytes > entry.size and not entry.slices):
         return f"the shape {sizes}, and less data"
     return ""

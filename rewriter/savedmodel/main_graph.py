@@ -50,6 +50,7 @@ def find_saver(model: Model, saver_def: Any) -> Saver | None:
 
 
 def _first_node(graph: Graph, op_name: str) -> Node:
+    # A sharded saver has one for each shard; any of them can take more tensors.
     nodes = [n for n in graph.nodes.values() if n.op == op_name]
     if not nodes:
         raise Error(f"the saver's function {graph.name} has no {op_name}")
@@ -155,6 +156,7 @@ def extend(model: Model, saver_def: Any, added: list[Variable], trackables: byte
     if saver is not None and added:
         graphs[saver.save] = _extend_save(model.graphs[saver.save], added)
         graphs[saver.restore] = _extend_restore(model.graphs[saver.restore], added)
+        # Both functions got their new arguments in the order of `added`.
         for name in (saver.save_node, saver.restore_node):
             _pass_resources(main, name, [values[v.key] for v in added])
         _replace_object_graph(main, model.graphs[saver.save], saver.save_node, trackables)
@@ -249,6 +251,7 @@ def _call(model: Model, main: Draft, name: str, endpoint: Endpoint, values: Mapp
     results = protos.attr([protos.Dtype(result.dtype) for result in graph.results])
     attrs = {"Tin": types, "Tout": results, "f": protos.attr(protos.Func(endpoint.function))}
     call = replace(like, name=main.mint(f"{name}_call"), op="StatefulPartitionedCall", inputs=tuple(inputs))
+    # The attribute lists inputs of the copied call by number.
     call = call.with_attrs(**attrs, _read_only_resource_inputs=None)
     if endpoint.returns:
         call = call.with_attrs(_output_shapes=None)  # copied from a call with other outputs

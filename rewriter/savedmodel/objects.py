@@ -49,6 +49,7 @@ def _frozen(objects: Any) -> set[int]:
         lists = {
             child.local_name: objects.nodes[child.node_id] for child in node.children if child.local_name in listed
         }
+        # One list without the other says nothing about frozen variables.
         if lists.keys() == listed.keys():
             for name, wrapper in lists.items():
                 listed[name] |= {child.node_id for child in wrapper.children}
@@ -68,6 +69,7 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         count = len(graph.arguments) - len(captures)
         dtypes = [op_defs.argument_dtype(graph.nodes[a]) for a in graph.arguments[:count]]
         inputs = tuple(tensor_specs(proto.canonicalized_input_signature))
+        # A composite tensor, such as a ragged one, is several arguments, for which there are no specs.
         if len(inputs) != count:
             inputs = tuple(Spec(a, d, None) for a, d in zip(graph.arguments[:count], dtypes, strict=True))
         outputs = tuple(tensor_specs(proto.output_signature))
@@ -149,6 +151,7 @@ def owned(objects: Any) -> dict[int, tuple[str, ...]]:
 
 def make_user_object(node: Any, identifier: str = GENERIC) -> None:
     """Make a ``SavedObject`` a plain object or, by its identifier, a list."""
+    # TensorFlow revives an object as a list only from producer version 1 on (``revived_types.py``).
     node.user_object.identifier = identifier
     node.user_object.version.producer = node.user_object.version.min_consumer = 1
 
@@ -224,11 +227,13 @@ class Additions:
 
     def add(self) -> None:
         """Add variables, attributes and signatures, and extend the captures of concrete functions."""
+        # The checkpoint may have fewer objects, as it saves no functions; a new object has one number in both.
         while len(self.trackables.nodes) < len(self.objects.nodes):
             self.trackables.nodes.add()
         for key in self.numbers.keys() & self.model.variables.keys():
             saved, variable = self.objects.nodes[self.numbers[key]].variable, self.model.variables[key]
             saved.synchronization, saved.aggregation = variable.synchronization, variable.aggregation
+        # Variables first, as lists refer to their numbers.
         for path, value in self.model.attributes.items():
             if isinstance(value, Variable):
                 self._attach(path, self._new_variable(value))
@@ -318,6 +323,7 @@ class Additions:
             arguments, keywords = like_signature
             fields = keywords.dict_value.fields
             values = [*arguments.tuple_value.values, *(fields[name] for name in sorted(fields))]
+            # Other arguments, such as training=False, were fixed when the function was traced.
             values = [v for v in values if _holds_tensors(v)]
         else:
             values = [_tensor_spec(s) for s in specs]
@@ -329,6 +335,7 @@ class Additions:
         output = _dict_of_tensors(endpoint.returns) if endpoint.returns else like.output_signature
         if not output.WhichOneof("kind"):
             output = _tensor_or_list(self.model.entries[endpoint.like].outputs)
+        # A function that is made of a signature with one output returns that tensor, not a dict.
         if (
             not endpoint.returns
             and output.WhichOneof("kind") == "dict_value"
@@ -340,6 +347,7 @@ class Additions:
         number = self._new_object()
         function = self.objects.nodes[number].function
         function.concrete_functions.append(endpoint.function)
+        # An argument that holds several tensors has no name among the specs.
         named_specs = specs if len(specs) == len(values) else [Spec("", "", None)] * len(values)
         names = [_identifier(s.name, i) for i, s in enumerate(named_specs)]
         function.function_spec.CopyFrom(_function_spec(names, []))
@@ -374,6 +382,7 @@ class Additions:
         bare = self.objects.nodes[number].bare_concrete_function
         bare.concrete_function_name = endpoint.function
         bare.argument_keywords.extend(keywords)
+        # As in TensorFlow's own signatures: the order of several inputs is ambiguous, that of one is not.
         bare.allowed_positional_arguments = 1 if len(keywords) == 1 else 0
         bare.function_spec.CopyFrom(_function_spec([], keywords))
         return number

@@ -74,6 +74,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
     """
     path = Path(path)
     file = require_model(path)
+    # Before anything is read, so that a change at any later time is noticed (`write._refuse_changed`).
     stamped = stamps(path)
     proto = _read_proto(file)
     index = _meta_graph(path, proto, tags)
@@ -104,6 +105,7 @@ def load(path: str | Path, tags: Collection[str] | None = None) -> Model:
         if gradient.function not in graphs:
             raise Error(f"{path}: the gradient {kind} is the function {gradient.function}, which does not exist")
     model = Model(graphs, gradients=gradients, op_defs=stripped_ops, values=values, source=source, object_based=objects)
+    # First: whatever follows takes it for granted that attributes are there and of their op's types.
     conform(model)
     check(model)
     model = interpreted(model)

@@ -154,6 +154,7 @@ def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -
         kept_dtypes = type(dtypes)()
         kept_dtypes.list.type.extend(dtypes.list.type[i] for i in kept_positions)
         tensors = node.inputs[3:]
+        # RestoreV2 takes no tensors.
         inputs = (*node.inputs[:3], *(tensors[i] for i in kept_positions if tensors))
         nodes[node.name] = replace(node.with_attrs(dtypes=kept_dtypes, _output_shapes=None), inputs=inputs)
         if node.op == "SaveV2":
@@ -163,6 +164,7 @@ def _without_tensors(model: Model, graph: Graph, kept_keys: Collection[bytes]) -
         else:
             dropped_values |= {Value(node.name, i) for i in dropped_positions}
             ports |= {Value(node.name, old): Value(node.name, new) for new, old in enumerate(kept_positions)}
+    # Nodes that used a tensor which is no longer restored, or an object which is no longer saved.
     dead = following(
         replace(graph, nodes=nodes), {n.name for n in nodes.values() if not dropped_values.isdisjoint(n.inputs)}
     )

@@ -16,6 +16,7 @@ from rewriter.savedmodel.beside import ASIDE_SUFFIX, beside
 MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 """Names of the graph's file, binary and text; if both exist, TensorFlow reads the binary one."""
 
+# AT_FDCWD of <fcntl.h>, RENAME_EXCHANGE of <linux/fs.h>.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -32,10 +33,13 @@ def staged(target: Path, overwrite: bool) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with beside(target) as temporary:
+            # Only now: `beside` puts back a destination that a killed run left aside, and this one counts as existing.
             refuse_existing(target, overwrite)
             temporary.mkdir()
             yield temporary
+            # Before the rename: after a power failure, the name might otherwise lead to files without their content.
             _sync(temporary)
+            # After an exchange, the old model is at `temporary`, which `beside` removes.
             _move(temporary, target, overwrite)
     except OSError as e:
         raise Error(f"cannot write {target}: {reason(e)}") from e
@@ -48,6 +52,7 @@ def write_whole(file: Path, content: bytes) -> None:
         OSError: the file cannot be written.
     """
     if (file.exists() and not file.is_file()) or file.absolute().is_relative_to("/dev"):
+        # Appended: /dev/stdout may be a file that holds output already, and opening it for writing would empty it.
         with file.open("ab") as opened:
             opened.write(content)
         return

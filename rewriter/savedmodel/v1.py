@@ -192,6 +192,7 @@ def extend(model: Model, meta: Any, added: list[Variable]) -> Model:
     for prefix, nodes in model.copies:
         contexts.copy(meta, prefix, frozenset(nodes))
     graph = main.finish()
+    # Last, as only the finished graph tells which nodes are new or gone.
     contexts.complete(meta, graph, lambda node: op_defs.output_count(model, node))
     return replace(model, graphs={**model.graphs, MAIN: graph})
 
@@ -229,6 +230,7 @@ def _extend_groups(meta: Any, main: Draft, initializers: list[str]) -> None:
     """Make ops that initialise all variables initialise the new ones, too."""
     source_initializers = {d.initializer_name.partition(":")[0] for d in _definitions(meta, "variables")}
     for node in list(main.nodes.values()):
+        # Such an op is a group: it does nothing, but waits for all initialisers.
         if node.op == "NoOp" and source_initializers and source_initializers <= set(node.after):
             main.set_node(replace(node, after=(*node.after, *initializers)))
 
@@ -237,6 +239,7 @@ def _write_definitions(meta: Any, main: Draft, collection: str, added: Iterable[
     definitions = list(_definitions(meta, collection))
     for proto in definitions:
         node = main.nodes.get(proto.variable_name.partition(":")[0])
+        # A pass may have made a resource of a reference.
         proto.is_resource = node is not None and node.op not in REFERENCES
     definitions.extend(_definition(main, v) for v in added)
     if definitions:
@@ -268,6 +271,7 @@ def _extend_saver(
     restore = _first(main, needed, saver_def.restore_op_name, "RestoreV2")
     dtypes = [v.dtype for v in added]
     reads = [main.place(_read(v, handles[v.key]), f"save/{v.name}") for v in added]
+    # Both ops take the prefix, the names and the slices; SaveV2 takes the tensors after them.
     for node, new_inputs in ((save, reads), (restore, [])):
         names, slices = (constants.constant_of(_graph(main), v) for v in node.inputs[1:3])
         if names is None or slices is None:
@@ -301,6 +305,7 @@ def _first(main: Draft, needed: Assumption, root: str, op_name: str) -> Node:
     names = names or [n.name for n in main.nodes.values() if n.op == op_name]
     if not names:
         raise Error(f"the saver has no {op_name}; checkpoints of this age are not supported")
+    # A sharded saver has one for each shard; any of them can take more tensors.
     return main.nodes[min(names)]
 
 

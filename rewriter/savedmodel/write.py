@@ -105,6 +105,7 @@ def _write(
     written, changes = _lower(model) if changed else (model, [])
     proto, trackables = written.source.proto, written.source.trackables
     _write_proto(directory / source.file, proto)
+    # The fingerprint is that of the source's graph; from Keras' metadata, Keras would rebuild the source's layers.
     _copy_files(source.path, directory, drop={KERAS_METADATA, FINGERPRINT} if changed else set())
     for name in without:
         (directory / EXTRA / name).unlink(missing_ok=True)
@@ -167,6 +168,7 @@ def _changed_tensors(model: Model, trackables: Any) -> dict[str, Any]:
         tensors[main_graph.OBJECT_GRAPH_KEY] = trackables.SerializeToString(deterministic=True)
     for variable in _added(model):
         tensors[variable.key] = np.asarray(variable.initial, dtype=variable.dtype)
+    # A later pass may have removed a variable that was assigned.
     return tensors | {key: value for key, value in model.assigned.items() if key in model.variables}
 
 
@@ -196,6 +198,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
         for signature in (*model.signatures.values(), *model.main_signatures.values()):
             v1.write_signature(meta, signature)
         return replace(extended, source=replace(source, proto=proto)), []
+    # Refused here and not when the model is read: inspecting and comparing need no agreement.
     refuse_disagreeing(source.path, meta.object_graph_def, source.trackables)
     trackables = trackable_object_graph_pb2.TrackableObjectGraph()
     trackables.CopyFrom(source.trackables)
@@ -212,6 +215,7 @@ def _lower(model: Model) -> tuple[Model, list[str]]:
     if shrunk:
         hold_captured(meta.object_graph_def, trackables)
     changes = make_loadable(meta.object_graph_def, trackables)
+    # After all changes of the checkpoint's object graph, as the main graph holds that as a constant.
     model, calls = main_graph.extend(
         model, meta.saver_def, _added(model), trackables.SerializeToString(deterministic=True)
     )
@@ -301,6 +305,7 @@ def _write_graphs(model: Model, meta: Any) -> None:
         graph_def.CopyFrom(write_main(model.graphs[MAIN]))
     graph_def.library.CopyFrom(library)
     listed = {o.name for o in meta.meta_info_def.stripped_op_list.op}
+    # V1 importers take the definitions of the producer's ops from this list.
     op_names = {n.op for g in model.graphs.values() for n in g.nodes.values()} - set(model.graphs) - {ARG}
     meta.meta_info_def.stripped_op_list.op.extend(described(op_names - listed))
     meta.meta_info_def.stripped_op_list.op.sort(key=lambda o: o.name)
@@ -349,6 +354,7 @@ def _write_signature(model: Model, meta: Any, name: str, call: Node) -> None:
         return
     like = model.signature_of(endpoint.like)
     signature.CopyFrom(meta.signature_def[like.name])
+    # The call's remaining inputs are captures.
     for keyword, value in zip(like.inputs, call.inputs, strict=False):
         signature.inputs[keyword].name = f"{value.node}:0"
     for tensor in signature.outputs.values():
