@@ -116,6 +116,7 @@ def _same_proto(before: Model, after: Model, name: str) -> bool:
     ):
         return False
     old, new = (source[1] for source in sources if source is not None)
+    # Not for the main graph, whose proto holds the whole library.
     return bool(name) and bool(old == new)
 
 
@@ -211,6 +212,7 @@ def _interface(graph: Graph, counterpart: Graph, renamed: Mapping[str, str]) -> 
         aspects[f"control output {effect.name}"] = effect.node
     for name, attr in graph.attrs.items():
         aspects[f"attribute {name}"] = attr_text(with_functions(attr, renamed))
+    # The main graph's residue is its versions, which are facts of the meta graph.
     if graph.name:
         aspects["description and numbers of resources"] = _hash(graph.residue)
     return aspects

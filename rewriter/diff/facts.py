@@ -125,6 +125,7 @@ def _devices(model: Model, graph: Any) -> Iterator[tuple[str, str]]:
 def _objects(model: Model, graph: Any, names: Mapping[str, str]) -> Iterator[tuple[str, Iterator[tuple[str, str]]]]:
     """Yield path and aspects of each object but variables; the path is the shortest one from the root."""
     paths = object_paths(graph)
+    # The two models may number the same objects differently, so objects go by path, and variables by key.
     labels = {**paths, **{number: f"variable {key}" for key, number in model.source.numbers.items()}}
     for number, path in paths.items():
         kind = graph.nodes[number].WhichOneof("kind")
@@ -179,6 +180,7 @@ def _tensors(checkpoint: Checkpoint, model: Model) -> Facts:
 def value_text(value: Any) -> str:
     """Return a short text that identifies a value: minimum, maximum, and a hash of the bytes."""
     array = np.asarray(value)
+    # The bytes of an array of objects are addresses.
     content = repr(array.tolist()).encode() if array.dtype == object else array.tobytes()
     if array.dtype.kind in "fiu" and array.size:
         return f"{array.min():.6g} to {array.max():.6g}, sha256 {_hash(content)}"

@@ -76,6 +76,7 @@ def explained(changes: tuple[Change, ...], rewrite_record: Record, source: Path,
         number, recorded = entries.pop((change.kind, change.graph, change.name), (0, {}))
         hashes = _hashes(change)
         agreeing = {aspect for aspect, value in hashes.items() if recorded.get(aspect) == value}
+        # Values that were not compared cannot be missing.
         accounted_for = hashes.keys() if values else {*hashes, VALUE}
         missing_details = [Detail(aspect, None, None) for aspect in recorded.keys() - accounted_for]
         by = tuple(rewrite_record["authors"][number]) if recorded else ()

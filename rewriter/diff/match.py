@@ -105,6 +105,7 @@ def _by_content(model: Model, paired: Iterable[str]) -> Iterator[tuple[Hashable,
     paired_names = set(paired)
     for name, graph in model.graphs.items():
         if name not in paired_names:
+            # The op of a direct call is a function's name, which may differ between the models.
             content = frozenset(
                 (n.name, "" if n.op in model.graphs else n.op, n.inputs, n.after) for n in graph.nodes.values()
             )

@@ -10,9 +10,11 @@ from rewriter.diff.pictures import Line, Picture, Union
 from rewriter.diff.report import DiffReport, InputDiff, SiteDiff
 from rewriter.page.shell import page
 
+# In the order that diff.js has.
 STATES = ("same", "added", "removed", "changed", "missing")
 
 
+# diff.js takes a negative number for null.
 NOWHERE = (-1, 0, 0)
 NONE = -1
 
@@ -118,5 +120,6 @@ def _picture(picture: Picture, graphs: _Table, nodes: _Table) -> Mapping[str, An
 
 
 def _line(line: Line, nodes: Mapping[str, int], texts: _Table) -> tuple[int, ...]:
+    # Bits 0 and 1: the model before has it, the model after has it. The bits above are `inner`, as diff.js reads them.
     kind = line.old + 2 * line.new + 4 * (None, False, True).index(line.inner)
     return nodes[line.source], nodes[line.target], texts[line.port], line.position, kind, texts[line.formula]

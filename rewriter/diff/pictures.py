@@ -211,6 +211,7 @@ def around(union: Union, middle: str) -> Picture:
     """Return the picture of a node and its neighbourhood, up to `HOPS` edges away."""
     near = {} if middle in union.inner else _distances(union, middle, inner=False)
     far = _distances(union, middle, inner=True)
+    # Hidden nodes, once shown, make the way to others longer; these stay in the picture, however far away.
     return _picture(union, middle, near, {**dict.fromkeys(near, HOPS), **far})
 
 
@@ -228,6 +229,7 @@ def _distances(union: Union, middle: str, *, inner: bool) -> dict[str, int]:
         if distances[name] == HOPS:
             continue
         unchanged_counts = {True: 0, False: 0}
+        # Changed edges first and control inputs last: the limits cut off what comes later.
         for line in sorted(union.lines.get(name, ()), key=lambda e: (e.old and e.new, e.position < 0)):
             neighbour = line.source if line.target == name else line.target
             if line.inner is (not inner) or neighbour in distances or (not inner and neighbour in union.inner):
@@ -273,6 +275,7 @@ def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str,
         graph = acyclic
     generations = list(nx.topological_generations(graph))
     layer = {name: number for number, generation in enumerate(generations) for name in generation}
+    # Generations place a node as far left as its inputs allow; it is drawn next to the nearest of its users.
     for generation in reversed(generations):
         for name in generation:
             user_layers = [layer[user] for user in graph.successors(name)]
@@ -280,6 +283,7 @@ def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str,
     columns: dict[int, list[str]] = {}
     for name in names:
         columns.setdefault(layer[name], []).append(name)
+    # The barycentre heuristic: columns are sorted by the mean row of their nodes' inputs, then of their users.
     row: dict[str, float] = {}
     for number in sorted(columns):
         order = [(_mean(row[p] for p in graph.predecessors(name)), i) for i, name in enumerate(columns[number])]

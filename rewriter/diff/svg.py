@@ -72,6 +72,7 @@ def _boxes(spots: list[Spot], lines: list[Line]) -> Mapping[str, Box]:
             boxes[name] = Box(x, y, height)
             y += height + SPACE
         leaving = [e for e in lines if e.source in names]
+        # The width of a text is estimated, as nothing measures it before it is drawn.
         labels = [len(text) * 5.5 + 14 for e in leaving for text in _label(e)]
         x += WIDTH + max([GAP, *labels]) + (44 if any(e.port for e in leaving) else 0)
     return boxes
@@ -118,6 +119,7 @@ def _node(root: ET.Element, name: str, box: Box, union: Union, *, middle: bool) 
 
 
 def _shortened(text: str, most: int) -> str:
+    # The end is kept, as names in one scope begin alike.
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
