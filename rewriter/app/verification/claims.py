@@ -293,6 +293,7 @@ def kernels_of_inference(pair: Pair, serving: Serving) -> Claim:
         fused_sites = single.raised(placed(pair.result, signature))
         as_expected = after.placed == before.placed
         if fused_sites:
+            # Totals and not ops, as Grappler may fuse a new kernel into another op.
             as_expected = after.placed.total() == before.placed.total() + single.kernels_for(fused_sites)
         most_kernels = before.ran + fused_sites.total()
         text = f"{signature} executes {after.reach}, the source {before.reach}"

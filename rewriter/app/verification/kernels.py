@@ -139,6 +139,7 @@ class Placed:
         """Return the number of kernels that train these batch norms once: one for each site that serves."""
         served = raised & self.serving
         training, inference = self.training + (raised - served), self.inference + served
+        # The union takes the larger number: where a graph computes both modes of a batch norm, one kernel trains it.
         return (training | inference).total() + self.others
 
 
@@ -202,6 +203,7 @@ def _in_graph(
     for name in dict.fromkeys(c.node for c in calls if c.node in needed):
         node = graph.nodes[name]
         form = ops.call_form_of(model, node)
+        # A loop may change its variables, so nothing is known of them inside.
         values = [None if form.carried else _known_boolean(model, assumed, v) for v in node.inputs[form.first :]]
         for callee in assumed.taken(node):
             arguments = zip(model.graphs[callee].arguments, values, strict=True)

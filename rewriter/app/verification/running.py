@@ -49,6 +49,7 @@ def feeds(specs: Mapping[str, Any], size: int, seed: int = 0, flags: bool = Fals
     """
     rng = np.random.default_rng(seed)
     fed = {}
+    # If all inputs are vectors, their dimension is not taken for the batch: a waveform has one dimension.
     batched = any(s.shape.rank != 1 for s in specs.values())
     for name, spec in sorted(specs.items()):
         shape = _shape(spec.shape, BATCH if batched else size, size)
@@ -135,9 +136,11 @@ class Session:
     def __init__(self, graph: Any, session: Any, meta: Any) -> None:
         self._graph, self._session = graph, session
         self.signatures = {n: s for n, s in sorted(meta.signature_def.items()) if s.outputs and not n.startswith("__")}
+        # No strings: `run` compares bytes, and the bytes of an array of objects are addresses.
         variable_ops = [
             op for op in graph.get_operations() if op.type in VARIABLES and op.get_attr("dtype") != tf.string
         ]
+        # Loading may leave variables without a value, and reading one of them fails.
         initialised = session.run([_initialised(op) for op in variable_ops])
         self._variable_ops = {op.name: op for op, ready in zip(variable_ops, initialised, strict=True) if ready}
         self._reads = {name: _read(op) for name, op in self._variable_ops.items()}
@@ -232,6 +235,7 @@ def session_of(path: Path, fold: bool = True) -> Iterator[Session]:
     config = v1.ConfigProto()
     if not fold:
         config.graph_options.rewrite_options.constant_folding = rewriter_config_pb2.RewriterConfig.OFF
+        # At its default level, the runtime folds constants besides Grappler.
         config.graph_options.optimizer_options.opt_level = v1.OptimizerOptions.L0
     metas = parse_saved_model(str(path)).meta_graphs
     tags = list(metas[0].meta_info_def.tags) if len(metas) == 1 else ["serve"]
@@ -260,6 +264,7 @@ def loaded_source(path: Path) -> Iterator[Any]:
     with TemporaryDirectory() as folder:
         for child in path.iterdir():
             if child.name not in MODEL_FILES:
+                # Links, as checkpoints may be large; resolved, as the links lie in another directory.
                 (Path(folder) / child.name).symlink_to(child.resolve())
         copied = saved_model_pb2.SavedModel()
         copied.CopyFrom(proto)

@@ -38,6 +38,7 @@ class Pair:
     @property
     def unfrozen(self) -> bool:
         """True if parameters of batch norms are variables that the source holds as constants."""
+        # Moving mean and variance (positions 2 and 3): a constant gamma or beta alone does not make a frozen model.
         origins = [o for s in self.source.analysis(sites) if s.inference for b in s.binding.origins for o in b[2:4]]
         source_names = {v.name for v in self.source.variables.values()}
         result_names = [
@@ -147,6 +148,7 @@ def _served(source: Session, result: Session, name: str, source_run: tuple[Ran, 
     if names != set(fed):
         why = f"the result takes {', '.join(sorted(names)) or 'nothing'}, not {', '.join(sorted(fed)) or 'nothing'}"
         return Served(source_ran, why, None, frozenset(), rows(fed), {}, {})
+    # Before the run with quantisers off, as this leaves them off.
     on = _quantized(result, name, fed)
     off, why = attempt(lambda: result.run(name, fed))
     rerun, perturbed = {}, {}
@@ -178,6 +180,7 @@ def _perturbed(source: Session, name: str, source_ran: Ran, fed: Arrays) -> dict
         source.assign(last_bits(values, seed))
         ran = source.run(name, {**fed, **last_bits(fed, seed)})
         largest = {key: max(largest[key], share) for key, share in differences(source_ran.outputs, ran.outputs).items()}
+    # `last_bits` moves floats only, so its keys are the variables to restore.
     source.assign({node: values[node] for node in last_bits(values, 0)})
     return largest
 
@@ -207,6 +210,7 @@ def _give_trained_values(pair: Pair, source: Session, result: Session) -> tuple[
     """Assign the result's trained values to the source, and return their number; or 0 and why it is impossible."""
     step = result.node(STEP)
     source_values, result_values = source.values(), result.values()
+    # Values that no step trained have to be the source's; a difference is not excused.
     if step is None or not result_values[step]:
         return 0, ""
     if pair.unfrozen:

@@ -111,6 +111,7 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
         ran = ran._replace(done=replace(ran.done, differentiated=differentiated, alike=alike))
     graph = training_graph(pair.result)
     if pair.result.object_based and not graph:
+        # A model that was saved again without signatures: nothing tells which of its functions trains.
         return replace(ran.done, kernels=None)
     after = placed_by(pair.result, graph) if graph else placed(pair.result, "train")
     source_training = own_training(pair)
@@ -136,6 +137,7 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
     function = trainer(root)
     if function is None:
         raise AssertionError
+    # Quantisers act and statistics move, whatever the step to which the result was trained.
     for v in function.variables:
         if v.name.startswith(START):
             v.assign(0)
