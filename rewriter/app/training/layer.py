@@ -56,6 +56,7 @@ class KerasLayer(keras.layers.Layer):
         self.model = model
         self.supports_jit = False
         self._arguments = arguments
+        # Keras takes over a tf.Variable as it is, and refuses names with a slash.
         self._held = [
             keras.Variable(v, trainable=v.trainable, dtype=v.dtype, name=v.name.partition(":")[0].replace("/", "_"))
             for v in _variables(model)
@@ -85,6 +86,7 @@ class KerasLayer(keras.layers.Layer):
         Raises:
             ValueError: the file is loaded in safe mode.
         """
+        # None, where no file is being loaded, is no permission either.
         if in_safe_mode() is not False:
             raise ValueError(
                 f"this file of Keras executes the SavedModel {config['filepath']}; if you trust that, load it with "

@@ -49,10 +49,12 @@ class QuantizationLog(keras.callbacks.Callback):
         scalars = {"step": float(self.layer.quantization.step.numpy()), "amount": self._readings.amount()}
         for (name, role), reading in self._readings().items():
             scalars |= {f"{name}/{role}/{what}": float(value) for what, value in reading._asdict().items()}
+        # Only now, as all workers take part in the readings.
         if not self.model.distribute_strategy.extended.should_save_summary:
             return
         if self._writer is None:
             self._writer = tf.summary.create_file_writer(str(self.folder))
+        # tf.summary.scalar would need the package tensorboard, which TensorFlow 2.21 does not require.
         metadata = summary_pb2.SummaryMetadata(data_class=summary_pb2.DATA_CLASS_SCALAR)
         metadata.plugin_data.plugin_name = "scalars"
         with self._writer.as_default():

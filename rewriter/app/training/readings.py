@@ -73,6 +73,7 @@ class Readings:
         self.source = load(Path(filepath))
         meta = self.source.source.proto.meta_graphs[self.source.source.index]
         functions = dict(held_functions(meta.object_graph_def))
+        # Objects go by their shortest path: a function that is `train` of the root as well has that path.
         self.entry = self.source.entries[functions.get("quantization.train") or functions["train"]]
         self.variables = variables_by_key(model.quantization.train.concrete_functions[0], self.entry)
         self.quantizers = tuple(_quantizers(self.source))
@@ -117,6 +118,7 @@ class Readings:
                 (key,) = (o.key for o in origins(self.source, graph.name, node.inputs[0]) if isinstance(o, VariableKey))
                 values[node.name] = self.variables[key].numpy()
                 node = Node(node.name, ARG, attrs={"T": op_defs.attribute(node, "dtype")})
+            # Control inputs lead out of the part that is computed here.
             nodes[node.name] = replace(node, after=())
             pending += [v.node for v in node.inputs if v.node not in nodes]
         part = Graph(MAIN, nodes, tuple(values), (Result(name, Value(last), ""),))

@@ -73,6 +73,7 @@ class ReestimateStatistics(keras.callbacks.Callback):
         They are found with the first batch, as another callback may restore the steps when training begins.
         """
         if self._pending is None:
+            # After 0 frozen steps, the next one is the first that uses frozen statistics; after more, they are in use.
             self._pending = [layer for layer in self._layers() if _frozen_steps(layer) <= 0]
         return self._pending
 
