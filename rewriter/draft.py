@@ -293,7 +293,8 @@ class Draft:
             }
             # Arguments are there before anything runs. Sorted, as the order of a set of names differs from run to run.
             arguments = {n for n in before if self.nodes[n].op == ARG}
-            self.nodes[name] = replace(self.nodes[name], after=tuple(sorted(before - arguments)))
+            waits_for = (before - arguments) | set(self.nodes[name].after)
+            self.nodes[name] = replace(self.nodes[name], after=tuple(sorted(waits_for)))
         new_arguments = tuple(self.needs.values())
         attrs = dict(self.graph.attrs)
         if new_arguments and "_input_shapes" in attrs:

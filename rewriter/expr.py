@@ -131,7 +131,7 @@ Operand = Expr | bool | int | float
 
 
 @cache
-def _constant(kind: str, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  1 and True are equal keys
+def _constant(text: str, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  1, True, 0.0 and -0.0 as keys
     array = np.asarray(value, dtype=dtype)
     attrs = {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(array)}
     return Apply(dtype, "Const", (), attrs)
@@ -140,7 +140,7 @@ def _constant(kind: str, value: bool | int | float, dtype: str) -> Expr:  # noqa
 def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
     """Return a scalar constant; equal constants are one expression."""
     scalar = value.item() if isinstance(value, np.generic) else value
-    return _constant(type(scalar).__name__, scalar, dtype)
+    return _constant(repr(scalar), scalar, dtype)
 
 
 def array(value: np.ndarray) -> Apply:
@@ -149,9 +149,13 @@ def array(value: np.ndarray) -> Apply:
     return Apply(dtype, "Const", (), {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(value)})
 
 
-@cache
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
     """Return a constant array filled with one value, which is stored once; equal ones are one expression."""
+    return _filled(repr(value), value, dtype, shape)
+
+
+@cache
+def _filled(text: str, value: float, dtype: str, shape: tuple[int, ...]) -> Apply:  # noqa: ARG001  0.0 and -0.0 as keys
     # A constant may store fewer elements than its shape has: the last one stands for the rest. Of several elements,
     # make_tensor_proto writes the bytes (tensor_content), which have to be complete.
     proto = protos.attr(np.full((1,), value, dtype))

@@ -51,5 +51,7 @@ def of_node(node: Node, node_frames: Mapping[str, Frame]) -> Frame:
     sources = (*(v.node for v in node.inputs), *node.after)
     deepest = max((node_frames.get(name, ()) for name in sources), key=len, default=())
     if node.op in ENTERS:
-        return (*deepest, protos.text(op_defs.attribute(node, "frame_name").s))
+        name = protos.text(op_defs.attribute(node, "frame_name").s)
+        # TensorFlow names each loop's frame anew. A damaged graph may enter a loop from within: that is no deeper one.
+        return deepest if name in deepest else (*deepest, name)
     return deepest[:-1] if node.op in EXITS else deepest

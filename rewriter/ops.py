@@ -61,6 +61,10 @@ FORWARDS: Mapping[str, int] = dict.fromkeys(
 """Ops whose outputs are, or read, one of their inputs -> the index of that input."""
 
 
+NEXT_ITERATIONS = ("NextIteration", "RefNextIteration")
+"""Ops that pass a value on to the next iteration of a loop."""
+
+
 CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2": 1}
 """Ops whose first output is one of several inputs -> the index of the first of them."""
 
@@ -85,6 +89,10 @@ that is right for all conditions."""
 
 def forwarded(node: Node, port: int) -> Value | None:
     """Return the value that an output of a node is, or reads, or stands for; None if the node computes it."""
+    # Every cycle of a valid graph passes through a NextIteration. It forwards nothing, whatever a file marks it as, so
+    # whoever follows forwarded values comes to an end.
+    if node.op in NEXT_ITERATIONS:
+        return None
     if STAND_IN in node.attrs and node.inputs:
         return node.inputs[-1]
     if node.op == "IdentityN":

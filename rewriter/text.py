@@ -127,9 +127,11 @@ def from_text(text: str) -> Graph:
 
 def _split(text: str) -> list[str]:
     """Split a text at commas outside quotes and braces."""
-    parts, depth, quoted, start = [], 0, False, 0
+    parts, depth, quoted, escaped, start = [], 0, False, False, 0
     for i, c in enumerate(text):
-        if c == '"' and text[i - 1] != "\\":
+        if escaped or c == "\\":
+            escaped = not escaped
+        elif c == '"':
             quoted = not quoted
         elif not quoted and c in "{}":
             depth += 1 if c == "{" else -1

@@ -178,8 +178,9 @@ def _values(
         bias = (wide.get(BIAS, np.float64(0)) - wide[MEAN]) * scale + wide[BETA]
         # A depthwise filter is [H, W, C, M]; it gives output channel c * M + m.
         filters = wide[FILTER] * (scale if kind == "Conv2D" else scale.reshape(wide[FILTER].shape[2:]))
-    if not (np.isfinite(filters).all() and np.isfinite(bias).all()):
+        folded_values = {FILTER: filters.astype(np.float32), bias_input: bias.astype(np.float32)}
+    if not all(np.isfinite(value).all() for value in folded_values.values()):
         raise Error("its scale is not finite")
-    for name, value in ((FILTER, filters), (bias_input, bias)):
+    for name, value in folded_values.items():
         key = term_of[name].variable
-        yield key, value.astype(np.float32).reshape(np.shape(model.value_of(key)))
+        yield key, value.reshape(np.shape(model.value_of(key)))

@@ -73,9 +73,9 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         if len(inputs) != count:
             inputs = tuple(Spec(a, d, None) for a, d in zip(graph.arguments[:count], dtypes, strict=True))
         outputs = tuple(tensor_specs(proto.output_signature))
+        keys = _keys(proto.output_signature) if len(outputs) == len(graph.results) else ()
         if len(outputs) != len(graph.results):
             outputs = tuple(Spec(r.name, r.dtype, None) for r in graph.results)
-        keys = _keys(proto.output_signature) if len(outputs) == len(graph.results) else ()
         entries[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys)
     return entries
 

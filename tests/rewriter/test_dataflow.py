@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rewriter import ops, protos
 from rewriter.dataflow import Argument, Computed, Origin, VariableKey, bindings, call_graph, origins
-from rewriter.ir import Error, Value
+from rewriter.ir import Error, Node, Value
 from rewriter.savedmodel.read import load
 from tests.rewriter.test_edit import INNER, OUTER, ROOT, model
 
@@ -41,3 +43,10 @@ def test_variables_of_one_call_stay_together(model: Callable[[str], Path]) -> No
     assert layers == {
         tuple(f"norms/{i}/{role}" for role in ("gamma", "beta", "moving_mean", "moving_variance")) for i in range(2)
     }
+
+
+def test_the_next_iteration_forwards_nothing_even_if_a_file_says_so() -> None:
+    """Following forwarded values around a loop would never end."""
+    node = Node("next", "NextIteration", (Value("enter"),), attrs={ops.STAND_IN: protos.attr("{}")})
+    assert ops.forwarded(node, 0) is None
+    assert ops.forwarded(replace(node, op="Identity"), 0) == Value("enter")

@@ -46,3 +46,17 @@ def test_a_copied_loop_has_a_frame_of_its_own() -> None:
     assert graph.nodes["copy/enter"].attrs["frame_name"].s == b"copy/w"
     assert graph.nodes["copy/merge"].inputs == (Value("copy/enter"), Value("copy/next"))
     assert graph.nodes["copy/zero"].after == ("copy/merge",)
+
+
+def test_a_damaged_loop_that_enters_itself_ends_the_search() -> None:
+    """Enter, Identity, NextIteration and Enter again: a cycle that a file may hold."""
+    names = frames(
+        from_text("""\
+function f(x: float32) -> (y = same: float32) {
+  enter = Enter(next) {T: float32, frame_name: "w"}
+  same = Identity(enter) {T: float32}
+  next = NextIteration(same) {T: float32}
+}
+""")
+    )
+    assert names == {"enter": ("w",), "same": ("w",), "next": ("w",)}

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rewriter.ir import Error, Graph
+from rewriter import protos
+from rewriter.ir import Error, Graph, Node, Value
 from rewriter.savedmodel.read import load
 from rewriter.text import from_text, to_text
 
@@ -42,6 +43,14 @@ def test_what_the_text_says() -> None:
     assert graph.nodes["bn"].device == "/cpu:0"
     assert graph.effects == (("call", "call"),)
     assert graph.nodes["bn"].attrs["_bnqat"].s == b'{"a": "x, y"}'
+
+
+@pytest.mark.parametrize("value", ["\\", "\\\\", '"', '\\"', "a, {b}", '", "'])
+def test_any_string_survives_its_text(value: str) -> None:
+    graph = from_text("function f(x: float32) -> (y = x: float32) {\n}\n")
+    node = Node("n", "Identity", (Value("x"),), attrs={"a": protos.attr(value), "b": protos.attr(1)})
+    graph = replace(graph, nodes={**graph.nodes, "n": node})
+    assert from_text(to_text(graph)) == graph
 
 
 @pytest.mark.parametrize("name", ["module_train", "keras_save"])

@@ -17,7 +17,7 @@ from rewriter.app.arrays import Arrays, fitted
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
 from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random, rows, session_of
-from rewriter.app.verification.serving import FREEZE, START, STEP, Pair
+from rewriter.app.verification.serving import FREEZE, RAMP, START, STEP, Pair
 from rewriter.app.verification.source_training import (
     Differences,
     LoadedTrainer,
@@ -139,7 +139,7 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         raise AssertionError
     # Quantisers act and statistics move, whatever the step to which the result was trained.
     for v in function.variables:
-        if v.name.startswith(START):
+        if v.name.startswith((START, RAMP)):
             v.assign(0)
         elif v.name.startswith(FREEZE):
             v.assign(OFF)
