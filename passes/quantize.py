@@ -48,10 +48,10 @@ class Quantize(ScheduleOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        roles = {role.name for provider in self.providers for role in provider.roles}
-        named = {*self.quantizers, *(role for rule in self.rules for role in rule.options)}
-        if not named <= roles:
-            raise Error(f"{min(named - roles)!r} is no role; there are {', '.join(roles)}")
+        roles = [role.name for provider in self.providers for role in provider.roles]
+        unknown = {*self.quantizers, *(role for rule in self.rules for role in rule.options)}.difference(roles)
+        if unknown:
+            raise Error(f"{min(unknown)!r} is no role; there are {', '.join(roles)}")
 
     def edits(self, model: Model) -> Iterable[Edit]:
         """Yield quantisers for every value that can have its own; a `Skip` with the reason for the others.

@@ -65,6 +65,12 @@ NEXT_ITERATIONS = ("NextIteration", "RefNextIteration")
 """Ops that pass a value on to the next iteration of a loop."""
 
 
+SHAPED_LIKE: Mapping[str, tuple[int, ...]] = dict.fromkeys(
+    ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3"), (0, 1, 1)
+)
+"""Ops whose first outputs have the shape of an input -> the index of that input, for each output."""
+
+
 CHOICES: Mapping[str, int] = {"Merge": 0, "RefMerge": 0, "Select": 1, "SelectV2": 1}
 """Ops whose first output is one of several inputs -> the index of the first of them."""
 

@@ -29,9 +29,8 @@ def shape_of(model: Model, graph: Graph, value: Value) -> Shape | None:
         if node.op == "ReadVariableOp":
             keys = [o.key for o in origins(model, graph.name, value) if isinstance(o, VariableKey)]
             return model.variables[keys[0]].shape if keys else None
-        fused_batch_norm = node.op.startswith("FusedBatchNorm") and value.port < 3  # noqa: PLR2004  the others have their own
-        # The output has the shape of x (input 0), mean and variance have that of scale (input 1).
-        source = node.inputs[min(value.port, 1)] if fused_batch_norm else ops.forwarded(node, value.port)
+        like = ops.SHAPED_LIKE.get(node.op, ())
+        source = node.inputs[like[value.port]] if value.port < len(like) else ops.forwarded(node, value.port)
         if source is None:
             return None
         value = source

@@ -155,6 +155,8 @@ def test_ranges_that_are_kept(source: Path, tmp_path: Path, range_: Any) -> None
         limits = held["quantization/range/bias"]
         np.testing.assert_array_equal(limits[0], [min(first.min(), 0), max(first.max(), 0)])
         root.first.assign(first * 2)
+        root.serve(x)
+        np.testing.assert_array_equal(limits[0], [min(first.min(), 0), max(first.max(), 0)])
         root.quantization.train(x)
         np.testing.assert_allclose(limits[0], [first.min() * 1.01, first.max() * 1.01], rtol=1e-6)
     elif range_ == "learned":

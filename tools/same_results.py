@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tools import same_results_worker as worker_program
-from tools.same_results_worker import CONFIGURATIONS, GRAPH, GRAPHS, Outcome
+from tools.same_results_worker import CONFIGURATIONS, GRAPH, GRAPHS, TEXT_GRAPH, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
@@ -99,12 +99,13 @@ def compare(base: Outcome, here: Outcome, base_graph: Path, here_graph: Path) ->
     if names:
         return Verdict(DIFFERS, f"only one of them has {', '.join(sorted(names))}")
     graphs = Verdict(SAME)
-    if base.files.get(GRAPH) != here.files.get(GRAPH):
+    graph_files = [name for name in (GRAPH, TEXT_GRAPH) if name in base.files]
+    if any(base.files[name] != here.files[name] for name in graph_files):
         graphs = compare_graphs(base_graph.read_bytes(), here_graph.read_bytes())
         if graphs.status == DIFFERS:
             return graphs
     for name in sorted(base.files):
-        if name != GRAPH and base.files[name] != here.files[name]:
+        if name not in graph_files and base.files[name] != here.files[name]:
             return Verdict(DIFFERS, f"bytes of {name}")
     return Verdict(DIFFERS, text) if text else graphs
 
@@ -118,7 +119,7 @@ def first_difference_of_lines(base: str, here: str) -> str:
 
 
 def compare_graphs(base: bytes, here: bytes) -> Verdict:
-    """Compare two files ``saved_model.pb`` whose bytes differ."""
+    """Compare two graphs, as files ``saved_model.pb``, of results whose files differ."""
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
     models = old, new = SavedModel.FromString(base), SavedModel.FromString(here)

@@ -55,6 +55,8 @@ CONFIGURATIONS = (*REWRITES, *FINALISATIONS)
 
 PACKAGES = ("bnqat", "passes", "rewriter", "tests")
 GRAPH = "saved_model.pb"
+TEXT_GRAPH = "saved_model.pbtxt"
+"""The file with the graph, of which a model has one or the other."""
 GRAPHS = "graphs"
 EXTRA = "assets.extra"
 """Folder with the report and the record, of which only the names count."""
@@ -126,6 +128,12 @@ class Worker:
         files = {str(names[p]): sha256(p) for p in paths if names[p].parts[0] != EXTRA}
         if GRAPH in files:
             (graphs / f"{target.name}.pb").hardlink_to(target / GRAPH)
+        if TEXT_GRAPH in files:
+            from google.protobuf import text_format
+            from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+            message = text_format.Parse((target / TEXT_GRAPH).read_text(encoding="utf-8"), SavedModel())
+            (graphs / f"{target.name}.pb").write_bytes(message.SerializeToString())
         if target.name != DEFAULT:  # which is finalised afterwards
             shutil.rmtree(target)
         return Outcome(False, self.mask(result.output), files, [str(n) for n in names.values() if n.parts[0] == EXTRA])

@@ -75,6 +75,15 @@ def trains(model: Model, function: str) -> bool:
     )
 
 
+def only_training(model: Model) -> frozenset[str]:
+    """Return the functions that run in training and never else: what they compute may depend on that."""
+    calls = model.analysis(call_graph)
+    reached: dict[bool, set[str]] = {True: set(), False: set()}
+    for entry in model.entries.values():
+        reached[trains(model, entry.function)] |= calls.reached(entry.function)
+    return frozenset(reached[True] - reached[False] - {MAIN})
+
+
 def running_from(model: Model, function: str) -> Mapping[str, list[Assumption]]:
     """Return the graphs that can run when a function does, with the facts known in them.
 

@@ -15,10 +15,9 @@ from passes.batch_norm.roles import BETA, GAMMA, QUANTIZED, ROLES, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.stored_averages import assigning, dead_zone, storable, stored
-from passes.quantization import points
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.insertion import starting_limits
-from passes.quantization.points import QuantizationPoint, Quantizers
+from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, Replacement, Usage
 from passes.quantization.ranges import Dynamic, Ema, Learned
 from passes.quantization.roles import Role
 from rewriter import op_defs
@@ -38,9 +37,9 @@ class BatchNormPoints(AverageOptions):
 
     roles: ClassVar[Sequence[Role]] = QUANTIZED
 
-    def layers(self, model: Model) -> Sequence[points.Layer]:
+    def layers(self, model: Model) -> Sequence[QuantizedLayer]:
         """Return the layers: batch norms, or several that share a function."""
-        return [points.Layer(layer.name, layer.batch_norms, _epsilon(layer)) for layer in model.analysis(layers)]
+        return [QuantizedLayer(layer.name, layer.batch_norms, _epsilon(layer)) for layer in model.analysis(layers)]
 
     def points(self, model: Model, quantizers: Quantizers) -> Iterator[QuantizationPoint | Edit]:
         """Yield the points of every site that has no quantisers and can have them; a `Skip` for the others.
@@ -146,10 +145,10 @@ class _Points:
         for role, edges in site.binding.statistics.items():
             for graph, node in assigning(self.model, site.binding.assigns[role]) if stores else ():
                 value, put = stored(self.model, graph, node)
-                yield self._point(site, role, Edge(graph, node, 1), "average", value=value, replaced=put)
+                yield self._point(site, role, Edge(graph, node, 1), "average", value=value, replacement=put)
             for edge in () if stores else edges:
                 average = partial(self._averaged, site, role, edge)
-                yield self._point(site, role, edge, "statistic", replaced=average)
+                yield self._point(site, role, edge, "statistic", replacement=average)
 
     def averages_beside(self, site: Site) -> Iterator[Edit]:
         """Let a kernel that computes averages give the batch's statistics, where one of them is quantised.
@@ -181,11 +180,11 @@ class _Points:
         site: Site,
         role: str,
         edge: Edge,
-        use: points.Use = "parameter",
+        use: Usage = "parameter",
         *,
         value: Expr | None = None,
         scope: str = "",
-        replaced: points.Replaced | None = None,
+        replacement: Replacement | None = None,
     ) -> QuantizationPoint:
         # The second phase normalises with the moving statistics, and still trains gamma and beta.
         second_phase = site.graph in self.model.analysis(frozen) and role in (GAMMA, BETA)
@@ -202,7 +201,7 @@ class _Points:
             trained=site.mode == "training" or use != "parameter" or second_phase,
             run=next((node for place, node in site.binding.runs if place == MAIN), ""),
             scope=scope,
-            replaced=replaced,
+            replacement=replacement,
         )
 
     def _layer(self, site: Site) -> Layer:

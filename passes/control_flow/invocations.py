@@ -57,7 +57,7 @@ class Invocation(NamedTuple):
 
 def of_signature(model: Model, signature: Signature) -> list[Invocation]:
     """Return the invocations when the main graph computes a signature."""
-    return list(_Walk(model).graph(MAIN, [v.node for v in signature.fetches], (), {}, certain=True))
+    return list(_CallWalk(model).graph(MAIN, [v.node for v in signature.fetches], (), {}, certain=True))
 
 
 def of_entry(
@@ -67,11 +67,11 @@ def of_entry(
     captured = (VariableKey(c) if isinstance(c, str) else Captured(c) for c in entry.captures)
     arguments = (*(None for _ in entry.inputs), *captured)
     values = {Value(name): value for name, value in known.items()}
-    return list(_Walk(model, ignored).function(entry.function, arguments, values, certain=True))
+    return list(_CallWalk(model, ignored).function(entry.function, arguments, values, certain=True))
 
 
 @dataclass
-class _Walk:
+class _CallWalk:
     """A traversal that meets each way of running a graph once."""
 
     model: Model

@@ -9,7 +9,7 @@ from typing import Any
 import regex
 
 from passes.quantization.custom import CustomQuantizer, Quantizer
-from passes.quantization.points import Layer, Member
+from passes.quantization.points import Member, QuantizedLayer
 from passes.quantization.schemes import Affine, Scheme, altered
 from rewriter.ir import Error, Model
 
@@ -21,7 +21,7 @@ PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
-class Match:
+class LayerFilter:
     """Some layers, by name.
 
     Attributes:
@@ -55,7 +55,7 @@ class Match:
 
 
 @dataclass(frozen=True)
-class Rule(Match):
+class Rule(LayerFilter):
     """Changed options of quantisers for some layers.
 
     Attributes:
@@ -80,7 +80,7 @@ class Rule(Match):
 
 
 def quantizer_for(
-    model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: Layer
+    model: Model, default: Quantizer | None, rules: Iterable[Rule], role: str, layer: QuantizedLayer
 ) -> Quantizer | None:
     """Return the quantiser of a role in a layer.
 
@@ -99,6 +99,6 @@ def quantizer_for(
     return next(iter(quantizers.values()))
 
 
-def unmatched(model: Model, rules: Iterable[Match], members: Sequence[Member]) -> Match | None:
+def unmatched(model: Model, rules: Iterable[LayerFilter], members: Sequence[Member]) -> LayerFilter | None:
     """Return the first rule that matches no layer at all, or None."""
     return next((rule for rule in rules if not any(rule.matches(model, member) for member in members)), None)

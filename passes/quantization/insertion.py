@@ -12,7 +12,7 @@ from passes.quantization.controls import Controls, Initial, counters
 from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
 from passes.quantization.emission import QuantizerEmitter
 from passes.quantization.grouping import CustomSpec, Operand, Used, groups
-from passes.quantization.points import Layer, QuantizationPoint, Quantizers
+from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic, Fixed
 from passes.quantization.schemes import Scheme
@@ -25,7 +25,7 @@ from rewriter.ir import MAIN, Edge, Error, Model, Value
 class Family(NamedTuple):
     """Layers that one provider numbers, their quantisers, and the points to quantise."""
 
-    layers: Sequence[Layer]
+    layers: Sequence[QuantizedLayer]
     quantizers: Quantizers
     points: list[QuantizationPoint]
 
@@ -75,7 +75,7 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
         yield from (Define(function) for function in emitter.functions.values())
 
 
-def starting_limits(model: Model, layers: Sequence[Layer], quantizers: Quantizers) -> dict[str, np.ndarray]:
+def starting_limits(model: Model, layers: Sequence[QuantizedLayer], quantizers: Quantizers) -> dict[str, np.ndarray]:
     """Return the limits that the ranges of each role begin with, float32 [layers, 2], in the schemes' coordinates."""
     return {
         role: np.array([_limits(model, layer, role, q) for layer, q in zip(layers, of_role, strict=True)], np.float32)
@@ -83,7 +83,7 @@ def starting_limits(model: Model, layers: Sequence[Layer], quantizers: Quantizer
     }
 
 
-def _limits(model: Model, layer: Layer, role: str, quantizer: Quantizer | None) -> tuple[float, float]:
+def _limits(model: Model, layer: QuantizedLayer, role: str, quantizer: Quantizer | None) -> tuple[float, float]:
     members = [member for member in layer.members if role in member.variables]
     if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not members:
         return 0.0, 0.0
@@ -144,7 +144,9 @@ class _Operands:
         return self.values[edge.graph, value]
 
 
-def _spec(layer: Layer, quantizer: Quantizer, point: QuantizationPoint, dtype: str) -> QuantizerSpec | CustomSpec:
+def _spec(
+    layer: QuantizedLayer, quantizer: Quantizer, point: QuantizationPoint, dtype: str
+) -> QuantizerSpec | CustomSpec:
     """Return the properties by which the quantiser of a point's value differs from others."""
     shape = None if -1 in point.shape else point.shape
     if not isinstance(quantizer, Scheme):

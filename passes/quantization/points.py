@@ -13,12 +13,12 @@ from rewriter.expr import Expr
 from rewriter.ir import Edge, Model
 from rewriter.shapes import Shape
 
-Use = Literal["parameter", "statistic", "average"]
+Usage = Literal["parameter", "statistic", "average"]
 """Use of a quantised value: a parameter that is read; a batch's statistic; or an average that is stored."""
 
 
-Replaced = Callable[[Expr], Iterable[Edit]]
-"""Function that makes the edits that let a quantised value be used."""
+Replacement = Callable[[Expr], Iterable[Edit]]
+"""Function from a quantised value to the edits that let it be used."""
 
 
 class Member(Protocol):
@@ -35,7 +35,7 @@ class Member(Protocol):
         ...
 
 
-class Layer(NamedTuple):
+class QuantizedLayer(NamedTuple):
     """The identity of quantisers: values of one layer and role share widths and ranges.
 
     Attributes:
@@ -63,14 +63,15 @@ class QuantizationPoint:
         layer: the number of its layer among the provider's.
         name: the name of the layer, in reports.
         shape: its shape; -1 is an unknown size.
-        axis: the axis of the channels, counted from the end, each of which has a range of its own; None for one range.
+        axis: the axis of the channels, -1 for the last, where each channel has a range of its own; None for one range.
         value: the value, where it is computed for this purpose; by default, it is that of the edge.
         epsilon: of a batch norm's values, the number that it adds to variances; else None.
         use: its use.
-        trained: true if it is used in training, so that a range may follow it and rounding may be stochastic.
-        run: the node of the main graph that runs in training, and moved ranges with it; "" if there is none.
+        trained: true if it is used in training alone: then its range may follow it, and rounding may be stochastic.
+        run: in the main graph, the node that runs at every training step, so that moved ranges are stored with it; ""
+            elsewhere, or where there is none.
         scope: the name scope of the nodes that quantise it; by default, that of the node that uses it.
-        replaced: makes the edits that let the quantised value be used; by default, the edge takes it.
+        replacement: from the quantised value to the edits that let it be used; by default, the edge takes it.
     """
 
     edge: Edge
@@ -81,11 +82,15 @@ class QuantizationPoint:
     axis: int | None = None
     value: Expr | None = None
     epsilon: float | None = None
-    use: Use = "parameter"
+    use: Usage = "parameter"
     trained: bool = False
     run: str = ""
     scope: str = ""
-    replaced: Replaced | None = None
+    replacement: Replacement | None = None
+
+    def __post_init__(self) -> None:
+        if self.axis is not None and not -len(self.shape) <= self.axis < 0:
+            raise AssertionError(f"the axis {self.axis} of {self.role} of {self.name}: it is counted from the end")
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -94,8 +99,8 @@ class QuantizationPoint:
 
     def edits(self, quantized: Expr) -> Iterable[Edit]:
         """Return the edits that let the quantised value be used."""
-        if self.replaced is not None:
-            return self.replaced(quantized)
+        if self.replacement is not None:
+            return self.replacement(quantized)
         return [Rewire(self.edge, quantized, self.scope or self.edge.node or self.role)]
 
 
@@ -110,7 +115,7 @@ class Provider(Protocol):
         """The roles of its values, in the order of the control variables' rows."""
         ...
 
-    def layers(self, model: Model) -> Sequence[Layer]:
+    def layers(self, model: Model) -> Sequence[QuantizedLayer]:
         """Return the layers, in the order of their numbers."""
         ...
 

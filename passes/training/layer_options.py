@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM, batch_norms
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
 from passes.batch_norm.site import Site
-from passes.quantization.choice import Match, unmatched
+from passes.quantization.choice import LayerFilter, unmatched
 from passes.training.options import LayerOptions, MomentumValue, Trained
 from rewriter.ir import Error, Model
 
@@ -32,7 +32,7 @@ class Momentum(NamedTuple):
 
 
 @dataclass(frozen=True)
-class TrainingRule(Match):
+class TrainingRule(LayerFilter):
     """Training options for some layers; None stands for the option of all other layers.
 
     Raises:
@@ -127,7 +127,7 @@ def weights(model: Model, site: Site) -> list[float]:
     return list(dict.fromkeys(f for f in all_weights if f is not None))
 
 
-def _last(model: Model, layer: Layer, options: Iterable[tuple[Match, T]], name: str) -> T | None:
+def _last(model: Model, layer: Layer, options: Iterable[tuple[LayerFilter, T]], name: str) -> T | None:
     """Return the option of the last rule that matches a layer; None where none matches."""
     option_of: dict[str, T | None] = dict.fromkeys(bn.name for bn in layer.batch_norms)
     for rule, value in options:

@@ -23,7 +23,7 @@ REESTIMATED = "reestimated"
 """Name of the empty child of `quantization` that marks a model whose statistics were re-estimated."""
 
 
-class Average(NamedTuple):
+class MovingAverage(NamedTuple):
     """A moving statistic that a training function updates.
 
     Attributes:
@@ -85,7 +85,7 @@ def trainer_of(model: Any) -> Callable[[Any], object]:
     return train
 
 
-def assign(models: Sequence[Any], estimated: Iterable[tuple[Average, np.ndarray]]) -> None:
+def assign(models: Sequence[Any], estimated: Iterable[tuple[MovingAverage, np.ndarray]]) -> None:
     """Give moving statistics their estimates, and mark the loaded models as re-estimated."""
     for average, value in estimated:
         assign_replicas(average.variable, value.astype(average.variable.dtype.as_numpy_dtype))
@@ -99,7 +99,7 @@ def estimates(
     batches: Iterable[Any],
     steps: int,
     also_restored: Sequence[Any] = (),
-) -> list[tuple[Average, np.ndarray]]:
+) -> list[tuple[MovingAverage, np.ndarray]]:
     """Return the averages of the batches' statistics, in float64, and leave all variables as they were.
 
     Args:
@@ -149,7 +149,7 @@ def estimates(
     return [(average, total / steps) for average, total in zip(averages, sums, strict=True)]
 
 
-def _check_weights(averages: list[Average], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
+def _check_weights(averages: list[MovingAverage], from_zero: list[np.ndarray], from_one: list[np.ndarray]) -> None:
     """Refuse averages in which a step's batch has another weight than a single update gives it.
 
     One update with weight w turns an average a into a * (1 - w) + w * batch. So the results from averages of one and
@@ -167,7 +167,7 @@ def _check_weights(averages: list[Average], from_zero: list[np.ndarray], from_on
             )
 
 
-def _averages(model: Any) -> tuple[list[Average], bool]:
+def _averages(model: Any) -> tuple[list[MovingAverage], bool]:
     """Return the moving statistics that training updates, and true if quantisers act on the stored averages."""
     with tempfile.TemporaryDirectory() as folder:
         tf.saved_model.save(model, folder)
@@ -179,7 +179,7 @@ def _averages(model: Any) -> tuple[list[Average], bool]:
             entry = saved.entries[concrete.name.decode()]
             reached |= calls.reached(entry.function)
             variables |= variables_by_key(concrete, entry)
-        averages: dict[str, Average] = {}
+        averages: dict[str, MovingAverage] = {}
         for bn in saved.analysis(batch_norms):
             statistics = {role: bn.variables[role] for role in STATISTICS if role in bn.variables}
             if any(s.training and s.graph in reached for s in bn.sites) and all(
@@ -189,7 +189,7 @@ def _averages(model: Any) -> tuple[list[Average], bool]:
                     raise Error(f"the weight of a batch in the averages of {bn.name} is not constant")
                 epsilon = bn.sites[0].epsilon
                 averages |= {
-                    k: Average(variables[k], bn.name, role, epsilon, bn.weight) for role, k in statistics.items()
+                    k: MovingAverage(variables[k], bn.name, role, epsilon, bn.weight) for role, k in statistics.items()
                 }
         stores_quantized = any(
             tag.get("use") == "average" for site in saved.analysis(sites) for tag in site.binding.quantized

@@ -18,7 +18,7 @@ from rewriter.app.arrays import refuse_not_finite, uniform_values
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
-from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, Bound, Comparison, rounding
+from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, ErrorBound, RoundingCheck, rounding
 from rewriter.app.verification.running import Ran
 from rewriter.app.verification.serving import Pair, Serving, differences, serve
 from rewriter.app.verification.training import Trained, train
@@ -135,13 +135,13 @@ def same_off(pair: Pair, serving: Serving) -> Claim:
     name = "off"
     if not serving.ran or serving.lost:
         return Claim(name, NOT_APPLICABLE, serving.lost or "no signature was run in both models")
-    comparison, notes = Comparison(), []
+    comparison, notes = RoundingCheck(), []
     for signature, served in serving.ran.items():
         fused_sites = placed(pair.source, signature).raised(placed(pair.result, signature)).total()
         if isinstance(served.off, str):
             comparison.wrong.append(f"signature {signature}: {served.off}")
             continue
-        largest_bound = Bound(_floor(pair.source), "") if fused_sites else Bound(0.0, "")
+        largest_bound = ErrorBound(_floor(pair.source), "") if fused_sites else ErrorBound(0.0, "")
         floor = largest_bound.allowed or 0.0
         for key, share in differences(served.source.outputs, served.off.outputs).items():
             bound = rounding(floor, served.rerun.get(key, 0.0), served.perturbed.get(key, 0.0))
@@ -210,7 +210,7 @@ def same_training(pair: Pair, trained: Trained) -> Claim:
                 "a TensorFlow 1 graph has no training function to compare with, but ops that its program names"
             )
         return Claim(name, NOT_APPLICABLE, trained.failure or trained.absent or trained.source_failure or no_training)
-    distances, comparison = trained.source_distances, Comparison()
+    distances, comparison = trained.source_distances, RoundingCheck()
     for number, (key, share) in enumerate(distances.found.items()):
         output = number < distances.outputs
         # The change of averages is computed beside the kernel, in another order.

@@ -17,7 +17,7 @@ HALF_ROUNDING = 2e-2
 """Largest change by fusing if activations are half or bfloat16, relative to the largest element."""
 
 
-class Bound(NamedTuple):
+class ErrorBound(NamedTuple):
     """Share of the largest element that rounding may change, None if it is unknown; and the reason."""
 
     allowed: float | None
@@ -25,7 +25,7 @@ class Bound(NamedTuple):
 
 
 @dataclass
-class Comparison:
+class RoundingCheck:
     """Values of two models, compared within the bounds of rounding.
 
     Attributes:
@@ -40,7 +40,7 @@ class Comparison:
     same: int = 0
     largest: float = 0.0
 
-    def add(self, what: str, share: float, bound: Bound) -> None:
+    def add(self, what: str, share: float, bound: ErrorBound) -> None:
         """Record a value's difference."""
         if not share or (bound.allowed is not None and share <= bound.allowed):
             self.same += 1
@@ -52,7 +52,7 @@ class Comparison:
             self.wrong.append(f"{what}: {difference}, {bound.allowed:.2g} is allowed{bound.why}")
 
 
-def rounding(floor: float, rerun: float, perturbed: float) -> Bound:
+def rounding(floor: float, rerun: float, perturbed: float) -> ErrorBound:
     """Return the difference to the source that rounding explains.
 
     A network amplifies the rounding errors of its ops. The source itself shows by how much: its outputs are compared
@@ -64,18 +64,18 @@ def rounding(floor: float, rerun: float, perturbed: float) -> Bound:
         perturbed: the difference of the source from itself with other last bits.
     """
     if rerun > ROUNDING:
-        return Bound(None, "the source draws it at random, or is another from run to run")
+        return ErrorBound(None, "the source draws it at random, or is another from run to run")
     if not floor and not rerun:
-        return Bound(0.0, "")
+        return ErrorBound(0.0, "")
     if perturbed > CHAOS:
-        return Bound(
+        return ErrorBound(
             None,
             f"other last bits in the source's inputs and variables change it by {perturbed:.2g}; give it inputs as in "
             "its training",
         )
     conditioned = CONDITIONING * max(rerun, perturbed)
     if conditioned <= floor:
-        return Bound(floor, "")
-    return Bound(
+        return ErrorBound(floor, "")
+    return ErrorBound(
         conditioned, f", {CONDITIONING} times what the source changes by other last bits in inputs and variables"
     )

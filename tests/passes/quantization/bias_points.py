@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from passes.quantization.points import Layer, QuantizationPoint, Quantizers
+from passes.batch_norm.entries import only_training
+from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.roles import Role
 from rewriter.dataflow import VariableKey, origins
 from rewriter.edit import Edit, Skip
@@ -28,12 +29,12 @@ class BiasPoints:
 
     roles: ClassVar[Sequence[Role]] = (BIAS,)
 
-    def layers(self, model: Model) -> Sequence[Layer]:
+    def layers(self, model: Model) -> Sequence[QuantizedLayer]:
         """Return a layer for each variable."""
         biases = [
             Bias(model.variables[key].name, {"bias": key}) for key in sorted(set().union(*_edges(model).values()))
         ]
-        return [Layer(bias.name, (bias,)) for bias in biases]
+        return [QuantizedLayer(bias.name, (bias,)) for bias in biases]
 
     def points(self, model: Model, _: Quantizers) -> Iterator[QuantizationPoint | Edit]:
         """Yield a point for each ``BiasAdd``, or a `Skip` where a function adds one of several biases."""
@@ -41,18 +42,16 @@ class BiasPoints:
         for edge, keys in _edges(model).items():
             if len(keys) > 1:
                 yield Skip(edge.graph, edge.node, "its function adds several biases")
-            for key in keys if len(keys) == 1 else ():
-                variable = model.variables[key]
-                yield QuantizationPoint(edge, "bias", number[key], variable.name, variable.shape or (-1,), trained=True)
+                continue
+            (key,) = keys
+            name, shape = model.variables[key].name, model.variables[key].shape or (-1,)
+            trained = edge.graph in model.analysis(only_training)
+            yield QuantizationPoint(edge, "bias", number[key], name, shape, trained=trained)
 
 
 def _edges(model: Model) -> dict[Edge, set[str]]:
     """Return the edges at which biases are added, and the keys of the variables that hold them."""
-    edges = {}
-    for graph in model.graphs.values():
-        for node in graph.nodes.values():
-            found = origins(model, graph.name, node.inputs[1]) if node.op == "BiasAdd" else ()
-            keys = {origin.key for origin in found if isinstance(origin, VariableKey)}
-            if keys:
-                edges[Edge(graph.name, node.name, 1)] = keys
-    return edges
+    adds = [(g.name, node) for g in model.graphs.values() for node in g.nodes.values() if node.op == "BiasAdd"]
+    sources = {Edge(graph, node.name, 1): origins(model, graph, node.inputs[1]) for graph, node in adds}
+    keys = {edge: {o.key for o in known if isinstance(o, VariableKey)} for edge, known in sources.items()}
+    return {edge: keys_here for edge, keys_here in keys.items() if keys_here}
