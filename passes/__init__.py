@@ -35,7 +35,7 @@ REWRITE: Mapping[str, str] = {
     "quantize": "passes.quantize:Quantize",
     "check-averages": "passes.training.check_averages:CheckAverages",
 }
-"""The passes of `bnqat rewrite` by name, in their default order, as ``module:Class``."""
+"""The passes of `bnqat rewrite` by name, in their order, as ``module:Class``; `SWITCHED` says which are optional."""
 
 FINALIZE: Mapping[str, str] = {
     "settle-choices": "passes.control_flow.settle_choices:SettleChoices",
@@ -44,7 +44,8 @@ FINALIZE: Mapping[str, str] = {
     "inline-calls": "passes.deploy.inline_calls:InlineCalls",
     "fold-batch-norm": "passes.deploy.fold_batch_norm:FoldBatchNorm",
 }
-"""Those of `bnqat finalize`; the first runs where nothing serves otherwise, the last two with `--fold`."""
+"""Those of `bnqat finalize`, in their order. The first runs where a constant keeps serving from its mode, the last two
+with `--fold`; `rewriter.app.finalize` decides, and repeats `inline-calls`."""
 
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""

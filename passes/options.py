@@ -1,7 +1,8 @@
 """Options of passes: fields of dataclasses, each with its type, check, default and help text.
 
-A pass inherits its options. The configuration file, the command line and the documents' table are made from the same
-fields. Importing this module, or `passes`, imports neither TensorFlow nor pydantic, which checks the values.
+A pass inherits its options. The configuration file and the command line are made from the same fields, and the table
+in the documents is tested against them. Importing this module, or `passes`, imports neither TensorFlow nor pydantic,
+which checks the values.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def _forms() -> Iterator[Pattern]:
 FORMS = tuple(sorted(_forms(), key=lambda form: -len(form.captures & {GAMMA, BETA})))
 PARTS = frozenset(part for form in FORMS for part in form.parts)
 ANCHORS = frozenset(op for part in PARTS if _SHIFTED in part.inputs for op in part.ops)
-"""Ops on the sum of a variance and epsilon. Every form begins with one."""
+"""Ops on the sum of a variance and epsilon, where the search for every form begins."""
 OPS = frozenset(op for part in PARTS for op in part.ops)
 _LONGEST = max(form.depth for form in FORMS) - 2
 """Number of ops after an anchor up to the end of the longest form. The 2 are the anchor and the sum that it takes."""

@@ -320,7 +320,7 @@ def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
 
 
 def _flat(extreme: Expr, spec: QuantizerSpec) -> Expr:
-    """Return the extreme of a value as a vector [1]; that of a vector or of a stack of them is none too many."""
+    """Return the extreme of a value of several axes, [1, ..., 1], as [1]; that of vectors has this form already."""
     return extreme if len(spec.axes) == 1 else op("Reshape", extreme, array(np.array([1], np.int32)))
 
 

@@ -139,10 +139,7 @@ class Scheme:
         return Limits(op("Minimum", extremes.low, 0.0), op("Maximum", extremes.high, 0.0))
 
     def ceiling(self, grid: Grid) -> Expr | None:  # noqa: ARG002  most never have a value there
-        """Return the greatest number of steps from the origin, [..., 1], that codes allow; or None.
-
-        None says that no value within its own range can be rounded beyond it.
-        """
+        """Return the greatest number of steps from the origin, where rounding may lead beyond it; else None."""
         return None
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
@@ -383,6 +380,8 @@ class Log(Scheme):
 
 
 SCHEMES: Mapping[str, type[Scheme]] = {scheme.name: scheme for scheme in (Affine, Symmetric, PowerOfTwo, Log)}
+"""All schemes by name. A new one has its name in `passes.quantization.options.SchemeName`, too, where the command line
+finds it without importing TensorFlow."""
 
 
 def altered(quantizer: Scheme, options: Mapping[str, Any]) -> Scheme:

@@ -121,7 +121,7 @@ def rewrite(
         tags: the tags of the meta graph to rewrite, if the model holds several; by default those of the one for
             serving. The other meta graphs are kept as they are.
         passes: passes to run instead of the default ones, as objects, by name (those of `passes.PASSES`; the default
-            ones are `passes.REWRITE`), or as ``module:Class``.
+            ones are those of `passes.REWRITE` that no option leaves out), or as ``module:Class``.
         overwrite: replace `target` if it is a SavedModel.
         dry_run: run the passes and report, write nothing.
         observers: called after each pass.

@@ -48,8 +48,8 @@ for _command in (inspect, diff, verify, sensitivity, finalize):
 @TAGS
 @click.option(
     "--passes",
-    help=f"Passes to run instead of the default ones, which are {', '.join(REWRITE)}; comma-separated, in this order: "
-    f"these, those of finalize ({', '.join(FINALIZE)}), or your own as module:Class.",
+    help=f"Passes to run instead of the default ones, comma-separated, in this order: of {', '.join(REWRITE)} (all but "
+    f"unfreeze-constants are default), those of finalize ({', '.join(FINALIZE)}), or your own as module:Class.",
 )
 @click.option("--dry-run", is_flag=True, help="Report what would be done, write nothing.")
 @VERBOSE

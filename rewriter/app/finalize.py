@@ -119,7 +119,7 @@ def finalize(
 
 
 def _undecided(model: Model) -> bool:
-    """Return true if serving functions hold batch norms in training mode, which a constant keeps from being used."""
+    """Return true if nothing serves but what may train: there may be a constant that decides."""
     calls = model.analysis(call_graph)
     reached = frozenset().union(*(calls.reached(e.function) for e in model.analysis(serves)))
     return not reached or any(site.training for site in model.analysis(sites) if site.graph in reached)

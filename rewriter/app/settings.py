@@ -120,7 +120,7 @@ class Settings(
 ):
     """All options of a rewrite: those of `passes.OPTIONS`, the quantisers' and the rules.
 
-    Pydantic takes the fields of the base classes from the last to the first.
+    Pydantic takes the fields of the base classes from the last to the first, so their order is the reverse.
     """
 
     defaults: Defaults = Defaults()
