@@ -169,20 +169,6 @@ def test_ranges_that_are_kept(source: Path, tmp_path: Path, range_: Any) -> None
         np.testing.assert_array_equal(values(tmp_path / "f")["first"], expected)
 
 
-def test_a_range_that_no_training_moves_is_named(tmp_path: Path) -> None:
-    """Serving and training call one function that adds the bias, and serving must not move the range."""
-    module = Biased()
-    add = tf.function(tf.nn.bias_add)
-    call = module.call
-    module.serve = tf.function(
-        lambda x: add(call(x, False), module.third), input_signature=[tf.TensorSpec((None, 6, 6, 3), name="x")]
-    )
-    module.third = tf.Variable(np.ones(5, F), name="third")
-    report = bnqat.rewrite(save_module(module, tmp_path / "m"), tmp_path / "q", range={"bias": "ema"})
-    (note,) = (note for note in report.notes if "ema range" in note)
-    assert note.startswith("the ema range of bias of third stays as it is at first")
-
-
 def test_without_their_name_they_stay_float(source: Path, tmp_path: Path) -> None:
     for number, options in enumerate(({}, {"bits": 4}, {"scheme": "symmetric"})):
         report = bnqat.rewrite(source, tmp_path / str(number), **options)  # type: ignore[arg-type]

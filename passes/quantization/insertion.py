@@ -17,7 +17,7 @@ from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic, Fixed
 from passes.quantization.schemes import Scheme
 from rewriter import op_defs
-from rewriter.edit import AddVariable, Define, Edit, Import, Note, RunAfter
+from rewriter.edit import AddVariable, Define, Edit, Import, RunAfter
 from rewriter.expr import Use, read
 from rewriter.ir import MAIN, Edge, Error, Model, Value
 
@@ -71,7 +71,6 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     # All values are quantised before any is replaced: what one edit puts in place is no value that another quantises.
     for operand, point in inserted:
         yield from point.edits(emitter.quantized[operand])
-    yield from (note for family in families for note in _still(family))
     if model.object_based:
         yield from (Define(function) for function in emitter.functions.values())
 
@@ -93,20 +92,6 @@ def _limits(model: Model, layer: QuantizedLayer, role: str, quantizer: Quantizer
         return scheme.fixed(scheme.range)
     values = [np.asarray(model.value_of(member.variables[role]), np.float32).ravel() for member in members]
     return scheme.limits_of(np.concatenate(values))
-
-
-def _still(family: Family) -> Iterator[Note]:
-    """Yield notes on ranges that are to follow values in training, and that no training moves."""
-    moved = {(point.role, point.layer) for point in family.points if point.trained}
-    for role, of_role in family.quantizers.items():
-        used = {point.layer for point in family.points if point.role == role}
-        still = [i for i in sorted(used) if (q := of_role[i]) and q.range.name == "ema" and (role, i) not in moved]
-        if still:
-            others = f" and {len(still) - 1} more" if len(still) > 1 else ""
-            yield Note(
-                f"the ema range of {role} of {family.layers[still[0]].name}{others} stays as it is at first, as no "
-                "function uses it that only trains"
-            )
 
 
 class _Operands:
