@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from playwright.sync_api import Browser, sync_playwright
 import bnqat
 from tests.browsing import chromium
 from tests.models.all import ALL
-from tests.reliability.forks import Server, server
+from tests.reliability.forks import PLAIN, Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
@@ -108,12 +109,25 @@ def forks() -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
+def plain_forks() -> Iterator[Server]:
+    """Server that runs each program in a process that has imported TensorFlow and Keras 3, but nothing of bnqat."""
+    with server(modules=PLAIN) as started:
+        yield started
+
+
+@pytest.fixture(scope="session")
 def browser() -> Iterator[Browser]:
     """Chromium, one for each process."""
     with sync_playwright() as playwright:
         started = chromium(playwright)
         yield started
         started.close()
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector pass over what lives as long as the process: TensorFlow's modules, and the tests'."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -17,10 +15,10 @@ import bnqat
 from tests import harness
 from tests.models import Trainable, keras_application, save_module, small_keras
 from tests.reference import reference
+from tests.reliability.forks import Server
 
 Paths = Callable[..., Path]
 ALL = ["module", "module_train", "module_shared", "keras_save", "keras_dropout", "keras_export"]
-LARGE = ["mobilenet_save", "mobilenet_export"]
 OFF = 10**9
 
 PLAIN_USER = """
@@ -65,11 +63,12 @@ print("fine")
 """
 
 
-@pytest.mark.parametrize("name", [*ALL, *LARGE])
-def test_a_user_without_bnqat_loads_serves_trains_and_saves(name: str, rewritten: Paths, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", PLAIN_USER, str(rewritten(name, bits=4)), str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout == "fine\n", done.stderr[-2000:]
+@pytest.mark.parametrize("name", [*ALL, "mobilenet_save"])
+def test_a_user_without_bnqat_loads_serves_trains_and_saves(
+    name: str, plain_forks: Server, rewritten: Paths, tmp_path: Path
+) -> None:
+    done = plain_forks.python(PLAIN_USER, rewritten(name, bits=4), tmp_path / "again")
+    assert done.out == "fine\n", done.err[-2000:]
 
 
 @pytest.mark.parametrize("name", [*ALL, "mobilenet_save"])

@@ -1,27 +1,22 @@
 """Public models made by others, used by someone who has neither bnqat nor Keras 2.
 
-One of each kind, as each takes processes of its own; test_survey.py takes every model through all columns.
+A few of each kind, as this loads and saves a model several times; test_survey.py takes every model through all columns.
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import bnqat
 from tests.conftest import PUBLIC
+from tests.reliability.forks import Server
 from tests.test_contract import PLAIN_USER
 
 pytestmark = pytest.mark.corpus
 
-KERAS = (
-    "ArmDeveloperEcosystem+ml-image-classification-example-for-openmv+1",
-    "mlcommons+tiny+1",
-    "spotify+basic-pitch+1",
-)
+KERAS = ("mlcommons+tiny+1", "spotify+basic-pitch+1")
 """Compiled Keras 2 models, which plain loading does not take as they came."""
 
 V1 = ("idealo+image-quality-assessment+1", "MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
@@ -73,15 +68,15 @@ print("fine")
 
 @pytest.mark.parametrize("name", [*KERAS, *V1])
 def test_whoever_has_only_tensorflow_loads_trains_and_saves_the_result(
-    name: str, request: pytest.FixtureRequest, tmp_path: Path
+    name: str, plain_forks: Server, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     source = public(name, request)
     if name in KERAS:
-        loading = run(PLAIN_LOAD, source)
-        assert loading.stdout == "fails\n", loading.stderr[-500:]
+        loading = plain_forks.python(PLAIN_LOAD, source)
+        assert loading.out == "fails\n", loading.err[-500:]
     bnqat.rewrite(source, tmp_path / "out", bits=4)
-    done = run(V1_USER if name in V1 else PLAIN_USER, tmp_path / "out", tmp_path / "again")
-    assert done.stdout == "fine\n", done.stderr[-2000:]
+    done = plain_forks.python(V1_USER if name in V1 else PLAIN_USER, tmp_path / "out", tmp_path / "again")
+    assert done.out == "fine\n", done.err[-2000:]
 
 
 def public(name: str, request: pytest.FixtureRequest) -> Path:
@@ -89,8 +84,3 @@ def public(name: str, request: pytest.FixtureRequest) -> Path:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")
     folder: Path = request.getfixturevalue("corpus")
     return folder / name
-
-
-def run(program: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)

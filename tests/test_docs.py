@@ -11,16 +11,18 @@ from pathlib import Path
 import pytest
 
 import bnqat
+from tests.reliability.forks import Call, Server
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"^# file: (\S+)\n")
+CLIPPING = ("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu")
 
 
 @pytest.mark.parametrize(
     "name", ["README.md", "docs/passes.md", "docs/supported.md", "docs/quantisation.md", "docs/diff.md"]
 )
-def test_blocks_run_in_order(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_blocks_run_in_order(name: str, forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
     (tmp_path / "float_model").symlink_to(model("module"))
     bnqat.rewrite(model("module"), tmp_path / "qat_model", start_step=5)
     bnqat.rewrite(model("v1_two_fused"), tmp_path / "qat_v1_model")
@@ -30,22 +32,15 @@ def test_blocks_run_in_order(name: str, model: Callable[[str], Path], tmp_path: 
         file = FILE.match(block)
         if file:
             (tmp_path / file[1]).write_text(block, encoding="utf-8")
-            done = bnqat_command("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu", cwd=tmp_path)
+            command = [str(Path(sys.executable).parent / "bnqat"), *CLIPPING]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+            assert done.returncode == 0, done.stderr[-2000:]
         else:
-            done = run("-c", block, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr[-2000:]
+            outcome = forks.python(block, cwd=tmp_path)
+            assert outcome.code == 0, outcome.err[-2000:]
 
 
-def run(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, cwd=cwd)
-
-
-def bnqat_command(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [str(Path(sys.executable).parent / "bnqat"), *args]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=cwd)
-
-
-def test_a_third_partys_pass_does_its_work(model: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_third_partys_pass_does_its_work(forks: Server, model: Callable[[str], Path], tmp_path: Path) -> None:
     import tensorflow as tf
 
     from tests import harness
@@ -53,8 +48,8 @@ def test_a_third_partys_pass_does_its_work(model: Callable[[str], Path], tmp_pat
     (tmp_path / "float_model").symlink_to(model("module"))
     block = BLOCK.findall((ROOT / "docs/passes.md").read_text(encoding="utf-8"))[0]
     (tmp_path / "clip_relu.py").write_text(block.replace("top: float = 6.0", "top: float = 0.5"), encoding="utf-8")
-    done = bnqat_command("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = forks.cli(*CLIPPING, before=[Call("os:chdir", [str(tmp_path)])])
+    assert done.code == 0, done.err
     x = harness.images((None, 8, 8, 3))
     source, clipped = tf.saved_model.load(str(model("module"))), tf.saved_model.load(str(tmp_path / "clipped"))
     assert source.serve(x).numpy().max() > 0.5

@@ -1,27 +1,30 @@
 """Every block of a guide runs, page by page, in an empty directory, as a reader would run it.
 
 The blocks of Python are one session. One that begins with ``# file: name`` is a file. Of the console's blocks the
-lines that begin with ``$ `` run in bash, where they stand.
+lines that begin with ``$ `` run in bash, where they stand. There `bnqat` is forked from a process that has imported
+TensorFlow; tests/test_docs.py runs the installed command.
 """
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.commands import command
+from tests.reliability.forks import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 GUIDES = ("docs/keras.md", "docs/loops.md", "docs/distributed.md", "docs/deployment.md", "docs/migrating.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SESSION = """
-import pathlib, re, subprocess, sys
+import os, pathlib, re, subprocess, sys
+folders = [sys.argv[2], os.path.dirname(sys.executable), os.environ["PATH"]]  # with `bnqat`, `python`, and all others
+os.environ["PATH"] = os.pathsep.join(folders)
 namespace = {"__name__": "__main__"}
-for index, (kind, text) in enumerate(eval(sys.stdin.read())):
+for index, (kind, text) in enumerate(eval(sys.argv[1])):
     file = re.match(r"# file: (\\S+)\\n", text)
     if kind == "console":
         for line in (each[2:] for each in text.splitlines() if each.startswith("$ ")):
@@ -36,20 +39,12 @@ print("every block ran")
 
 
 @pytest.mark.parametrize("page", GUIDES)
-def test_every_block_runs(page: str, tmp_path: Path) -> None:
+def test_every_block_runs(page: str, forks: Server, plain_forks: Server, tmp_path: Path) -> None:
     matches = BLOCK.findall((ROOT / page).read_text(encoding="utf-8"))
     blocks = [(kind, text) for kind, text in matches if kind in ("python", "console")]
     assert len(blocks) > 1
-    commands = str(Path(sys.executable).parent)  # where `bnqat` and `python` are
-    environment = {**os.environ, "PATH": f"{commands}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(
-        [sys.executable, "-c", SESSION],
-        input=repr(blocks),
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=tmp_path,
-        env=environment,
-        timeout=600,
-    )
-    assert done.stdout.endswith("every block ran\n"), f"{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    work, commands = tmp_path / "work", tmp_path / "commands"
+    work.mkdir()
+    with command(forks, commands):
+        done = plain_forks.python(SESSION, repr(blocks), commands, cwd=work, limit=600)
+    assert done.out.endswith("every block ran\n"), f"{done.out[-2000:]}\n{done.err[-3000:]}"

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.reliability.forks import Server
 
 MIRRORED = """
 import sys
@@ -67,10 +67,11 @@ print("fine")
 """
 
 
-def test_one_step_for_all_replicas_and_ranges_of_all_data(rewritten: Callable[..., Path], tmp_path: Path) -> None:
+def test_one_step_for_all_replicas_and_ranges_of_all_data(
+    plain_forks: Server, rewritten: Callable[..., Path], tmp_path: Path
+) -> None:
     """A range is the mean of the replicas' ranges; saving and loading keep it."""
     ranges = {"gamma": "learned", "beta": "learned", "moving_mean": "ema", "moving_variance": "ema"}
     path = rewritten("module_train", bits=4, range=ranges)
-    command = [sys.executable, "-c", MIRRORED, str(path), str(tmp_path / "again")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.stdout == "fine\n", done.stderr[-2000:]
+    done = plain_forks.python(MIRRORED, path, tmp_path / "again")
+    assert done.out == "fine\n", done.err[-2000:]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import bnqat
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.ports import ports
+from tests.reliability.forks import Call, Server
 
 Paths = Callable[..., Path]
 ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
@@ -197,20 +196,17 @@ print(all(g is not None and bool(tf.reduce_any(g != 0)) for g in gradients))
 """
 
 
-def test_from_the_command_line_by_name_and_loaded_without_it(model: Paths, tmp_path: Path) -> None:
+def test_from_the_command_line_by_name_and_loaded_without_it(
+    forks: Server, plain_forks: Server, model: Paths, tmp_path: Path
+) -> None:
     (tmp_path / "own.py").write_text(OWN)
-    rewrite = [str(Path(sys.executable).with_name("bnqat")), "rewrite", str(model("module"))]
-    command = [*rewrite, "out", "--quantizer", "own:mine"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    used = subprocess.run(
-        [sys.executable, "-c", USER, "out"], cwd=tmp_path, capture_output=True, text=True, check=False
-    )
-    assert used.stdout == "True\n", used.stderr[-2000:]
+    here = [Call("os:chdir", [str(tmp_path)])]
+    done = forks.cli("rewrite", model("module"), "out", "--quantizer", "own:mine", before=here)
+    assert done.code == 0, done.err
+    used = plain_forks.python(USER, "out", cwd=tmp_path)
+    assert used.out == "True\n", used.err[-2000:]
     for name, message in (("own:none", "there is no own:none"), ("nowhere:f", "there is no nowhere:f")):
-        done = subprocess.run(
-            [*rewrite, "x", "--quantizer", name], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 2
-        assert message in done.stderr
-        assert len(done.stderr.splitlines()) == 1
+        done = forks.cli("rewrite", model("module"), "x", "--quantizer", name, before=here)
+        assert done.code == 2
+        assert message in done.err
+        assert len(done.err.splitlines()) == 1

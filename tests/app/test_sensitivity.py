@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,11 +21,6 @@ ROLES = ("gamma", "beta", "moving_mean", "moving_variance")
 def inputs(tmp_path: Path) -> Path:
     np.savez(tmp_path / "data.npz", anything=X.numpy())
     return tmp_path / "data.npz"
-
-
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    line = [str(Path(sys.executable).with_name("bnqat")), "sensitivity", *map(str, arguments)]
-    return subprocess.run(line, capture_output=True, text=True, check=False)
 
 
 def test_each_error_is_that_of_one_quantizer_at_one_width(model: Paths, rewritten: Paths) -> None:
@@ -55,18 +48,18 @@ def test_each_error_is_that_of_one_quantizer_at_one_width(model: Paths, rewritte
     assert harness.digest(path) == before
 
 
-def test_the_table_the_plot_and_json(rewritten: Paths, inputs: Path, tmp_path: Path) -> None:
+def test_the_table_the_plot_and_json(forks: Server, rewritten: Paths, inputs: Path, tmp_path: Path) -> None:
     path = rewritten("module")
-    done = command(path, "--inputs", inputs, "--bits", "8,2", "--plot", tmp_path / "plot.svg")
-    assert done.returncode == 0, done.stderr
-    assert f"executing {path}" in done.stderr
-    lines = [line for line in done.stdout.splitlines() if "gamma" in line or "moving_variance" in line]
+    done = forks.cli("sensitivity", path, "--inputs", inputs, "--bits", "8,2", "--plot", tmp_path / "plot.svg")
+    assert done.code == 0, done.err
+    assert f"executing {path}" in done.err
+    lines = [line for line in done.out.splitlines() if "gamma" in line or "moving_variance" in line]
     assert len(lines) == 4
-    assert "8 bits" in done.stdout
+    assert "8 bits" in done.out
     text = (tmp_path / "plot.svg").read_text()
     assert text.startswith("<?xml")
-    done = command(path, "--inputs", inputs, "--bits", "8,2", "--json")
-    rows = json.loads(done.stdout)["rows"]
+    done = forks.cli("sensitivity", path, "--inputs", inputs, "--bits", "8,2", "--json")
+    rows = json.loads(done.out)["rows"]
     assert len(rows) == 8
     assert set(rows[0]["error"]) == {"8", "2"}
 

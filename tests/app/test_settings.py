@@ -11,6 +11,7 @@ import pytest
 
 import bnqat
 from rewriter.app.settings import settings
+from tests.reliability.forks import Server
 
 Paths = Callable[..., Path]
 FILE = """
@@ -108,9 +109,9 @@ def test_what_is_printed_is_a_file_that_says_the_same(config: Path, tmp_path: Pa
     assert command("--config", tmp_path / "printed.toml", "--print-config").stdout == first.stdout
 
 
-def test_rules_and_defaults_reach_the_quantizers(config: Path, model: Paths, tmp_path: Path) -> None:
-    done = command(model("module"), tmp_path / "out", "--config", config)
-    assert done.returncode == 0, done.stderr
+def test_rules_and_defaults_reach_the_quantizers(forks: Server, config: Path, model: Paths, tmp_path: Path) -> None:
+    done = forks.cli("rewrite", model("module"), tmp_path / "out", "--config", config)
+    assert done.code == 0, done.err
     tags = [t for bn in bnqat.inspect(tmp_path / "out").batch_norms for s in bn.sites for t in s.quantizers]
     assert {(t["layer"], t["role"], t["scheme"], t["bits"]) for t in tags} == {
         (0, "gamma", "symmetric", 4),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +29,7 @@ from tests import harness
 from tests.models import FusedBatchNorm, perturb, save_keras, small_keras
 from tests.models.chosen import CHOSEN_MODELS
 from tests.models.v1 import save_v1, two_fused
+from tests.reliability.forks import Server
 
 Paths = Callable[..., Path]
 CLAIMS = ("signatures", "off", "on", "statistics", "gradients", "kernels in inference", "kernels in training")
@@ -137,7 +136,7 @@ except AttributeError as e:
 """
 
 
-def test_a_compiled_keras_model_which_plain_loading_refuses(tmp_path: Path) -> None:
+def test_a_compiled_keras_model_which_plain_loading_refuses(plain_forks: Server, tmp_path: Path) -> None:
     import tf_keras
 
     net = small_keras()
@@ -145,10 +144,9 @@ def test_a_compiled_keras_model_which_plain_loading_refuses(tmp_path: Path) -> N
     net.fit(np.zeros((4, 8, 8, 3)), np.zeros((4, 10)), verbose=0)
     save_keras(net, tmp_path / "a")
     bnqat.rewrite(tmp_path / "a", tmp_path / "b")
-    command = [sys.executable, "-c", WITHOUT_KERAS, str(tmp_path / "a"), str(tmp_path / "b")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    claims = json.loads(done.stdout)["claims"]
+    done = plain_forks.python(WITHOUT_KERAS, tmp_path / "a", tmp_path / "b")
+    assert done.code == 0, done.err[-2000:]
+    claims = json.loads(done.out)["claims"]
     assert {c["name"]: c["status"] for c in claims} == dict.fromkeys((*CLAIMS, "training"), HOLDS)
     assert "the source's own training function 2 " in claims[-1]["detail"]
 

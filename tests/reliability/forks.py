@@ -1,4 +1,4 @@
-"""Commands in processes of their own, watched; forked from one that has imported TensorFlow, so as to start at once.
+"""Commands and programs in processes of their own, watched; forked from one with TensorFlow, so as to start at once.
 
 The server reads a request a line and answers with what became of it. Nothing in it runs an op: TensorFlow's threads,
 which do not survive a fork, are not started yet.
@@ -19,9 +19,17 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 CLI = "rewriter.app.cli:main"
+COMMANDS = (
+    *("tensorflow", "rewriter.app.api", "rewriter.app.cli", "rewriter.app.diff", "rewriter.app.finalize"),
+    *("rewriter.app.sensitivity", "rewriter.app.verification.claims"),
+)
+"""Modules of the command line; the passes come with them."""
+PLAIN = ("tensorflow", "keras")
+"""Modules of a user without bnqat."""
 REPOSITORY = Path(__file__).parents[2]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = 0.002
@@ -57,9 +65,9 @@ class Outcome:
 
 
 class Server:
-    """A process that forks others. Its hash seed determines the order of their sets of strings."""
+    """A process that imports some modules, then forks others. Its hash seed orders their sets of strings."""
 
-    def __init__(self, hash_seed: int | None = None) -> None:
+    def __init__(self, hash_seed: int | None = None, modules: Sequence[str] = COMMANDS) -> None:
         seed = {} if hash_seed is None else {"PYTHONHASHSEED": str(hash_seed)}
         environment = {
             **os.environ,
@@ -69,7 +77,7 @@ class Server:
             "BNQAT_TRACEBACK": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.forks"],
+            [sys.executable, "-m", "tests.reliability.forks", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -98,6 +106,12 @@ class Server:
         """Run the command line, after some calls that change the process."""
         return self.run(*before, Call(CLI, [[str(a) for a in arguments]]), **options)
 
+    def python(self, code: str, *arguments: str | Path, cwd: Path | None = None, limit: float = 300) -> Outcome:
+        """Run a program with its arguments, as ``python -c`` does."""
+        before = [] if cwd is None else [Call("os:chdir", [str(cwd)])]
+        program = Call("tests.reliability.forks:run_program", [code, [str(a) for a in arguments]])
+        return self.run(*before, program, limit=limit)
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None
@@ -108,18 +122,28 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(hash_seed: int | None = None) -> Iterator[Server]:
+def server(hash_seed: int | None = None, modules: Sequence[str] = COMMANDS) -> Iterator[Server]:
     """Start a server, and close it at the end of the block."""
-    started = Server(hash_seed)
+    started = Server(hash_seed, modules)
     try:
         yield started
     finally:
         started.close()
 
 
+def run_program(code: str, arguments: Sequence[str]) -> None:
+    """Run a program in this process, as ``python -c`` does."""
+    main = ModuleType("__main__")
+    sys.modules["__main__"], sys.argv, sys.path[0] = main, ["-c", *arguments], ""
+    exec(compile(code, "<string>", "exec"), vars(main))  # noqa: S102  the tests' own programs
+
+
 def _serve() -> None:
-    for name in ("tensorflow", "rewriter.app.api", "rewriter.app.diff", "rewriter.app.finalize", "rewriter.app.cli"):
+    for name in sys.argv[1:]:
         importlib.import_module(name)
+    if "passes" in sys.modules:
+        for target in sys.modules["passes"].PASSES.values():
+            importlib.import_module(target.partition(":")[0])
     for line in sys.stdin:
         sys.stdout.write(json.dumps(asdict(_made(**json.loads(line)))) + "\n")
         sys.stdout.flush()

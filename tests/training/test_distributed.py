@@ -21,6 +21,7 @@ import bnqat
 from passes.quantization.controls import ON_READ
 from rewriter.savedmodel.read import load
 from tests import harness
+from tests.reliability.forks import Server
 from tests.training.mirrored import PREAMBLE
 
 Paths = Callable[..., Path]
@@ -115,7 +116,7 @@ def by_name(path: Path) -> dict[str, np.ndarray]:
     return {f"{name}{i}": v for name, values in by_variable.items() for i, v in enumerate(values)}
 
 
-def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_path: Path) -> None:
+def test_two_replicas_do_what_one_device_does_for_both(plain_forks: Server, rewritten: Paths, tmp_path: Path) -> None:
     """Sums of two replicas' gradients and losses are rounded in another order; hence 1e-5 in float32.
 
     With frozen statistics a batch can be divided at will, and the losses are those of the whole batch, too.
@@ -123,8 +124,8 @@ def test_two_replicas_do_what_one_device_does_for_both(rewritten: Paths, tmp_pat
     ranges = {"gamma": "learned", "moving_mean": "ema"}
     path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
-    done = run("-c", MIRRORED, str(path), str(tmp_path / "data.npz"), str(tmp_path / "out"))
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = plain_forks.python(MIRRORED, path, tmp_path / "data.npz", tmp_path / "out")
+    assert done.code == 0, done.err[-3000:]
     first, second, losses = alone(path)
     assert_alike(tmp_path, first, second)
     assert not np.allclose(
@@ -149,10 +150,6 @@ def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
         for name, value in expected.items():
             if name != "quantization/freeze_step:00":
                 np.testing.assert_allclose(actual[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} {number}")
-
-
-def run(*args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, check=False, timeout=300)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import tensorflow as tf
 
 import bnqat
 from tests import harness
+from tests.reliability.forks import Server
 from tests.training.mirrored import PREAMBLE
 
 Paths = Callable[..., Path]
@@ -160,13 +159,12 @@ tf.saved_model.save(layer.model, out)
 )
 
 
-def test_two_replicas_get_the_same(rewritten: Paths, tmp_path: Path) -> None:
+def test_two_replicas_get_the_same(plain_forks: Server, rewritten: Paths, tmp_path: Path) -> None:
     """The saved model has one device's values; other variables stay as they are on each replica."""
     path = rewritten("module", bits=4, range={"gamma": "ema"})
     np.savez(tmp_path / "data.npz", x=X, y=Y)
-    code = [sys.executable, "-c", MIRRORED, str(path), str(tmp_path / "data.npz"), str(tmp_path / "out")]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = plain_forks.python(MIRRORED, path, tmp_path / "data.npz", tmp_path / "out")
+    assert done.code == 0, done.err[-3000:]
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     before = [v.numpy() for v in loaded.quantization.variables]
     bnqat.reestimate_statistics(loaded, DATA.unbatch().batch(8).map(lambda x, _: x), 3)

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from tests.models.chosen import CHOSEN_MODELS, NORMS, Chosen
 from tests.models.forms import IMAGE
+from tests.reliability.forks import Server
 from tests.test_fused import FUSING, TOLERANCE, batch, difference
 
 Paths = Callable[[str], Path]
@@ -72,14 +71,14 @@ class Twice(Chosen):
         return self.norm(tf.nn.relu(self.norm(x, self.layers[0], first)), self.layers[1], second)
 
 
-def test_two_modes_of_one_function_are_chosen_and_differentiated(tmp_path: Path) -> None:
+def test_two_modes_of_one_function_are_chosen_and_differentiated(plain_forks: Server, tmp_path: Path) -> None:
     """It runs in a process of its own, because TensorFlow keeps the functions that differentiation makes."""
     module = Twice()
     tf.saved_model.save(module, str(tmp_path / "m"), signatures={"serving_default": module.serve})
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", start_step=2**40)
     assert (report.sites_found, report.sites_fused) == (2, 2)
-    done = subprocess.run([sys.executable, "-c", DIFFERENTIATED, tmp_path], capture_output=True, text=True, check=False)
-    assert done.stdout == "fine\n", done.stderr[-2000:]
+    done = plain_forks.python(DIFFERENTIATED, tmp_path)
+    assert done.out == "fine\n", done.err[-2000:]
 
 
 class Nested(Chosen):
