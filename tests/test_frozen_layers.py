@@ -17,6 +17,7 @@ from passes.batch_norm.batch_norms import batch_norms
 from passes.training.frozen_layers import frozen_layers
 from rewriter.savedmodel.read import load
 from tests import harness
+from tests.conftest import once
 from tests.models import (
     FusedBatchNorm,
     Net,
@@ -96,6 +97,12 @@ TRACES = ("keras2_save", "own_train", "by_mode")
 """Sources with a training function of their own."""
 
 
+@pytest.fixture
+def frozen(shared: Path) -> Callable[[str], Path]:
+    """Path of a source by name, written when first asked for."""
+    return lambda name: once(shared / "frozen" / name, SOURCES[name])
+
+
 def statistics(loaded: Any, source: Path) -> list[list[Any]]:
     """The moving mean and variance of each layer of a loaded result."""
     if hasattr(loaded, "norms"):
@@ -126,8 +133,8 @@ def trained(result: Path, source: Path) -> tuple[list[bool], Any]:
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_what_the_source_leaves_frozen_stays_so(name: str, tmp_path: Path) -> None:
-    source = SOURCES[name](tmp_path / "m")
+def test_what_the_source_leaves_frozen_stays_so(name: str, frozen: Callable[[str], Path], tmp_path: Path) -> None:
+    source = frozen(name)
     report = bnqat.rewrite(source, tmp_path / "out", bits=4)
     (note,) = [n for n in report.notes if "stays frozen in train" in n]
     assert "1 batch norm stays frozen in train, as " in note
@@ -141,8 +148,10 @@ def test_what_the_source_leaves_frozen_stays_so(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", [n for n in SOURCES if n != "by_mode"])
 @pytest.mark.parametrize(("option", "wanted"), [("all", [True, True]), ("none", [False, False])])
-def test_an_option_decides_otherwise(name: str, option: str, wanted: list[bool], tmp_path: Path) -> None:
-    source = SOURCES[name](tmp_path / "m")
+def test_an_option_decides_otherwise(
+    name: str, option: str, wanted: list[bool], frozen: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = frozen(name)
     report = bnqat.rewrite(source, tmp_path / "out", train_batch_norm=option, start_step=OFF)  # type: ignore[arg-type]
     assert any("frozen in train, as --train-batch-norm says" in n for n in report.notes) == (option == "none")
     assert any("train is the source's" in n for n in report.notes) == (name in TRACES)
@@ -154,8 +163,8 @@ def test_an_option_decides_otherwise(name: str, option: str, wanted: list[bool],
     assert [c.detail for c in claims.values() if c.status == "fails"] == []
 
 
-def test_by_mode_cannot_train_what_both_modes_freeze(tmp_path: Path) -> None:
-    source = SOURCES["by_mode"](tmp_path / "m")
+def test_by_mode_cannot_train_what_both_modes_freeze(frozen: Callable[[str], Path], tmp_path: Path) -> None:
+    source = frozen("by_mode")
     with pytest.raises(bnqat.Error, match="runs it in inference mode in both; leave --train-batch-norm away"):
         bnqat.rewrite(source, tmp_path / "out", train_batch_norm="all")
     bnqat.rewrite(source, tmp_path / "out", train_batch_norm="none")
