@@ -189,17 +189,16 @@ def assert_found_once(
     tmp_path: Path,
     values: bool = False,
 ) -> None:
-    page, report = tmp_path / "page.html", tmp_path / "report.json"
-    run = ["diff", str(before), str(after), *(["--values"] if values else [])]
-    text = invoked(run).splitlines()
-    invoked([*run, "-o", str(report)])
-    invoked([*run, "-o", str(page)])
+    page = tmp_path / "page.html"
+    text = invoked(["diff", str(before), str(after), *(["--values"] if values else [])]).splitlines()
+    difference = bnqat.diff(before, after, values=values)
+    page.write_text(difference.to_html(), encoding="utf-8")
 
     assert text[1].startswith("1 other change (")
     assert name in text[2]
     assert text[2].lstrip()[0] in "+~-?"
 
-    content = json.loads(report.read_text(encoding="utf-8"))
+    content = json.loads(difference.to_json())
     others = [c for c in content["changes"] if not c["by"]]
     assert content["verdict"]["other_changes"] == len(others) == 1
     assert content["changes"][0] == others[0]
