@@ -60,7 +60,7 @@ def assert_passes(row: Row, source: Path) -> None:
     assert row.gradients == (YES if applies else NOT_APPLICABLE)
 
 
-SMALL = [name for name in MODELS if not name.startswith(("mobilenet", "resnet"))]
+SMALL = [name for name in MODELS if not name.startswith("mobilenet")]
 
 
 @pytest.mark.parametrize("name", [*SMALL, *V1_MODELS, *FORM_MODELS, *STRUCTURES])

@@ -198,6 +198,5 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "keras_export": lambda p: export_keras(small_keras(), p),
     "mobilenet_save": lambda p: save_keras(keras_application("MobileNetV2"), p),
     "mobilenet_export": lambda p: export_keras(keras_application("MobileNetV2"), p),
-    "resnet_save": lambda p: save_keras(keras_application("ResNet50"), p),
 }
 """Makers by name; each writes one SavedModel."""
