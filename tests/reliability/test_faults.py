@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -168,17 +168,25 @@ def test_destination_appears_meanwhile(rewriting: Writing) -> None:
     assert [p.name for p in rewriting.folder.iterdir()] == ["target"]
 
 
+@pytest.fixture(scope="module")
+def second() -> Iterator[Server]:
+    """A second server, so that two commands run at once."""
+    with server() as started:
+        yield started
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool) -> None:
+def test_two_at_once(
+    forks: Server, second: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool
+) -> None:
     writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=overwrite)
-    with server() as second:
-        for _ in range(3):
-            writing.reset()
-            with ThreadPoolExecutor() as threads:
-                outcomes = list(threads.map(writing.start, (forks, second)))
-            assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
-            assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
-            assert digest(writing.target) == writing.expected
+    for _ in range(3):
+        writing.reset()
+        with ThreadPoolExecutor() as threads:
+            outcomes = list(threads.map(writing.start, (forks, second)))
+        assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
+        assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
+        assert digest(writing.target) == writing.expected
 
 
 @pytest.mark.parametrize("option", ["--report", "--html"])
