@@ -23,7 +23,6 @@ from playwright.sync_api import Browser, sync_playwright
 
 import bnqat
 from tests.browsing import chromium
-from tests.models.all import ALL
 from tests.reliability.forks import PLAIN, Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
@@ -85,6 +84,8 @@ def mlperf_tiny(request: pytest.FixtureRequest) -> Path:
 @pytest.fixture(scope="session")
 def model(shared: Path) -> Callable[[str], Path]:
     """Path of a model by name, written when first asked for."""
+    from tests.models.all import ALL  # TensorFlow, which the process that only hands out tests does not need
+
     return lambda name: once(shared / "models" / name, ALL[name])
 
 
