@@ -18,6 +18,7 @@ from passes.options import Flag, Help, PassOptions
 from passes.quantization.options import ScheduleOptions
 from passes.quantization.roles import Role
 from passes.training.options import DeriveOptions, FreezeOptions
+from rewriter.ir import Error
 
 REWRITE: Mapping[str, str] = {
     "upgrade-references": "passes.frontend.upgrade_references:UpgradeReferences",
@@ -60,9 +61,16 @@ def roles() -> dict[str, Role]:
 
 
 def loaded(name: str) -> Any:
-    """Return what ``module:attribute`` names, after importing the module."""
+    """Return what ``module:attribute`` names, after importing the module.
+
+    Raises:
+        Error: the module or the attribute is not found.
+    """
     module, _, attribute = name.partition(":")
-    return getattr(import_module(module), attribute)
+    try:
+        return getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise Error(f"cannot load {name}: {e}") from e
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from passes import PROVIDERS, loaded
 from passes.quantization.choice import Rule, quantizer_for, unmatched
 from passes.quantization.custom import Quantizer
-from passes.quantization.insertion import Family, Schedule, insertion
+from passes.quantization.insertion import Family, Schedule, insertion, why_not
 from passes.quantization.options import ScheduleOptions
 from passes.quantization.points import Provider, QuantizationPoint
 from passes.quantization.roles import Role
 from passes.quantization.schemes import SCHEMES
-from rewriter.edit import Edit, Skip
-from rewriter.ir import Error, Model
+from rewriter.edit import Edit, Note, Skip
+from rewriter.ir import Edge, Error, Model
 
 
 def default_providers() -> tuple[Provider, ...]:
@@ -49,6 +49,8 @@ class Quantize(ScheduleOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         roles = [role.name for provider in self.providers for role in provider.roles]
+        if len(set(roles)) < len(roles):
+            raise Error(f"two providers have the role {max(roles, key=roles.count)}")
         unknown = {*self.quantizers, *(role for rule in self.rules for role in rule.options)}.difference(roles)
         if unknown:
             raise Error(f"{min(unknown)!r} is no role; there are {', '.join(roles)}")
@@ -70,15 +72,33 @@ class Quantize(ScheduleOptions):
                     yield item
                 elif not isinstance(item, QuantizationPoint):
                     later.append(item)
-                elif family.quantizers[item.role][item.layer] is not None:
-                    family.points.append(item)
+                elif quantizer := family.quantizers[item.role][item.layer]:
+                    reason = why_not(model, family.layers[item.layer], quantizer, item)
+                    if reason:
+                        yield Skip(item.edge.graph, item.edge.node, reason)
+                    else:
+                        family.points.append(item)
+        yield from self._unused_roles(families)
+        _refuse_twice(families)
         families = [family for family in families if family.points]
         if families and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
             # Its control variables have a row for each layer of that time, and running graphs read them by number.
             raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
+        if families and not any(v.name == "quantization/step" for v in model.variables.values()):
+            yield Note(
+                "nothing counts steps, as there is no training function: a start step and a ramp wait for a program "
+                "that assigns quantization.step, ema ranges stay as they are, and rounding is to nearest"
+            )
         if families:
             yield from insertion(model, families, Schedule(self.start_step, self.ramp_steps, self._bits))
             yield from later
+
+    def _unused_roles(self, families: Iterable[Family]) -> Iterator[Note]:
+        """Yield a note on each role that was asked for and that no value has."""
+        used = {point.role for family in families for point in family.points}
+        for role in (role for provider in self.providers for role in provider.roles):
+            if not role.always and self.quantizers.get(role.name) is not None and role.name not in used:
+                yield Note(f"no value of the role {role.name} was quantised: the model has none, or none that can be")
 
     def _default(self, role: Role) -> Quantizer | None:
         """Return the quantiser of a role where no rule changes it."""
@@ -110,6 +130,20 @@ class Quantize(ScheduleOptions):
         rule = unmatched(model, self.rules, members) if members else None
         if rule is not None:
             raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {members[0].name}, say")
+
+
+def _refuse_twice(families: Iterable[Family]) -> None:
+    """Refuse two providers that quantise one use of a value.
+
+    Raises:
+        Error: there is such a use.
+    """
+    owners: dict[Edge, int] = {}
+    for number, point in ((i, point) for i, family in enumerate(families) for point in family.points):
+        if owners.setdefault(point.edge, number) != number:
+            raise Error(
+                f"two providers quantise input {point.edge.position} of {point.edge.node}; leave one of them out"
+            )
 
 
 def _refuse_unsuited(role: Role, quantizers: Iterable[Quantizer | None]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,15 @@ from click.testing import CliRunner, Result
 
 import bnqat
 import passes
+from passes.quantization.custom import Quantizer
+from passes.quantization.points import Provider, QuantizationPoint, QuantizedLayer, Quantizers
+from passes.quantization.ranges import Ema, Fixed, Learned
+from passes.quantization.roles import Role
+from passes.quantization.schemes import Affine, Log
+from passes.quantize import Quantize
 from rewriter.app.cli import main
+from rewriter.ir import Model
+from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from tests import harness, reference
 from tests.models import FusedBatchNorm, save_module
@@ -206,6 +216,146 @@ def test_what_cannot_be_quantised_is_named(tmp_path: Path) -> None:
     report = bnqat.rewrite(save_module(module, tmp_path / "m"), tmp_path / "q", bits={"bias": 4})
     assert [s.reason for s in report.skipped] == ["its function adds several biases"]
     assert {q.layer_name for q in report.quantizers} == {"first", "second"}
+
+
+class Odd(tf.Module):
+    """Values that have no codes: whole numbers, and a single number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = FusedBatchNorm(3)
+        self.whole = tf.Variable(np.array([-130, 20, 2200], np.int32), name="whole")
+
+    @tf.function(input_signature=[tf.TensorSpec((None, 6, 6, 3), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        return self.norm(x, training=False) * tf.cast(
+            tf.nn.bias_add(tf.zeros([1, 3], tf.int32), self.whole), tf.float32
+        )
+
+
+def test_whole_numbers_are_not_quantised(tmp_path: Path) -> None:
+    report = bnqat.rewrite(save_module(Odd(), tmp_path / "m"), tmp_path / "q", bits={"bias": 4})
+    assert {s.reason for s in report.skipped} == {"its values are int32, and only floating-point values are quantised"}
+    assert "no value of the role bias was quantised: the model has none, or none that can be" in report.notes
+
+
+@dataclass(frozen=True)
+class ReluPoints(BiasPoints):
+    """The outputs of every Relu, as a provider that knows neither variables nor shapes would have them."""
+
+    shape: tuple[int, ...] = (-1,) * 4
+    axis: int | None = None
+
+    def layers(self, _: Model) -> Sequence[QuantizedLayer]:
+        return [QuantizedLayer("relu", ())]
+
+    def points(self, model: Model, _: Quantizers) -> Iterator[QuantizationPoint]:
+        for graph in model.graphs.values():
+            for value, edge in graph.edges():
+                if value.node and graph.nodes[value.node].op == "Relu":
+                    yield QuantizationPoint(edge, "bias", 0, "relu", self.shape, self.axis)
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "points", "reason"),
+    [
+        (Affine(range=Learned()), ReluPoints(), "its shape is not known, which learned ranges and functions"),
+        (Affine(range=Ema()), ReluPoints(), "no variable holds its values, with which a range that is ema would begin"),
+        (
+            Affine(range=Ema()),
+            ReluPoints(axis=-1),
+            "a range that is ema is one for all values",
+        ),
+        (Affine(), ReluPoints(shape=()), "it is a single number"),
+        (Log(), ReluPoints(), "the scheme log needs an epsilon"),
+    ],
+)
+def test_what_a_value_cannot_have_is_said(source: Path, quantizer: Quantizer, points: Provider, reason: str) -> None:
+    role = Role("bias", unsuited={})
+    object.__setattr__(points, "roles", (role,))
+    _, (step,) = Pipeline([Quantize(quantizers={"bias": quantizer}, providers=(points,))]).run(load(source))
+    assert step.skipped
+    assert all(skip.reason.startswith(reason) for skip in step.skipped)
+
+
+def test_a_given_range_needs_no_variable(source: Path, tmp_path: Path) -> None:
+    quantize = Quantize(quantizers={"bias": Affine(4, Fixed(0.0, 3.0))}, providers=(ReluPoints(),))
+    bnqat.rewrite(source, tmp_path / "q", passes=[quantize])
+    root = tf.saved_model.load(str(tmp_path / "q"))
+    body = harness.concrete(root.serve)
+    (name,) = harness.tags(body)
+    node = body.graph.get_operation_by_name(name)
+    got, raw = harness.fetch(body, [harness.images((None, 6, 6, 3))], [node.outputs[0].name, node.inputs[-1].name])
+    wanted = reference.quantize("affine", raw, 4, 0.0, limits=np.array([0, 3], F)).value
+    np.testing.assert_array_equal(got, wanted)
+
+
+def test_providers_that_meet_are_refused(source: Path) -> None:
+    with pytest.raises(bnqat.Error, match="two providers have the role bias"):
+        Quantize(providers=(BiasPoints(), BiasPoints()))
+    other = ReluPoints()
+    object.__setattr__(other, "roles", (Role("other"),))
+    model = load(source)
+    points = [p for p in BiasPoints().points(model, {}) if isinstance(p, QuantizationPoint)]
+    object.__setattr__(other, "points", lambda *_: (replace(p, role="other", layer=0) for p in points))
+    both = Quantize(quantizers={"bias": Affine(), "other": Affine()}, providers=(BiasPoints(), other))
+    with pytest.raises(bnqat.Error, match="two providers quantise input 1 of BiasAdd"):
+        Pipeline([both]).run(model)
+
+
+def test_a_role_that_only_a_rule_names(source: Path, tmp_path: Path) -> None:
+    """It is quantised in the layers of the rule, also as printed and read again; a direct option counts over it."""
+    config = {"rules": [{"match": "second", "bias": {"bits": 2}}]}
+    report = bnqat.rewrite(source, tmp_path / "q", config=config)
+    assert [(q.layer_name, q.bits) for q in report.quantizers] == [("second", 2)]
+    (tmp_path / "a.toml").write_text('[[rules]]\nmatch = "second"\nbias.bits = 2\n')
+    printed = run("rewrite", "--config", tmp_path / "a.toml", "--print-config").output
+    (tmp_path / "b.toml").write_text(printed)
+    report = bnqat.rewrite(source, tmp_path / "r", config=tmp_path / "b.toml")
+    assert [(q.layer_name, q.bits) for q in report.quantizers] == [("second", 2)]
+    report = bnqat.rewrite(source, tmp_path / "s", config=config, bits=6)
+    assert {q.bits for q in report.quantizers} == {6}
+
+
+def test_without_its_provider_a_result_is_still_read(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run("rewrite", source, tmp_path / "q", "--bits", "bias=4")
+    monkeypatch.undo()
+    assert "bias" not in passes.roles()
+    assert {q.role for q in bnqat.inspect(tmp_path / "q").quantizers} == {"bias"}
+    np.savez(tmp_path / "x.npz", x=harness.images((None, 6, 6, 3)))
+    rows = json.loads(run("sensitivity", tmp_path / "q", "--inputs", tmp_path / "x.npz", "--json").stdout)["rows"]
+    assert [row["role"] for row in rows if row["layer"] == 0][-1] == "bias"
+    run("finalize", tmp_path / "q", tmp_path / "f")
+    for name, value in quantized_biases(source, {"first": 4, "second": 4}).items():
+        np.testing.assert_array_equal(values(tmp_path / "f")[name], value)
+
+
+def test_a_model_in_which_nothing_trains(tmp_path: Path) -> None:
+    class Plain(tf.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = tf.Variable(np.arange(3, dtype=F), name="first")
+
+        @tf.function(input_signature=[tf.TensorSpec((None, 3), name="x")])
+        def serve(self, x: tf.Tensor) -> tf.Tensor:
+            return tf.nn.bias_add(x, self.first)
+
+    report = bnqat.rewrite(save_module(Plain(), tmp_path / "m"), tmp_path / "q", bits={"bias": 2})
+    assert any(note.startswith("nothing counts steps, as there is no training function") for note in report.notes)
+    root = tf.saved_model.load(str(tmp_path / "q"))
+    np.testing.assert_array_equal(
+        root.serve(np.zeros((1, 3), F))[0], reference.quantize("affine", np.arange(3, dtype=F), 2, 0.0).value
+    )
+
+
+def test_a_provider_that_cannot_be_loaded(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(passes.PROVIDERS, "no_such_module:Points", ())
+    with pytest.raises(bnqat.Error, match="cannot load no_such_module:Points: No module named"):
+        bnqat.rewrite(source, tmp_path / "q")
+    with pytest.raises(bnqat.Error, match="'my role' is no name of a role"):
+        Role("my role")
 
 
 def test_the_provider_fits_in_sixty_lines() -> None:

@@ -54,19 +54,16 @@ class BatchNormPoints(AverageOptions):
                     f"{role}: a stored average needs a range that does not follow its values; choose ema or fixed"
                 )
         of_model = _Points(model, quantizers, self.quantize_average)
-        todo: list[Site] = []
         for site in model.analysis(sites):
             reason = "already quantised" if site.binding.quantized else site.reason or of_model.reason(site)
             if reason:
                 yield Skip(site.graph, site.node, reason)
-            else:
-                todo.append(site)
-                yield from of_model.parameters(site)
-                yield from of_model.statistics(site)
-        for site in todo:
+                continue
+            yield from of_model.parameters(site)
+            yield from of_model.statistics(site)
             if site.kernel_average and self.quantize_average == "statistic":
                 yield from of_model.averages_beside(site)
-        if todo and stores:
+        if stores:
             limits = starting_limits(model, self.layers(model), quantizers)
             yield from dead_zone(model.analysis(layers), quantizers, limits)
 

@@ -96,7 +96,7 @@ def quantizer_for(
         quantizers[member.name] = quantizer
     if len(set(quantizers.values())) > 1:
         raise Error(f"{', '.join(quantizers)} share a function, so rules must give them the same quantiser for {role}")
-    return next(iter(quantizers.values()))
+    return next(iter(quantizers.values()), default)
 
 
 def unmatched(model: Model, rules: Iterable[LayerFilter], members: Sequence[Member]) -> LayerFilter | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
@@ -49,7 +49,7 @@ def _existing(model: Model, name: str, shape: tuple[int, ...]) -> Variable | Non
     if variable is not None and variable.shape != shape:
         raise Error(
             f"the model has {full} of another number of layers already: it was rewritten when it had other "
-            "batch norms; rewrite the float model again"
+            "layers; rewrite the float model again"
         )
     return variable
 
@@ -125,7 +125,7 @@ class Controls:
         self.model = model
         self.quantizers = quantizers
         self.initial = initial
-        self.first_rows = _first_rows({role: len(of_role) for role, of_role in quantizers.items()})
+        self.first_rows = first_rows({role: len(of_role) for role, of_role in quantizers.items()})
         start, ramp = (control(model, name, getattr(initial, name)) for name in ("start_step", "ramp_steps"))
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
         # What all quantisers need is computed once for each call of a function from outside, and passed down to them: a
@@ -213,16 +213,9 @@ class Controls:
         return learned_limits(schemes, scale_and_low[0], scale_and_low[1] if len(scale_and_low) > 1 else None)
 
 
-def _first_rows(layers: Mapping[str, int]) -> dict[str, int]:
+def first_rows(layers: Mapping[str, int]) -> dict[str, int]:
     """Return the row of the first quantiser of each role, from the number of layers by role, in order."""
     return dict(zip(layers, accumulate((0, *layers.values())), strict=False))
-
-
-def first_rows(model: Model, roles: Iterable[str]) -> dict[str, int]:
-    """Return the row of the first quantiser of each role in a model that was quantised; `roles` are all there are."""
-    shapes = {v.name: v.shape for v in model.variables.values()}
-    of_roles = {role: shapes.get(f"quantization/layer_bits/{role}") for role in roles}
-    return _first_rows({role: shape[0] for role, shape in of_roles.items() if shape})
 
 
 def gathered(values: Expr, index: np.ndarray) -> Expr:

@@ -15,11 +15,14 @@ from passes.quantization.grouping import CustomSpec, Operand, Used, groups
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic, Fixed
-from passes.quantization.schemes import Scheme
+from passes.quantization.schemes import Log, Scheme
 from rewriter import op_defs
 from rewriter.edit import AddVariable, Define, Edit, Import, RunAfter
 from rewriter.expr import Use, read
-from rewriter.ir import MAIN, Edge, Error, Model, Value
+from rewriter.ir import MAIN, Edge, Model, Value
+
+FLOATING = ("half", "float16", "bfloat16", "float32", "float64")
+"""Dtypes of values that are quantised."""
 
 
 class Family(NamedTuple):
@@ -48,7 +51,7 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     """Yield the edits that quantise the values at the points of all families.
 
     Raises:
-        Error: a range cannot be kept for values of that shape, or the model holds control variables of other layers.
+        Error: the model holds control variables of other layers.
     """
     quantizers = {role: of_role for family in families for role, of_role in family.quantizers.items()}
     limits: dict[str, np.ndarray] = {}
@@ -59,7 +62,7 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     # A run counts its step only after it has read the step that it compares.
     count = controls.variables["step"]
     yield from (RunAfter(MAIN, name, (read(count),), "quantization/step") for name in counters(model))
-    operands = _Operands(model)
+    operands = _Operands(model, controls)
     inserted = [(operands.of(family, point), point) for family in families for point in family.points]
     # TensorFlow traces and saves all of a user's functions in one go: each save takes tenths of a second.
     traced = _trace([operand for operand, _ in inserted], quantizers)
@@ -85,13 +88,37 @@ def starting_limits(model: Model, layers: Sequence[QuantizedLayer], quantizers: 
 
 def _limits(model: Model, layer: QuantizedLayer, role: str, quantizer: Quantizer | None) -> tuple[float, float]:
     members = [member for member in layer.members if role in member.variables]
-    if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic) or not members:
+    if not isinstance(quantizer, Scheme) or isinstance(quantizer.range, Dynamic):
         return 0.0, 0.0
     scheme = quantizer.within(layer.epsilon)
     if isinstance(scheme.range, Fixed):
         return scheme.fixed(scheme.range)
+    if not members:  # no value of the layer has this role, as `why_not` refuses those that no variable holds
+        return 0.0, 0.0
     values = [np.asarray(model.value_of(member.variables[role]), np.float32).ravel() for member in members]
     return scheme.limits_of(np.concatenate(values))
+
+
+def why_not(model: Model, layer: QuantizedLayer, quantizer: Quantizer, point: QuantizationPoint) -> str:
+    """Return the reason why a value cannot have its layer's quantiser; empty if it can."""
+    graph = model.graphs[point.edge.graph]
+    dtype = op_defs.output_dtype(model, graph, graph.used_at(point.edge)) if point.value is None else point.value.dtype
+    custom, kept = isinstance(quantizer, CustomQuantizer), quantizer.range.name in ("ema", "learned")
+    if dtype not in FLOATING:
+        return f"its values are {dtype}, and only floating-point values are quantised"
+    if not point.shape:
+        return "it is a single number, which needs no codes"
+    if (custom or quantizer.range.name == "learned") and -1 in point.shape:
+        return "its shape is not known, which learned ranges and functions of your own need"
+    if custom and not model.object_based:
+        return "a function of your own needs a model in TensorFlow 2's format"
+    if kept and point.axis is not None:
+        return f"a range that is {quantizer.range.name} is one for all values, and it has one for each channel"
+    if kept and not any(point.role in member.variables for member in layer.members):
+        return f"no variable holds its values, with which a range that is {quantizer.range.name} would begin"
+    if isinstance(quantizer, Log) and point.epsilon is None:
+        return "the scheme log needs an epsilon, and it has none"
+    return ""
 
 
 class _Operands:
@@ -101,23 +128,16 @@ class _Operands:
         values: the expression for each value that a graph has: one, so that its uses share a quantiser.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, controls: Controls) -> None:
         self.model = model
+        self.controls = controls
         self.values: dict[tuple[str, Value], Use] = {}
 
     def of(self, family: Family, point: QuantizationPoint) -> Operand:
-        """Return the value of a point, with the quantiser of its layer.
-
-        Raises:
-            Error: its range is kept in variables, which hold one for a whole value, and the point has several.
-        """
+        """Return the value of a point, with the quantiser of its layer."""
         quantizer = family.quantizers[point.role][point.layer]
         if quantizer is None:
             raise AssertionError("what has no quantiser is no point")
-        if point.axis is not None and quantizer.range.name in ("ema", "learned"):
-            raise Error(
-                f"{point.role}: a range for each channel is dynamic or fixed; of {quantizer.range.name} there is one"
-            )
         value = self._used(point.edge) if point.value is None else point.value
         spec = _spec(family.layers[point.layer], quantizer, point, value.dtype)
         tag = {
@@ -130,6 +150,7 @@ class _Operands:
             "axis": point.axis,
             "layer_name": point.name,
             "layer": point.layer,
+            "row": self.controls.row(point.role, point.layer),
             "use": point.use,
         }
         text, statistic = json.dumps(tag, sort_keys=True), point.use != "parameter"

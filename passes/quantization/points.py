@@ -10,7 +10,7 @@ from passes.quantization.custom import Quantizer
 from passes.quantization.roles import Role
 from rewriter.edit import Edit, Rewire
 from rewriter.expr import Expr
-from rewriter.ir import Edge, Model
+from rewriter.ir import Edge, Error, Model
 from rewriter.shapes import Shape
 
 Usage = Literal["parameter", "statistic", "average"]
@@ -22,7 +22,7 @@ Replacement = Callable[[Expr], Iterable[Edit]]
 
 
 class Member(Protocol):
-    """What a user thinks of as one layer, such as a batch norm."""
+    """A layer as a user thinks of it, such as a batch norm."""
 
     @property
     def name(self) -> str:
@@ -90,7 +90,7 @@ class QuantizationPoint:
 
     def __post_init__(self) -> None:
         if self.axis is not None and not -len(self.shape) <= self.axis < 0:
-            raise AssertionError(f"the axis {self.axis} of {self.role} of {self.name}: it is counted from the end")
+            raise Error(f"axis {self.axis} of {self.role} of {self.name}: it is counted from the end, -1 for the last")
 
     @property
     def axes(self) -> tuple[int, ...]:

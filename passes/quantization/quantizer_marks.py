@@ -23,6 +23,7 @@ FIELDS: Mapping[str, type | UnionType] = {
     "axis": int | None,
     "layer_name": str,
     "layer": int,
+    "row": int,
     "use": str,
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from rewriter.ir import Error
 
 MIN_BITS, MAX_BITS = 2, 16
 """The least and the greatest width of a code."""
@@ -19,9 +22,16 @@ class Role:
         always: true if it is quantised unless the user says otherwise; else it is quantised where the user gives an
             option for it by name.
         unsuited: schemes and ranges that make no sense for it, with the reason.
+
+    Raises:
+        Error: its name is no name of a variable.
     """
 
     name: str
     scheme: str = "affine"
     always: bool = False
     unsuited: Mapping[str, str] = field(default_factory=lambda: {"log": "the scheme log is for values above zero"})
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+            raise Error(f"{self.name!r} is no name of a role: it is one of letters, digits and _, as variables bear it")

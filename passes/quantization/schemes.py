@@ -96,8 +96,12 @@ class Scheme:
         return self.usually_narrow if self.narrow_range is None else self.narrow_range
 
     def __post_init__(self) -> None:
-        if not MIN_BITS <= self.bits <= MAX_BITS:
-            raise Error(f"{self.bits} bits: a width is from {MIN_BITS} to {MAX_BITS}")
+        if type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS:
+            raise Error(f"{self.bits!r} bits: a width is a whole number from {MIN_BITS} to {MAX_BITS}")
+        if not isinstance(self.range, Range):
+            raise Error(f"range {self.range!r}: it is a Dynamic, Fixed, Ema or Learned")
+        if self.narrow_range not in (None, False, True):
+            raise Error(f"narrow_range {self.narrow_range!r}: it is True, False or None")
         if self.rounding not in get_args(Rounding):
             raise Error(f"rounding {self.rounding!r}: it is 'nearest' or 'stochastic'")
 
@@ -326,7 +330,7 @@ class Log(Scheme):
         super().__post_init__()
         if isinstance(self.range, Fixed) and self.range.high <= 0:
             raise Error(
-                f"range {self.range.low:g} to {self.range.high:g} of moving_variance: variances are not negative"
+                f"range {self.range.low:g} to {self.range.high:g} of the scheme log: its values are not negative"
             )
 
     def within(self, epsilon: float | None) -> Log:

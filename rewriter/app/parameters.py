@@ -32,7 +32,8 @@ class Parameter:
     ``value = max(float32(exp(codes * scale + origin)) - epsilon, 0)`` with the exponent in float64. Positions in
     `exceptions` have the value given there: NaN, infinities and negative variances are never quantised.
 
-    If a batch norm covers several vectors, codes are [..., C], and scale, zero point and origin are [..., 1].
+    Codes have the shape of the values; scale, zero point and origin are numbers, or arrays of one for each range, whose
+    shape can be broadcast to that of the codes.
 
     Attributes:
         variable: the variable's name in the finalised model; if several have that name, the layer's name and the role.
@@ -41,12 +42,12 @@ class Parameter:
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
         bits: the width in force; 0: the quantiser was off.
         narrow_range: true if there is one code fewer than 2^bits.
-        codes: int32 [C]; None if there are none: the role was off, or a user's function quantised it.
+        codes: int32; None if there are none: the role was off, or a user's function quantised it.
         scale: float32, for log float64.
         zero_point: the code of zero.
         origin, epsilon: constants of the scheme log; None for other schemes.
         exceptions: values by position.
-        value: the values themselves, [C].
+        value: the values themselves.
         error: the norm of the change by rounding, relative to the norm of the values before.
     """
 

@@ -81,7 +81,7 @@ FROM_TABLES: Mapping[str, Callable[[Settings], dict[str, Any]]] = {
     "derive-training": _training_rules,
     "quantize": _quantizers,
 }
-"""What passes take from the configuration's tables `defaults` and `rules`: further arguments of their constructors."""
+"""Further arguments of passes' constructors, from the configuration's tables `defaults` and `rules`."""
 
 
 def quantizer_of(options: Mapping[str, Any], role: str) -> Quantizer | None:

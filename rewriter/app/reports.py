@@ -146,12 +146,12 @@ def _skipped_beside(steps: Iterable[Step]) -> Iterator[Skipped]:
 
 def other_quantizers(model: Model) -> list[QuantizerReport]:
     """Return the quantisers of values other than batch norms', by role and layer."""
-    reports: dict[tuple[str, str], QuantizerReport] = {}
+    reports: dict[tuple[str, int], QuantizerReport] = {}
     for graph, node in tagged(model):
         tag = tag_of(model.graphs[graph].nodes[node])
         if tag["role"] not in ROLES:
             new = QuantizerReport(tag["role"], tag["layer_name"], tag["scheme"], tag["bits"], tag["range"], [])
-            reports.setdefault((new.role, new.layer_name), new).places.append((graph, node))
+            reports.setdefault((new.role, tag["layer"]), new).places.append((graph, node))
     return list(reports.values())
 
 

@@ -145,20 +145,23 @@ def _quantizers(model: str | Path, saved_model: Model) -> dict[tuple[int, str], 
     names |= {(tag["layer"], tag["role"]): tag["layer_name"] for tag in tags if tag["role"] not in ROLES}
     if not names:
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")
-    return dict(sorted(names.items(), key=lambda item: (item[0][0], list(roles()).index(item[0][1]))))
+    # A role that the registry does not know is one of a provider that is not here; it comes last.
+    order = [*roles(), *sorted({role for _, role in names} - roles().keys())]
+    return dict(sorted(names.items(), key=lambda item: (item[0][0], order.index(item[0][1]))))
 
 
 def _widths(root: Any) -> dict[str, Any]:
     """Return the variables with the layers' widths, by role, after letting quantisers act from step 0 on."""
     quantization = getattr(root, "quantization", None)
-    candidates = getattr(root, "variables", ()) if quantization is None else quantization.variables
+    candidates = getattr(root if quantization is None else quantization, "variables", ())
     variables = {v.name: v for v in candidates}
     missing = [n for n in ("start_step", "ramp_steps") if f"quantization/{n}:0" not in variables]
     if missing:
         raise Error(f"the model's root holds no quantization.{missing[0]}; give the model that bnqat rewrote itself")
     for name in ("start_step", "ramp_steps"):
         variables[f"quantization/{name}:0"].assign(0)
-    return {role: variables[name] for role in roles() if (name := f"quantization/layer_bits/{role}:0") in variables}
+    prefix, suffix = "quantization/layer_bits/", ":0"
+    return {n.removeprefix(prefix).removesuffix(suffix): v for n, v in variables.items() if n.startswith(prefix)}
 
 
 def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], list[np.ndarray]], int]:

@@ -176,6 +176,8 @@ class Settings(
         usual = {option.name: option.default for option in options_of(QuantizerOptions) if option.default is not None}
         momentum = usual.pop("range_momentum")
         options = {"scheme": scheme, **usual, **self.defaults.of(role)}
+        if "quantizer" in options:  # which takes the place of a scheme
+            return {name: options[name] for name in ("quantizer", "bits")}
         return {"range_momentum": momentum, **options} if options["range"] == "ema" else options
 
     def to_toml(self) -> str:
@@ -184,7 +186,9 @@ class Settings(
 
         options = self.model_dump(exclude={"defaults", "rules"})
         plain = {k: v for k, v in options.items() if v not in ({}, None)}
-        plain["defaults"] = {role: self.quantizer(role) for role in self.quantized}
+        # A role that only rules name has no table: with one, it would count as named for all layers.
+        listed = [role for role in self.quantized if roles()[role].always or role in self.defaults.tables]
+        plain["defaults"] = {role: self.quantizer(role) for role in listed}
         rules = [{k: v for k, v in r.model_dump(exclude_none=True).items() if v not in ({}, None)} for r in self.rules]
         return tomli_w.dumps(_with_function_names({**plain, **({"rules": rules} if rules else {})}))
 
@@ -221,7 +225,7 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
             {k: v for k, v in rule.items() if k != option} for rule in file_options.get("rules", ())
         ]
     defaults = {**file_options.get("defaults", {})}
-    usual = _usual(defaults, direct)
+    usual = _usual(defaults, file_options.get("rules", ()), direct)
     for option in OF_QUANTIZER:
         if option not in direct:
             continue
@@ -236,10 +240,10 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
     return checked({**file_options, **direct, "defaults": defaults})
 
 
-def _usual(defaults: Mapping[str, Any], direct: Mapping[str, Any]) -> list[str]:
+def _usual(defaults: Mapping[str, Any], rules: Iterable[Mapping[str, Any]], direct: Mapping[str, Any]) -> list[str]:
     """Return the roles that an option without a role is for: the usual ones, and those that another option names."""
     mappings = (direct[option] for option in OF_QUANTIZER if isinstance(direct.get(option), Mapping))
-    named = {*defaults, *(role for by_role in mappings for role in by_role)}
+    named = {*defaults, *(key for table in (*rules, *mappings) for key in table)}
     return [role.name for role in roles().values() if role.always or role.name in named]
 
 

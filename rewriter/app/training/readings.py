@@ -13,9 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from passes import roles
 from passes.batch_norm.batch_norms import batch_norms
-from passes.quantization.controls import first_rows
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
 from passes.quantization.schemes import SCHEMES
@@ -48,12 +46,12 @@ class Reading(NamedTuple):
 
 
 class _Quantizer(NamedTuple):
-    """One quantiser: the key of its variable, its layer's index in control variables, and its spec."""
+    """One quantiser: the key of its variable, its row in the controls' values, and its spec."""
 
     batch_norm: str
     role: str
     key: str
-    layer: int
+    row: int
     spec: QuantizerSpec
 
 
@@ -89,12 +87,11 @@ class Readings:
         bits = self._computed("quantization_bits")
         has_limits = any(q.spec.scheme.range is not DYNAMIC for q in self.quantizers)
         all_limits = self._computed("quantization_limits") if has_limits else np.zeros((len(bits), 2), np.float32)
-        first = first_rows(self.source, roles())
         readings = {}
         for spec in dict.fromkeys(q.spec for q in self.quantizers):
             group = [q for q in self.quantizers if q.spec == spec]
             vectors = [self.variables[q.key].numpy().astype(np.float32).ravel() for q in group]
-            rows = [first[q.role] + q.layer for q in group]
+            rows = [q.row for q in group]
             limits = all_limits[rows]
             inputs = [np.array(1, np.float32), bits[rows][:, None]]
             if spec.scheme.range is DYNAMIC:
@@ -144,4 +141,4 @@ def _quantizers(model: Model) -> Iterator[_Quantizer]:
                 continue
             shape = (np.asarray(model.value_of(key)).size,)
             scheme = SCHEMES[tag["scheme"]](range=RANGES[tag["range"]], narrow_range=tag["narrow_range"])
-            yield _Quantizer(bn.name, role, key, tag["layer"], QuantizerSpec(scheme.within(bn.sites[0].epsilon), shape))
+            yield _Quantizer(bn.name, role, key, tag["row"], QuantizerSpec(scheme.within(bn.sites[0].epsilon), shape))
