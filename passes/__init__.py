@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Annotated, Any
 
-from passes.batch_norm import roles as batch_norm
 from passes.batch_norm.options import AverageOptions
+from passes.batch_norm.roles import QUANTIZED
 from passes.frontend.options import ReferenceOptions
 from passes.options import Flag, Help, PassOptions
 from passes.quantization.options import ScheduleOptions
@@ -51,7 +51,7 @@ with `--fold`; `rewriter.app.finalize` decides, and repeats `inline-calls`."""
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""
 
-PROVIDERS: dict[str, tuple[Role, ...]] = {"passes.batch_norm.points:BatchNormPoints": batch_norm.QUANTIZED}
+PROVIDERS: dict[str, tuple[Role, ...]] = {"passes.batch_norm.points:BatchNormPoints": QUANTIZED}
 """The providers of what `quantize` quantises, as ``module:Class``, and the roles of their values."""
 
 

@@ -48,7 +48,7 @@ def test_a_renamed_mark_differs_in_rewritten_models_and_finalised_ones_are_the_s
     changed = ops.read_text(encoding="utf-8").replace('"_bnqat_part"', '"_bnqat_piece"')
     ops.write_text(changed, encoding="utf-8")
 
-    environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(folder)}
+    environment = {**os.environ, "PYTHONPATH": str(copy), "TMPDIR": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     comparison = [sys.executable, "-m", "tools.same_results", "HEAD", "--only", "module_train"]
     done = subprocess.run(comparison, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

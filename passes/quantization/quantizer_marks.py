@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import UnionType
 from typing import Any
 
+from passes.quantization.roles import NAME
 from rewriter import ops
 from rewriter.ir import Error, Node
 
@@ -39,7 +40,7 @@ def tag_of(node: Node) -> Mapping[str, Any]:
     except (ValueError, RecursionError):
         tag = None
     valid = isinstance(tag, dict) and all(isinstance(tag.get(name), type_) for name, type_ in FIELDS.items())
-    if not valid or not node.inputs:
+    if not valid or not node.inputs or not NAME.fullmatch(tag["role"]):
         raise Error(
             f"{node.name} ({node.op}) is marked as a quantiser, but not by bnqat; rewrite the float model again"
         )

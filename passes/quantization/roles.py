@@ -12,6 +12,10 @@ MIN_BITS, MAX_BITS = 2, 16
 """The least and the greatest width of a code."""
 
 
+NAME = re.compile(r"[a-z][a-z0-9_]*")
+"""Form of a role's name."""
+
+
 @dataclass(frozen=True)
 class Role:
     """A kind of value that is quantised.
@@ -33,5 +37,5 @@ class Role:
     unsuited: Mapping[str, str] = field(default_factory=lambda: {"log": "the scheme log is for values above zero"})
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.name):
+        if not NAME.fullmatch(self.name):
             raise Error(f"{self.name!r} is no name of a role: it is one of letters, digits and _, as variables bear it")

@@ -185,7 +185,7 @@ DAMAGE: dict[str, Callable[[Any], Any]] = {
     "no text": lambda n: setattr(n.attr["_bnqat"], "s", b"\xff\xfe"),
     "a number": lambda n: setattr(n.attr["_bnqat"], "i", 3),
     "no role": lambda n: tag(n, role=None),
-    "another role": lambda n: tag(n, role="zeta"),
+    "no name of a role": lambda n: tag(n, role="a role"),
     "a scheme that is a table": lambda n: tag(n, scheme={"a": 1}),
 }
 
