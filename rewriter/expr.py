@@ -6,6 +6,7 @@ expression is placed once per graph, however often it is used. Sharing goes by i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -130,8 +131,8 @@ Shape = tuple[int, ...] | None
 Operand = Expr | bool | int | float
 
 
-@cache
-def _constant(text: str, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  1, True, 0.0 and -0.0 as keys
+@cache  # whose keys take 1 and True as equal, and 0.0 and -0.0
+def _constant(kind: str, sign: float, value: bool | int | float, dtype: str) -> Expr:  # noqa: ARG001  they tell these apart
     array = np.asarray(value, dtype=dtype)
     attrs = {"dtype": protos.attr(protos.Dtype(dtype)), "value": protos.attr(array)}
     return Apply(dtype, "Const", (), attrs)
@@ -140,7 +141,7 @@ def _constant(text: str, value: bool | int | float, dtype: str) -> Expr:  # noqa
 def constant(value: bool | int | float | np.generic, dtype: str) -> Expr:
     """Return a scalar constant; equal constants are one expression."""
     scalar = value.item() if isinstance(value, np.generic) else value
-    return _constant(repr(scalar), scalar, dtype)
+    return _constant(type(scalar).__name__, math.copysign(1.0, scalar), scalar, dtype)
 
 
 def array(value: np.ndarray) -> Apply:
@@ -151,11 +152,11 @@ def array(value: np.ndarray) -> Apply:
 
 def filled(value: float, dtype: str, shape: tuple[int, ...]) -> Apply:
     """Return a constant array filled with one value, which is stored once; equal ones are one expression."""
-    return _filled(repr(value), value, dtype, shape)
+    return _filled(math.copysign(1.0, value), value, dtype, shape)
 
 
 @cache
-def _filled(text: str, value: float, dtype: str, shape: tuple[int, ...]) -> Apply:  # noqa: ARG001  0.0 and -0.0 as keys
+def _filled(sign: float, value: float, dtype: str, shape: tuple[int, ...]) -> Apply:  # noqa: ARG001  0.0 equals -0.0
     # A constant may store fewer elements than its shape has: the last one stands for the rest. Of several elements,
     # make_tensor_proto writes the bytes (tensor_content), which have to be complete.
     proto = protos.attr(np.full((1,), value, dtype))

@@ -97,9 +97,7 @@ def forwarded(node: Node, port: int) -> Value | None:
     """Return the value that an output of a node is, or reads, or stands for; None if the node computes it."""
     # Every cycle of a valid graph passes through a NextIteration. It forwards nothing, whatever a file marks it as, so
     # whoever follows forwarded values comes to an end.
-    if node.op in NEXT_ITERATIONS:
-        return None
-    if STAND_IN in node.attrs and node.inputs:
+    if STAND_IN in node.attrs and node.inputs and node.op not in NEXT_ITERATIONS:
         return node.inputs[-1]
     if node.op == "IdentityN":
         return node.inputs[port]
