@@ -330,7 +330,7 @@ class Log(Scheme):
         super().__post_init__()
         if isinstance(self.range, Fixed) and self.range.high <= 0:
             raise Error(
-                f"range {self.range.low:g} to {self.range.high:g} of the scheme log: its values are not negative"
+                f"range {self.range.low:g} to {self.range.high:g} of the scheme log: variances are not negative"
             )
 
     def within(self, epsilon: float | None) -> Log:
