@@ -8,8 +8,9 @@ from typing import ClassVar
 
 from passes import PROVIDERS, loaded
 from passes.quantization.choice import Rule, quantizer_for, unmatched
+from passes.quantization.controls import Schedule
 from passes.quantization.custom import Quantizer
-from passes.quantization.insertion import Family, Schedule, insertion, why_not
+from passes.quantization.insertion import Family, insertion, why_not
 from passes.quantization.options import ScheduleOptions
 from passes.quantization.points import Provider, QuantizationPoint
 from passes.quantization.roles import Role

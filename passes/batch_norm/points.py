@@ -17,10 +17,9 @@ from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.stored_averages import assigning, dead_zone, storable, stored
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.insertion import starting_limits
-from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, Replacement, Usage
+from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, Replacement, Usage, value_at
 from passes.quantization.ranges import Dynamic, Ema, Learned
 from passes.quantization.roles import Role
-from rewriter import op_defs
 from rewriter.dataflow import call_graph
 from rewriter.edit import Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Use
@@ -159,9 +158,7 @@ class _Points:
         yield SetAttr(site.graph, site.node, "exponential_avg_factor", None)
         for role in float_roles:
             for edge in site.binding.statistics[role]:
-                graph = self.model.graphs[edge.graph]
-                value = graph.used_at(edge)
-                yield from self._averaged(site, role, edge, Use(op_defs.output_dtype(self.model, graph, value), value))
+                yield from self._averaged(site, role, edge, value_at(self.model, edge))
 
     def _averaged(self, site: Site, role: str, edge: Edge, batch: Expr) -> Iterator[Edit]:
         """Let an average take a quantised statistic. An average of the kernel's own is then computed beside it."""

@@ -97,13 +97,18 @@ def counters(model: Model) -> tuple[str, ...]:
     return tuple(n.name for n in main.nodes.values() if n.op == "AssignAddVariableOp" and n.inputs[0].node in handles)
 
 
-class Initial(NamedTuple):
-    """Initial values of the variables: widths by role, and limits, [layers, 2], by role."""
+class Schedule(NamedTuple):
+    """Initial values of the variables that say when, and with which widths, quantisers act.
+
+    Attributes:
+        start_step: the first step at which they act.
+        ramp_steps: the number of steps from there on in which float and quantised value are blended.
+        bits: the width of each role; 0 where it has no quantiser.
+    """
 
     start_step: int
     ramp_steps: int
     bits: Mapping[str, int]
-    limits: Mapping[str, np.ndarray]
 
 
 class Controls:
@@ -113,6 +118,7 @@ class Controls:
 
     Attributes:
         quantizers: each role's quantisers, one for each layer; None where a layer has none.
+        starting_limits: the limits, [layers, 2], that the ranges of each role begin with.
         variables: the variables that are read, by name below `quantization/`.
         amount: blend weight, float32 scalar, from 0 before `start_step` to 1 from `ramp_steps` later.
         bits: int32 [rows], the widths in force.
@@ -121,12 +127,19 @@ class Controls:
         key: uint64 [1], the key of random numbers: the step.
     """
 
-    def __init__(self, model: Model, quantizers: Mapping[str, Sequence[Quantizer | None]], initial: Initial) -> None:
+    def __init__(
+        self,
+        model: Model,
+        quantizers: Mapping[str, Sequence[Quantizer | None]],
+        schedule: Schedule,
+        limits: Mapping[str, np.ndarray],
+    ) -> None:
         self.model = model
         self.quantizers = quantizers
-        self.initial = initial
-        self.first_rows = first_rows({role: len(of_role) for role, of_role in quantizers.items()})
-        start, ramp = (control(model, name, getattr(initial, name)) for name in ("start_step", "ramp_steps"))
+        self.schedule = schedule
+        self.starting_limits = limits
+        self.first_rows = dict(zip(quantizers, accumulate((0, *map(len, quantizers.values()))), strict=False))
+        start, ramp = (control(model, name, getattr(schedule, name)) for name in ("start_step", "ramp_steps"))
         self.variables: dict[str, Variable] = {"start_step": start, "ramp_steps": ramp, "step": step(model)}
         # What all quantisers need is computed once for each call of a function from outside, and passed down to them: a
         # read and a comparison at each of a hundred quantisers would cost more than the quantising.
@@ -157,8 +170,8 @@ class Controls:
         rows: list[Expr] = []
         for role, quantizers in self.quantizers.items():
             shape = (len(quantizers),)
-            initial_bits = [AS_ROLE if q is None or q.bits == self.initial.bits[role] else q.bits for q in quantizers]
-            of_role = control(self.model, f"bits/{role}", self.initial.bits[role], "int32")
+            initial_bits = [AS_ROLE if q is None or q.bits == self.schedule.bits[role] else q.bits for q in quantizers]
+            of_role = control(self.model, f"bits/{role}", self.schedule.bits[role], "int32")
             of_layers = _existing(self.model, f"layer_bits/{role}", shape) or _new_variable(
                 self.model, f"layer_bits/{role}", np.array(initial_bits, np.int32)
             )
@@ -175,7 +188,7 @@ class Controls:
         return per_call("quantization_limits", limits, (self._rows, 2))
 
     def _limits_of(self, role: str) -> Expr:
-        quantizers, initial = self.quantizers[role], self.initial.limits[role]
+        quantizers, initial = self.quantizers[role], self.starting_limits[role]
         masks = {
             range_type: [q is not None and isinstance(q.range, range_type) for q in quantizers]
             for range_type in (Fixed, Ema, Learned)
@@ -200,7 +213,8 @@ class Controls:
             for q, learned in zip(self.quantizers[role], mask, strict=True)
         ]
         pairs = [
-            (1.0, 0.0) if q is None else q.learnable(tuple(self.initial.limits[role][i])) for i, q in enumerate(schemes)
+            (1.0, 0.0) if q is None else q.learnable(tuple(self.starting_limits[role][i]))
+            for i, q in enumerate(schemes)
         ]
         scale_and_low = []
         for index, name in enumerate((f"scale/{role}", f"low/{role}")):
@@ -211,11 +225,6 @@ class Controls:
                 self.variables[name] = _existing(self.model, name, values.shape) or new
                 scale_and_low.append(read(self.variables[name]))
         return learned_limits(schemes, scale_and_low[0], scale_and_low[1] if len(scale_and_low) > 1 else None)
-
-
-def first_rows(layers: Mapping[str, int]) -> dict[str, int]:
-    """Return the row of the first quantiser of each role, from the number of layers by role, in order."""
-    return dict(zip(layers, accumulate((0, *layers.values())), strict=False))
 
 
 def gathered(values: Expr, index: np.ndarray) -> Expr:

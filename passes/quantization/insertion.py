@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from passes.quantization.controls import Controls, Initial, counters
+from passes.quantization.controls import Controls, Schedule, counters
 from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
 from passes.quantization.emission import QuantizerEmitter
 from passes.quantization.grouping import CustomSpec, Operand, Used, groups
-from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
+from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, value_at
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic, Fixed
 from passes.quantization.schemes import Log, Scheme
-from rewriter import op_defs
 from rewriter.edit import AddVariable, Define, Edit, Import, RunAfter
 from rewriter.expr import Use, read
 from rewriter.ir import MAIN, Edge, Model, Value
@@ -33,20 +32,6 @@ class Family(NamedTuple):
     points: list[QuantizationPoint]
 
 
-class Schedule(NamedTuple):
-    """Initial values of the variables that say when, and with which widths, quantisers act.
-
-    Attributes:
-        start_step: the first step at which they act.
-        ramp_steps: the number of steps from there on in which float and quantised value are blended.
-        bits: the width of each role; 0 where it has no quantiser.
-    """
-
-    start_step: int
-    ramp_steps: int
-    bits: Mapping[str, int]
-
-
 def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> Iterator[Edit]:
     """Yield the edits that quantise the values at the points of all families.
 
@@ -57,7 +42,7 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     limits: dict[str, np.ndarray] = {}
     for family in families:
         limits |= starting_limits(model, family.layers, family.quantizers)
-    controls = Controls(model, quantizers, Initial(schedule.start_step, schedule.ramp_steps, schedule.bits, limits))
+    controls = Controls(model, quantizers, schedule, limits)
     yield from (AddVariable(v) for v in controls.variables.values() if v.key not in model.variables)
     # A run counts its step only after it has read the step that it compares.
     count = controls.variables["step"]
@@ -101,8 +86,7 @@ def _limits(model: Model, layer: QuantizedLayer, role: str, quantizer: Quantizer
 
 def why_not(model: Model, layer: QuantizedLayer, quantizer: Quantizer, point: QuantizationPoint) -> str:
     """Return the reason why a value cannot have its layer's quantiser; empty if it can."""
-    graph = model.graphs[point.edge.graph]
-    dtype = op_defs.output_dtype(model, graph, graph.used_at(point.edge)) if point.value is None else point.value.dtype
+    dtype = (value_at(model, point.edge) if point.value is None else point.value).dtype
     custom, kept = isinstance(quantizer, CustomQuantizer), quantizer.range.name in ("ema", "learned")
     if dtype not in FLOATING:
         return f"its values are {dtype}, and only floating-point values are quantised"
@@ -158,11 +142,8 @@ class _Operands:
 
     def _used(self, edge: Edge) -> Use:
         """Return the value that is used at an edge."""
-        graph = self.model.graphs[edge.graph]
-        value = graph.used_at(edge)
-        if (edge.graph, value) not in self.values:
-            self.values[edge.graph, value] = Use(op_defs.output_dtype(self.model, graph, value), value)
-        return self.values[edge.graph, value]
+        use = value_at(self.model, edge)
+        return self.values.setdefault((edge.graph, use.value), use)
 
 
 def _spec(

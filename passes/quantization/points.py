@@ -8,8 +8,9 @@ from typing import Literal, NamedTuple, Protocol
 
 from passes.quantization.custom import Quantizer
 from passes.quantization.roles import Role
+from rewriter import op_defs
 from rewriter.edit import Edit, Rewire
-from rewriter.expr import Expr
+from rewriter.expr import Expr, Use
 from rewriter.ir import Edge, Error, Model
 from rewriter.shapes import Shape
 
@@ -102,6 +103,13 @@ class QuantizationPoint:
         if self.replacement is not None:
             return self.replacement(quantized)
         return [Rewire(self.edge, quantized, self.scope or self.edge.node or self.role)]
+
+
+def value_at(model: Model, edge: Edge) -> Use:
+    """Return the value that is used at an edge."""
+    graph = model.graphs[edge.graph]
+    value = graph.used_at(edge)
+    return Use(op_defs.output_dtype(model, graph, value), value)
 
 
 class Provider(Protocol):

@@ -104,6 +104,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         }
     else:
         rewritten = fused | {k for k in sites_before if became[k] != [k] or _changed(before, after, k)}
+    quantizers_before = other_quantizers(before)
     reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
     reasons_after = {k: [reasons.get(j) or sites_after[j].reason for j in became[k]] for k in sites_before}
     return RewriteReport(
@@ -131,7 +132,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         changes=[change for step in steps for change in _changes(step)],
         options={step.name: repr(step.by) for step in steps},
         versions=versions(),
-        quantizers=[report for report in other_quantizers(after) if report not in other_quantizers(before)],
+        quantizers=[report for report in other_quantizers(after) if report not in quantizers_before],
     )
 
 
