@@ -152,9 +152,12 @@ def _serve() -> None:
 def _made(calls: Sequence[dict[str, Any]], after: float | None, by: int, limit: float, mib: float) -> Outcome:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         start = time.monotonic()
+        # An interrupt waits until the child ignores it: before that, the code of this module would be what it stops.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if not child:
             _child(calls, out.fileno(), err.fileno())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         stopped, peak = "", 0.0
         while True:
             ended, status = os.waitpid(child, os.WNOHANG)
@@ -181,10 +184,11 @@ def _child(calls: Sequence[dict[str, Any]], out: int, err: int) -> None:
     """Make the calls; does not return."""
     code = 0
     try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the command line has its own handler
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         os.dup2(out, 1)
         os.dup2(err, 2)
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  as long as the process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # until the command line has its own handler
         for call in calls:
             module, _, name = call["function"].partition(":")
             getattr(importlib.import_module(module), name)(*call["arguments"])
