@@ -26,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import bnqat
+from passes.batch_norm.sites import sites
 from rewriter.app.verification.claims import FAILS, HOLDS, Claim, gradients_reach, same_off, statistics_move
 from rewriter.app.verification.running import OFF
 from rewriter.app.verification.serving import Pair, Serving, serve
@@ -37,11 +38,15 @@ YES, NO, NOT_APPLICABLE = "yes", "no", "-"
 
 @dataclass
 class Row:
-    """Observations of one model. A column is "yes", "no" with a reason, or "-" where it does not apply."""
+    """Observations of one model; of its sites, `single` are in single ops, and `fused` of these became the kernel.
+
+    A column is "yes", "no" with a reason, or "-" where it does not apply.
+    """
 
     model: str
     found: int = 0
     rewritten: int = 0
+    single: int = 0
     fused: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
     not_fused: dict[str, int] = field(default_factory=dict)
@@ -75,6 +80,7 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     for declined in report.declined:
         row.not_fused[declined.reason] = row.not_fused.get(declined.reason, 0) + 1
     pair = Pair(source, target, load(source), load(target))
+    row.single = sum(site.kind == "decomposed" for site in pair.source.analysis(sites))
     serving, row.same = same(pair)
     trained = train(pair)
     row.loads = YES if trained.loads else f"{NO}: {trained.failure}"

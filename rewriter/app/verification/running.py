@@ -140,11 +140,17 @@ class Session:
         variable_ops = [
             op for op in graph.get_operations() if op.type in VARIABLES and op.get_attr("dtype") != tf.string
         ]
-        # Loading may leave variables without a value, and reading one of them fails.
-        initialised = session.run([_initialised(op) for op in variable_ops])
-        self._variable_ops = {op.name: op for op, ready in zip(variable_ops, initialised, strict=True) if ready}
-        self._reads = {name: _read(op) for name, op in self._variable_ops.items()}
+        self._variable_ops = {op.name: op for op in variable_ops}
+        self._reads = {op.name: _read(op) for op in variable_ops}
         self._assigns: dict[str, tuple[Any, Any]] = {}
+        try:
+            self.values()
+        except tf.errors.FailedPreconditionError:
+            # Loading left a variable without a value. It is asked last, as TensorFlow optimises a graph for each set of
+            # fetches, and most models read.
+            initialised = session.run([_initialised(op) for op in variable_ops])
+            self._variable_ops = {op.name: op for op, ready in zip(variable_ops, initialised, strict=True) if ready}
+            self._reads = {name: self._reads[name] for name in self._variable_ops}
 
     def inputs(self, name: str) -> dict[str, Any]:
         """Return a signature's input tensors."""

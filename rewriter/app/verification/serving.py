@@ -166,9 +166,11 @@ def _quantized(result: Session, name: str, fed: Arrays) -> Ran | str | None:
     start, ramp = result.node(START), result.node(RAMP)
     if start is None:
         return None
-    result.assign({node: np.array(0) for node in (start, ramp) if node is not None})
+    no_ramp = {} if ramp is None else {ramp: np.array(0)}
+    result.assign({start: np.array(0), **no_ramp})
     ran, why = attempt(lambda: result.run(name, fed))
-    result.assign({start: np.array(OFF)})
+    # The same variables as above, as TensorFlow optimises a graph for each set of fetches.
+    result.assign({start: np.array(OFF), **no_ramp})
     return ran or why
 
 
