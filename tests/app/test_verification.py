@@ -19,6 +19,7 @@ from passes.batch_norm.entries import TRAIN
 from passes.batch_norm.sites import sites
 from passes.quantization.controls import increment, step
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
+from rewriter.app.verification.running import session_of
 from rewriter.edit import Edit, Rewire, Run
 from rewriter.expr import Expr, Use, constant, op, read, select, stop_gradient
 from rewriter.ir import Edge, Model
@@ -28,9 +29,10 @@ from rewriter.savedmodel.write import save
 from tests import harness
 from tests.models import FusedBatchNorm, perturb, save_keras, small_keras
 from tests.models.chosen import CHOSEN_MODELS
-from tests.models.v1 import save_v1, two_fused
+from tests.models.v1 import Options, draw, net, save_v1, settings, two_fused
 from tests.reliability.forks import Server
 
+v1 = tf.compat.v1
 Paths = Callable[..., Path]
 CLAIMS = ("signatures", "off", "on", "statistics", "gradients", "kernels in inference", "kernels in training")
 """Claims for every model; `training` is for models with a training function of their own."""
@@ -87,12 +89,9 @@ def test_where_single_ops_stay_outputs_are_the_same_bits(model: Paths, rewritten
     assert claim(same, "kernels in inference").status == claim(same, "kernels in training").status == NOT_APPLICABLE
 
 
-@pytest.mark.parametrize("name", ["chosen_two_kernels_always", "chosen_moments_inside", "v1 without a train op"])
+@pytest.mark.parametrize("name", ["chosen_two_kernels_always", "chosen_moments_inside"])
 def test_only_the_chosen_mode_may_run(name: str, tmp_path: Path) -> None:
-    if name in CHOSEN_MODELS:
-        CHOSEN_MODELS[name](tmp_path / "a")
-    else:
-        save_v1(tmp_path / "a", two_fused)
+    CHOSEN_MODELS[name](tmp_path / "a")
     bnqat.rewrite(tmp_path / "a", tmp_path / "b")
     assert statuses(verify(tmp_path / "a", tmp_path / "b")) == dict.fromkeys(CLAIMS, HOLDS)
 
@@ -508,5 +507,26 @@ def test_kernels_of_both_modes_are_placed_and_those_that_run_are_told(tmp_path: 
     save_v1(tmp_path / "a", two_fused)
     bnqat.rewrite(tmp_path / "a", tmp_path / "b")
     verification = verify(tmp_path / "a", tmp_path / "b")
+    assert statuses(verification) == dict.fromkeys(CLAIMS, HOLDS)
     assert "(2 reached)" in claim(verification, "kernels in inference").detail
     assert "a TensorFlow 1 graph has no training function to compare with" in claim(verification, "training").detail
+
+
+@pytest.mark.parametrize("references", [False, True])
+def test_a_variable_that_loading_leaves_without_a_value(references: bool, tmp_path: Path) -> None:
+    options = Options(references=references)
+    with settings(options), v1.Session() as session:
+        x, logits = net(two_fused, False, options)
+        saver = v1.train.Saver(v1.global_variables())
+        v1.get_variable("unsaved", ())
+        session.run(v1.global_variables_initializer())
+        draw(session)
+        signature = v1.saved_model.predict_signature_def({"x": x}, {"logits": logits})
+        builder = v1.saved_model.Builder(str(tmp_path / "a"))
+        builder.add_meta_graph_and_variables(session, ["serve"], {"serving_default": signature}, saver=saver)
+        builder.save()
+    bnqat.rewrite(tmp_path / "a", tmp_path / "b")
+    with session_of(tmp_path / "a") as opened:
+        assert opened.values()
+        assert "unsaved" not in opened.values()
+    assert not broken(verify(tmp_path / "a", tmp_path / "b"))
