@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 import bnqat
 from tests.browsing import chromium
+from tests.python_command import python_command
 from tests.reliability.forks import PLAIN, Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
@@ -114,6 +115,13 @@ def plain_forks() -> Iterator[Server]:
     """Server that runs each program in a process that has imported TensorFlow and Keras 3, but nothing of bnqat."""
     with server(modules=PLAIN) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Path of a command `python` that is forked from a process that has imported TensorFlow and Keras."""
+    with python_command(tmp_path_factory.mktemp("python") / "bin") as command:
+        yield command
 
 
 @pytest.fixture(scope="session")
