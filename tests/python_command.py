@@ -1,35 +1,36 @@
 """`python FILE` and `python -m MODULE` as a command, forked from a process that has imported TensorFlow and Keras.
 
-The command is a client, which starts at once. Its server forks a process with the client's directory, environment,
-input and output. It runs the program and ends as an interpreter does, so that workers of a cluster wait for each other.
-The client's exit code is that of the process. If the client is killed, so is the process. The server runs no op.
+The command is a client, which starts at once. Its server, which tests/reliability/forks.py forks, forks a process with
+the client's directory, environment, input and output. It runs the program and ends as an interpreter does, so that
+workers of a cluster wait for each other. The client's exit code is that of the process. If the client is killed, so is
+the process. The server runs no op.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 import runpy
 import selectors
 import signal
 import socket
-import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 Request = tuple[list[int], list[Any]]
 """A client's standard files, and its directory, environment and arguments."""
-MODULES = ("tensorflow", "keras", "tf_keras", "sklearn.datasets")
 TICK = 0.01
-CLIENT = """#!{python} -IS
-import json, os, socket, sys
+CLIENT = r"""#!{python} -IS
+import json, os, socket, sys, time
 with socket.socket(socket.AF_UNIX) as server:
-    server.connect({address!r})
+    for attempt in range(600):
+        try:
+            server.connect("\0" + {address!r})
+            break
+        except ConnectionRefusedError:  # the server is still importing
+            time.sleep(0.1)
     request = json.dumps([os.getcwd(), dict(os.environ), sys.argv[1:]]).encode()
     socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
     server.sendall(request)
@@ -38,36 +39,46 @@ sys.exit(code if code >= 0 else 128 - code)
 """
 
 
-@contextmanager
-def python_command(folder: Path) -> Iterator[Path]:
-    """Write the command `python` to a folder, and run its server while the block runs."""
-    address = f"\0python-{os.getpid()}-{id(folder)}"  # a name, not a path, which might be too long
-    folder.mkdir()
-    target = folder / "python"
+def write_command(target: Path, address: str) -> Path:
+    """Write the command, a client of the server at an address."""
+    target.parent.mkdir()
     target.write_text(CLIENT.format(python=sys.executable, address=address), encoding="utf-8")
     target.chmod(0o755)
+    return target
+
+
+def forked(address: str) -> bool:
+    """Fork a server, which ends after this process.
+
+    Returns:
+        False here; True in each of the other processes, when it has done what it is for and may end.
+    """
+    read, write = os.pipe()
     with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(address)
+        listening.bind(f"\0{address}")
         listening.listen()
-        number = str(listening.fileno())
-        command = [sys.executable, "-m", "tests.python_command", number]
-        root = Path(__file__).parents[1]
-        server = subprocess.Popen(command, cwd=root, pass_fds=[int(number)], stdin=subprocess.PIPE)
-    try:
-        yield target
-    finally:
-        server.communicate()
+        if os.fork():
+            os.close(read)
+            return False  # the pipe's other end stays open as long as this process
+        os.close(write)
+        devnull = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1):  # those of the process that this one was forked from
+            os.dup2(devnull, number)
+        request = _serve(listening, read)
+    if request is not None:
+        _run(*request)
+    return True
 
 
-def _serve(listening: socket.socket) -> Request | None:
-    """Fork a process for each client, in which this returns the client's request; end with the standard input."""
+def _serve(listening: socket.socket, end: int) -> Request | None:
+    """Fork a process for each client, in which this returns the client's request; end with a pipe."""
     clients: dict[int, socket.socket] = {}
     with selectors.DefaultSelector() as selector:
         selector.register(listening, selectors.EVENT_READ)
-        selector.register(sys.stdin, selectors.EVENT_READ)
+        selector.register(end, selectors.EVENT_READ)
         while True:
             ready = [key.fileobj for key, _ in selector.select(TICK if clients else None)]
-            if sys.stdin in ready:
+            if end in ready:
                 return None
             if listening in ready:
                 client, _ = listening.accept()
@@ -116,11 +127,3 @@ def _run(files: list[int], request: list[Any]) -> None:
     else:
         sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
-
-
-if __name__ == "__main__":
-    for name in MODULES:
-        importlib.import_module(name)
-    requested = _serve(socket.socket(fileno=int(sys.argv[1])))
-    if requested is not None:
-        _run(*requested)
