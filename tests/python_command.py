@@ -8,6 +8,7 @@ the process. The server runs no op.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -48,7 +49,7 @@ def write_command(target: Path, address: str) -> Path:
 
 
 def forked(address: str) -> bool:
-    """Fork a server, which ends after this process.
+    """Fork a server, which ends with this process.
 
     Returns:
         False here; True in each of the other processes, when it has done what it is for and may end.
@@ -57,9 +58,10 @@ def forked(address: str) -> bool:
     with socket.socket(socket.AF_UNIX) as listening:
         listening.bind(f"\0{address}")
         listening.listen()
-        if os.fork():
+        if child := os.fork():
             os.close(read)
-            return False  # the pipe's other end stays open as long as this process
+            atexit.register(lambda: (os.close(write), os.waitpid(child, 0)))
+            return False
         os.close(write)
         devnull = os.open(os.devnull, os.O_RDWR)
         for number in (0, 1):  # those of the process that this one was forked from

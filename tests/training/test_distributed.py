@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import bnqat
@@ -106,6 +108,24 @@ def alone(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], lis
     return after[0], after[1], losses
 
 
+@dataclass(frozen=True)
+class OneDevice:
+    """A model, and what `alone` returns of it."""
+
+    path: Path
+    first: dict[str, np.ndarray]
+    second: dict[str, np.ndarray]
+    losses: list[float]
+
+
+@pytest.fixture(scope="module")
+def one_device(rewritten: Paths) -> OneDevice:
+    """A model with ranges that learn and move, trained on one device as two replicas train it."""
+    ranges = {"gamma": "learned", "moving_mean": "ema"}
+    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
+    return OneDevice(path, *alone(path))
+
+
 def by_name(path: Path) -> dict[str, np.ndarray]:
     """A SavedModel's variables as `alone` names them."""
     loaded = tf.saved_model.load(str(path))
@@ -115,24 +135,24 @@ def by_name(path: Path) -> dict[str, np.ndarray]:
     return {f"{name}{i}": v for name, values in by_variable.items() for i, v in enumerate(values)}
 
 
-def test_two_replicas_do_what_one_device_does_for_both(plain_forks: Server, rewritten: Paths, tmp_path: Path) -> None:
+def test_two_replicas_do_what_one_device_does_for_both(
+    plain_forks: Server, one_device: OneDevice, tmp_path: Path
+) -> None:
     """Sums of two replicas' gradients and losses are rounded in another order; hence 1e-5 in float32.
 
     With frozen statistics a batch can be divided at will, and the losses are those of the whole batch, too.
     """
-    ranges = {"gamma": "learned", "moving_mean": "ema"}
-    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
-    done = plain_forks.python(MIRRORED, path, tmp_path / "data.npz", tmp_path / "out")
+    done = plain_forks.python(MIRRORED, one_device.path, tmp_path / "data.npz", tmp_path / "out")
     assert done.code == 0, done.err[-3000:]
-    first, second, losses = alone(path)
-    assert_alike(tmp_path, first, second)
+    assert_alike(tmp_path, one_device.first, one_device.second)
     assert not np.allclose(
-        first["quantization/range/moving_mean:00"], by_name(path)["quantization/range/moving_mean:00"]
+        one_device.first["quantization/range/moving_mean:00"],
+        by_name(one_device.path)["quantization/range/moving_mean:00"],
     )
     # Keras logs the mean of an epoch's losses so far.
     logged = np.load(tmp_path / "out.npy").reshape(2, STEPS)
-    running = np.cumsum(np.reshape(losses, (2, STEPS)), 1) / np.arange(1, STEPS + 1)
+    running = np.cumsum(np.reshape(one_device.losses, (2, STEPS)), 1) / np.arange(1, STEPS + 1)
     np.testing.assert_allclose(logged, running, rtol=1e-5)
     whole = tf.saved_model.load(str(tmp_path / "out_1"))
     whole.quantization.freeze_step.assign(0)
@@ -217,19 +237,16 @@ for phase in (1, 2):
 
 
 def test_two_workers_in_a_loop_of_ones_own_do_what_one_device_does(
-    python: Path, rewritten: Paths, tmp_path: Path
+    python: Path, one_device: OneDevice, tmp_path: Path
 ) -> None:
     """Two workers obey the same bounds as two replicas of one process."""
-    ranges = {"gamma": "learned", "moving_mean": "ema"}
-    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
-    (tmp_path / "qat_model").symlink_to(path)
+    (tmp_path / "qat_model").symlink_to(one_device.path)
     (tmp_path / "worker.py").write_text(LOOP, encoding="utf-8")
     printed = finished(python, tmp_path)
-    first, second, losses = alone(path)
-    assert_alike(tmp_path, first, second)
+    assert_alike(tmp_path, one_device.first, one_device.second)
     for lines in printed:
-        np.testing.assert_allclose([float(line) for line in lines], losses, rtol=1e-5)
+        np.testing.assert_allclose([float(line) for line in lines], one_device.losses, rtol=1e-5)
 
 
 KERAS_3 = """
