@@ -60,7 +60,7 @@ def forked(address: str) -> bool:
         listening.listen()
         if child := os.fork():
             os.close(read)
-            atexit.register(lambda: (os.close(write), os.waitpid(child, 0)))
+            atexit.register(_stop, child, write)
             return False
         os.close(write)
         devnull = os.open(os.devnull, os.O_RDWR)
@@ -70,6 +70,11 @@ def forked(address: str) -> bool:
     if request is not None:
         _run(*request)
     return True
+
+
+def _stop(server: int, pipe: int) -> None:
+    os.close(pipe)
+    os.waitpid(server, 0)
 
 
 def _serve(listening: socket.socket, end: int) -> Request | None:
