@@ -81,14 +81,17 @@ def test_widths_set_by_hand_are_resumed_too(rewritten: Paths, tmp_path: Path) ->
 
 
 def test_the_whole_step_compiled(rewritten: Paths) -> None:
-    """XLA rounds in its own way. At 8 bits this rarely moves a value to the next level, and the levels are close."""
+    """XLA rounds in its own way. At 8 bits this rarely moves a value to the next level, and the levels are close.
+
+    There are few steps, as TensorFlow compiles each anew, also that of a float model.
+    """
     path = rewritten("module", bits=8)
     losses = []
     for compiled in (False, True):
         loaded = tf.saved_model.load(str(path))
         step = step_of(loaded, keras.optimizers.SGD(0.05), jit_compile=compiled)
-        losses.append([float(step(x)) for x in X])
-        assert loaded.quantization.step.numpy() == len(X)
+        losses.append([float(step(x)) for x in X[:4]])
+        assert loaded.quantization.step.numpy() == 4
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-4)
     assert losses[0][0] != losses[0][-1]
 
