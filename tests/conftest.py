@@ -23,6 +23,7 @@ from playwright.sync_api import Browser, sync_playwright
 
 import bnqat
 from tests.browsing import chromium
+from tests.python_command import write_command
 from tests.reliability.forks import PLAIN, Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
@@ -31,6 +32,8 @@ TINY = os.environ.get("BNQAT_MLPERF_TINY", "")
 MLPERF_TINY = {p.parent.name: p.parent for p in sorted(Path(TINY).glob("*/saved_model.pb"))} if TINY else {}
 if MLPERF_TINY and "mlcommons+tiny+1" in PUBLIC:  # the fourth of them, keyword spotting, is among the public models
     MLPERF_TINY["kws"] = Path(CORPUS) / "mlcommons+tiny+1"
+PYTHON = f"python-{os.getpid()}"
+"""Address of the server behind the command `python`: a name, not a path, which might be too long."""
 
 
 @pytest.fixture(scope="session")
@@ -112,8 +115,14 @@ def forks() -> Iterator[Server]:
 @pytest.fixture(scope="session")
 def plain_forks() -> Iterator[Server]:
     """Server that runs each program in a process that has imported TensorFlow and Keras 3, but nothing of bnqat."""
-    with server(modules=PLAIN) as started:
+    with server(modules=PLAIN, python=PYTHON) as started:
         yield started
+
+
+@pytest.fixture(scope="session")
+def python(plain_forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: ARG001  it serves the command
+    """Path of a command `python` that runs programs as `plain_forks` does, several at a time."""
+    return write_command(tmp_path_factory.mktemp("command") / "bin" / "python", PYTHON)
 
 
 @pytest.fixture(scope="session")

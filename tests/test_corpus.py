@@ -19,8 +19,8 @@ pytestmark = pytest.mark.corpus
 KERAS = ("mlcommons+tiny+1", "spotify+basic-pitch+1")
 """Compiled Keras 2 models, which plain loading does not take as they came."""
 
-V1 = ("idealo+image-quality-assessment+1", "MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
-"""Those of TensorFlow 1's format."""
+V1 = ("MaybeShewill-CV+CRNN_Tensorflow+1", "intel-analytics+analytics-zoo+1")
+"""Those of TensorFlow 1's format: of slim, with reference variables, and of Keras, with resource variables."""
 
 PLAIN_LOAD = """
 import sys

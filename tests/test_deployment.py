@@ -1,4 +1,7 @@
-"""Deployment of a public float model: rewrite, train, save, finalise, LiteRT. Each stage's numbers are compared."""
+"""Deployment of a public float model: rewrite, train, save, finalise, LiteRT. Each stage's numbers are compared.
+
+test_mlperf_tiny.py goes the same way with the reference models of MLPerf Tiny.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +58,7 @@ def only(outputs: dict[str, Any]) -> np.ndarray:
 
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # the converter's own use of it
 @pytest.mark.corpus
-@pytest.mark.parametrize("name", ["mlcommons+tiny+1", "JetBrains+KotlinDL+1", "intel-analytics+analytics-zoo+1"])
+@pytest.mark.parametrize("name", ["JetBrains+KotlinDL+1", "intel-analytics+analytics-zoo+1"])
 def test_a_public_model_reaches_the_device(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     if not PUBLIC:
         pytest.skip("corpus absent: BNQAT_CORPUS is not set")

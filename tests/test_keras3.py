@@ -21,9 +21,9 @@ from tests.test_fused import FUSING, TOLERANCE, difference
 
 NETS = {
     "MobileNetV2": "out_relu",
-    "ResNet50": "conv3_block4_out",
-    "EfficientNetB0": "block4a_activation",
-    "DenseNet121": "conv3_block12_concat",
+    "ResNet50": "conv2_block2_out",
+    "EfficientNetB0": "block3a_activation",
+    "DenseNet121": "conv3_block2_concat",
 }
 """Nets, and the layer up to which they are taken; what follows repeats the same blocks. MobileNetV2 is whole."""
 

@@ -1,4 +1,4 @@
-"""The reference models of MLPerf Tiny: rewritten, verified, trained, saved, finalised."""
+"""The reference models of MLPerf Tiny: rewritten, verified, trained, saved, finalised, converted to LiteRT."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from tests.test_deployment import FLOAT, INTEGERS, converted, run
+
+ROBUST = ("vww96", "mlcommons+tiny+1")
+"""The visual wake words and the keyword spotting; the others take noise to values that integers are too coarse for."""
 
 
+@pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # the converter's own use of it
 @pytest.mark.mlperf_tiny
 def test_a_reference_model_goes_all_the_way(mlperf_tiny: Path, tmp_path: Path) -> None:
     report = bnqat.rewrite(mlperf_tiny, tmp_path / "target")
@@ -47,3 +52,12 @@ def test_a_reference_model_goes_all_the_way(mlperf_tiny: Path, tmp_path: Path) -
     assert {b.layer_name for b in baked} == names
     final = tf.saved_model.load(str(tmp_path / "final")).signatures["serving_default"]
     np.testing.assert_array_equal(final(**{key: x})[output], tuned)
+
+    lite = converted(tmp_path / "final", "serving_default")
+    assert np.abs(run(lite, "serving_default", {key: x}) - tuned).max() < FLOAT * np.abs(tuned).max()
+    if mlperf_tiny.name in ROBUST:
+        examples = rng.random([30, 1, *spec.shape[1:]]).astype("float32")
+        integers = converted(tmp_path / "final", "serving_default", lambda seed: {key: tf.constant(examples[seed])})
+        assert len(integers) < 0.6 * len(lite)
+        difference = np.linalg.norm(run(integers, "serving_default", {key: x}) - tuned)
+        assert difference < INTEGERS * np.linalg.norm(tuned)

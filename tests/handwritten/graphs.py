@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from tests.handwritten.behaviour import STEPS, Arrays, Behaviour, loss_of
 from tests.models.handwritten.form import Form
-from tests.models.handwritten.nets import batch, graph_net, save_graph
+from tests.models.handwritten.nets import assign, batch, graph_net, save_graph
 from tests.models.handwritten.norm import MOMENTUM, v1
 
 FORWARD = ("FusedBatchNorm", "FusedBatchNormV2", "FusedBatchNormV3")
@@ -90,8 +90,7 @@ class GraphRun:
         return values
 
     def _restore(self, values: Arrays) -> None:
-        for name, variable in self.variables.items():
-            variable.load(values[name], self.session)
+        assign(self.session, [(variable, values[name]) for name, variable in self.variables.items()])
 
 
 def traced(session: Any, fetches: Any, fed: Mapping[tf.Tensor, Any]) -> tuple[Any, list[bool]]:

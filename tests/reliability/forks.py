@@ -22,6 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from tests import python_command
+
 CLI = "rewriter.app.cli:main"
 COMMANDS = (
     *("tensorflow", "rewriter.app.api", "rewriter.app.cli", "rewriter.app.diff", "rewriter.app.finalize"),
@@ -65,9 +67,14 @@ class Outcome:
 
 
 class Server:
-    """A process that imports some modules, then forks others. Its hash seed orders their sets of strings."""
+    """A process that imports some modules, then forks others. Its hash seed orders their sets of strings.
 
-    def __init__(self, hash_seed: int | None = None, modules: Sequence[str] = COMMANDS) -> None:
+    With an address, another one forked from it serves the command `python` there (see tests/python_command.py).
+    """
+
+    def __init__(
+        self, hash_seed: int | None = None, modules: Sequence[str] = COMMANDS, python: str | None = None
+    ) -> None:
         seed = {} if hash_seed is None else {"PYTHONHASHSEED": str(hash_seed)}
         environment = {
             **os.environ,
@@ -77,7 +84,7 @@ class Server:
             "BNQAT_TRACEBACK": "1",
         }
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.forks", *modules],
+            [sys.executable, "-m", "tests.reliability.forks", python or "", *modules],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -122,9 +129,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def server(hash_seed: int | None = None, modules: Sequence[str] = COMMANDS) -> Iterator[Server]:
+def server(
+    hash_seed: int | None = None, modules: Sequence[str] = COMMANDS, python: str | None = None
+) -> Iterator[Server]:
     """Start a server, and close it at the end of the block."""
-    started = Server(hash_seed, modules)
+    started = Server(hash_seed, modules, python)
     try:
         yield started
     finally:
@@ -139,8 +148,11 @@ def run_program(code: str, arguments: Sequence[str]) -> None:
 
 
 def _serve() -> None:
-    for name in sys.argv[1:]:
+    _, python, *modules = sys.argv
+    for name in modules:
         importlib.import_module(name)
+    if python and python_command.forked(python):
+        return
     if "passes" in sys.modules:
         for target in sys.modules["passes"].PASSES.values():
             importlib.import_module(target.partition(":")[0])

@@ -8,13 +8,14 @@ import re
 import signal
 import socket
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 
 import bnqat
@@ -107,6 +108,24 @@ def alone(path: Path) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], lis
     return after[0], after[1], losses
 
 
+@dataclass(frozen=True)
+class OneDevice:
+    """A model, and what `alone` returns of it."""
+
+    path: Path
+    first: dict[str, np.ndarray]
+    second: dict[str, np.ndarray]
+    losses: list[float]
+
+
+@pytest.fixture(scope="module")
+def one_device(rewritten: Paths) -> OneDevice:
+    """A model with ranges that learn and move, trained on one device as two replicas train it."""
+    ranges = {"gamma": "learned", "moving_mean": "ema"}
+    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
+    return OneDevice(path, *alone(path))
+
+
 def by_name(path: Path) -> dict[str, np.ndarray]:
     """A SavedModel's variables as `alone` names them."""
     loaded = tf.saved_model.load(str(path))
@@ -116,24 +135,24 @@ def by_name(path: Path) -> dict[str, np.ndarray]:
     return {f"{name}{i}": v for name, values in by_variable.items() for i, v in enumerate(values)}
 
 
-def test_two_replicas_do_what_one_device_does_for_both(plain_forks: Server, rewritten: Paths, tmp_path: Path) -> None:
+def test_two_replicas_do_what_one_device_does_for_both(
+    plain_forks: Server, one_device: OneDevice, tmp_path: Path
+) -> None:
     """Sums of two replicas' gradients and losses are rounded in another order; hence 1e-5 in float32.
 
     With frozen statistics a batch can be divided at will, and the losses are those of the whole batch, too.
     """
-    ranges = {"gamma": "learned", "moving_mean": "ema"}
-    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
-    done = plain_forks.python(MIRRORED, path, tmp_path / "data.npz", tmp_path / "out")
+    done = plain_forks.python(MIRRORED, one_device.path, tmp_path / "data.npz", tmp_path / "out")
     assert done.code == 0, done.err[-3000:]
-    first, second, losses = alone(path)
-    assert_alike(tmp_path, first, second)
+    assert_alike(tmp_path, one_device.first, one_device.second)
     assert not np.allclose(
-        first["quantization/range/moving_mean:00"], by_name(path)["quantization/range/moving_mean:00"]
+        one_device.first["quantization/range/moving_mean:00"],
+        by_name(one_device.path)["quantization/range/moving_mean:00"],
     )
     # Keras logs the mean of an epoch's losses so far.
     logged = np.load(tmp_path / "out.npy").reshape(2, STEPS)
-    running = np.cumsum(np.reshape(losses, (2, STEPS)), 1) / np.arange(1, STEPS + 1)
+    running = np.cumsum(np.reshape(one_device.losses, (2, STEPS)), 1) / np.arange(1, STEPS + 1)
     np.testing.assert_allclose(logged, running, rtol=1e-5)
     whole = tf.saved_model.load(str(tmp_path / "out_1"))
     whole.quantization.freeze_step.assign(0)
@@ -153,7 +172,7 @@ def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
 
 
 @contextlib.contextmanager
-def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
+def workers(python: Path, folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Start both workers of the guide on free ports; none of them outlives the test."""
     sockets = [socket.socket() for _ in range(2)]
     for free in sockets:
@@ -164,7 +183,7 @@ def workers(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     started = []
     try:
         for index in range(2):
-            command = [sys.executable, "worker.py", str(index), *addresses]
+            command = [str(python), "worker.py", str(index), *addresses]
             with (folder / f"errors_{index}").open("w") as errors:
                 started.append(subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True))
         yield started
@@ -217,18 +236,17 @@ for phase in (1, 2):
 """
 
 
-def test_two_workers_in_a_loop_of_ones_own_do_what_one_device_does(rewritten: Paths, tmp_path: Path) -> None:
+def test_two_workers_in_a_loop_of_ones_own_do_what_one_device_does(
+    python: Path, one_device: OneDevice, tmp_path: Path
+) -> None:
     """Two workers obey the same bounds as two replicas of one process."""
-    ranges = {"gamma": "learned", "moving_mean": "ema"}
-    path = rewritten("module", bits=8, momentum=0.9, range=ranges, start_step=2, freeze_step=1000)
     np.savez(tmp_path / "data.npz", x=X, y=Y, batch=2 * HALF)
-    (tmp_path / "qat_model").symlink_to(path)
+    (tmp_path / "qat_model").symlink_to(one_device.path)
     (tmp_path / "worker.py").write_text(LOOP, encoding="utf-8")
-    printed = finished(tmp_path)
-    first, second, losses = alone(path)
-    assert_alike(tmp_path, first, second)
+    printed = finished(python, tmp_path)
+    assert_alike(tmp_path, one_device.first, one_device.second)
     for lines in printed:
-        np.testing.assert_allclose([float(line) for line in lines], losses, rtol=1e-5)
+        np.testing.assert_allclose([float(line) for line in lines], one_device.losses, rtol=1e-5)
 
 
 KERAS_3 = """
@@ -249,22 +267,22 @@ except ValueError as e:
 """
 
 
-def test_fit_of_keras_3_takes_no_several_workers_whatever_the_model(tmp_path: Path) -> None:
+def test_fit_of_keras_3_takes_no_several_workers_whatever_the_model(python: Path, tmp_path: Path) -> None:
     """If this test fails, Keras supports several workers, and the guide can use its `fit`."""
     (tmp_path / "worker.py").write_text(KERAS_3, encoding="utf-8")
-    assert finished(tmp_path) == [["True"], ["True"]]
+    assert finished(python, tmp_path) == [["True"], ["True"]]
 
 
-def finished(folder: Path) -> list[list[str]]:
+def finished(python: Path, folder: Path) -> list[list[str]]:
     """Run both workers to their end, and return the lines that each printed."""
-    with workers(folder) as started:
+    with workers(python, folder) as started:
         printed = [process.communicate(timeout=120)[0].splitlines() for process in started]
         for index, process in enumerate(started):
             assert process.returncode == 0, (folder / f"errors_{index}").read_text()[-3000:]
     return printed
 
 
-def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(tmp_path: Path) -> None:
+def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(python: Path, tmp_path: Path) -> None:
     """The result equals an unbroken run's bit for bit, except variables that workers average.
 
     Each worker has its own value of these until the backup, and the mean afterwards. The mean moves alike, but its
@@ -284,10 +302,10 @@ def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(tmp_path: Path
             tmp_path / "float", folder / "qat_model", bits=4, momentum=0.9, start_step=40, range={"gamma": "ema"}
         )
     steps = 1797 // 64
-    for lines in finished(whole):
+    for lines in finished(python, whole):
         assert lines[0] == "epoch 0 batch 0 step 1"
         assert lines[-1] == f"done after {3 * steps} steps"
-    with workers(broken) as started:
+    with workers(python, broken) as started:
         victim, survivor = started[1], started[0]
         assert victim.stdout is not None
         assert any(line.startswith("epoch 1 batch 5 ") for line in victim.stdout)
@@ -296,7 +314,7 @@ def test_a_killed_worker_and_both_go_on_from_the_last_whole_epoch(tmp_path: Path
         assert "epoch 2" not in survivor.communicate(timeout=120)[0]
         assert survivor.returncode not in (0, None)
     assert not (broken / "tuned_model").exists()
-    for lines in finished(broken):
+    for lines in finished(python, broken):
         assert lines[0] == f"epoch 1 batch 0 step {steps + 1}"
         assert lines[-1] == f"done after {3 * steps} steps"
     expected, resumed = held(whole / "tuned_model"), held(broken / "tuned_model")
