@@ -60,7 +60,7 @@ class Writing:
         """Run the command in a server, without a reset of the destination."""
         return server.cli(*self._arguments, before=before, **options)
 
-    def checked(self, outcome: Outcome, what: str) -> str:
+    def checked(self, outcome: Outcome | None, what: str) -> str:
         """Check the conditions after any fault, run the command again, and check that no trace of the fault is left.
 
         The command depends on nothing but the folder, so it runs again once for each state in which faults leave that.
@@ -121,6 +121,26 @@ class Writing:
         """Kill the command at the event of this number."""
         outcome = self.run(Call(f"{HERE}:killed_at", [str(self.folder), moment]))
         return self.checked(outcome, f"killed at event {moment}")
+
+    def killed_everywhere(self, *before: Call) -> Iterator[str]:
+        """Leave the folder as a kill would at each event about its files, and yield the moments as text.
+
+        SIGKILL leaves files as they are and frees locks. So a single run, whose folder is copied at each event, gives
+        the same folders as a run for each event, which is killed there. Some are compared with those of real kills.
+        """
+        states = self.folder.parent / f"{self.folder.name}_states"
+        if judged(self.run(*before, Call(f"{HERE}:copied", [str(self.folder), str(states)])), "copied") != "done":
+            raise BrokenPromiseError("a command that is only watched refused")
+        moments = range(len(list(states.iterdir())))
+        for moment in moments:
+            shutil.rmtree(self.folder)
+            (states / str(moment)).rename(self.folder)
+            if moment in (len(moments) // 4, len(moments) // 2, len(moments) - 2):
+                copied = self._state()
+                self.run(*before, Call(f"{HERE}:killed_at", [str(self.folder), moment]))
+                if self._state() != copied:
+                    raise BrokenPromiseError(f"a kill at event {moment} leaves {self._state()}, not {copied}")
+            yield f"killed at event {moment}"
 
     def interrupted(self, share: float) -> str:
         """Interrupt the command, as Ctrl-C does, at a share of its usual duration."""
