@@ -49,7 +49,7 @@ class SideBySide(tf.Module):
             part.layers, part.mix = form.layers, form.mix
         specs = next(iter(forms.values())).serve.input_signature
         outputs = lambda x: {name: form.call(x, training=False) for name, form in forms.items()}  # noqa: E731
-        self.serve = tf.function(outputs, input_signature=specs)
+        self.serve = tf.function(outputs, input_signature=specs, autograph=False)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -60,7 +60,8 @@ def test_derived_training_equals_the_modules_own(shape: tuple[int, ...], tmp_pat
     tf.saved_model.save(serving, str(tmp_path / "float"), signatures={"serving_default": serving.serve})
     bnqat.rewrite(tmp_path / "float", tmp_path / "qat", start_step=OFF, momentum=0.9)
     loaded = tf.saved_model.load(str(tmp_path / "qat"))
-    own_training = tf.function(lambda x: {name: form.call(x, training=True) for name, form in forms.items()})
+    train = lambda x: {name: form.call(x, training=True) for name, form in forms.items()}  # noqa: E731
+    own_training = tf.function(train, autograph=False)
     for seed in range(3):
         rng = np.random.default_rng(seed)
         x = tf.constant(rng.normal(0.3, 1.5, [8, *shape]).astype("float32"))

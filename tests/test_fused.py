@@ -64,8 +64,9 @@ class Every(tf.Module):
         self.patterns = patterns
         self.v = Variables(6)
         spec = tf.TensorSpec((None, *IMAGE), name="x")
-        self.serve = tf.function(lambda x: self.call(x, training=False), input_signature=[spec])
-        self.train = tf.function(lambda x: self.call(x, training=True), input_signature=[spec])
+        options = {"input_signature": [spec], "autograph": False}
+        self.serve = tf.function(lambda x: self.call(x, training=False), **options)
+        self.train = tf.function(lambda x: self.call(x, training=True), **options)
 
     def call(self, x: tf.Tensor, training: bool) -> tf.Tensor:
         values = {"x": x, "epsilon": 1e-3, "one": 1.0, "half": 0.5, "minus_half": -0.5}
