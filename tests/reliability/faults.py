@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.harness import digest
-from tests.reliability.forks import Call, Outcome, Server
+from tests.reliability.forks import CLI, Call, Outcome, Server
 from tests.reliability.trials import BrokenPromiseError, judged
 
 RANDOM = re.compile(r"(?<=\.target\.bnqat-)[0-9a-f]{8}")
@@ -54,11 +54,12 @@ class Writing:
     def run(self, *before: Call, **options: Any) -> Outcome:
         """Reset the destination and run the command."""
         self.reset()
-        return self.start(self.server, before, **options)
+        return self.server.cli(*self._arguments, before=before, **options)
 
-    def start(self, server: Server, before: Sequence[Call] = (), **options: Any) -> Outcome:
-        """Run the command in a server, without a reset of the destination."""
-        return server.cli(*self._arguments, before=before, **options)
+    def run_twice(self) -> list[Outcome]:
+        """Reset the destination and run the command in two processes at once."""
+        self.reset()
+        return self.server.run_twice(Call(CLI, [[str(a) for a in self._arguments]]))
 
     def checked(self, outcome: Outcome | None, what: str) -> str:
         """Check the conditions after any fault, run the command again, and check that no trace of the fault is left.

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tests.harness import digest
 from tests.reliability.conditions import small_disk
 from tests.reliability.faults import HERE, Writing
-from tests.reliability.forks import Call, Outcome, Server, server
+from tests.reliability.forks import Call, Outcome, Server
 from tests.reliability.trials import judged
 
 MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 8).tolist()
@@ -166,22 +165,11 @@ def test_destination_appears_meanwhile(rewriting: Writing) -> None:
     assert [p.name for p in rewriting.folder.iterdir()] == ["target"]
 
 
-@pytest.fixture(scope="module")
-def second() -> Iterator[Server]:
-    """A second server, so that two commands run at once."""
-    with server() as started:
-        yield started
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_at_once(
-    forks: Server, second: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool
-) -> None:
+def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool) -> None:
     writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=overwrite)
     for _ in range(3):
-        writing.reset()
-        with ThreadPoolExecutor() as threads:
-            outcomes = list(threads.map(writing.start, (forks, second)))
+        outcomes = writing.run_twice()
         assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
         assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
         assert digest(writing.target) == writing.expected
