@@ -7,6 +7,7 @@ which do not survive a fork, are not started yet.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -154,6 +155,9 @@ def _serve() -> None:
     if "passes" in sys.modules:
         for target in sys.modules["passes"].PASSES.values():
             importlib.import_module(target.partition(":")[0])
+    # Else each child's garbage collector would pass over all modules, and so copy the pages that it shares.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         sys.stdout.write(json.dumps([asdict(outcome) for outcome in _made(**json.loads(line))]) + "\n")
         sys.stdout.flush()
