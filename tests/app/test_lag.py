@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,8 @@ def test_told_from_the_number_of_steps(
     else:
         path = untrained
         for name, value in given.items():
-            key, number = f"quantization/{name}/.ATTRIBUTES/VARIABLE_VALUE", np.int64(value)
-            path = with_value(path, tmp_path / name / "model", key, lambda _, number=number: number)
+            key = f"quantization/{name}/.ATTRIBUTES/VARIABLE_VALUE"
+            path = with_value(path, tmp_path / name / "model", key, partial(np.full_like, fill_value=value))
     lag_notes = notes(path)
     assert bool(lag_notes) is noted
     if given == {"steps": 3}:

@@ -153,7 +153,11 @@ def killed_at(folder: str, moment: int) -> None:
 
 def copied(folder: str, states: str) -> None:
     """Copy a folder at each event about files in it, to folders of the events' numbers."""
-    _on_files(folder, lambda number, _event, _path: shutil.copytree(folder, Path(states) / str(number)))
+
+    def copy(number: int, _event: str, _path: str) -> None:
+        shutil.copytree(folder, Path(states) / str(number))
+
+    _on_files(folder, copy)
 
 
 def once_there(folder: str, event: str, what: str, path: str) -> None:
