@@ -169,6 +169,19 @@ def keras_application(name: str) -> Any:
     return model
 
 
+def mobilenet_short() -> Any:
+    """`MobileNetV2` at 32 x 32 up to its first addition, with ten classes; what follows repeats the same blocks."""
+    import tf_keras
+
+    tf_keras.backend.clear_session()
+    tf_keras.utils.set_random_seed(0)
+    whole = tf_keras.applications.MobileNetV2(weights=None, include_top=False, input_shape=(32, 32, 3))
+    features = tf_keras.layers.GlobalAveragePooling2D()(whole.get_layer("block_2_add").output)
+    model = tf_keras.Model(whole.input, tf_keras.layers.Dense(10, "softmax")(features))
+    perturb(model.weights)
+    return model
+
+
 def save_keras(model: Any, path: Path) -> Path:
     """Keras 2's `save` in the SavedModel format: every layer's functions, in both modes."""
     import absl.logging
@@ -198,5 +211,7 @@ MODELS: dict[str, Callable[[Path], Path]] = {
     "keras_export": lambda p: export_keras(small_keras(), p),
     "mobilenet_save": lambda p: save_keras(keras_application("MobileNetV2"), p),
     "mobilenet_export": lambda p: export_keras(keras_application("MobileNetV2"), p),
+    "mobilenet_short_save": lambda p: save_keras(mobilenet_short(), p),
+    "mobilenet_short_export": lambda p: export_keras(mobilenet_short(), p),
 }
 """Makers by name; each writes one SavedModel."""
