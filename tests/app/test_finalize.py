@@ -97,7 +97,7 @@ def first_call(model: Any, x: list[tf.Tensor]) -> tuple[dict[int, np.ndarray], M
 SAVED = [
     *("module", "module_train", "module_shared", "keras_save", "keras_export", "nested", "if", "while"),
     *("no_signature", "form_v3_half", "form_v3_video", "form_shared", "form_by_hand", "form_float64"),
-    *("two_layers_of_vectors", "as_text", "sharded", "keras_two_axes"),
+    *("two_layers_of_vectors", "keras_two_axes"),
 ]
 
 
