@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, sync_playwright
 import bnqat
 from tests.browsing import chromium
 from tests.python_command import write_command
-from tests.reliability.forks import PLAIN, Server, server
+from tests.reliability.forks import HASH_SEED, PLAIN, Server, server
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
@@ -108,7 +108,7 @@ def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]
 @pytest.fixture(scope="session")
 def forks() -> Iterator[Server]:
     """Server that runs each command in a process of its own."""
-    with server() as started:
+    with server(HASH_SEED) as started:
         yield started
 
 

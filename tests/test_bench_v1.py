@@ -12,7 +12,17 @@ import tensorflow as tf
 from tools import bench_v1
 
 v1 = tf.compat.v1
-X = np.random.default_rng(0).normal(size=(2, *bench_v1.SIZE)).astype("float32")
+SIZE, CHANNELS = (24, 24, 3), (16, 24)
+"""Of the first two blocks of the net, smaller; the others repeat them."""
+X = np.random.default_rng(0).normal(size=(2, *SIZE)).astype("float32")
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tool make a small net."""
+    monkeypatch.setattr(bench_v1, "SIZE", SIZE)
+    monkeypatch.setattr(bench_v1, "CHANNELS", CHANNELS)
+    monkeypatch.setattr(bench_v1, "STRIDES", bench_v1.STRIDES[: len(CHANNELS)])
 
 
 def averages(path: Path, session: Any) -> list[np.ndarray]:
@@ -21,7 +31,7 @@ def averages(path: Path, session: Any) -> list[np.ndarray]:
             v.name: v for v in v1.global_variables() if "moving_" in v.name and not v.name.startswith("quantization/")
         }
     values: list[np.ndarray] = session.run([by_name[name] for name in sorted(by_name)])
-    assert len(values) == 26, path
+    assert len(values) == 2 * (1 + 2 * len(CHANNELS)), path
     return values
 
 

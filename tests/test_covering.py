@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,50 +47,79 @@ def test_the_cases_cover_all_pairs() -> None:
     assert len(CASES) < 40
 
 
-def options_of(case: Mapping[str, Any]) -> dict[str, Any]:
-    role = case["role"]
-    role_options = {"scheme": case["scheme"], "rounding": case["rounding"], "narrow_range": case["narrow"], "bits": 4}
-    role_options["range"] = LIMITS if case["range"] == "fixed" else case["range"]
-    others = {r: {"range": "ema"} for r in STATISTICS if case["average"] == "stored"}
-    return {
-        "config": {"defaults": {**others, role: role_options}},
-        "quantize_average": case["average"],
-    }
+Cases = list[dict[str, Any]]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(v) for v in case.values()))
-def test_every_pair_of_options(case: dict[str, Any], model: Paths, tmp_path: Path) -> None:
+def side_by_side(cases: Cases) -> Iterator[Cases]:
+    """Yield cases of one average and of different roles, which one model can have together."""
+    for average in OPTIONS["average"]:
+        by_role = [[c for c in cases if (c["average"], c["role"]) == (average, role)] for role in OPTIONS["role"]]
+        for row in itertools.zip_longest(*by_role):
+            yield [case for case in row if case is not None]
+
+
+def options_of(cases: Cases) -> dict[str, Any]:
+    (average,) = {case["average"] for case in cases}
+    defaults: dict[str, Any] = {r: {"range": "ema"} for r in STATISTICS if average == "stored"}
+    for case in cases:
+        range_ = LIMITS if case["range"] == "fixed" else case["range"]
+        role_options = {"scheme": case["scheme"], "rounding": case["rounding"], "narrow_range": case["narrow"]}
+        defaults[case["role"]] = {**role_options, "range": range_, "bits": 4}
+    return {"config": {"defaults": defaults}, "quantize_average": average}
+
+
+def assert_ports(all_ports: list[Any], case: Mapping[str, Any], training: bool) -> None:
+    role_ports = [p for p in all_ports if p.tag["role"] == case["role"]]
+    absent = training and case["role"] in STATISTICS and case["average"] == "none"
+    assert len(role_ports) == (0 if absent else 2)
+    assert all((p.noise is not None) is (training and case["rounding"] == "stochastic") for p in role_ports)
+    assert all(p.tag["range"] == case["range"] and not np.array_equal(p.got, p.raw) for p in role_ports)
+
+
+def states(variables: Mapping[str, Any], case: Mapping[str, Any]) -> list[Any]:
+    """Return the variables of a case's range."""
+    names = [f"quantization/{s}/{case['role']}" for s in ("range", "scale", "low")]
+    state = [variables[name] for name in names if name in variables]
+    lows = case["range"] == "learned" and case["scheme"] in ("affine", "log")
+    assert len(state) == {"ema": 1, "learned": 2 if lows else 1}.get(case["range"], 0)
+    return state
+
+
+def assert_moved(state: list[Any], before: list[np.ndarray], case: Mapping[str, Any]) -> None:
+    moved = [not np.array_equal(v, old) for v, old in zip(state, before, strict=True)]
+    assert all(moved) if case["range"] == "ema" else not any(moved)
+
+
+@pytest.mark.parametrize(
+    "cases", list(side_by_side(CASES)), ids=lambda cases: "+".join("-".join(map(str, c.values())) for c in cases)
+)
+def test_every_pair_of_options(cases: Cases, model: Paths, tmp_path: Path) -> None:
     """Ports equal the reference, ema ranges move, gradients reach learned ranges, and saving keeps all."""
-    report = bnqat.rewrite(model("module_train"), tmp_path / "out", **options_of(case))
+    report = bnqat.rewrite(model("module_train"), tmp_path / "out", **options_of(cases))
     assert report.skipped == []
     loaded = tf.saved_model.load(str(tmp_path / "out"))
-    role, learned = case["role"], case["range"] == "learned"
     names = {v.name.partition(":")[0]: v for v in loaded.quantization.variables}
-    state = [v for k, v in names.items() if k in {f"quantization/{s}/{role}" for s in ("range", "scale", "low")}]
-    lows = learned and case["scheme"] in ("affine", "log")
-    assert len(state) == {"ema": 1, "learned": 2 if lows else 1}.get(case["range"], 0)
+    state = [states(names, case) for case in cases]
     for function in (loaded.serve, loaded.quantization.train):
         all_ports = ports(harness.concrete(function), [X])
         for port in all_ports:
             assert_equal(port, EPSILON)
-        training = function is loaded.quantization.train
-        role_ports = [p for p in all_ports if p.tag["role"] == role]
-        absent = training and role in STATISTICS and case["average"] == "none"
-        assert len(role_ports) == (0 if absent else 2)
-        assert all((p.noise is not None) is (training and case["rounding"] == "stochastic") for p in role_ports)
-        assert all(p.tag["range"] == case["range"] and not np.array_equal(p.got, p.raw) for p in role_ports)
+        for case in cases:
+            assert_ports(all_ports, case, training=function is loaded.quantization.train)
     for norm in loaded.norms:  # as an optimizer might
-        getattr(norm, role).assign(1.5 * getattr(norm, role))
-    before = [v.numpy() for v in state]
+        for case in cases:
+            getattr(norm, case["role"]).assign(1.5 * getattr(norm, case["role"]))
+    before = [[v.numpy() for v in variables] for variables in state]
     with tf.GradientTape() as tape:
         loss = tf.reduce_sum(loaded.quantization.train(X) ** 2)
     variables = list(loaded.quantization.trainable_variables)
     gradients = dict(zip((v.name for v in variables), tape.gradient(loss, variables), strict=True))
     assert all(g is not None and np.isfinite(g).all() for g in gradients.values())
     assert all(np.any(g) for k, g in gradients.items() if not k.startswith("quantization/low"))
-    assert learned is any(k.startswith("quantization/scale") for k in gradients)
-    moved = [not np.array_equal(v, old) for v, old in zip(state, before, strict=True)]
-    assert all(moved) if case["range"] == "ema" else not any(moved)
+    for case, variables, old in zip(cases, state, before, strict=True):
+        scale = f"quantization/scale/{case['role']}"
+        assert (case["range"] == "learned") is any(k.startswith(scale) for k in gradients)
+        assert_moved(variables, old, case)
     served = loaded.serve(X)
     tf.saved_model.save(loaded, str(tmp_path / "again"))
     again = tf.saved_model.load(str(tmp_path / "again"))

@@ -95,6 +95,10 @@ SOURCES: dict[str, Callable[[Path], Path]] = {
 }
 TRACES = ("keras2_save", "own_train", "by_mode")
 """Sources with a training function of their own."""
+VERIFIED = ("marked", "keras2_save", "keras3_export", "by_mode")
+"""Sources of each kind that `verify` tells apart: with and without training of their own, one function for both."""
+VERIFIED_OTHERWISE = ("marked", "own_train")
+"""Sources without and with training of their own, which `verify` sees with each option."""
 
 
 @pytest.fixture
@@ -141,7 +145,8 @@ def test_what_the_source_leaves_frozen_stays_so(name: str, frozen: Callable[[str
     assert "--train-batch-norm all" in note
     assert any("train is the source's" in n for n in report.notes) == (name in TRACES)
     assert trained(tmp_path / "out", source)[0] == [False, True]
-    assert bnqat.verify(source, tmp_path / "out").ok
+    if name in VERIFIED:
+        assert bnqat.verify(source, tmp_path / "out").ok
     tags = [t for bn in bnqat.inspect(tmp_path / "out").batch_norms for s in bn.sites for t in s.quantizers]
     assert {(t["layer"], t["role"]) for t in tags} >= {(n, r) for n in (0, 1) for r in ("gamma", "moving_mean")}
 
@@ -159,8 +164,8 @@ def test_an_option_decides_otherwise(
     assert moved == wanted
     alike = np.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)  # nothing but dropout tells them apart
     assert alike == (name not in ("keras2_save", "own_train"))
-    claims = {c.name: c for c in bnqat.verify(source, tmp_path / "out").claims}
-    assert [c.detail for c in claims.values() if c.status == "fails"] == []
+    claims = bnqat.verify(source, tmp_path / "out").claims if name in VERIFIED_OTHERWISE else []
+    assert [c.detail for c in claims if c.status == "fails"] == []
 
 
 def test_by_mode_cannot_train_what_both_modes_freeze(frozen: Callable[[str], Path], tmp_path: Path) -> None:

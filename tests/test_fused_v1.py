@@ -21,7 +21,7 @@ from tests.models.v1 import (
     updated_first,
     v1,
 )
-from tests.test_fused import FUSING, TOLERANCE, difference
+from tests.test_fused import FUSING, TOLERANCE, difference, executed
 from tests.test_v1 import session_of
 
 NORMS: dict[str, Norm] = {
@@ -41,20 +41,31 @@ batch norm subtracts its mean. What is left is small against the terms that are 
 gradient of norm_0/beta is off by 1.1e-5 in the source and by 7.1e-5 in the kernel."""
 
 
-def seen(path: Path, training: bool, update: bool) -> list[np.ndarray]:
-    """Logits, gradients of all trainable variables, and all variables after one run, with updates or without."""
-    rng = np.random.default_rng(0)
+def seen(path: Path) -> dict[tuple[bool, bool], list[np.ndarray]]:
+    """Logits, gradients of all trainable variables, and all variables after one run, by mode and with updates or not.
+
+    The session's variables are those of the source again before each mode.
+    """
+    x_ = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3))
+    results = {}
     with session_of(path) as (session, _):
         graph = session.graph
         x, mode, logits = (graph.get_tensor_by_name(f"{name}:0") for name in ("x", "is_training", "logits"))
-        trained = v1.trainable_variables()
-        gradients = v1.gradients(v1.reduce_sum(logits**2), trained)
-        updates = v1.get_collection(v1.GraphKeys.UPDATE_OPS) if update else []
-        feed = {x: rng.normal(0.3, 1.5, (6, 8, 8, 3)), mode: training}
-        values = session.run([logits, *gradients], feed)
-        for update_op in updates:  # apart, as a read and an update of one run come in any order
-            session.run(update_op, feed)
-        return [*values, *session.run(v1.global_variables())]
+        gradients = v1.gradients(v1.reduce_sum(logits**2), v1.trainable_variables())
+        variables = v1.global_variables()
+        before = session.run(variables)
+        for training in (True, False):
+            feed = {x: x_, mode: training}
+            values = session.run([logits, *gradients], feed)
+            results[training, False] = [*values, *session.run(variables)]
+            for update_op in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
+                session.run(update_op, feed)  # apart, as a read and an update of one run come in any order
+            results[training, True] = [*values, *session.run(variables)]
+            session.run(
+                [v.initializer for v in variables],
+                {v.initializer.inputs[1]: old for v, old in zip(variables, before, strict=True)},
+            )
+    return results
 
 
 @pytest.mark.parametrize("references", [False, True])
@@ -63,14 +74,13 @@ def test_each_mode_computes_and_updates_what_it_did(name: str, references: bool,
     source = save_v1(tmp_path / "m", NORMS[name], training="placeholder", references=references)
     report = bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
     assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
-    for training in (True, False):
-        for update in (True, False):
-            expected, actual = (seen(path, training, update) for path in (source, tmp_path / "f"))
-            exact = [index for index in range(len(actual)) if not (training and index in GRADIENTS)]
-            assert difference([actual[i] for i in exact], [expected[i] for i in exact]) < TOLERANCE
-            assert difference(actual, expected) < CANCELLED, (training, update)
-    assert kernels(tmp_path / "f", training=True) == [True, True]
-    assert kernels(tmp_path / "f", training=False) == [False, False]
+    expected, actual = seen(source), seen(tmp_path / "f")
+    for (training, update), values in actual.items():
+        right = expected[training, update]
+        exact = [index for index in range(len(values)) if not (training and index in GRADIENTS)]
+        assert difference([values[i] for i in exact], [right[i] for i in exact]) < TOLERANCE
+        assert difference(values, right) < CANCELLED, (training, update)
+    assert kernels(tmp_path / "f") == [[True, True], [False, False]]
 
 
 def ran(path: Path, training: bool) -> list[np.ndarray]:
@@ -92,7 +102,7 @@ def test_each_mode_computes_and_updates_what_it_did_where_conditionals_are_funct
     assert (report.declined, report.sites_fused) == ([], 0 if "two_fused" in name else 2)
     for training in (True, False):
         assert difference(ran(tmp_path / "f", training), ran(source, training)) < TOLERANCE
-        assert kernels(tmp_path / "f", training) == [training, training]
+    assert kernels(tmp_path / "f") == [[True, True], [False, False]]
 
 
 @pytest.mark.parametrize("control_flow_v2", [False, True])
@@ -100,8 +110,8 @@ def test_updates_that_the_output_waits_for_need_no_kernel_in_inference(control_f
     """Such updates move the averages in inference too, by the batch's statistics; the output then depends on a race."""
     source = save_v1(tmp_path / "m", two_fused_waiting, training="placeholder", control_flow_v2=control_flow_v2)
     bnqat.rewrite(source, tmp_path / "f", passes=FUSING)
-    assert kernels(source, training=False) == [False, False, True, True]
-    assert [kernels(tmp_path / "f", training=mode) for mode in (True, False)] == [[True, True], [False, False]]
+    assert kernels(source)[1] == [False, False, True, True]
+    assert kernels(tmp_path / "f") == [[True, True], [False, False]]
     x = np.random.default_rng(0).normal(0.3, 1.5, (6, 8, 8, 3)).astype("float32")
     for training in (True, False):
         after = []
@@ -137,7 +147,7 @@ def moving(session: Any) -> list[np.ndarray]:
     return values
 
 
-def kernels(path: Path, training: bool) -> Any:
-    from tests.test_fused import executed
-
-    return executed(path, {"x": np.zeros((2, 8, 8, 3), "float32"), "is_training": training})
+def kernels(path: Path) -> list[list[bool]]:
+    """Return `is_training` of the fused kernels that run: in training, then in inference."""
+    x = np.zeros((2, 8, 8, 3), "float32")
+    return executed(path, *({"x": x, "is_training": training} for training in (True, False)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from playwright.sync_api import Browser
 
 import bnqat
 from rewriter.app.cli import main
+from rewriter.app.show_diff import show_diff
 from tests.browsing import opened
 from tests.mutate import function_with, mutated, nodes_of, with_value
 
@@ -169,14 +172,23 @@ def test_one_other_change_is_found(
 def test_a_value_is_found(key: str, browser: Browser, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
     key += "/.ATTRIBUTES/VARIABLE_VALUE"
     after = with_value(rewritten("module", bits=4), tmp_path / "mutated", key, lambda v: v + np.ones_like(v))
-    assert bnqat.diff(model("module"), after).report.verdict.other_changes == 0
+    assert run_diff(model("module"), after)[1].startswith("no other changes")
+    assert run_diff(model("module"), after, "--values")[1].startswith("1 other change (")
     assert_found_once(model("module"), after, key, "value", browser, tmp_path=tmp_path, values=True)
 
 
-def invoked(arguments: list[str]) -> str:
-    done = CliRunner().invoke(main, arguments)
+def run_diff(*arguments: Path | str) -> list[str]:
+    done = CliRunner().invoke(main, ["diff", *map(str, arguments)])
     assert done.exit_code == 0, done.output
-    return done.stdout
+    return done.stdout.splitlines()
+
+
+def text_of(difference: bnqat.Diff) -> list[str]:
+    """Return the lines that the command prints; `test_diff.py` runs it."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        show_diff(difference.title, difference.report, verbose=False)
+    return out.getvalue().splitlines()
 
 
 def assert_found_once(
@@ -190,8 +202,8 @@ def assert_found_once(
     values: bool = False,
 ) -> None:
     page = tmp_path / "page.html"
-    text = invoked(["diff", str(before), str(after), *(["--values"] if values else [])]).splitlines()
     difference = bnqat.diff(before, after, values=values)
+    text = text_of(difference)
     page.write_text(difference.to_html(), encoding="utf-8")
 
     assert text[1].startswith("1 other change (")

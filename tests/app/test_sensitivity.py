@@ -31,13 +31,15 @@ def test_each_error_is_that_of_one_quantizer_at_one_width(model: Paths, rewritte
     assert [(row.layer, row.role) for row in report.rows] == [(layer, role) for layer in (0, 1) for role in ROLES]
     source = tf.saved_model.load(str(model("module")))
     reference = source.serve(X).numpy()
+    alone = tf.saved_model.load(str(path))
+    alone.quantization.start_step.assign(0)
+    alone.quantization.ramp_steps.assign(0)
+    for role in ROLES:
+        getattr(alone.quantization.bits, role).assign(0)
     for row in report.rows:
         for bits in (4, 2):
-            alone = tf.saved_model.load(str(path))
-            alone.quantization.start_step.assign(0)
-            alone.quantization.ramp_steps.assign(0)
             for role in ROLES:
-                getattr(alone.quantization.bits, role).assign(0)
+                getattr(alone.quantization.layer_bits, role).assign([-1, -1])
             widths = [-1, -1]
             widths[row.layer] = bits
             getattr(alone.quantization.layer_bits, row.role).assign(widths)

@@ -21,7 +21,9 @@ from tests.mutate import with_value
 Paths = Callable[..., Path]
 
 
-@pytest.mark.parametrize("name", ["module", "keras_save", "v1_two_fused_references", "form_v2_half", "mobilenet_save"])
+@pytest.mark.parametrize(
+    "name", ["module", "keras_save", "v1_two_fused_references", "form_v2_half", "mobilenet_short_save"]
+)
 def test_what_is_in_the_variables_and_what_rounding_costs(name: str, model: Paths) -> None:
     reader = tf.train.load_checkpoint(str(model(name) / "variables" / "variables"))
     tensors = {key: reader.get_tensor(key) for key in reader.get_variable_to_shape_map()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -40,19 +41,34 @@ class Put:
 
 
 @cache
+def _folder() -> Path:
+    """Return a folder that lasts as long as the process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@cache
+def _source(specs: tuple[tf.TensorSpec, ...]) -> Model:
+    """Return a model that TensorFlow saved, whose `serve` returns the last of its arguments."""
+    module = tf.Module()
+    module.serve = tf.function(lambda *inputs: tf.identity(inputs[-1]), input_signature=specs, autograph=False)
+    path = Path(tempfile.mkdtemp(dir=_folder())) / "source"
+    tf.saved_model.save(module, str(path))
+    return load(path)
+
+
+@cache
 def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
     """Return a spec's function, loaded from a real SavedModel; it takes the control inputs and the value."""
     function = (range_update_function if observe else fake_quantize_function)(spec, rows)
-    specs = [
+    specs = tuple(
         tf.TensorSpec([None] if shape is None else shape, DTYPES[p.dtype])
         for p, shape in zip(function.parameters, function.shapes, strict=True)
-    ]
-    module = tf.Module()
-    module.serve = tf.function(lambda *inputs: tf.identity(inputs[-1]), input_signature=specs)
+    )
     with tempfile.TemporaryDirectory() as folder:
-        source, target = Path(folder) / "source", Path(folder) / "target"
-        tf.saved_model.save(module, str(source))
-        save(Pipeline([Put(function)]).run(load(source))[0], target)
+        target = Path(folder) / "target"
+        save(Pipeline([Put(function)]).run(_source(specs))[0], target)
         loaded = tf.saved_model.load(str(target))
     loaded.serve.owner = loaded
     return loaded.serve
@@ -62,7 +78,7 @@ def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
 def compiled(spec: QuantizerSpec, jit: bool = True, rows: int = 0) -> Any:
     """Return a spec's function inside another function, optionally compiled by XLA."""
     serve = saved(spec, rows)
-    return tf.function(lambda *inputs: serve(*inputs), jit_compile=jit)  # noqa: PLW0108  keeps `serve` alive
+    return tf.function(lambda *inputs: serve(*inputs), jit_compile=jit, autograph=False)  # noqa: PLW0108  keeps `serve` alive
 
 
 def eager(spec: QuantizerSpec, inputs: Sequence[Any]) -> Any:

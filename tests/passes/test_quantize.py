@@ -154,7 +154,7 @@ def test_counts_of_a_keras_save(model: Paths) -> None:
 
 
 def test_no_other_attribute_of_a_kernel_changes(model: Paths) -> None:
-    before = load(model("mobilenet_save"))
+    before = load(model("mobilenet_short_save"))
     after = quantized(before)
     for site in before.analysis(sites):
         old = before.graphs[site.graph].nodes[site.node]
@@ -269,16 +269,16 @@ def tagged(graph: Graph) -> dict[str, dict[str, Any]]:
 
 
 def test_vectors_of_several_batch_norms_are_quantised_together(model: Paths) -> None:
-    """One op chooses the execution mode of 208 quantisers; its branches run each step of each arithmetic in one op."""
-    before = load(model("mobilenet_export"))
+    """One op chooses the execution mode of 36 quantisers; its branches run each step of each arithmetic in one op."""
+    before = load(model("mobilenet_short_export"))
     after = quantized(before)
     (serve,) = (after.graphs[e.function] for e in before.root_entries("serve"))
     tags = tagged(serve)
-    assert len(tags) == 4 * 52
+    assert len(tags) == 4 * 9
     assert batched_nodes(serve) == set(tags)
     (choice,) = (n for n in serve.nodes.values() if n.op == "StatelessCase")
     off, on, partly = (after.graphs[f.name] for f in choice.attrs["branches"].list.func)
-    assert [r.value.node for r in off.results] == list(off.arguments[-4 * 52 :])
+    assert [r.value.node for r in off.results] == list(off.arguments[-4 * 9 :])
     for branch in (on, partly):
         ops = [n.op for n in branch.nodes.values()]
         assert (ops.count("RealDiv"), ops.count("ConcatV2"), ops.count("Log")) == (3, 2, 3)  # log's limits, one by one

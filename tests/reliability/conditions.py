@@ -113,16 +113,17 @@ def print_set() -> None:
 
 
 def _on_files(folder: str, act: Callable[[int, str, str], None]) -> None:
-    """Call `act` with number, name and path of every audit event about files in a folder."""
-    count = 0
+    """Call `act` with number, name and path of every audit event about files in a folder, but for those of `act`."""
+    count, acting = 0, False
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        nonlocal count
-        if event.startswith(FILES) and arguments:
+        nonlocal count, acting
+        if event.startswith(FILES) and arguments and not acting:
             paths = [str(a) for a in arguments if isinstance(a, str | os.PathLike) and str(a).startswith(folder)]
             if paths or arguments[-1] == "renameat2":
-                number, count = count, count + 1
+                number, count, acting = count, count + 1, True
                 act(number, event, paths[0] if paths else "")
+                acting = False
 
     sys.addaudithook(hook)
 
@@ -148,6 +149,15 @@ def counting(folder: str) -> None:
 def killed_at(folder: str, moment: int) -> None:
     """Die at the n-th event about files in a folder."""
     _on_files(folder, lambda number, _event, _path: os.kill(os.getpid(), signal.SIGKILL) if number == moment else None)
+
+
+def copied(folder: str, states: str) -> None:
+    """Copy a folder at each event about files in it, to folders of the events' numbers."""
+
+    def copy(number: int, _event: str, _path: str) -> None:
+        shutil.copytree(folder, Path(states) / str(number))
+
+    _on_files(folder, copy)
 
 
 def once_there(folder: str, event: str, what: str, path: str) -> None:

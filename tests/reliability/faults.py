@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from tests.harness import digest
-from tests.reliability.forks import Call, Outcome, Server
+from tests.reliability.forks import CLI, Call, Outcome, Server
 from tests.reliability.trials import BrokenPromiseError, judged
 
 RANDOM = re.compile(r"(?<=\.target\.bnqat-)[0-9a-f]{8}")
@@ -54,13 +54,14 @@ class Writing:
     def run(self, *before: Call, **options: Any) -> Outcome:
         """Reset the destination and run the command."""
         self.reset()
-        return self.start(self.server, before, **options)
+        return self.server.cli(*self._arguments, before=before, **options)
 
-    def start(self, server: Server, before: Sequence[Call] = (), **options: Any) -> Outcome:
-        """Run the command in a server, without a reset of the destination."""
-        return server.cli(*self._arguments, before=before, **options)
+    def run_twice(self) -> list[Outcome]:
+        """Reset the destination and run the command in two processes at once."""
+        self.reset()
+        return self.server.run_twice(Call(CLI, [[str(a) for a in self._arguments]]))
 
-    def checked(self, outcome: Outcome, what: str) -> str:
+    def checked(self, outcome: Outcome | None, what: str) -> str:
         """Check the conditions after any fault, run the command again, and check that no trace of the fault is left.
 
         The command depends on nothing but the folder, so it runs again once for each state in which faults leave that.
@@ -121,6 +122,26 @@ class Writing:
         """Kill the command at the event of this number."""
         outcome = self.run(Call(f"{HERE}:killed_at", [str(self.folder), moment]))
         return self.checked(outcome, f"killed at event {moment}")
+
+    def killed_everywhere(self, *before: Call) -> Iterator[str]:
+        """Leave the folder as a kill would at each event about its files, and yield the moments as text.
+
+        SIGKILL leaves files as they are and frees locks. So a single run, whose folder is copied at each event, gives
+        the same folders as a run for each event, which is killed there. Some are compared with those of real kills.
+        """
+        states = self.folder.parent / f"{self.folder.name}_states"
+        if judged(self.run(*before, Call(f"{HERE}:copied", [str(self.folder), str(states)])), "copied") != "done":
+            raise BrokenPromiseError("a command that is only watched refused")
+        moments = range(len(list(states.iterdir())))
+        for moment in moments:
+            shutil.rmtree(self.folder)
+            (states / str(moment)).rename(self.folder)
+            if moment in (len(moments) // 4, len(moments) // 2, len(moments) - 2):
+                copied = self._state()
+                self.run(*before, Call(f"{HERE}:killed_at", [str(self.folder), moment]))
+                if self._state() != copied:
+                    raise BrokenPromiseError(f"a kill at event {moment} leaves {self._state()}, not {copied}")
+            yield f"killed at event {moment}"
 
     def interrupted(self, share: float) -> str:
         """Interrupt the command, as Ctrl-C does, at a share of its usual duration."""

@@ -7,6 +7,7 @@ which do not survive a fork, are not started yet.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -16,11 +17,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import IO, Any
 
 from tests import python_command
 
@@ -32,6 +33,8 @@ COMMANDS = (
 """Modules of the command line; the passes come with them."""
 PLAIN = ("tensorflow", "keras")
 """Modules of a user without bnqat."""
+HASH_SEED = 0
+"""Hash seed of the tests' own server; `test_determinism.py` compares it with others."""
 REPOSITORY = Path(__file__).parents[2]
 PAGE = os.sysconf("SC_PAGE_SIZE")
 TICK = 0.002
@@ -103,11 +106,19 @@ class Server:
             limit: seconds after which it is stopped.
             mib: MiB above which it is stopped.
         """
+        request = {"calls": [asdict(c) for c in calls], "after": after, "by": int(by), "limit": limit, "mib": mib}
+        (outcome,) = self._answer(request)
+        return outcome
+
+    def run_twice(self, *calls: Call, limit: float = 60, mib: float = 8192) -> list[Outcome]:
+        """Make the same calls in two new processes at once."""
+        return self._answer({"calls": [asdict(c) for c in calls], "limit": limit, "mib": mib, "copies": 2})
+
+    def _answer(self, request: Mapping[str, Any]) -> list[Outcome]:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        request = {"calls": [asdict(c) for c in calls], "after": after, "by": int(by), "limit": limit, "mib": mib}
         print(json.dumps(request), file=self._process.stdin, flush=True)
-        return Outcome(**json.loads(self._process.stdout.readline()))
+        return [Outcome(**fields) for fields in json.loads(self._process.stdout.readline())]
 
     def cli(self, *arguments: str | Path, before: Sequence[Call] = (), **options: Any) -> Outcome:
         """Run the command line, after some calls that change the process."""
@@ -156,40 +167,67 @@ def _serve() -> None:
     if "passes" in sys.modules:
         for target in sys.modules["passes"].PASSES.values():
             importlib.import_module(target.partition(":")[0])
+    # Else each child's garbage collector would pass over all modules, and so copy the pages that it shares.
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(asdict(_made(**json.loads(line)))) + "\n")
+        sys.stdout.write(json.dumps([asdict(outcome) for outcome in _made(**json.loads(line))]) + "\n")
         sys.stdout.flush()
 
 
-def _made(calls: Sequence[dict[str, Any]], after: float | None, by: int, limit: float, mib: float) -> Outcome:
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.monotonic()
-        # An interrupt waits until the child ignores it: before that, the code of this module would be what it stops.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        child = os.fork()
-        if not child:
-            _child(calls, out.fileno(), err.fileno())
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        stopped, peak = "", 0.0
-        while True:
-            ended, status = os.waitpid(child, os.WNOHANG)
-            seconds = time.monotonic() - start
-            if ended:
-                break
-            with contextlib.suppress(OSError, IndexError):
-                peak = max(peak, int(Path(f"/proc/{child}/statm").read_text().split()[1]) * PAGE / 2**20)
-            if after is not None and seconds >= after and not stopped:
-                stopped = "signal"
-                os.kill(child, by)
-            if seconds > limit or peak > mib:
-                stopped = "memory" if peak > mib else "time"
-                os.kill(child, signal.SIGKILL)
-            time.sleep(TICK)
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-        return Outcome(os.waitstatus_to_exitcode(status), seconds, peak, texts[0], texts[1], stopped)
+def _made(
+    *,
+    calls: Sequence[dict[str, Any]],
+    limit: float,
+    mib: float,
+    after: float | None = None,
+    by: int = signal.SIGKILL,
+    copies: int = 1,
+) -> list[Outcome]:
+    """Start processes that make the calls, and watch one after the other until it ends."""
+    with contextlib.ExitStack() as stack:
+        started = []
+        for _ in range(copies):
+            out, err = (stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))
+            started.append((time.monotonic(), _started(calls, out.fileno(), err.fileno()), out, err))
+        return [_watched(*process, after=after, by=by, limit=limit, mib=mib) for process in started]
+
+
+def _started(calls: Sequence[dict[str, Any]], out: int, err: int) -> int:
+    """Start a process that makes the calls, and return its number."""
+    # An interrupt waits until the child ignores it: before that, the code of this module would be what it stops.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    child = os.fork()
+    if not child:
+        _child(calls, out, err)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    return child
+
+
+def _watched(
+    start: float, child: int, out: IO[bytes], err: IO[bytes], *, after: float | None, by: int, limit: float, mib: float
+) -> Outcome:
+    """Wait for a process; send it a signal after some seconds, and stop it if it takes too much time or memory."""
+    stopped, peak = "", 0.0
+    while True:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        seconds = time.monotonic() - start
+        if ended:
+            break
+        with contextlib.suppress(OSError, IndexError):
+            peak = max(peak, int(Path(f"/proc/{child}/statm").read_text().split()[1]) * PAGE / 2**20)
+        if after is not None and seconds >= after and not stopped:
+            stopped = "signal"
+            os.kill(child, by)
+        if seconds > limit or peak > mib:
+            stopped = "memory" if peak > mib else "time"
+            os.kill(child, signal.SIGKILL)
+        time.sleep(TICK)
+    texts = []
+    for file in (out, err):
+        file.seek(0)
+        texts.append(file.read().decode(errors="replace"))
+    return Outcome(os.waitstatus_to_exitcode(status), seconds, peak, texts[0], texts[1], stopped)
 
 
 def _child(calls: Sequence[dict[str, Any]], out: int, err: int) -> None:
@@ -217,3 +255,4 @@ def _child(calls: Sequence[dict[str, Any]], out: int, err: int) -> None:
 
 if __name__ == "__main__":
     _serve()
+    os._exit(0)  # at once: taking TensorFlow's modules apart would take most of a second

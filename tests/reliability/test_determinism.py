@@ -8,17 +8,18 @@ from pathlib import Path
 import pytest
 
 from tests.harness import digest
-from tests.reliability.forks import Call, Server, server
+from tests.reliability.forks import HASH_SEED, Call, Server, server
 from tests.reliability.trials import judged
 
-SEEDS = (0, 1, 4242)
+SEEDS = (1, 4242)
 
 
 @pytest.fixture(scope="module")
-def servers() -> Iterator[list[Server]]:
+def servers(forks: Server) -> Iterator[list[Server]]:
     """Processes that order sets of strings in different ways."""
-    with server(SEEDS[0]) as first, server(SEEDS[1]) as second, server(SEEDS[2]) as third:
-        yield [first, second, third]
+    assert HASH_SEED not in SEEDS
+    with server(SEEDS[0]) as second, server(SEEDS[1]) as third:
+        yield [forks, second, third]
 
 
 def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
@@ -27,24 +28,27 @@ def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
     assert len(orders) > 1
 
 
-@pytest.mark.parametrize("name", ["keras_save", "nested", "v1_by_hand"])
+REWRITES = {
+    "page": ("--html", "page.html"),
+    "options": ("--report", "report.json", "--bits", "gamma=4,beta=6", "--range", "ema", "--ramp-steps", "100"),
+    "dry run": ("--report", "report.json", "--dry-run"),
+}
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("name", "options"),
     [
-        (),
-        ("--bits", "gamma=4,beta=6", "--range", "ema", "--ramp-steps", "100"),
-        ("--dry-run", "--report"),
+        *(((name, options)) for name in ("keras_save", "nested", "v1_by_hand") for options in ("page", "options")),
+        ("nested", "dry run"),  # its report is made as that of a rewrite
     ],
 )
-def test_rewrite(
-    servers: list[Server], model: Callable[[str], Path], tmp_path: Path, name: str, options: tuple[str, ...]
-) -> None:
+def test_rewrite(servers: list[Server], model: Callable[[str], Path], tmp_path: Path, name: str, options: str) -> None:
     written = []
     for number, process in enumerate(servers):
         folder = tmp_path / str(number)
         folder.mkdir()
-        extra = [folder / "report.json"] if "--report" in options else ["--html", folder / "page.html"]
-        outcome = process.cli("rewrite", model(name), folder / "target", *options, *extra)
+        option, file, *others = REWRITES[options]
+        outcome = process.cli("rewrite", model(name), folder / "target", option, folder / file, *others)
         assert judged(outcome, "rewrite") == "done", outcome
         written.append(digest(folder))
     assert written[0]

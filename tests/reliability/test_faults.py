@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tests.harness import digest
 from tests.reliability.conditions import small_disk
 from tests.reliability.faults import HERE, Writing
-from tests.reliability.forks import Call, Outcome, Server, server
+from tests.reliability.forks import Call, Outcome, Server
 from tests.reliability.trials import judged
 
 MOMENTS = np.random.default_rng(0).uniform(0, 1.1, 8).tolist()
@@ -54,7 +53,7 @@ def test_killed_at_random_moments(writing: Writing) -> None:
 
 @pytest.mark.parametrize("writing", ["finalize over"], indirect=True)
 def test_killed_at_every_step_of_writing(writing: Writing) -> None:
-    results = [writing.killed_at(moment) for moment in range(writing.events())]
+    results = [writing.checked(None, moment) for moment in writing.killed_everywhere()]
     assert "before, something left" in results, results
     assert any(f.startswith("after") for f in results), results
 
@@ -63,14 +62,12 @@ def test_killed_where_directories_cannot_be_exchanged(
     forks: Server, model: Callable[[str], Path], tmp_path: Path
 ) -> None:
     writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=True)
-    plain = Call(f"{HERE}:without_exchange", [])
     aside = 0
-    for moment in range(writing.events(plain)):
-        outcome = writing.run(plain, Call(f"{HERE}:killed_at", [str(writing.folder), moment]))
+    for moment in writing.killed_everywhere(Call(f"{HERE}:without_exchange", [])):
         if not writing.target.exists():
             aside += 1
             writing.earlier = None  # between two renames; the next run puts it back, and then overwrites it
-        writing.checked(outcome, f"killed at event {moment}")
+        writing.checked(None, moment)
         writing.earlier = digest(writing.source)
     assert aside
 
@@ -168,41 +165,34 @@ def test_destination_appears_meanwhile(rewriting: Writing) -> None:
     assert [p.name for p in rewriting.folder.iterdir()] == ["target"]
 
 
-@pytest.fixture(scope="module")
-def second() -> Iterator[Server]:
-    """A second server, so that two commands run at once."""
-    with server() as started:
-        yield started
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_two_at_once(
-    forks: Server, second: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool
-) -> None:
+def test_two_at_once(forks: Server, model: Callable[[str], Path], tmp_path: Path, overwrite: bool) -> None:
     writing = Writing(forks, "rewrite", model("keras_export"), tmp_path / "folder", overwrite=overwrite)
     for _ in range(3):
-        writing.reset()
-        with ThreadPoolExecutor() as threads:
-            outcomes = list(threads.map(writing.start, (forks, second)))
+        outcomes = writing.run_twice()
         assert sorted(judged(o, "two") for o in outcomes) == (["done"] * 2 if overwrite else ["done", "refused"])
         assert sorted(p.name for p in writing.folder.iterdir()) == ["target"]
         assert digest(writing.target) == writing.expected
 
 
-@pytest.mark.parametrize("option", ["--report", "--html"])
-def test_reports_are_whole_or_absent(rewriting: Writing, tmp_path: Path, option: str) -> None:
-    file = tmp_path / "reports" / f"report{'.json' if option == '--report' else '.html'}"
-    file.parent.mkdir()
-    written = rewriting.server.cli("rewrite", rewriting.source, tmp_path / "first", option, file)
-    assert judged(written, option) == "done"
-    for moment in range(8):
-        file.unlink(missing_ok=True)
-        rewriting.reset()
-        rewriting.server.cli(
-            *("rewrite", rewriting.source, rewriting.target, option, file),
-            before=[Call(f"{HERE}:killed_at", [str(file.parent), moment])],
-        )
-        assert not file.exists() or _whole(file)
+def test_reports_are_whole_or_absent(rewriting: Writing, tmp_path: Path) -> None:
+    """Their folder is copied at each event about its files, which is the folder that a kill would leave there."""
+    folder = tmp_path / "reports"
+    report, page = folder / "report.json", folder / "page.html"
+    folder.mkdir()
+    rewriting.reset()
+    written = rewriting.server.cli(
+        *("rewrite", rewriting.source, rewriting.target, "--report", report, "--html", page),
+        before=[Call(f"{HERE}:copied", [str(folder), str(tmp_path / "states")])],
+    )
+    assert judged(written, "reports") == "done"
+    for name in (report.name, page.name):
+        files = [state / name for state in (tmp_path / "states").iterdir()]
+        assert len(files) > 8
+        assert not all(file.exists() for file in files)
+        assert all(_whole(file) for file in (*files, folder / name) if file.exists())
+    assert _whole(report)
+    assert _whole(page)
 
 
 def _whole(file: Path) -> bool:
