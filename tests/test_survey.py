@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import bnqat
+from rewriter.app.diff import Diff
 from rewriter.app.verification.serving import Pair
 from rewriter.savedmodel.read import load
 from tests import harness
@@ -58,6 +60,18 @@ def assert_passes(row: Row) -> None:
     assert row.gradients == (YES if applies else NOT_APPLICABLE)
 
 
+def assert_differs_by_nothing_else(row: Row, diff: Diff) -> None:
+    verdict = diff.report.verdict
+    assert diff.report.other == []
+    assert diff.report.changes
+    assert all(change.by for change in diff.report.changes)
+    assert verdict.other_changes == 0
+    assert (verdict.sites_found, verdict.sites_rewritten) == (row.found, row.rewritten)
+    assert verdict.sites_added == row.added
+    assert diff.report.skipped == row.skipped
+    assert verdict.signatures_intact == verdict.signatures_found > 0
+
+
 SMALL = [name for name in MODELS if not name.startswith("mobilenet")]
 
 
@@ -65,14 +79,20 @@ SMALL = [name for name in MODELS if not name.startswith("mobilenet")]
 def test_every_form_passes_every_column(name: str, model: Callable[[str], Path], tmp_path: Path) -> None:
     source = model(name)
     before = harness.digest(source)
-    assert_passes(survey(source, tmp_path / name, unfreeze_constants=name.startswith("frozen")))
+    row = survey(source, tmp_path / name, unfreeze_constants=name.startswith("frozen"))
+    assert_passes(row)
+    assert_differs_by_nothing_else(row, bnqat.diff(source, tmp_path / name, values=True))
     assert harness.digest(source) == before
 
 
 @pytest.mark.corpus
 def test_every_public_model_passes_every_column(corpus_model: Path, tmp_path: Path) -> None:
     before = harness.digest(corpus_model)
-    assert_passes(survey(corpus_model, tmp_path / "out"))
+    row = survey(corpus_model, tmp_path / "out")
+    assert_passes(row)
+    diff = bnqat.diff(corpus_model, tmp_path / "out", values=True)
+    assert_differs_by_nothing_else(row, diff)
+    assert len(diff.to_html()) < 5_000_000
     assert harness.digest(corpus_model) == before
 
 

@@ -46,6 +46,7 @@ class Row:
     model: str
     found: int = 0
     rewritten: int = 0
+    added: int = 0
     single: int = 0
     fused: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -73,7 +74,8 @@ def survey(source: Path, target: Path, **options: Any) -> Row:
     except bnqat.Error as e:
         row.declined = str(e)
         return row
-    row.found, row.rewritten, row.notes = report.sites_found, report.sites_rewritten, report.notes
+    row.found, row.rewritten, row.added = report.sites_found, report.sites_rewritten, report.sites_added
+    row.notes = report.notes
     for skipped in report.skipped:
         row.skipped[skipped.reason] = row.skipped.get(skipped.reason, 0) + 1
     row.fused = report.sites_fused
