@@ -40,7 +40,7 @@ def test_undamaged(forks: Server, model: Callable[[str], Path], space: Path, nam
     assert {"inspect done", "rewrite done", "rewrite loads", "diff done"} <= set(outcomes), outcomes
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
 def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
     source = fresh(space) / "source"
@@ -49,7 +49,7 @@ def test_damaged_models(forks: Server, model: Callable[[str], Path], space: Path
     list(trial(forks, source, space / "out"))
 
 
-@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=14, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(random=st.randoms(use_true_random=True))
 def test_damaged_rewritten_models(forks: Server, rewritten: Callable[..., Path], space: Path, random: Random) -> None:
     source = fresh(space) / "source"

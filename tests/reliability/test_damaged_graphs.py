@@ -29,7 +29,7 @@ def space(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("damaged_graphs")
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
+@settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
 @given(random=st.randoms(use_true_random=True), name=st.sampled_from(MODELS))
 def test_damaged_graphs(forks: Server, model: Callable[[str], Path], space: Path, random: Random, name: str) -> None:
     """Edges, ops, attributes, functions and objects are exchanged one at a time, so that none hides another."""

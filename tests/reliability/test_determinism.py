@@ -11,21 +11,21 @@ from tests.harness import digest
 from tests.reliability.forks import HASH_SEED, Call, Server, server
 from tests.reliability.trials import judged
 
-SEEDS = (1, 4242)
+OTHER_HASH_SEED = 1
 
 
 @pytest.fixture(scope="module")
 def servers(forks: Server) -> Iterator[list[Server]]:
-    """Processes that order sets of strings in different ways."""
-    assert HASH_SEED not in SEEDS
-    with server(SEEDS[0]) as second, server(SEEDS[1]) as third:
-        yield [forks, second, third]
+    """Two processes, which order sets of strings in different ways."""
+    assert HASH_SEED != OTHER_HASH_SEED
+    with server(OTHER_HASH_SEED) as other:
+        yield [forks, other]
 
 
 def test_seeds_order_sets_in_different_ways(servers: list[Server]) -> None:
     """The other tests rely on different orders."""
     orders = {s.run(Call("tests.reliability.conditions:print_set", [])).out for s in servers}
-    assert len(orders) > 1
+    assert len(orders) == len(servers)
 
 
 REWRITES = {
@@ -52,7 +52,7 @@ def test_rewrite(servers: list[Server], model: Callable[[str], Path], tmp_path: 
         assert judged(outcome, "rewrite") == "done", outcome
         written.append(digest(folder))
     assert written[0]
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("name", ["keras_save", "nested"])
@@ -69,7 +69,7 @@ def test_finalize(
         outcome = process.cli("finalize", rewritten(name), folder / "target", *options)
         assert judged(outcome, "finalize") == "done", outcome
         written.append(digest(folder))
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
 
 
 @pytest.mark.parametrize("form", ["json", "html", "txt"])
@@ -83,4 +83,4 @@ def test_diff(
         outcome = process.cli("diff", model("nested"), rewritten("nested"), "--output", file, *formats)
         assert judged(outcome, "diff") == "done", outcome
         written.append(file.read_bytes())
-    assert written[0] == written[1] == written[2]
+    assert written[0] == written[1]
