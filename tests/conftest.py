@@ -135,13 +135,9 @@ def browser() -> Iterator[Browser]:
 
 
 def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what lives as long as the process, and look less often at the rest.
-
-    TensorFlow makes many objects for every graph, and few of them are garbage when the collector comes.
-    """
+    """Let the garbage collector pass over what lives as long as the process: TensorFlow's modules, and the tests'."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(200_000, 20, 20)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
