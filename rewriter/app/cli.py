@@ -17,7 +17,8 @@ from rewriter.app.options import FLAGS, TAGS, VERBOSE, pass_options, quantizer_o
 from rewriter.app.show import show_rewrite
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
-from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
+from rewriter.savedmodel.source import require_model
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 
 if TYPE_CHECKING:
     from rewriter.app.settings import Settings

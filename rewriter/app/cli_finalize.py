@@ -11,7 +11,8 @@ from rewriter.app.options import TAGS, VERBOSE
 from rewriter.app.show import show_finalized
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
-from rewriter.savedmodel.staging import refuse_existing, refuse_overlap, require_model
+from rewriter.savedmodel.source import require_model
+from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
 
 
 @click.command()

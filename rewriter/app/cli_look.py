@@ -19,7 +19,7 @@ from rewriter.app.show import show_inspection, show_sensitivity, show_verificati
 from rewriter.app.show_diff import show_diff
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
-from rewriter.savedmodel.staging import require_model
+from rewriter.savedmodel.source import require_model
 
 SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
 """File name suffixes of the formats of a comparison."""

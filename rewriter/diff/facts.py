@@ -20,7 +20,7 @@ from rewriter.savedmodel.checkpoint import Checkpoint
 from rewriter.savedmodel.main_graph import OBJECT_GRAPH_KEY
 from rewriter.savedmodel.objects import object_paths, tensor_specs
 from rewriter.savedmodel.read import Source
-from rewriter.savedmodel.staging import MODEL_FILES
+from rewriter.savedmodel.source import MODEL_FILES
 
 VARIABLE, SIGNATURE, CONCRETE, OBJECT = "variable", "signature", "concrete function", "object"
 COLLECTION, FILE, TENSOR, MODEL = "collection", "file", "checkpoint tensor", "model"

@@ -29,7 +29,7 @@ from rewriter.savedmodel.references import (
     refuse_structures,
     refuse_unlike,
 )
-from rewriter.savedmodel.staging import require_model
+from rewriter.savedmodel.source import require_model
 
 SERVE_TAG = "serve"
 

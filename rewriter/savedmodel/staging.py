@@ -1,4 +1,4 @@
-"""Source and destination paths: a source must hold a SavedModel; a destination is written whole or not at all."""
+"""Destination paths: a destination is written whole or not at all, and never over what is no SavedModel."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from pathlib import Path
 
 from rewriter.ir import Error
 from rewriter.savedmodel.beside import ASIDE_SUFFIX, beside
-
-MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
-"""Names of the graph's file, binary and text; if both exist, TensorFlow reads the binary one."""
+from rewriter.savedmodel.source import MODEL_FILES, refuse_name
 
 # AT_FDCWD of <fcntl.h>, RENAME_EXCHANGE of <linux/fs.h>.
 _AT_FDCWD = -100
@@ -81,30 +79,6 @@ def reason(error: OSError) -> str:
     return f"{error.filename}: {why}" if error.filename else why
 
 
-def require_model(path: Path) -> Path:
-    """Return the file with a SavedModel's graph.
-
-    Raises:
-        Error: the directory holds none, or TensorFlow cannot read a path with this name.
-    """
-    _refuse_name(path)
-    if not path.is_dir():
-        raise Error(f"{path} is not a directory; a SavedModel is one, with a file saved_model.pb in it")
-    for name in MODEL_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise Error(f"{path} holds no saved_model.pb, so it is not a SavedModel")
-
-
-def _refuse_name(path: Path) -> None:
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise Error(f"{path} is not UTF-8, and TensorFlow takes no other paths") from None
-    if "[" in str(path):
-        raise Error(f"{path} holds [, which TensorFlow takes for the beginning of a pattern")
-
-
 def refuse_overlap(source: Path, target: Path) -> None:
     """Refuse a destination that is the source, contains it, or lies in it: the source is never changed.
 
@@ -123,7 +97,7 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         Error: it exists and is not to be overwritten, is no directory, or holds something other than a SavedModel;
             or TensorFlow cannot read a path with this name.
     """
-    _refuse_name(target)
+    refuse_name(target)
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -33,7 +33,8 @@ from rewriter.savedmodel.shrink import (
     shrink_objects,
     shrink_saver,
 )
-from rewriter.savedmodel.staging import MODEL_FILES, refuse_overlap, staged
+from rewriter.savedmodel.source import MODEL_FILES
+from rewriter.savedmodel.staging import refuse_overlap, staged
 
 KERAS_PREFIX = "_tf_keras_"
 KERAS_METADATA = "keras_metadata.pb"

@@ -475,6 +475,8 @@ def unstrided(meta: Any) -> None:
 def test_what_is_no_model(module: Path, result: Path, tmp_path: Path) -> None:
     with pytest.raises(bnqat.Error, match="is not a directory"):
         verify(tmp_path / "nowhere", result)
+    with pytest.raises(bnqat.Error, match=r"is a rewritten model and .*/module is none; pass the source first"):
+        verify(result, module)
     with pytest.raises(bnqat.Error, match=r"b does not load in a V1 session: \w+Error: ") as caught:
         verify(module, edited(result, tmp_path / "b", unstrided))
     assert "\n" not in str(caught.value)

@@ -20,7 +20,7 @@ from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
 from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, ErrorBound, RoundingCheck, rounding
 from rewriter.app.verification.running import Ran
-from rewriter.app.verification.serving import Pair, Serving, differences, serve
+from rewriter.app.verification.serving import STEP, Pair, Serving, differences, serve
 from rewriter.app.verification.training import Trained, train
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Error, Model
@@ -93,13 +93,15 @@ def verify(
         trust: run models that hold ops for files, the network or Python.
 
     Raises:
-        Error: a model cannot be read, or holds such ops and is not trusted; no signature takes the inputs; or the
-            source does not run on random inputs.
+        Error: a model cannot be read, or holds such ops and is not trusted; the first is the rewritten one; no
+            signature takes the inputs; or the source does not run on random inputs.
     """
     if inputs is not None and not isinstance(inputs, Mapping):
         raise Error("inputs are arrays by name, a dict")
     refuse_not_finite(inputs or {})
     pair = Pair(Path(before), Path(after), load(before), load(after))
+    if _has_quantisers(pair.source) and not _has_quantisers(pair.result):
+        raise Error(f"{before} is a rewritten model and {after} is none; pass the source first, then the result")
     refuse_reaching(before, pair.source, trust=trust)
     refuse_reaching(after, pair.result, trust=trust)
     serving = serve(pair, inputs, seed)
@@ -118,6 +120,10 @@ def verify(
     used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
     notes = [*uniform_values(inputs or {}), *notes_on_statistics(pair.after, pair.result, inputs)]
     return Verification(claims, f"{used}, {examples}", notes=notes)
+
+
+def _has_quantisers(model: Model) -> bool:
+    return any(variable.name == STEP for variable in model.variables.values())
 
 
 def signatures_stay(serving: Serving) -> Claim:

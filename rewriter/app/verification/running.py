@@ -20,7 +20,7 @@ from rewriter.app.verification.kernels import Kernels, kernels_in
 from rewriter.dataflow import VARIABLES
 from rewriter.ir import Error
 from rewriter.savedmodel.graphs import tensors_of
-from rewriter.savedmodel.staging import MODEL_FILES
+from rewriter.savedmodel.source import MODEL_FILES
 
 v1 = tf.compat.v1
 T = TypeVar("T")
