@@ -9,6 +9,14 @@ from typing import Any
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
 
+NOTHING_LOST = 1e-6
+"""A relative error below this is that of float32 arithmetic itself, where a quantiser keeps every value."""
+
+
+def error_text(error: float) -> str:
+    """Return a relative error with two digits, and 0 where nothing is lost."""
+    return "0" if error < NOTHING_LOST else f"{error:.2g}"
+
 
 @dataclass(frozen=True)
 class Tensor:
@@ -148,7 +156,12 @@ class Inspection:
 
         sites = {(s.graph, s.node): s for bn in self.batch_norms for s in bn.sites}
         return page(
-            "inspect.html.j2", ["colours.css", "page.css", "inspect.css"], [], report=self, sites=sites.values()
+            "inspect.html.j2",
+            ["colours.css", "page.css", "inspect.css"],
+            [],
+            report=self,
+            sites=sites.values(),
+            error_text=error_text,
         )
 
     def _repr_html_(self) -> str:

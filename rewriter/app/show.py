@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewriter.app.report_schema import error_text
 from rewriter.app.terminal import say, show
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def _show_values(report: Inspection) -> None:
                     f"{values.greatest:.4g}",
                     _bars(values.histogram),
                 ),
-                *(f"{error:.2g}" for error in values.expected_error.values()),
+                *(error_text(error) for error in values.expected_error.values()),
             )
             for name, role, values in rows
         ),
@@ -167,7 +168,7 @@ def show_finalized(report: FinalizeReport, target: Path | None, params: Path | N
     show(
         table,
         (
-            (row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.channels), f"{row.error:.2g}")
+            (row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.channels), error_text(row.error))
             for row in report.baked
         ),
     )
@@ -203,7 +204,7 @@ def show_sensitivity(measured: Sensitivity) -> None:
     show(
         table,
         (
-            (str(row.layer), row.name, row.role, *(f"{error:.2g}" for error in row.error.values()))
+            (str(row.layer), row.name, row.role, *(error_text(error) for error in row.error.values()))
             for row in measured.rows
         ),
     )

@@ -69,6 +69,18 @@ def test_numbers_that_are_none(model: Paths, tmp_path: Path) -> None:
     assert bnqat.inspect(broken).batch_norms[0].values["beta"] == whole.values["beta"]
 
 
+def test_where_nothing_is_lost_the_error_is_printed_as_0(tmp_path: Path) -> None:
+    net = Net()
+    for norm in net.norms:
+        norm.gamma.assign(np.ones(norm.gamma.shape, np.float32) / 3)  # rounding scales in float32 leaves a last bit
+    save_module(net, tmp_path / "net")
+    errors = bnqat.inspect(tmp_path / "net").batch_norms[0].values["gamma"].expected_error
+    assert 0 < max(errors.values()) < 1e-6
+    done = CliRunner().invoke(main, ["inspect", str(tmp_path / "net")])
+    rows = [line.split() for line in done.stdout.partition("expected error")[2].splitlines()]
+    assert {tuple(row[-5:]) for row in rows if row[1:2] == ["gamma"]} == {("0",) * 5}
+
+
 def test_a_table_json_and_a_page(model: Paths, tmp_path: Path, browser: Browser) -> None:
     page = tmp_path / "inspect.html"
     done = CliRunner().invoke(main, ["inspect", str(model("keras_save")), "--html", str(page)])
