@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from passes import PROVIDERS, loaded
 from passes.quantization.choice import Rule, quantizer_for, unmatched
-from passes.quantization.controls import Schedule
+from passes.quantization.controls import Schedule, has_quantizers
 from passes.quantization.custom import Quantizer
 from passes.quantization.insertion import Family, insertion, why_not
 from passes.quantization.options import ScheduleOptions
@@ -82,7 +82,7 @@ class Quantize(ScheduleOptions):
         yield from self._unused_roles(families)
         _refuse_twice(families)
         families = [family for family in families if family.points]
-        if families and any(v.name.startswith("quantization/bits/") for v in model.variables.values()):
+        if families and has_quantizers(model):
             # Its control variables have a row for each layer of that time, and running graphs read them by number.
             raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
         if families and not any(v.name == "quantization/step" for v in model.variables.values()):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import bnqat
+from tests.models.handwritten.nets import assign
 from tests.models.v1 import (
     Norm,
     by_hand,
@@ -61,10 +62,7 @@ def seen(path: Path) -> dict[tuple[bool, bool], list[np.ndarray]]:
             for update_op in v1.get_collection(v1.GraphKeys.UPDATE_OPS):
                 session.run(update_op, feed)  # apart, as a read and an update of one run come in any order
             results[training, True] = [*values, *session.run(variables)]
-            session.run(
-                [v.initializer for v in variables],
-                {v.initializer.inputs[1]: old for v, old in zip(variables, before, strict=True)},
-            )
+            assign(session, list(zip(variables, before, strict=True)))
     return results
 
 

@@ -81,8 +81,9 @@ def test_every_form_passes_every_column(name: str, model: Callable[[str], Path],
     before = harness.digest(source)
     row = survey(source, tmp_path / name, unfreeze_constants=name.startswith("frozen"))
     assert_passes(row)
+    written = harness.digest(tmp_path / name)
     assert_differs_by_nothing_else(row, bnqat.diff(source, tmp_path / name, values=True))
-    assert harness.digest(source) == before
+    assert (harness.digest(source), harness.digest(tmp_path / name)) == (before, written)
 
 
 @pytest.mark.corpus
@@ -90,10 +91,11 @@ def test_every_public_model_passes_every_column(corpus_model: Path, tmp_path: Pa
     before = harness.digest(corpus_model)
     row = survey(corpus_model, tmp_path / "out")
     assert_passes(row)
+    written = harness.digest(tmp_path / "out")
     diff = bnqat.diff(corpus_model, tmp_path / "out", values=True)
     assert_differs_by_nothing_else(row, diff)
     assert len(diff.to_html()) < 5_000_000
-    assert harness.digest(corpus_model) == before
+    assert (harness.digest(corpus_model), harness.digest(tmp_path / "out")) == (before, written)
 
 
 def test_a_column_that_fails_is_seen(model: Callable[[str], Path], tmp_path: Path) -> None:

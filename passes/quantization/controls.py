@@ -81,6 +81,11 @@ def step(model: Model) -> Variable:
     return control(model, "step", 0)
 
 
+def has_quantizers(model: Model) -> bool:
+    """Return true if a rewrite has given the model quantisers, each role of which has a width."""
+    return any(v.name.startswith("quantization/bits/") for v in model.variables.values())
+
+
 def increment(model: Model) -> Apply:
     """Return the op that counts one step."""
     return op("AssignAddVariableOp", handle(step(model)), constant(1, "int64"))

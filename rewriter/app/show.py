@@ -204,7 +204,7 @@ def show_sensitivity(measured: Sensitivity) -> None:
     show(
         table,
         (
-            (str(row.layer), row.name, row.role, *(error_text(error) for error in row.error.values()))
+            (str(row.layer), row.name, row.role, *(f"{error:.2g}" for error in row.error.values()))
             for row in measured.rows
         ),
     )

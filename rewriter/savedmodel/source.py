@@ -10,14 +10,15 @@ MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 """Names of the graph's file, binary and text; if both exist, TensorFlow reads the binary one."""
 
 EXPORT = "load it and call model.export(dir)"
+GRAPH = "graph without a SavedModel around it; import it and save it with tf.saved_model.save"
 KINDS = {
     ".keras": f"is a Keras model: {EXPORT}",
     ".h5": f"is a Keras model or its weights: {EXPORT}",
     ".hdf5": f"is a Keras model or its weights: {EXPORT}",
     ".tflite": "is a LiteRT model; pass the SavedModel that it was converted from",
     ".onnx": "is an ONNX model; pass the SavedModel that it was converted from",
-    ".pb": "is a graph without a SavedModel around it; import it and save it with tf.saved_model.save",
-    ".pbtxt": "is a graph without a SavedModel around it; import it and save it with tf.saved_model.save",
+    ".pb": f"is a {GRAPH}",
+    ".pbtxt": f"is a {GRAPH}",
     ".meta": "is a checkpoint's graph; restore both in a session and save them with tf.compat.v1.saved_model.Builder",
 }
 """Other files that hold models, by their endings, each with what it is and what to do."""
@@ -25,6 +26,7 @@ CHECKPOINT = (
     "is a checkpoint, which holds values and no graph; restore it in the program that makes the model, and call "
     "model.export(dir)"
 )
+NO_DIRECTORY = "is not a directory; a SavedModel is one, with a file saved_model.pb in it"
 LISTED = 3
 """Largest number of folders that a message names."""
 
@@ -61,10 +63,10 @@ def _file(path: Path) -> str:
     if path.with_name(f"{path.name}.index").is_file() or (path.is_file() and path.suffix == ".index"):
         return CHECKPOINT
     if not path.is_file():
-        return "is not a directory; a SavedModel is one, with a file saved_model.pb in it"
+        return NO_DIRECTORY
     if path.name in MODEL_FILES:
         return f"is a file of a SavedModel; pass its folder, {path.parent}"
-    return KINDS.get(path.suffix.lower(), "is not a directory; a SavedModel is one, with a file saved_model.pb in it")
+    return KINDS.get(path.suffix.lower(), NO_DIRECTORY)
 
 
 def _folder(path: Path) -> str:

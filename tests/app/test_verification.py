@@ -63,7 +63,7 @@ DETAILS = {
     },
     "frozen": {"off": "without constant folding"},
 }
-"""What claims tell, besides their status, where single ops became the kernel, and of unfrozen constants."""
+"""Details that claims tell besides their status, where single ops became the kernel and of unfrozen constants."""
 
 
 @pytest.mark.parametrize("name", HOLDING)

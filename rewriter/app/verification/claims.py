@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.core.framework import types_pb2
 
 from passes.batch_norm.sites import sites
+from passes.quantization.controls import has_quantizers
 from rewriter import op_defs
 from rewriter.app.arrays import refuse_not_finite, uniform_values
 from rewriter.app.lag import notes_on_statistics
@@ -20,7 +21,7 @@ from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
 from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, ErrorBound, RoundingCheck, rounding
 from rewriter.app.verification.running import Ran
-from rewriter.app.verification.serving import STEP, Pair, Serving, differences, serve
+from rewriter.app.verification.serving import Pair, Serving, differences, serve
 from rewriter.app.verification.training import Trained, train
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Error, Model
@@ -100,7 +101,7 @@ def verify(
         raise Error("inputs are arrays by name, a dict")
     refuse_not_finite(inputs or {})
     pair = Pair(Path(before), Path(after), load(before), load(after))
-    if _has_quantisers(pair.source) and not _has_quantisers(pair.result):
+    if has_quantizers(pair.source) and not has_quantizers(pair.result):
         raise Error(f"{before} is a rewritten model and {after} is none; pass the source first, then the result")
     refuse_reaching(before, pair.source, trust=trust)
     refuse_reaching(after, pair.result, trust=trust)
@@ -120,10 +121,6 @@ def verify(
     used = f"random, seed {seed}" if inputs is None else f"given: {', '.join(inputs)}"
     notes = [*uniform_values(inputs or {}), *notes_on_statistics(pair.after, pair.result, inputs)]
     return Verification(claims, f"{used}, {examples}", notes=notes)
-
-
-def _has_quantisers(model: Model) -> bool:
-    return any(variable.name == STEP for variable in model.variables.values())
 
 
 def signatures_stay(serving: Serving) -> Claim:
