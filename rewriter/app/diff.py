@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from passes.batch_norm.batch_norms import BatchNorm, batch_norms
+from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
-from passes.quantization.quantizer_marks import TAG, tag_of
-from passes.quantization.schemes import SCHEMES
-from rewriter.app.reports import became_of
+from rewriter.app.diff_layers import label_of, layer_diffs, parts_of_sites
+from rewriter.app.headline import headline
+from rewriter.app.reports import Key, became_of
 from rewriter.app.work import gc_paused
-from rewriter.dataflow import consumers
-from rewriter.diff.compare import NODE, Comparison, all_keys, compare, port_name, value_name, with_details
+from rewriter.diff.compare import NODE, Comparison, all_keys, compare, with_details
 from rewriter.diff.facts import SIGNATURE
+from rewriter.diff.labels import function_labels, users
 from rewriter.diff.log import LOG, RECORD, explained, read_record
 from rewriter.diff.page import diff_page
 from rewriter.diff.pictures import around, pictures, unite
-from rewriter.diff.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff, Verdict
+from rewriter.diff.report import Change, DiffReport, Verdict
 from rewriter.diff.svg import picture_svg
-from rewriter.ir import ARG, Edge, Error, Graph, Model, Node, Value
+from rewriter.ir import ARG, Error, Graph, Model
 from rewriter.page.shell import frame
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.references import OPS_ALONE
@@ -45,8 +45,10 @@ class Diff:
 
     def to_html(self) -> str:
         """Return a self-contained page: before and after side by side, and the report."""
+        parts = parts_of_sites(self.comparison)
         places = [(s.graph, s.node) for layer in self.report.layers for s in layer.sites]
-        return diff_page(self.title, self.report, *pictures(self.comparison, places, label_of, full=self.full))
+        drawn = pictures(self.comparison, {k: parts.get(k, ()) for k in places}, label_of, full=self.full)
+        return diff_page(self.title, self.report, self.comparison, *drawn)
 
     def to_svg(self, graph: str, node: str, hops: int = 1) -> str:
         """Return a picture of a node's neighbourhood, with both models in one.
@@ -63,7 +65,8 @@ class Diff:
         union = unite(self.comparison, graph, changed, label_of)
         if node not in union.states:
             raise Error(f"neither model has a node {node} in {graph or 'the main graph'}")
-        return picture_svg(around(union, node), union, hops)
+        parts = parts_of_sites(self.comparison).get((graph, node), ())
+        return picture_svg(around(union, node, parts), union, hops)
 
     def site(self, name: str) -> tuple[str, str]:
         """Return the (graph, node) that a name means: a batch norm's, a node's, or ``function:node``.
@@ -138,7 +141,7 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
     sites_before = before.analysis(sites)
     quantized_now = after.analysis(quantized)
     site_at = {(s.graph, s.node): s for s in sites_before}
-    became = _became(comparison)
+    became, sites_after = _became(comparison)
     rewritten = {
         k
         for k, s in site_at.items()
@@ -151,8 +154,17 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
     )
     signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - OPS_ALONE
     broken = {c.name for c in comparison.changes if c.kind == SIGNATURE and c.what != "added" and _changes_interface(c)}
+    fused = {
+        k
+        for k, s in site_at.items()
+        if s.kind == "decomposed" and became[k] and all(sites_after[j].kind == "fused" for j in became[k])
+    }
+    users_of = users(after)
+    layers = list(layer_diffs(comparison, reasons, rewritten, fused, users_of))
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),
+        batch_norms_quantized=sum(layer.status == "quantised" for layer in layers),
+        batch_norms_skipped=sum(layer.status in ("partly", "skipped") for layer in layers),
         sites_found=len(site_at),
         sites_rewritten=len(rewritten),
         sites_added=len(quantized_now.difference(site_at, *became.values())),
@@ -162,20 +174,26 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
         signatures_found=len(signatures),
     )
     return DiffReport(
+        headline=headline(after, layers, verdict, len(comparison.changes)),
         verdict=verdict,
         changes=list(comparison.changes),
-        layers=list(_layers(comparison, reasons)),
+        layers=layers,
         ops=_ops(before, after),
         renamed={old: new for old, new in comparison.pairs.items() if old != new},
         skipped=dict(skipped),
+        users=users_of,
+        labels=function_labels([*before.graphs, *after.graphs]),
     )
 
 
-def _became(comparison: Comparison) -> Mapping[tuple[str, str], list[tuple[str, str]]]:
-    """Return the sites that each site before became: itself in its graph's pair, or those that took its place."""
+def _became(comparison: Comparison) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:
+    """Return the sites that each site before became, and all sites after.
+
+    A site became itself in its graph's pair, or those that took its place.
+    """
     heirs_of, sites_after = became_of(comparison.before, comparison.after)
     paired = {key: (comparison.pairs.get(key[0], key[0]), key[1]) for key in heirs_of}
-    return {key: [paired[key]] if paired[key] in sites_after else heirs for key, heirs in heirs_of.items()}
+    return {key: [paired[key]] if paired[key] in sites_after else heirs for key, heirs in heirs_of.items()}, sites_after
 
 
 def _is_known(after: Model, site: Site) -> bool:
@@ -192,95 +210,3 @@ def _ops(*models: Model) -> dict[str, list[int]]:
     """Return the number of nodes of each op, for each model."""
     counts = [Counter(n.op for g in m.graphs.values() for n in g.nodes.values() if n.op != ARG) for m in models]
     return {op: [count[op] for count in counts] for op in sorted(counts[0].keys() | counts[1].keys())}
-
-
-def _layers(comparison: Comparison, reasons: Mapping[tuple[str, str], str]) -> Iterator[LayerDiff]:
-    """Return batch norms by name, with the sites of the model after, and those that are no longer there."""
-    before, after = comparison.before, comparison.after
-    old = {bn.name: bn for bn in before.analysis(batch_norms)}
-    new = {bn.name: bn for bn in after.analysis(batch_norms)}
-    for name in dict.fromkeys((*old, *new)):
-        was = _by_place(old.get(name), comparison.pairs)
-        now = _by_place(new.get(name), {})
-        site_diffs = [_site(comparison, s, "same" if k in was else "added", reasons) for k, s in now.items()]
-        site_diffs += [_site(comparison, s, "removed", reasons) for k, s in was.items() if k not in now]
-        yield LayerDiff(name, site_diffs)
-
-
-def _by_place(bn: BatchNorm | None, pairs: Mapping[str, str]) -> dict[tuple[str, str], Site]:
-    """Return a batch norm's sites by graph and node; `pairs` maps a graph to its name in the model after."""
-    return {} if bn is None else {(pairs.get(s.graph, s.graph), s.node): s for s in bn.sites}
-
-
-def _site(comparison: Comparison, site: Site, what: str, reasons: Mapping[tuple[str, str], str]) -> SiteDiff:
-    reason = "" if site.binding.quantized else reasons.get((site.graph, site.node), site.reason)
-    status = "skipped" if reason else site.status
-    return SiteDiff(
-        site.graph, site.node, what, site.kind, site.mode, status, reason, list(_inputs(comparison, site, what))
-    )
-
-
-def _inputs(comparison: Comparison, site: Site, what: str) -> Iterator[InputDiff]:
-    """Return the inputs of a site, the edges that bring variables to it, and statistics on their way to averages."""
-    model = comparison.before if what == "removed" else comparison.after
-    edges: dict[Edge, tuple[str, str]] = {}
-    for use, edges_by_role in (
-        ("input", site.inputs),
-        ("input", site.binding.parameters),
-        ("statistic", site.binding.statistics),
-    ):
-        for role, role_edges in edges_by_role.items():
-            for edge in role_edges:
-                for past in _past_quantizer(model, edge):
-                    edges.setdefault(past, (role, use))
-    for edge, (role, use) in edges.items():
-        graph = model.graphs[edge.graph]
-        node = graph.nodes[edge.node]
-        value = node.inputs[edge.position]
-        graph_before = None if what == "removed" else comparison.graph_before(edge.graph)
-        node_before = node if what == "removed" else None if graph_before is None else graph_before.nodes.get(edge.node)
-        value_before = (
-            node_before.inputs[edge.position]
-            if node_before is not None and edge.position < len(node_before.inputs)
-            else None
-        )
-        producer = graph.nodes[value.node]
-        yield InputDiff(
-            role,
-            use,
-            edge.graph,
-            edge.node,
-            port_name(model, node, edge.position),
-            None if value_before is None else value_name(value_before),
-            None if what == "removed" else value_name(value),
-            formula_of(producer),
-            value_name(producer.inputs[-1]) if TAG in producer.attrs else "",
-        )
-
-
-def _past_quantizer(model: Model, edge: Edge) -> Iterator[Edge]:
-    """Return the edge itself or, if it enters a quantiser, the edges that use the quantised value."""
-    graph = model.graphs[edge.graph]
-    if not edge.node:
-        return
-    if TAG in graph.nodes[edge.node].attrs:
-        uses = model.analysis_of(graph, consumers).get(Value(edge.node), [])
-        yield from (use for use in uses if use.node)
-    else:
-        yield edge
-
-
-def formula_of(node: Node) -> str:
-    """Return a quantiser's formula in one line; "" for other nodes."""
-    if TAG not in node.attrs:
-        return ""
-    tag = tag_of(node)
-    scheme = SCHEMES.get(tag["scheme"])
-    if scheme is None:
-        return f"{tag['scheme']}(v)"
-    return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}"
-
-
-def label_of(node: Node) -> str:
-    """Return a quantiser's role and formula, as the label of a picture's edge."""
-    return f"{tag_of(node)['role']} ─ {formula_of(node)}"

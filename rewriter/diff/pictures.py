@@ -1,14 +1,15 @@
-"""Pictures of places in two models: a node and its neighbourhood, before and after, drawn in layers.
+"""Pictures of places in two models: a node and its neighbourhood, before and after.
 
-A picture shows both models as one graph, so that a node of both is in one place. Quantisers, i.e. nodes with
-`rewriter.ops.STAND_IN`, are hidden unless the user asks for them, and so are nodes that only serve quantisers.
-A formula at the edge stands for them.
+A picture holds both models as one graph. Quantisers, i.e. nodes with `rewriter.ops.STAND_IN`, are hidden unless the
+user asks for them, and so are nodes that only serve quantisers. A formula at the edge stands for them. Handles of
+variables and control inputs are hidden likewise: nothing stands for them, as the node that reads or writes a variable
+is labelled with the variable's name.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +17,8 @@ import networkx as nx
 
 from rewriter import ops
 from rewriter.diff.compare import Comparison, port_name
-from rewriter.ir import Graph, Node
+from rewriter.ir import ARG, Graph, Node
+from rewriter.protos import dtype_name
 
 HOPS = 3
 """Distance in edges that a picture reaches from its middle."""
@@ -24,6 +26,8 @@ MAX_NEIGHBOURS = 12
 """Largest number of unchanged inputs, and of unchanged users, that are drawn for one node."""
 MAX_NODES = 100
 """Largest number of nodes in a picture of a place."""
+MAX_PARTS = 30
+"""Largest number of nodes that are drawn as parts of the thing in the middle."""
 MAX_WHOLE = 80
 """Largest number of nodes of a function that is drawn whole."""
 
@@ -52,31 +56,17 @@ class Line(NamedTuple):
     inner: bool | None = None
 
 
-class Place(NamedTuple):
-    """The position of a node in a picture.
-
-    Attributes:
-        hops: its distance from the middle in edges.
-        layer: its column; every edge leads to a higher one, except back edges of loops and control inputs.
-        row: its place in the column.
-    """
-
-    hops: int
-    layer: int
-    row: int
-
-
 class Spot(NamedTuple):
     """A node of a picture.
 
     Attributes:
-        near: its place if quantisers are hidden; None if the node is hidden itself, or too far away.
-        far: its place if quantisers are shown.
+        near: its distance from the middle in edges; None if it is hidden with the quantisers, or too far away.
+        far: its distance if quantisers are shown.
     """
 
     name: str
-    near: Place | None
-    far: Place
+    near: int | None
+    far: int
 
 
 @dataclass(frozen=True)
@@ -105,7 +95,7 @@ class Union:
         new: the graph after; None if there is none.
         states: the state of each node: same, added, removed or changed.
         lines: the edges at each node, by the node's name.
-        inner: the quantisers, and the nodes that only serve quantisers.
+        inner: the nodes that are drawn on request only: quantisers, nodes that only serve them, handles of variables.
     """
 
     name: str
@@ -138,7 +128,8 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
             union.states[node] = (
                 REMOVED if not present[1] else ADDED if not present[0] else CHANGED if node in changed_nodes else SAME
             )
-    union.inner = _inner(new) if new is not None else set()
+    for graph in (g for g in (old, new) if g is not None):
+        union.inner |= _quantizer_nodes(graph) | {n.name for n in graph.nodes.values() if _is_handle(n)}
     for line in _lines(compared, union, formula):
         union.lines.setdefault(line.source, []).append(line)
         if line.target != line.source:
@@ -146,7 +137,14 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
     return union
 
 
-def _inner(graph: Graph) -> set[str]:
+def _is_handle(node: Node) -> bool:
+    """Return true for a node that only passes a variable on, or another resource."""
+    if node.op == ARG:
+        return "T" in node.attrs and dtype_name(node.attrs["T"].type) == "resource"
+    return node.op == "VarHandleOp"
+
+
+def _quantizer_nodes(graph: Graph) -> set[str]:
     """Return the quantisers, and the nodes that only serve quantisers.
 
     The value that a quantiser stands for (its last input) is not among them.
@@ -191,7 +189,7 @@ def _lines(compared: Comparison, union: Union, formula: Callable[[Node], str]) -
             yield Line(source, target, label, position, old, True, inner=True)
         else:
             replaced = old and not new and _is_behind_quantizer(union, source, port, target, position)
-            inner = True if replaced or source in union.inner or target in union.inner else None
+            inner = True if replaced or position < 0 or {source, target} & union.inner else None
             yield Line(source, target, label, position, old, new, inner=inner)
 
 
@@ -207,10 +205,13 @@ def _is_behind_quantizer(union: Union, source: str, port: int, target: str, posi
     return ops.STAND_IN in producer.attrs and tuple(producer.inputs[-1]) == (source, port)
 
 
-def around(union: Union, middle: str) -> Picture:
-    """Return the picture of a node and its neighbourhood, up to `HOPS` edges away."""
-    near = {} if middle in union.inner else _distances(union, middle, inner=False)
-    far = _distances(union, middle, inner=True)
+def around(union: Union, middle: str, parts: Collection[str] = ()) -> Picture:
+    """Return the picture of a node, of further nodes that are parts of the same thing, and of their neighbourhood.
+
+    The neighbourhood reaches up to `HOPS` edges away.
+    """
+    near = {} if middle in union.inner else _distances(union, middle, parts, inner=False)
+    far = _distances(union, middle, parts, inner=True)
     # Hidden nodes, once shown, make the way to others longer; these stay in the picture, however far away.
     return _picture(union, middle, near, {**dict.fromkeys(near, HOPS), **far})
 
@@ -221,9 +222,10 @@ def whole(union: Union, middle: str) -> Picture:
     return _picture(union, middle, near, {name: int(name != middle) for name in union.states})
 
 
-def _distances(union: Union, middle: str, *, inner: bool) -> dict[str, int]:
-    distances = {middle: 0}
-    waiting = deque([middle])
+def _distances(union: Union, middle: str, parts: Collection[str], *, inner: bool) -> dict[str, int]:
+    parts_drawn = [p for p in parts if p in union.states and (inner or p not in union.inner)]
+    distances = dict.fromkeys((middle, *parts_drawn[:MAX_PARTS]), 0)
+    waiting = deque(distances)
     while waiting and len(distances) < MAX_NODES:
         name = waiting.popleft()
         if distances[name] == HOPS:
@@ -234,7 +236,7 @@ def _distances(union: Union, middle: str, *, inner: bool) -> dict[str, int]:
             neighbour = line.source if line.target == name else line.target
             if line.inner is (not inner) or neighbour in distances or (not inner and neighbour in union.inner):
                 continue
-            if union.states[neighbour] == SAME and name != middle:
+            if union.states[neighbour] == SAME and distances[name]:
                 unchanged_counts[line.target == name] += 1
                 if unchanged_counts[line.target == name] > MAX_NEIGHBOURS:
                     continue
@@ -245,70 +247,26 @@ def _distances(union: Union, middle: str, *, inner: bool) -> dict[str, int]:
 
 
 def _picture(union: Union, middle: str, near: Mapping[str, int], far: Mapping[str, int]) -> Picture:
-    lines = tuple(
-        dict.fromkeys(e for name in far for e in union.lines.get(name, ()) if e.source in far and e.target in far)
-    )
-
-    def placed(hops: Mapping[str, int], inner: bool) -> dict[str, Place]:
-        drawn = (e for e in lines if e.inner in (None, inner) and e.source in hops and e.target in hops)
-        forward = (e for e in drawn if e.position >= 0 and union.node(e.source).op != "NextIteration")
-        edges = [(e.source, e.target) for e in forward]
-        return {name: Place(hops[name], *place) for name, place in _places(list(hops), edges).items()}
-
-    without, within = placed(near, inner=False), placed(far, inner=True)
-    spots = tuple(Spot(name, without.get(name), within[name]) for name in far)
+    lines = dict.fromkeys(e for name in far for e in union.lines.get(name, ()) if e.source in far and e.target in far)
+    spots = tuple(Spot(name, near.get(name), hops) for name, hops in far.items())
     hidden = dict.fromkeys((SAME, ADDED, REMOVED, CHANGED), 0)
     for name, state in union.states.items():
         hidden[state] += name not in far
-    return Picture(union.name, middle, spots, lines, hidden)
-
-
-def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, tuple[int, int]]:
-    """Return the layer and row of each node: left of its users by one layer, in a row near its inputs and users."""
-    graph: nx.DiGraph[str] = nx.DiGraph()
-    graph.add_nodes_from(names)
-    graph.add_edges_from(e for e in edges if e[0] != e[1])
-    if not nx.is_directed_acyclic_graph(graph):  # the edges before and after may form a cycle together
-        acyclic = nx.DiGraph(graph)
-        for component in [c for c in nx.strongly_connected_components(graph) if len(c) > 1]:
-            acyclic.remove_edges_from([e for e in graph.edges(component) if e[1] in component])
-        graph = acyclic
-    generations = list(nx.topological_generations(graph))
-    layer = {name: number for number, generation in enumerate(generations) for name in generation}
-    # Generations place a node as far left as its inputs allow; it is drawn next to the nearest of its users.
-    for generation in reversed(generations):
-        for name in generation:
-            user_layers = [layer[user] for user in graph.successors(name)]
-            layer[name] = min(user_layers) - 1 if user_layers else layer[name]
-    columns: dict[int, list[str]] = {}
-    for name in names:
-        columns.setdefault(layer[name], []).append(name)
-    # The barycentre heuristic: columns are sorted by the mean row of their nodes' inputs, then of their users.
-    row: dict[str, float] = {}
-    for number in sorted(columns):
-        order = [(_mean(row[p] for p in graph.predecessors(name)), i) for i, name in enumerate(columns[number])]
-        columns[number] = [columns[number][i] for _, i in sorted(order)]
-        row |= {name: i - len(columns[number]) / 2 for i, name in enumerate(columns[number])}
-    for number in sorted(columns, reverse=True):
-        order = [(_mean((row[s] for s in graph.successors(n)), row[n]), i) for i, n in enumerate(columns[number])]
-        columns[number] = [columns[number][i] for _, i in sorted(order)]
-        row |= {name: i - len(columns[number]) / 2 for i, name in enumerate(columns[number])}
-    return {name: (number, i) for number, column in columns.items() for i, name in enumerate(column)}
-
-
-def _mean(values: Iterable[float], none: float = 0.0) -> float:
-    numbers = list(values)
-    return sum(numbers) / len(numbers) if numbers else none
+    return Picture(union.name, middle, spots, tuple(lines), hidden)
 
 
 def pictures(
-    compared: Comparison, sites: Iterable[tuple[str, str]], formula: Callable[[Node], str], *, full: bool = False
+    compared: Comparison,
+    places: Mapping[tuple[str, str], Collection[str]],
+    formula: Callable[[Node], str],
+    *,
+    full: bool = False,
 ) -> tuple[dict[str, Union], list[Picture]]:
-    """Return pictures of the given sites, and further pictures until every changed node is in one.
+    """Return pictures of the given places, and further pictures until every changed node is in one.
 
     Args:
         compared: the two models.
-        sites: (graph, node) of the places that always have a picture.
+        places: (graph, node) of the places that always have a picture, with the nodes that are parts of it.
         formula: returns the formula of a quantiser.
         full: add pictures until every node of the models is in one.
 
@@ -319,11 +277,11 @@ def pictures(
     for change in compared.changes:
         if change.kind == "node" and change.what != "missing":
             changed.setdefault(change.graph, set()).add(change.name)
-    sites_by_graph: dict[str, list[str]] = {}
-    for graph, node in sites:
-        sites_by_graph.setdefault(graph, []).append(node)
+    places_by_graph: dict[str, dict[str, Collection[str]]] = {}
+    for (graph, node), parts in places.items():
+        places_by_graph.setdefault(graph, {})[node] = parts
     unpaired = {c.name for c in compared.changes if c.kind == "function" and c.what in (ADDED, REMOVED)}
-    names = [*dict.fromkeys((*sites_by_graph, *changed, *sorted(unpaired)))]
+    names = [*dict.fromkeys((*places_by_graph, *changed, *sorted(unpaired)))]
     if full:
         removed_graphs = [n for n in compared.before.graphs if n not in compared.pairs]
         names = [*dict.fromkeys((*names, *compared.after.graphs, *removed_graphs))]
@@ -334,7 +292,7 @@ def pictures(
         if not union.states:
             continue
         unions[name] = union
-        graph_pictures = [around(union, node) for node in sites_by_graph.get(name, ())]
+        graph_pictures = [around(union, node, parts) for node, parts in places_by_graph.get(name, {}).items()]
         if not graph_pictures and len(union.states) <= MAX_WHOLE and (name in unpaired or full):
             graph_pictures.append(whole(union, _end(union)))
         if full:
@@ -377,7 +335,7 @@ def _covering(union: Union, pictures_: Sequence[Picture], nodes: Sequence[str]) 
 
     def cover(picture: Picture) -> None:
         for spot in picture.spots:
-            if spot.near is not None and spot.near.hops < HOPS and spot.name not in covered:
+            if spot.near is not None and spot.near < HOPS and spot.name not in covered:
                 covered.update(groups.get(spot.name, {spot.name}))
 
     for picture in pictures_:

@@ -14,6 +14,9 @@ ChangeState = Literal["added", "removed", "changed", "missing"]
 """State of a change; "missing" means that a rewrite's record has the change, and the models do not."""
 
 
+LayerStatus = Literal["quantised", "partly", "as before", "skipped", "new"]
+
+
 @dataclass(frozen=True)
 class Detail:
     """One aspect that differs.
@@ -71,6 +74,7 @@ class InputDiff:
         new: the value there in the model after.
         formula: the formula of the quantiser of this input; empty if there is none.
         quantized: the value that the quantiser quantises.
+        variable: the name of the variable that holds the value; empty if no variable does.
     """
 
     role: str
@@ -82,6 +86,7 @@ class InputDiff:
     new: str | None
     formula: str = ""
     quantized: str = ""
+    variable: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,10 +111,21 @@ class SiteDiff:
 
 @dataclass(frozen=True)
 class LayerDiff:
-    """A batch norm in two models, by its name."""
+    """A batch norm in two models, by its name.
+
+    Attributes:
+        sites: its sites; those that a signature runs come first.
+        status: ``quantised`` in the model after only, in all places or in some (``partly``); ``as before``; ``skipped``
+            by a rewrite; or ``new``, if only the model after has it.
+        bits: the widths of its quantisers in the model after, each once.
+        fused: true if single ops computed it before and the fused kernel does after.
+    """
 
     name: str
     sites: list[SiteDiff]
+    status: LayerStatus
+    bits: list[int]
+    fused: bool
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,8 @@ class Verdict:
 
     Attributes:
         batch_norms: batch norms of the model before.
+        batch_norms_quantized: those of them that are quantised in the model after only, in all places.
+        batch_norms_skipped: those of them that a rewrite left float, in all places or in some.
         sites_found: sites of the model before.
         sites_rewritten: those of them that are quantised in the model after only.
         sites_added: quantised sites that only the model after has.
@@ -128,6 +146,8 @@ class Verdict:
     """
 
     batch_norms: int
+    batch_norms_quantized: int
+    batch_norms_skipped: int
     sites_found: int
     sites_rewritten: int
     sites_added: int
@@ -142,18 +162,24 @@ class DiffReport:
     """The differences of two models.
 
     Attributes:
+        headline: a sentence or two that say what differs.
         changes: all changes; those that no record explains come first.
         ops: op -> its number of nodes before and after.
         renamed: paired functions with different names: name before -> name after.
         skipped: reason -> number of sites skipped for it.
+        users: graph of the model after -> the signatures and the functions of the model object that run it.
+        labels: graph -> its name as its author wrote it.
     """
 
+    headline: str
     verdict: Verdict
     changes: list[Change]
     layers: list[LayerDiff]
     ops: dict[str, list[int]]
     renamed: dict[str, str]
     skipped: dict[str, int]
+    users: dict[str, list[str]]
+    labels: dict[str, str]
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-from rewriter.diff.pictures import Line, Picture, Spot, Union
+import networkx as nx
+
+from rewriter.diff.pictures import Line, Picture, Union
 from rewriter.page.shell import read
 
 WIDTH, HEIGHT, GAP, SPACE, SLOT, MARGIN = 150, 38, 40, 16, 14, 20
@@ -32,10 +34,10 @@ def picture_svg(picture: Picture, union: Union, hops: int = 1) -> str:
     A solid line is in both models or, with a "+", only in the model after. A dashed line, with a "−", is only in the
     model before.
     """
-    spots = [s for s in picture.spots if s.near is not None and s.near.hops <= hops]
-    names = {s.name for s in spots}
-    lines = [e for e in picture.lines if e.inner is not True and {e.source, e.target} <= names]
-    boxes = _boxes(spots, lines)
+    names = [s.name for s in picture.spots if s.near is not None and s.near <= hops]
+    lines = [e for e in picture.lines if e.inner is not True and {e.source, e.target} <= {*names}]
+    forward = [(e.source, e.target) for e in lines if union.node(e.source).op != "NextIteration"]
+    boxes = _boxes(names, lines, forward)
     left, top = min(b.x for b in boxes.values()) - MARGIN, min(b.y for b in boxes.values()) - MARGIN
     width = max(b.x for b in boxes.values()) + WIDTH + MARGIN - left
     height = max(b.y + b.height for b in boxes.values()) + MARGIN - top
@@ -50,32 +52,69 @@ def picture_svg(picture: Picture, union: Union, hops: int = 1) -> str:
     for line in sorted(lines, key=lambda e: e.position):
         drawn_inputs[line.target] += 1
         _edge(root, line, boxes, drawn_inputs[line.target] / (inputs[line.target] + 1), line.target == picture.middle)
-    for spot in spots:
-        _node(root, spot.name, boxes[spot.name], union, middle=spot.name == picture.middle)
+    for name in names:
+        _node(root, name, boxes[name], union, middle=name == picture.middle)
     ET.indent(root)
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _boxes(spots: list[Spot], lines: list[Line]) -> Mapping[str, Box]:
+def _boxes(names: Sequence[str], lines: Sequence[Line], edges: Sequence[tuple[str, str]]) -> Mapping[str, Box]:
     inputs = Counter(e.target for e in lines)
     columns: dict[int, list[tuple[int, str]]] = {}
-    for spot in spots:
-        if spot.near is not None:
-            columns.setdefault(spot.near.layer, []).append((spot.near.row, spot.name))
+    for name, (layer, row) in _places(names, edges).items():
+        columns.setdefault(layer, []).append((row, name))
     boxes: dict[str, Box] = {}
     x = 0.0
     for _, column in sorted(columns.items()):
-        names = [name for _, name in sorted(column)]
-        heights = [max(HEIGHT, min(40, inputs[name]) * SLOT + 6) for name in names]
-        y = -(sum(heights) + SPACE * (len(names) - 1)) / 2
-        for name, height in zip(names, heights, strict=True):
+        column_names = [name for _, name in sorted(column)]
+        heights = [max(HEIGHT, min(40, inputs[name]) * SLOT + 6) for name in column_names]
+        y = -(sum(heights) + SPACE * (len(column_names) - 1)) / 2
+        for name, height in zip(column_names, heights, strict=True):
             boxes[name] = Box(x, y, height)
             y += height + SPACE
-        leaving = [e for e in lines if e.source in names]
+        leaving = [e for e in lines if e.source in column_names]
         # The width of a text is estimated, as nothing measures it before it is drawn.
         labels = [len(text) * 5.5 + 14 for e in leaving for text in _label(e)]
         x += WIDTH + max([GAP, *labels]) + (44 if any(e.port for e in leaving) else 0)
     return boxes
+
+
+def _places(names: Sequence[str], edges: Sequence[tuple[str, str]]) -> dict[str, tuple[int, int]]:
+    """Return the layer and row of each node: left of its users by one layer, in a row near its inputs and users."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    graph.add_nodes_from(names)
+    graph.add_edges_from(e for e in edges if e[0] != e[1])
+    if not nx.is_directed_acyclic_graph(graph):  # the edges before and after may form a cycle together
+        acyclic = nx.DiGraph(graph)
+        for component in [c for c in nx.strongly_connected_components(graph) if len(c) > 1]:
+            acyclic.remove_edges_from([e for e in graph.edges(component) if e[1] in component])
+        graph = acyclic
+    generations = list(nx.topological_generations(graph))
+    layer = {name: number for number, generation in enumerate(generations) for name in generation}
+    # Generations place a node as far left as its inputs allow; it is drawn next to the nearest of its users.
+    for generation in reversed(generations):
+        for name in generation:
+            user_layers = [layer[user] for user in graph.successors(name)]
+            layer[name] = min(user_layers) - 1 if user_layers else layer[name]
+    columns: dict[int, list[str]] = {}
+    for name in names:
+        columns.setdefault(layer[name], []).append(name)
+    # The barycentre heuristic: columns are sorted by the mean row of their nodes' inputs, then of their users.
+    row: dict[str, float] = {}
+    for number in sorted(columns):
+        order = [(_mean(row[p] for p in graph.predecessors(name)), i) for i, name in enumerate(columns[number])]
+        columns[number] = [columns[number][i] for _, i in sorted(order)]
+        row |= {name: i - len(columns[number]) / 2 for i, name in enumerate(columns[number])}
+    for number in sorted(columns, reverse=True):
+        order = [(_mean((row[s] for s in graph.successors(n)), row[n]), i) for i, n in enumerate(columns[number])]
+        columns[number] = [columns[number][i] for _, i in sorted(order)]
+        row |= {name: i - len(columns[number]) / 2 for i, name in enumerate(columns[number])}
+    return {name: (number, i) for number, column in columns.items() for i, name in enumerate(column)}
+
+
+def _mean(values: Iterable[float], none: float = 0.0) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else none
 
 
 def _label(line: Line) -> list[str]:

@@ -1,7 +1,7 @@
 // The model of the page: what the data says, decoded where it is needed.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const REPORT = DATA.report;
-const INPUT = ["role", "use", "graph", "node", "port", "old", "new", "formula", "quantized"];
+const INPUT = ["role", "use", "graph", "node", "port", "old", "new", "formula", "quantized", "variable"];
 const STATES = ["same", "added", "removed", "changed", "missing"];
 
 const textOf = (number) => (number < 0 ? null : DATA.texts[number]);
@@ -41,7 +41,7 @@ for (const s of SITES) {
 
 const GRAPHS = DATA.graphs.map((g) => ({
   name: textOf(g.name), before: g.before, after: g.after, lines: g.lines, leaving: null,
-  nodes: [...inRows(g.nodes, 4)].map(([name, was, is, state]) => ({ name: textOf(name), ops: [textOf(was), textOf(is)], state: STATES[state] })),
+  nodes: [...inRows(g.nodes, 5)].map(([name, was, is, state, variable]) => ({ name: textOf(name), ops: [textOf(was), textOf(is)], state: STATES[state], variable: textOf(variable) })),
 }));
 
 /** The edges of a graph by the number of the node where they begin; sorted out when first needed. */
@@ -63,10 +63,7 @@ function pictureOf(index) {
     const { g, m, s, h } = DATA.pictures[index];
     const graph = GRAPHS[g];
     const spots = new Map();
-    for (const [number, hops, layer, row, farHops, farLayer, farRow] of inRows(s, 7)) {
-      const near = hops < 0 ? null : { hops, layer, row };
-      spots.set(number, { ...graph.nodes[number], near, far: { hops: farHops, layer: farLayer, row: farRow }, middle: number === m });
-    }
+    for (const [number, near, far] of inRows(s, 3)) spots.set(number, { ...graph.nodes[number], near: near < 0 ? null : near, far });
     const lines = [];
     for (const number of spots.keys()) {
       for (const [source, target, port, position, kind, formula] of leaving(graph, number)) {
@@ -86,9 +83,9 @@ function pictureOf(index) {
 const PICTURE_AT = new Map();
 DATA.pictures.forEach((p, index) => {
   const graph = GRAPHS[p.g];
-  for (let i = 0; i < p.s.length; i += 7) {
-    const key = keyOf(graph.name, graph.nodes[p.s[i]].name);
-    const far = p.s[i] === p.m ? -1 : p.s[i + 1] < 0 ? 9 + p.s[i + 4] : p.s[i + 1];
+  for (const [number, near, hops] of inRows(p.s, 3)) {
+    const key = keyOf(graph.name, graph.nodes[number].name);
+    const far = number === p.m ? -1 : near < 0 ? 9 + hops : near;
     const known = PICTURE_AT.get(key);
     if (known === undefined || far < known[1]) PICTURE_AT.set(key, [index, far]);
   }
@@ -96,9 +93,13 @@ DATA.pictures.forEach((p, index) => {
 
 /** The report as `bnqat diff --format json` prints it. */
 function reportJson() {
-  const { verdict, layers, ops, renamed, skipped, schema_version } = REPORT;
-  return JSON.stringify({ verdict, changes: CHANGES, layers, ops, renamed, skipped, schema_version }, null, 1);
+  return JSON.stringify({ ...REPORT, changes: CHANGES }, null, 1);
 }
+
+/** A function as a reader knows it: its name in the program, and what runs it. */
+const placeName = (graph) => (graph ? REPORT.labels[graph] || graph : "the main graph");
+const usersOf = (graph) => REPORT.users[graph] || [];
+const namedList = (names) => (names.length > 1 ? `${names.slice(0, -1).join(", ")} and ${names[names.length - 1]}` : names.join(""));
 
 /** What "next" and "previous" go through: other changes, sites, what else changed in a graph, and all the rest. */
 function stops() {

@@ -1,4 +1,4 @@
-// The verdict, the counts of ops, and the list: other changes, batch norms, functions and their scopes, the rest.
+// The facts, the counts of ops, and the list: other changes, batch norms, functions and their scopes, the rest.
 function el(tag, properties, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties || {})) {
@@ -12,34 +12,45 @@ function el(tag, properties, ...children) {
 
 const MANY = 300;
 const plural = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
-const placeName = (graph) => graph || "the main graph";
 
-function tile(what, value, more, state) {
-  return el("div", { class: `tile ${state || ""}` }, el("div", { class: "what" }, what), el("div", { class: "value" }, value), el("div", { class: "more" }, more));
+/** Facts below the first sentence: a mark, the fact in bold, and what more there is to say of it. */
+function fact(id, state, value, more) {
+  const sign = { good: "✓", bad: "!" }[state] || "·";
+  return el("li", { id, class: state }, el("span", { class: "sign" }, sign), el("b", {}, value), more ? el("span", { class: "faint" }, more) : null);
 }
 
 function showVerdict() {
   const v = REPORT.verdict;
-  const new_ = CHANGES.filter((c) => c.kind === "signature" && c.what === "added").map((c) => c.name);
-  const reasons = Object.entries(REPORT.skipped).map(([reason, count]) => `${count}: ${reason}`).join("; ");
+  document.getElementById("headline").append(REPORT.headline);
+  const facts = document.getElementById("verdict");
+  const all = plural(CHANGES.length, "change");
+  if (!RECORDED) facts.append(fact("others", "", CHANGES.length ? "No record of a rewrite" : "No changes", CHANGES.length ? `so nothing says who made the ${all}` : ""));
+  else if (v.other_changes) facts.append(fact("others", "bad", `${plural(v.other_changes, "other change")}`, "which the record of the rewrite does not explain"));
+  else facts.append(fact("others", "good", "No other changes", `the record of the rewrite explains all ${all}`));
+  const added = CHANGES.filter((c) => c.kind === "signature" && c.what === "added").map((c) => c.name);
   const intact = v.signatures_intact === v.signatures_found;
-  const counts = { added: 0, removed: 0, changed: 0 };
-  for (const c of CHANGES) if (c.kind === "variable") counts[c.what] += 1;
-  document.getElementById("verdict").append(
-    tile("other changes", !RECORDED ? "no record" : v.other_changes === 0 ? "✓ none" : `! ${v.other_changes.toLocaleString("en")}`,
-      !RECORDED ? `${plural(CHANGES.length, "change")}; the second model holds no record of a rewrite of the first`
-        : v.other_changes === 0 ? `the rewrite's record explains ${CHANGES.length ? "all " : ""}${plural(CHANGES.length, "change")}`
-          : "that no record of a rewrite explains", !RECORDED ? "" : v.other_changes === 0 ? "good" : "bad"),
-    tile("batch norms", String(v.batch_norms), `${plural(v.sites_found, "site")} in the first model`),
-    tile("sites rewritten", `${v.sites_rewritten} of ${v.sites_found}`, v.sites_added ? `${v.sites_added} more in new places` : "",
-      v.sites_rewritten && v.sites_rewritten === v.sites_found ? "good" : ""),
-    tile("sites skipped", String(v.sites_skipped), reasons, ""),
-    tile("signatures", intact ? `✓ ${v.signatures_intact} of ${v.signatures_found} intact` : `! ${v.signatures_intact} of ${v.signatures_found} intact`,
-      new_.length ? `new: ${new_.join(", ")}` : "", intact ? "good" : "bad"),
-    tile("variables", signs(counts) || "the same", ""),
-  );
+  if (v.signatures_found) {
+    const are = v.signatures_found === 1 ? "signature is" : "signatures are";
+    facts.append(fact("signatures", intact ? "good" : "bad", `${intact ? v.signatures_found : `${v.signatures_intact} of ${v.signatures_found}`} ${are} intact`, added.length ? `new: ${added.join(", ")}` : ""));
+  }
+  const left = REPORT.layers.filter((layer) => layer.status === "skipped" || layer.status === "partly");
+  if (left.length) {
+    const reasons = Object.keys(REPORT.skipped);
+    facts.append(fact("skipped", "bad", `${plural(left.length, "batch norm")} not quantised${left.some((l) => l.status === "partly") ? " everywhere" : ""}`, reasons.join("; ")));
+  }
+  const variables = CHANGES.filter((c) => c.kind === "variable");
+  if (variables.length) {
+    const aspects = [...new Set(variables.filter((c) => c.what === "changed").flatMap((c) => c.details.map((d) => d.aspect)))];
+    facts.append(fact("variables", "", `Variables: ${inWords(tally(variables))}`, aspects.length ? `in ${namedList(aspects)}` : ""));
+  }
 }
 
+/** Counts in words: "11 added, 118 changed". */
+function inWords(counts) {
+  return ["added", "removed", "changed"].filter((what) => counts[what]).map((what) => `${counts[what].toLocaleString("en")} ${what}`).join(", ");
+}
+
+/** Counts as in a diff: "+11 ~118". */
 function signs(counts) {
   return ["added", "removed", "changed"].filter((w) => counts[w]).map((w) => `${SIGN[w]}${counts[w].toLocaleString("en")}`).join(" ");
 }
@@ -51,9 +62,14 @@ function showOps() {
   changed.sort((a, b) => Math.abs(b[1][1] - b[1][0]) - Math.abs(a[1][1] - a[1][0]));
   const kernels = Object.entries(REPORT.ops).filter(([op]) => op.startsWith("FusedBatchNorm")).map(text);
   const rest = changed.filter(([op]) => !op.startsWith("FusedBatchNorm"));
+  const v = REPORT.verdict;
   document.querySelector("#ops summary").append(
-    `ops: ${total[0] === total[1] ? total[0] : `${total[0]} → ${total[1]}`} nodes; `, [...kernels, ...rest.slice(0, 6).map(text)].join(", "), rest.length > 6 ? ", …" : "",
+    `In numbers: ${total[0] === total[1] ? total[0] : `${total[0]} → ${total[1]}`} nodes; `, [...kernels, ...rest.slice(0, 3).map(text)].join(", "), rest.length > 3 ? ", …" : "",
   );
+  document.querySelector("#ops p").append([
+    `The first model computes its ${plural(v.batch_norms, "batch norm")} in ${plural(v.sites_found, "place")}, ${v.sites_rewritten} of which a rewrite changed`,
+    v.sites_added ? `; functions that are new compute them in ${v.sites_added} more` : "", ". Nodes by op:",
+  ].join(""));
   const all = [...changed, ...Object.entries(REPORT.ops).filter(([, [a, b]]) => a === b)];
   document.querySelector("#ops div").append(...all.map((entry) => el("span", { class: entry[1][0] === entry[1][1] ? "faint" : "" }, text(entry))));
 }
@@ -79,7 +95,7 @@ function mark(what, other) {
 }
 
 function stopButton(stop, label, more) {
-  const button = el("button", { "data-key": stopKey(stop), onclick: () => select(stop) }, mark(stop.what, stop.other), label, more ? el("span", { class: "count faint" }, more) : "");
+  const button = el("button", { "data-key": stopKey(stop), onclick: () => select(stop) }, mark(stop.what, stop.other), label, more ? el("span", { class: "where faint" }, more) : "");
   if (current && stopKey(current) === stopKey(stop)) button.setAttribute("aria-current", "true");
   return button;
 }
@@ -97,7 +113,7 @@ function branch(label, counts, content, open) {
       toggle.setAttribute("aria-expanded", String(!box.hidden));
       toggle.firstChild.textContent = box.hidden ? "▸ " : "▾ ";
     },
-  }, el("span", { class: "faint" }, "▸ "), label, el("span", { class: "count" }, signs(counts)));
+  }, el("span", { class: "faint" }, "▸ "), label, el("span", { class: "count", title: inWords(counts) }, signs(counts)));
   if (open) toggle.click();
   return [toggle, box];
 }
@@ -125,9 +141,31 @@ function scopes(changes, depth) {
   ];
 }
 
-function siteLabel(site) {
-  const status = site.status === "skipped" ? "skipped" : site.status;
-  return [`${site.mode}, ${status}`, placeName(site.graph)];
+/** A site in the list: its mode, and what runs it. */
+function siteButton(site) {
+  const users = usersOf(site.graph);
+  const stop = STOPS.find((s) => s.kind === "node" && s.graph === site.graph && s.name === site.node);
+  return stopButton(stop, `in ${site.mode === "both" ? "both modes" : site.mode}`, [site.status === "skipped" ? "skipped" : "", users.length ? namedList(users) : placeName(site.graph)].filter(Boolean).join(", "));
+}
+
+const LAYER_SIGN = { quantised: "changed", partly: "changed", skipped: "same", new: "added", "as before": "same" };
+const LAYER_NOTE = { partly: "in part", skipped: "not quantised", new: "new", "as before": "", quantised: "" };
+
+/** A layer in the list: a click shows its first place, and lists all of them. */
+function layerEntry(layer) {
+  const box = el("div", { hidden: "" });
+  const toggle = () => {
+    if (!box.children.length) box.append(listOf(layer.sites, siteButton));
+    box.hidden = !box.hidden;
+    button.setAttribute("aria-expanded", String(!box.hidden));
+  };
+  const chips = [layer.bits.length ? `${layer.bits.join(", ")}-bit` : "", layer.fused ? "fused" : "", LAYER_NOTE[layer.status]].filter(Boolean);
+  const button = el("button", {
+    class: "layer", "aria-expanded": "false", "data-layer": layer.name,
+    onclick: () => { toggle(); if (!box.hidden) box.querySelector("[data-key]").click(); },
+  }, el("span", {}, mark(LAYER_SIGN[layer.status]), layer.name), el("span", { class: "chips" }, ...chips.map((chip) => el("span", { class: "chip" }, chip))));
+  if (REPORT.layers.length === 1) toggle();
+  return [button, box];
 }
 
 function showList(filter, pattern) {
@@ -150,8 +188,7 @@ function showList(filter, pattern) {
   }
   if (REPORT.layers.length) {
     heading("batch norms");
-    box.append(listOf(REPORT.layers, (layer) => branch(layer.name, {}, () => [listOf(layer.sites, (site) =>
-      stopButton(STOPS.find((s) => s.kind === "node" && s.graph === site.graph && s.name === site.node), ...siteLabel(site)))], REPORT.layers.length === 1)));
+    box.append(listOf(REPORT.layers, layerEntry));
   }
   const byGraph = new Map();
   for (const c of CHANGES) {
@@ -161,8 +198,8 @@ function showList(filter, pattern) {
   }
   const graphs = [...byGraph.entries()].sort(([a], [b]) => (a < b ? -1 : 1));
   if (graphs.length) {
-    heading("functions and scopes");
-    box.append(listOf(graphs, ([name, own]) => branch(placeName(name), tally(own), () => scopes(own, 0), graphs.length === 1)));
+    heading("nodes, by function and scope");
+    box.append(listOf(graphs, ([name, own]) => branch(el("span", { title: name }, placeName(name), el("span", { class: "faint" }, usersOf(name).length && name ? ` in ${namedList(usersOf(name))}` : "")), tally(own), () => scopes(own, 0), graphs.length === 1)));
   }
   const rest = new Map();
   for (const c of CHANGES) {

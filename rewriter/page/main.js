@@ -7,15 +7,15 @@ const chosen = new Set();
 
 const FILTERS = {
   "+ added": (s) => s.what === "added", "− removed": (s) => s.what === "removed", "~ changed": (s) => s.what === "changed",
-  "! other": (s) => Boolean(s.other), "skipped": (s) => Boolean(s.skipped),
+  "! other changes": (s) => Boolean(s.other), "not quantised": (s) => Boolean(s.skipped),
 };
 
 function select(stop, address = true) {
   const known = STOPS.find((s) => stopKey(s) === stopKey(stop)) || stop;
   current = known;
-  view.box = null;
   for (const marked of document.querySelectorAll("#list [aria-current]")) marked.removeAttribute("aria-current");
-  const own = [...document.querySelectorAll("#list [data-key]")].find((b) => b.dataset.key === stopKey(known));
+  const own = [...document.querySelectorAll("#list [data-key]")].find((b) => b.dataset.key === stopKey(known))
+    || (known.site && [...document.querySelectorAll("#list [data-layer]")].find((b) => b.dataset.layer === known.site.layer));
   if (own) {
     own.setAttribute("aria-current", "true");
     own.scrollIntoView({ block: "nearest" });
@@ -59,11 +59,11 @@ function refresh() {
 const KEYS = {
   j: ["next place or change", () => step(1)], k: ["previous", () => step(-1)],
   "/": ["search", () => document.getElementById("search").focus()],
-  u: ["before and after in one picture, or side by side", () => { view.unified = !view.unified; showPlace(); }],
-  e: ["show, or hide, the nodes that compute a formula", () => { view.inner = !view.inner; view.box = null; showPlace(); }],
-  1: ["one hop", () => { view.hops = 1; view.box = null; showPlace(); }], 2: ["two hops", () => { view.hops = 2; view.box = null; showPlace(); }],
-  3: ["three hops", () => { view.hops = 3; view.box = null; showPlace(); }],
-  f: ["show all of the picture", () => { view.box = null; showPlace(); }], t: ["light or dark", () => switchTheme()],
+  u: ["before and after in one picture, or apart", () => { view.unified = !view.unified; showPlace(); }],
+  e: ["every node, or only what matters", () => { view.inner = !view.inner; showPlace(); }],
+  ...Object.fromEntries([1, 2, 3].map((n) => [n, [`${plural(n, "step")} around the place`, () => { view.hops = n; showPlace(); }]])),
+  "+": ["larger", () => zoomBy(1.25)], "-": ["smaller", () => zoomBy(0.8)],
+  f: ["all of the picture, however small", () => zoomToFit()], t: ["light or dark", () => switchTheme()],
   "?": ["this help", () => document.getElementById("help").showModal()],
 };
 

@@ -1,8 +1,8 @@
-"use strict";
-// A picture: where its nodes stand, and how they are drawn. Positions in layers come with the data.
-const BOX = { width: 150, height: 38, gap: 40, space: 16, slot: 14 };
+// A picture: its boxes and edges on one side of the comparison, and how they are drawn.
+const BOX = { least: 96, head: 38, port: 16 };
 const SIGN = { added: "+", removed: "−", changed: "~", same: "" };
 const SVG = "http://www.w3.org/2000/svg";
+const OPS = { Arg: "argument" };
 
 function svg(tag, attributes, ...children) {
   const made = document.createElementNS(SVG, tag);
@@ -11,115 +11,157 @@ function svg(tag, attributes, ...children) {
   return made;
 }
 
+/** The width of a text in pixels, as this browser draws it. */
+const MEASURE = document.createElement("canvas").getContext("2d");
+function widthOf(text, font) {
+  MEASURE.font = `${font} system-ui, sans-serif`;
+  return MEASURE.measureText(text).width;
+}
+
+/** The end of a text, as names in one scope begin alike. */
 function shorten(text, most) {
   return text.length <= most ? text : "…" + text.slice(1 - most);
 }
 
-/** What is to be drawn of a picture: nodes with x, y and height, and edges, for both models at once. */
-function arrange(picture, hops, inner) {
-  const spots = picture.spots.map((s) => ({ ...s, at: inner ? s.far : s.near })).filter((s) => s.at && s.at.hops <= hops);
-  const names = new Set(spots.map((s) => s.name));
-  const lines = picture.lines.filter(
-    (e) => names.has(e.source) && names.has(e.target) && (e.inner === null || e.inner === inner),
-  );
-  const inputs = new Map();
-  for (const e of lines) inputs.set(e.target, (inputs.get(e.target) || 0) + 1);
-  const columns = new Map();
-  for (const s of spots) columns.set(s.at.layer, [...(columns.get(s.at.layer) || []), s]);
-  const nodes = new Map();
-  let x = 0;
-  for (const layer of [...columns.keys()].sort((a, b) => a - b)) {
-    const column = columns.get(layer).sort((a, b) => a.at.row - b.at.row);
-    const heights = column.map((s) => Math.max(BOX.height, Math.min(40, inputs.get(s.name) || 0) * BOX.slot + 6));
-    let y = -heights.reduce((sum, height) => sum + height + BOX.space, -BOX.space) / 2;
-    column.forEach((s, index) => {
-      nodes.set(s.name, { ...s, x, y, height: heights[index] });
-      y += heights[index] + BOX.space;
-    });
-    const held = new Set(column.map((s) => s.name));
-    const leaving = lines.filter((e) => held.has(e.source));
-    const labels = leaving.map((e) => Math.max(0, ...labelOf(e).map((text) => text.length * 5.5 + 14)));
-    x += BOX.width + Math.max(BOX.gap, ...labels) + (leaving.some((e) => e.port) ? 44 : 0);
+/** The lines in a box: the op and the name, or the variable that a node reads or sets. */
+function textsOf(n, side) {
+  const [was, is] = n.ops.map((op) => OPS[op] || op);
+  const op = side === "before" ? was : side === "after" ? is : was && is && was !== is ? `${was} → ${is}` : is || was;
+  const sign = SIGN[n.state];
+  if (n.variable) {
+    const parts = n.variable.split("/"), last = parts.pop();
+    return [`${sign} ${op.startsWith("Assign") ? "set " : ""}${last}`.trim(), parts.slice(-2).join("/") || "variable"];
   }
-  return { nodes: [...nodes.values()], lines: lines.map((e) => ({ ...e, from: nodes.get(e.source), to: nodes.get(e.target) })) };
+  return [`${sign} ${op}`.trim(), n.name.split("/").slice(-2).join("/")];
 }
 
-/** What an edge says of the nodes that are passed over, in two lines: `gamma ─ affine, 4 bits`, `round(v/s)·s`. */
-function labelOf(line) {
-  const [first, ...rest] = line.formula.split(": ");
-  return line.formula ? [first, rest.join(": ")].filter(Boolean) : [];
-}
-
-/** The picture as one SVG: of the model before, of the one after, or of "both". */
-function draw(picture, arranged, side) {
-  const keep = (thing) => side === "both" || (side === "before" ? thing.old : thing.new);
+/** Boxes and edges of a picture on one side: "before", "after" or "both"; null if there are none. The middle is at 0, 0. */
+function arrange(picture, hops, inner, side) {
   const there = (n) => side === "both" || Boolean(n.ops[side === "before" ? 0 : 1]);
-  const made = svg("svg", { class: "picture", role: "img", "aria-label": `${side}: around ${picture.middle}` });
-  const inputs = new Map();
-  for (const e of arranged.lines) if (keep(e)) inputs.set(e.target, (inputs.get(e.target) || 0) + 1);
-  const taken = new Map();
-  const sorted = arranged.lines.filter(keep).sort((a, b) => a.position - b.position);
-  for (const e of sorted) {
-    const slot = (taken.get(e.target) || 0) + 1;
-    taken.set(e.target, slot);
-    made.append(...edge(e, side, slot / (inputs.get(e.target) + 1)));
+  const kept = (e) => side === "both" || (side === "before" ? e.old : e.new);
+  const boxes = new Map();
+  for (const spot of picture.spots) {
+    const far = inner ? spot.far : spot.near;
+    if (far === null || far > hops || !there(spot)) continue;
+    boxes.set(spot.name, { ...spot, texts: textsOf(spot, side), middle: spot.name === picture.middle });
   }
-  for (const n of arranged.nodes) if (there(n)) made.append(node(picture, n, side));
+  if (!boxes.size) return null;
+  const lines = picture.lines.filter((e) => kept(e) && boxes.has(e.source) && boxes.has(e.target) && (e.inner === null || e.inner === inner));
+  const arriving = new Map();
+  for (const e of lines) arriving.set(e.target, [...(arriving.get(e.target) || []), e]);
+  for (const box of boxes.values()) measure(box, arriving.get(box.name) || []);
+  const edges = [], pills = new Map();
+  for (const e of lines) {
+    const [source, target] = [boxes.get(e.source), boxes.get(e.target)];
+    const end = { target, in: target.slots.get(e.position), line: e };
+    const formula = side === "before" ? "" : e.formula;
+    if (!formula) {
+      edges.push({ source, out: source.height / 2, ...end, state: stateOf(e, side) });
+      continue;
+    }
+    const key = `${e.source}\n${formula}`;
+    if (!pills.has(key)) {
+      const pill = pillOf(formula);
+      pills.set(key, pill);
+      edges.push({ source, out: source.height / 2, target: pill, in: pill.height / 2, state: "formula", line: e, part: true });
+    }
+    edges.push({ source: pills.get(key), out: pills.get(key).height / 2, ...end, state: "formula" });
+  }
+  const all = [...boxes.values(), ...pills.values()];
+  layered(all, edges);
+  const middle = boxes.get(picture.middle) || all[0];
+  const [x, y] = [middle.x + middle.width / 2, middle.y + middle.height / 2];
+  for (const thing of [...all, ...edges.flatMap((edge) => edge.via)]) Object.assign(thing, { x: thing.x - x, y: thing.y - y, columnEnd: thing.columnEnd - x });
+  return { side, boxes: all, edges, box: extent(all) };
+}
+
+/** Set a box's width, height, its named inputs, and for each input how far below the top its edge ends. */
+function measure(box, arriving) {
+  const positions = [...new Set(arriving.map((e) => e.position))].sort((a, b) => a - b);
+  const ports = new Map(arriving.map((e) => [e.position, e.port]));
+  const named = positions.length > 2 && positions.length <= 12 && positions.every((p) => p < 0 || ports.get(p));
+  box.ports = named ? positions.map((p) => (p < 0 ? "(waits for)" : ports.get(p))) : [];
+  box.texts = [shorten(box.texts[0], 30), shorten(box.texts[1], 34)];
+  box.width = Math.max(BOX.least, 20 + Math.max(widthOf(box.texts[0], "600 12px"), widthOf(box.texts[1], "11px")));
+  box.height = named ? BOX.head + 4 + positions.length * BOX.port : Math.max(BOX.head, Math.min(30, positions.length) * 9);
+  box.slots = new Map(positions.map((p, slot) => [p, named ? BOX.head + BOX.port * (slot + 0.5) : (box.height * (slot + 1)) / (positions.length + 1)]));
+}
+
+/** A quantiser as one box: `gamma ─ affine, 4 bits` above `round(v/s)·s`. */
+function pillOf(formula) {
+  const [first, ...rest] = formula.split(": ");
+  const texts = [first, rest.join(": ")];
+  return { pill: true, formula, texts, width: 30 + Math.max(widthOf(texts[0], "600 11px"), widthOf(texts[1], "11px")), height: BOX.head };
+}
+
+function stateOf(e, side) {
+  if (side === "both") return e.old === e.new ? "same" : e.new ? "added" : "removed";
+  return e.old === e.new ? "same" : side === "before" ? "removed" : "added";
+}
+
+/** The part of the plane that boxes need: left, top, right, bottom. */
+function extent(boxes) {
+  return {
+    left: Math.min(...boxes.map((b) => b.x)) - 16, top: Math.min(...boxes.map((b) => b.y)) - 16,
+    right: Math.max(...boxes.map((b) => b.x + b.width)) + 16, bottom: Math.max(...boxes.map((b) => b.y + b.height)) + 16,
+  };
+}
+
+/** The picture as SVG, in the given part of the plane. */
+function draw(picture, arranged, box) {
+  const made = svg("svg", {
+    class: "picture", role: "img", "aria-label": `${arranged.side}: around ${picture.middle}`,
+    viewBox: `${box.left} ${box.top} ${box.right - box.left} ${box.bottom - box.top}`,
+  });
+  for (const edge of arranged.edges) made.append(...drawEdge(edge));
+  for (const box_ of arranged.boxes) made.append(box_.pill ? drawPill(box_) : drawNode(box_));
   return made;
 }
 
-function edge(e, side, fraction) {
-  const formula = side === "before" ? "" : e.formula;
-  const state = formula ? "formula" : side === "both" && e.old !== e.new ? (e.new ? "added" : "removed")
-    : side === "before" && !e.new ? "removed" : side === "after" && !e.old ? "added" : "same";
-  const [x1, y1] = [e.from.x + BOX.width, e.from.y + e.from.height / 2];
-  const [x2, y2] = [e.to.x - 6, e.to.y + e.to.height * fraction];
-  const bend = Math.max(30, Math.abs(x2 - x1) / 2);
-  const path = `M${x1},${y1} C${x1 + bend},${y1} ${x2 - bend},${y2} ${x2},${y2}`;
-  const made = [
-    svg("path", {
-      class: `edge ${state}${e.position < 0 ? " control" : ""}`, d: path,
-      "data-source": e.source, "data-target": e.target, "data-port": e.port,
-    }),
+function drawEdge(edge) {
+  const curve = (x1, y1, x2, y2) => `C${(x1 + x2) / 2},${y1} ${(x1 + x2) / 2},${y2} ${x2},${y2}`;
+  let [x, y] = [edge.source.x + edge.source.width, edge.source.y + edge.out];
+  let path = `M${x},${y}`;
+  if (edge.target.x >= edge.source.columnEnd) {
+    path += ` H${edge.source.columnEnd}`;
+    x = edge.source.columnEnd;
+  }
+  for (const passing of edge.via) {
+    const level = passing.y + passing.height / 2;
+    path += ` ${curve(x, y, passing.x, level)} H${passing.columnEnd}`;
+    [x, y] = [passing.columnEnd, level];
+  }
+  const [x2, y2] = [edge.target.x - 6, edge.target.y + edge.in];
+  path += ` ${curve(x, y, x2, y2)}`;
+  const ends = edge.part ? { "data-source": edge.line.source } : { "data-source": edge.line.source, "data-target": edge.line.target, "data-port": edge.line.port };
+  return [
+    svg("path", { class: `edge ${edge.state}${edge.line.position < 0 ? " control" : ""}`, d: path, ...ends }),
     svg("path", { class: "arrow", d: `M${x2 + 6},${y2} l-7,-3.5 v7 z` }),
   ];
-  if (formula) {
-    const label = svg("text", { class: "label", "data-formula": formula });
-    labelOf(e).forEach((text, line) => label.append(svg("tspan", { x: x1 + 6, y: y1 + (line ? 13 : -5) }, text)));
-    made.push(label);
-  } else if (state !== "same") {
-    const sign = svg("text", { class: `label ${state}`, x: x1 + 4, y: y1 - 4 });
-    sign.textContent = SIGN[state];
-    made.push(sign);
-  }
-  if (e.port && (e.to.middle || state !== "same")) {
-    const port = svg("text", { class: "port", x: x2 - 3, y: y2 - 3, "text-anchor": "end" });
-    port.textContent = shorten(e.port, 14);
-    made.push(port);
-  }
+}
+
+function words(kind, x, y, text) {
+  const made = svg("text", { class: kind, x, y });
+  made.textContent = text;
   return made;
 }
 
-function node(picture, n, side) {
-  const group = svg("g", {
-    class: `node ${n.state}${n.name === picture.middle ? " middle" : ""}`, "data-name": n.name, "data-state": n.state,
-    transform: `translate(${n.x},${n.y})`,
-  });
+function drawPill(pill) {
+  const group = svg("g", { class: "pill", transform: `translate(${pill.x},${pill.y})`, "data-formula": pill.formula });
   const title = svg("title", {});
-  title.textContent = `${n.name}\n${n.state}`;
-  const op = svg("text", { class: "op", x: 8, y: 16 });
-  const [was, is] = n.ops;
-  const named = side === "before" ? was : side === "after" ? is : was && is && was !== is ? `${was} → ${is}` : is || was;
-  op.textContent = shorten(`${SIGN[n.state]} ${named}`.trim(), 19);
-  const name = svg("text", { class: "name", x: 8, y: 30 });
-  name.textContent = shorten(n.name, 21);
-  group.append(title, svg("rect", { width: BOX.width, height: n.height, rx: 5 }), op, name);
+  title.textContent = `a quantiser: ${pill.formula}`;
+  group.append(title, svg("rect", { width: pill.width, height: pill.height, rx: pill.height / 2 }), words("first", pill.height / 3, 16, pill.texts[0]), words("second", pill.height / 3, 30, pill.texts[1]));
   return group;
 }
 
-/** The part of the plane that a picture needs: x, y, width, height. */
-function extent(arranged) {
-  const xs = arranged.nodes.map((n) => n.x), ys = arranged.nodes.map((n) => n.y);
-  const [x, y] = [Math.min(...xs) - 16, Math.min(...ys) - 20];
-  return [x, y, Math.max(...xs) + BOX.width + 16 - x, Math.max(...arranged.nodes.map((n) => n.y + n.height)) + 20 - y];
+function drawNode(box) {
+  const group = svg("g", {
+    class: `node ${box.state}${box.middle ? " middle" : ""}`, "data-name": box.name, "data-state": box.state,
+    transform: `translate(${box.x},${box.y})`,
+  });
+  const title = svg("title", {});
+  title.textContent = [box.name, box.variable ? `variable ${box.variable}` : "", box.state].filter(Boolean).join("\n");
+  group.append(title, svg("rect", { width: box.width, height: box.height, rx: 5 }), words("op", 9, 16, box.texts[0]), words("name", 9, 31, box.texts[1]));
+  box.ports.forEach((port, slot) => group.append(words("port", 9, BOX.head + BOX.port * (slot + 0.5) + 4, shorten(port, 28))));
+  return group;
 }

@@ -1,5 +1,6 @@
-// The chosen place: pictures with one pan and zoom, what enters, what changed; and downloads.
-const view = { hops: 1, inner: false, unified: false, box: null };
+// The chosen place: its title, and pictures that scroll and zoom together.
+const view = { hops: 1, inner: false, unified: false, zoom: 1 };
+const ZOOM = { least: 0.2, most: 3 };
 
 function button(text, title, onclick, pressed) {
   const made = el("button", { title, onclick }, text);
@@ -11,11 +12,13 @@ function showTools() {
   const tools = document.getElementById("tools");
   const toggle = (name) => () => { view[name] = !view[name]; showPlace(); };
   tools.replaceChildren(
-    "hops", ...[1, 2, 3].map((n) => button(String(n), `up to ${n} edges away (${n})`, () => { view.hops = n; view.box = null; showPlace(); }, view.hops === n)),
-    button("quantiser nodes", "show the nodes that compute a formula (e)", () => { view.box = null; toggle("inner")(); }, view.inner),
-    button("unified", "before and after in one picture (u)", toggle("unified"), view.unified),
-    button("fit", "show all of it (f)", () => { view.box = null; showPlace(); }),
+    "steps around", ...[1, 2, 3].map((n) => button(String(n), `boxes up to ${plural(n, "edge")} away (${n})`, () => { view.hops = n; showPlace(); }, view.hops === n)),
+    button("every node", "also the nodes that compute a quantiser, handles of variables and control inputs (e)", toggle("inner"), view.inner),
+    button("in one picture", "before and after in one picture (u)", toggle("unified"), view.unified),
     el("span", { class: "space" }),
+    button("−", "smaller (-)", () => zoomBy(0.8)), button("+", "larger (+)", () => zoomBy(1.25)),
+    button("fit", "all of it, however small (f)", () => zoomToFit()),
+    el("span", { class: "space" }), "save",
     button("SVG", "save the picture", () => saveSvg()), button("PNG", "save the picture", () => savePng()),
     button("JSON", "save the whole report", () => save("diff.json", "application/json", reportJson())),
   );
@@ -23,16 +26,34 @@ function showTools() {
 
 function showPlace() {
   showTools();
-  const head = document.getElementById("head"), panes = document.getElementById("panes");
-  const panel = document.getElementById("panel"), hidden = document.getElementById("hidden");
-  panes.replaceChildren(); panel.replaceChildren(); hidden.textContent = ""; head.replaceChildren();
+  const [head, panes, panel, hidden] = ["head", "panes", "panel", "hidden"].map((id) => document.getElementById(id));
+  for (const part of [head, panes, panel, hidden]) part.replaceChildren();
+  document.getElementById("legend").hidden = true;
   if (!current) {
     head.append(el("p", { class: "faint" }, STOPS.length ? "Choose a place in the list, or press j." : "There is nothing to show: the two models are the same."));
     return;
   }
-  head.append(el("h2", {}, mark(current.what, current.other), current.name), el("div", { class: "faint" }, current.kind === "node" ? `in ${placeName(current.graph)}` : current.kind));
+  showHead(head);
   if (current.kind === "node" || current.kind === "function") showPictures(panes, hidden);
   showPanel(panel);
+}
+
+/** A batch norm goes by its layer's name, and where it is computed goes by what runs it. */
+function showHead(head) {
+  const site = current.kind === "node" ? (SITES_AT.get(keyOf(current.graph, current.name)) || [])[0] : null;
+  const where = [];
+  if (current.kind === "node") {
+    const users = usersOf(current.graph);
+    if (site) where.push(site.mode === "both" ? "in training and inference" : `in ${site.mode}`);
+    if (users.length) where.push(`run by ${namedList(users)}`);
+    where.push(el("span", { title: current.graph }, current.graph ? `function ${placeName(current.graph)}` : "the main graph"));
+    if (site) where.push(`node ${current.name}`);
+  } else where.push(current.kind);
+  const name = site ? site.layer : current.kind === "function" ? placeName(current.name) : current.name;
+  head.append(
+    el("h2", {}, mark(current.what, current.other), name),
+    el("div", { class: "faint" }, ...where.flatMap((part, index) => (index ? [" · ", part] : [part]))),
+  );
 }
 
 function currentPicture() {
@@ -44,60 +65,92 @@ function currentPicture() {
   return at ? pictureOf(at[0]) : null;
 }
 
+/** How far a picture goes for the current place: nodes that are hidden, or further away, are shown when asked for. */
+function reach(picture) {
+  const spot = picture.spots.find((s) => s.name === current.name);
+  const inner = view.inner || Boolean(spot && spot.near === null);
+  return [Math.max(view.hops, spot ? (inner ? spot.far : spot.near) : 0), inner];
+}
+
 function showPictures(panes, hidden) {
   const picture = currentPicture();
   if (!picture) {
     panes.append(el("div", { class: "pane" }, el("div", { class: "nothing" }, "No picture of this place is in the page; write it with --full to have all of them.")));
     return;
   }
-  const spot = picture.spots.find((s) => s.name === current.name);
-  const inner = view.inner || Boolean(spot && !spot.near);
-  const far = spot ? (inner ? spot.far : spot.near).hops : 0;
-  const arranged = arrange(picture, Math.max(view.hops, far), inner);
-  view.box = view.box || extent(arranged);
-  for (const side of view.unified ? ["both"] : ["before", "after"]) {
-    const pane = el("div", { class: "pane", "data-side": side });
-    const some = arranged.nodes.some((n) => side === "both" || (side === "before" ? n.ops[0] : n.ops[1]));
-    if (some) {
-      const made = draw(picture, arranged, side);
-      movable(made);
-      pane.append(made);
-    } else pane.append(el("div", { class: "nothing" }, side === "before" ? "not in the first model" : "not in the second model"));
-    pane.append(el("span", {}, side === "both" ? "before and after" : side));
+  document.getElementById("legend").hidden = false;
+  const [hops, inner] = reach(picture);
+  const sides = view.unified ? ["both"] : ["before", "after"];
+  const arranged = sides.map((side) => arrange(picture, hops, inner, side));
+  const drawn = arranged.filter(Boolean);
+  // One width for both, with the chosen node in one place, so that they scroll together.
+  const [left, right] = [Math.min(...drawn.map((a) => a.box.left)), Math.max(...drawn.map((a) => a.box.right))];
+  sides.forEach((side, index) => {
+    const pane = el("div", { class: "pane", "data-side": side }, el("div", { class: "bar" }, el("span", {}, side === "both" ? "before and after" : side)));
     panes.append(pane);
-  }
-  place();
-  const missing = Object.entries(picture.hidden).filter(([, count]) => count);
-  const undrawn = picture.spots.length - arranged.nodes.length;
+    if (arranged[index]) scrollable(pane, draw(picture, arranged[index], { ...arranged[index].box, left, right }), arranged[index]);
+    else pane.append(el("div", { class: "nothing" }, side === "before" ? "the first model has nothing here" : "the second model has nothing here"));
+  });
+  zoomTo(1);
+  openAt(left, right);
+  const undrawn = picture.spots.length - new Set(drawn.flatMap((a) => a.boxes.filter((b) => !b.pill).map((b) => b.name))).size;
+  const rest = Object.entries(picture.hidden).filter(([, count]) => count).map(([state, count]) => `${count.toLocaleString("en")} ${state === "same" ? "unchanged" : state}`);
   hidden.textContent = [
-    undrawn ? `${plural(undrawn, "node")} more within 3 hops` : "",
-    ...missing.map(([state, count]) => `${count.toLocaleString("en")} ${state === "same" ? "unchanged" : state} ${count === 1 ? "node" : "nodes"} of ${placeName(picture.graph)} not shown`),
-  ].filter(Boolean).join("; ");
+    undrawn ? `${plural(undrawn, "more node")} nearby: press 2 or 3 for more steps around, e for every node.` : "",
+    rest.length ? `Not in this picture: ${namedList(rest)} nodes of the function.` : "",
+    "A double click on a box goes there.",
+  ].filter(Boolean).join(" ");
 }
 
-/** One pan and zoom for both sides: they have one view box. */
-function place() {
-  for (const made of document.querySelectorAll("#panes svg")) made.setAttribute("viewBox", view.box.join(" "));
-}
+const SCROLLED = () => [...document.querySelectorAll("#panes .scroll")];
 
-function movable(made) {
-  made.addEventListener("wheel", (event) => {
+/** Put a picture into a pane, at its natural size, with the ways to move it: drag, scroll bars, buttons, a zoom. */
+function scrollable(pane, made, arranged) {
+  const box = el("div", { class: "scroll", tabindex: "0" }, made);
+  pane.append(box);
+  const beyond = Object.fromEntries(["left", "right", "up", "down"].map((way) => {
+    const [x, y] = { left: [-0.7, 0], right: [0.7, 0], up: [0, -0.7], down: [0, 0.7] }[way];
+    const go = button("", `scroll ${way}`, () => box.scrollBy({ left: x * box.clientWidth, top: y * box.clientHeight }));
+    go.className = `beyond ${way}`;
+    pane.firstChild.append(go);
+    return [way, go];
+  }));
+  box.addEventListener("scroll", () => {
+    for (const other of SCROLLED()) if (other.scrollLeft !== box.scrollLeft) other.scrollLeft = box.scrollLeft;
+    countBeyond(box, made, arranged, beyond);
+  });
+  made.addEventListener("refresh", () => countBeyond(box, made, arranged, beyond));
+  box.addEventListener("wheel", (event) => {
+    if (!event.ctrlKey && !event.metaKey) return;
     event.preventDefault();
-    const [x, y, w, h] = view.box, r = made.getBoundingClientRect();
-    const factor = Math.exp(event.deltaY * 0.0015);
-    const scale = Math.max(w / r.width, h / r.height);
-    const px = x + w / 2 + (event.clientX - r.left - r.width / 2) * scale, py = y + h / 2 + (event.clientY - r.top - r.height / 2) * scale;
-    view.box = [px - (px - x) * factor, py - (py - y) * factor, w * factor, h * factor];
-    place();
+    zoomBy(Math.exp(-event.deltaY * 0.0015));
   }, { passive: false });
+  drag(box, made);
+}
+
+/** Say at each side of a pane how many boxes are outside of it. */
+function countBeyond(box, made, arranged, beyond) {
+  const { x, y } = made.viewBox.baseVal;
+  const seen = { left: box.scrollLeft / view.zoom + x, top: box.scrollTop / view.zoom + y };
+  [seen.right, seen.bottom] = [seen.left + box.clientWidth / view.zoom, seen.top + box.clientHeight / view.zoom];
+  const outside = {
+    left: arranged.boxes.filter((b) => b.x + b.width / 2 < seen.left), right: arranged.boxes.filter((b) => b.x + b.width / 2 > seen.right),
+    up: arranged.boxes.filter((b) => b.y + b.height / 2 < seen.top), down: arranged.boxes.filter((b) => b.y + b.height / 2 > seen.bottom),
+  };
+  const arrow = { left: "◂", right: "▸", up: "▴", down: "▾" };
+  for (const [way, boxes] of Object.entries(outside)) {
+    beyond[way].hidden = !boxes.length;
+    beyond[way].textContent = way === "left" ? `${arrow[way]} ${boxes.length} more` : `${boxes.length} more ${arrow[way]}`;
+  }
+}
+
+function drag(box, made) {
   made.addEventListener("pointerdown", (event) => {
     made.setPointerCapture(event.pointerId);
     let [px, py] = [event.clientX, event.clientY];
     const move = (e) => {
-      const r = made.getBoundingClientRect(), scale = Math.max(view.box[2] / r.width, view.box[3] / r.height);
-      view.box = [view.box[0] - (e.clientX - px) * scale, view.box[1] - (e.clientY - py) * scale, view.box[2], view.box[3]];
+      box.scrollBy(px - e.clientX, py - e.clientY);
       [px, py] = [e.clientX, e.clientY];
-      place();
     };
     made.addEventListener("pointermove", move);
     made.addEventListener("pointerup", () => made.removeEventListener("pointermove", move), { once: true });
@@ -108,81 +161,37 @@ function movable(made) {
   });
 }
 
-function rows(head, body) {
-  return el("table", {}, el("thead", {}, el("tr", {}, ...head.map((h) => el("th", {}, h)))), el("tbody", {}, ...body));
-}
-
-function showPanel(panel) {
-  for (const site of current.kind === "node" ? SITES_AT.get(keyOf(current.graph, current.name)) || [] : []) {
-    panel.append(el("h3", {}, `batch norm ${site.layer}: ${site.mode}, ${site.kind === "fused" ? "the fused kernel" : "single ops"}, ${site.status}${site.reason ? `: ${site.reason}` : ""}`));
-    panel.append(rows(["role", "was", "is now", "first through", "enters at"], site.inputs.map((i) => {
-      const formula = el("td", { class: i.formula ? "formula" : "", title: i.formula ? "show the nodes that compute it" : "" }, i.formula);
-      if (i.formula) formula.addEventListener("click", () => { view.inner = true; view.box = null; showPlace(); });
-      return el("tr", { class: "input", "data-port": i.port, "data-node": i.node },
-        el("td", {}, i.use === "statistic" ? `${i.role} (batch)` : i.role), el("td", { class: "old" }, i.old === null ? "—" : i.old),
-        el("td", { class: "new" }, i.new === null ? "—" : i.quantized || i.new), formula,
-        el("td", { class: "port" }, i.node === site.node ? i.port : `${i.port} of ${i.node}`));
-    })));
-  }
-  const own = CHANGES.filter((c) => c.kind === current.kind && c.graph === current.graph && c.name === current.name);
-  for (const c of own) {
-    const by = !RECORDED ? "" : c.by.length ? `, by ${c.by.join(", ")}` : ", by nothing that the record of the rewrite knows";
-    const what = c.what === "missing" ? "the record of the rewrite has a change here that is not there" : `${SIGN[c.what]} ${c.what}`;
-    panel.append(el("h3", {}, `${what}${by}${c.op ? ` (${c.kind === "function" ? `${c.op} nodes` : c.op})` : ""}`));
-    if (c.details.length) {
-      panel.append(rows(["aspect", "old", "new"], c.details.map((d) => el("tr", { class: "detail" },
-        el("td", {}, d.port ? `${d.aspect} (${d.port})` : d.aspect), el("td", { class: "old" }, text(d.old)), el("td", { class: "new" }, text(d.new))))));
-    }
+function zoomTo(zoom) {
+  view.zoom = zoom;
+  for (const box of SCROLLED()) {
+    const made = box.querySelector("svg"), { width, height } = made.viewBox.baseVal;
+    made.setAttribute("width", width * zoom);
+    made.setAttribute("height", height * zoom);
+    made.dispatchEvent(new Event("refresh"));
   }
 }
 
-function text(value) {
-  return value === null ? "—" : value === "" ? "(empty)" : value.length > 2000 ? `${value.slice(0, 2000)}… (${value.length} characters)` : value;
+/** Zoom, and keep what is in the middle of each pane there. */
+function zoomBy(factor) {
+  const zoom = Math.min(ZOOM.most, Math.max(ZOOM.least, view.zoom * factor)), change = zoom / view.zoom;
+  const middles = SCROLLED().map((box) => [box, (box.scrollLeft + box.clientWidth / 2) * change, (box.scrollTop + box.clientHeight / 2) * change]);
+  zoomTo(zoom);
+  for (const [box, x, y] of middles) box.scrollTo(x - box.clientWidth / 2, y - box.clientHeight / 2);
 }
 
-function save(name, type, content) {
-  const link = el("a", { href: URL.createObjectURL(new Blob([content], { type })), download: name });
-  document.body.append(link);
-  link.click();
-  link.remove();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+function zoomToFit() {
+  const sizes = SCROLLED().map((box) => [box, box.querySelector("svg").viewBox.baseVal]);
+  zoomTo(Math.min(1, ...sizes.flatMap(([box, { width, height }]) => [box.clientWidth / width, box.clientHeight / height])));
 }
 
-/** The picture as a file of its own: both models in one, with the colours in use. */
-function pictureFile() {
-  const picture = current && (current.kind === "node" || current.kind === "function") ? currentPicture() : null;
-  if (!picture) return null;
-  const arranged = arrange(picture, view.hops, view.inner);
-  const made = draw(picture, arranged, view.unified ? "both" : "after");
-  const box = extent(arranged);
-  const style = getComputedStyle(document.documentElement);
-  const rules = document.querySelector("style").textContent.split("\n").filter((rule) => rule.startsWith(".picture"));
-  const css = rules.join("\n").replace(/var\((--[a-z-]+)\)/g, (_, name) => style.getPropertyValue(name).trim());
-  made.setAttribute("xmlns", SVG);
-  made.setAttribute("viewBox", box.join(" "));
-  made.setAttribute("width", box[2]);
-  made.setAttribute("height", box[3]);
-  made.prepend(svg("rect", { x: box[0], y: box[1], width: box[2], height: box[3], fill: style.getPropertyValue("--ground").trim() }));
-  const sheet = svg("style", {});
-  sheet.textContent = css;
-  made.prepend(sheet);
-  return { content: new XMLSerializer().serializeToString(made), width: box[2], height: box[3] };
-}
-
-function saveSvg() {
-  const file = pictureFile();
-  if (file) save("site.svg", "image/svg+xml", file.content);
-}
-
-function savePng() {
-  const file = pictureFile();
-  if (!file) return;
-  const image = new Image();
-  image.onload = () => {
-    const scale = Math.min(2, 8000 / Math.max(file.width, file.height));
-    const canvas = el("canvas", { width: Math.ceil(file.width * scale), height: Math.ceil(file.height * scale) });
-    canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
-    canvas.toBlob((blob) => save("site.png", "image/png", blob));
-  };
-  image.src = `data:image/svg+xml;charset=utf-8,${encodeURIComponent(file.content)}`;
+/** Open with the chosen node in sight, and more of what leads to it than of what follows. */
+function openAt(left, right) {
+  for (const box of SCROLLED()) {
+    const { y, height } = box.querySelector("svg").viewBox.baseVal;
+    // All of what leads to the node if that fits, which ends at its right border.
+    const wanted = Math.max(0, -left + 130 - box.clientWidth);
+    box.scrollTo(Math.min(wanted, right - left), Math.max(0, -y - box.clientHeight / 2));
+    if (height <= box.clientHeight) box.scrollTop = 0;
+    box.querySelector("svg").dispatchEvent(new Event("refresh"));
+  }
 }

@@ -1,0 +1,188 @@
+"""Batch norms in two models: their sites, what enters them, and the nodes that belong to them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Iterator, Mapping
+
+from passes.batch_norm.batch_norms import BatchNorm, batch_norms
+from passes.batch_norm.site import Site
+from passes.batch_norm.sites import sites
+from passes.quantization.quantizer_marks import TAG, tag_of
+from passes.quantization.schemes import SCHEMES
+from rewriter.app.reports import Key
+from rewriter.dataflow import consumers
+from rewriter.diff.compare import Comparison, port_name, value_name
+from rewriter.diff.report import InputDiff, LayerDiff, LayerStatus, SiteDiff
+from rewriter.ir import Edge, Graph, Model, Node, Value
+
+MAX_UPDATE = 12
+"""Largest number of nodes that are shown as those that compute a moving average."""
+
+
+def layer_diffs(
+    comparison: Comparison,
+    reasons: Mapping[Key, str],
+    rewritten: Collection[Key],
+    fused: Collection[Key],
+    users_of: Mapping[str, list[str]],
+) -> Iterator[LayerDiff]:
+    """Return batch norms by name, with the sites of the model after, and those that are no longer there.
+
+    Args:
+        comparison: the two models.
+        reasons: (graph, node) of a site -> the reason for which a rewrite skipped it.
+        rewritten: the sites of the model before that are quantised in the model after only.
+        fused: those that single ops computed before and the fused kernel computes after.
+        users_of: graph of the model after -> what runs it.
+    """
+    before, after = comparison.before, comparison.after
+    old = {bn.name: bn for bn in before.analysis(batch_norms)}
+    new = {bn.name: bn for bn in after.analysis(batch_norms)}
+    for name in dict.fromkeys((*old, *new)):
+        was = _by_place(old.get(name), comparison.pairs)
+        now = _by_place(new.get(name), {})
+        variables = _variables(before, old.get(name)) | _variables(after, new.get(name))
+        main_first = sorted(
+            now.items(), key=lambda item: (_obscurity(after, users_of, item[0][0]), item[1].mode == "training")
+        )
+        site_diffs = [_site(comparison, s, "same" if k in was else "added", reasons, variables) for k, s in main_first]
+        site_diffs += [_site(comparison, s, "removed", reasons, variables) for k, s in was.items() if k not in now]
+        sites_before = {(s.graph, s.node): s for s in old[name].sites} if name in old else {}
+        bits = {tag["bits"] for s in now.values() for tag in s.binding.quantized}
+        is_fused = not sites_before.keys().isdisjoint(fused)
+        yield LayerDiff(name, site_diffs, _status(sites_before, rewritten), sorted(bits), is_fused)
+
+
+def _obscurity(model: Model, users_of: Mapping[str, list[str]], graph: str) -> int:
+    """Return 0 for a graph that a signature runs, 1 for one that a function of the model object runs, else 2."""
+    names = users_of.get(graph, [])
+    return 0 if not model.signatures.keys().isdisjoint(names) else 1 if names else 2
+
+
+def _variables(model: Model, bn: BatchNorm | None) -> dict[str, str]:
+    """Return the names of a batch norm's variables by role."""
+    return {} if bn is None else {role: model.variables[key].name for role, key in bn.variables.items()}
+
+
+def _status(sites_before: Mapping[Key, Site], rewritten: Collection[Key]) -> LayerStatus:
+    """Return the status of a batch norm with these sites in the model before."""
+    if not sites_before:
+        return "new"
+    quantized_now = [k in rewritten for k, s in sites_before.items() if not s.binding.quantized]
+    if any(quantized_now):
+        return "quantised" if all(quantized_now) else "partly"
+    return "skipped" if quantized_now else "as before"
+
+
+def _by_place(bn: BatchNorm | None, pairs: Mapping[str, str]) -> dict[tuple[str, str], Site]:
+    """Return a batch norm's sites by graph and node; `pairs` maps a graph to its name in the model after."""
+    return {} if bn is None else {(pairs.get(s.graph, s.graph), s.node): s for s in bn.sites}
+
+
+def _site(
+    comparison: Comparison, site: Site, what: str, reasons: Mapping[Key, str], variables: Mapping[str, str]
+) -> SiteDiff:
+    reason = "" if site.binding.quantized else reasons.get((site.graph, site.node), site.reason)
+    status = "skipped" if reason else site.status
+    inputs = list(_inputs(comparison, site, what, variables))
+    return SiteDiff(site.graph, site.node, what, site.kind, site.mode, status, reason, inputs)
+
+
+def _inputs(comparison: Comparison, site: Site, what: str, variables: Mapping[str, str]) -> Iterator[InputDiff]:
+    """Return the inputs of a site, the edges that bring variables to it, and statistics on their way to averages."""
+    model = comparison.before if what == "removed" else comparison.after
+    edges: dict[Edge, tuple[str, str]] = {}
+    for use, edges_by_role in (
+        ("input", site.inputs),
+        ("input", site.binding.parameters),
+        ("statistic", site.binding.statistics),
+    ):
+        for role, role_edges in edges_by_role.items():
+            for edge in role_edges:
+                for past in _past_quantizer(model, edge):
+                    edges.setdefault(past, (role, use))
+    for edge, (role, use) in edges.items():
+        graph = model.graphs[edge.graph]
+        node = graph.nodes[edge.node]
+        value = node.inputs[edge.position]
+        graph_before = None if what == "removed" else comparison.graph_before(edge.graph)
+        node_before = node if what == "removed" else None if graph_before is None else graph_before.nodes.get(edge.node)
+        value_before = (
+            node_before.inputs[edge.position]
+            if node_before is not None and node_before.op == node.op and edge.position < len(node_before.inputs)
+            else None
+        )
+        producer = graph.nodes[value.node]
+        yield InputDiff(
+            role,
+            use,
+            edge.graph,
+            edge.node,
+            port_name(model, node, edge.position),
+            None if value_before is None else value_name(value_before),
+            None if what == "removed" else value_name(value),
+            formula_of(producer),
+            value_name(producer.inputs[-1]) if TAG in producer.attrs else "",
+            variables.get(role, "") if use == "input" else "",
+        )
+
+
+def _past_quantizer(model: Model, edge: Edge) -> Iterator[Edge]:
+    """Return the edge itself or, if it enters a quantiser, the edges that use the quantised value."""
+    graph = model.graphs[edge.graph]
+    if not edge.node:
+        return
+    if TAG in graph.nodes[edge.node].attrs:
+        uses = model.analysis_of(graph, consumers).get(Value(edge.node), [])
+        yield from (use for use in uses if use.node)
+    else:
+        yield edge
+
+
+def formula_of(node: Node) -> str:
+    """Return a quantiser's formula in one line; "" for other nodes."""
+    if TAG not in node.attrs:
+        return ""
+    tag = tag_of(node)
+    scheme = SCHEMES.get(tag["scheme"])
+    if scheme is None:
+        return f"{tag['scheme']}(v)"
+    return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}"
+
+
+def label_of(node: Node) -> str:
+    """Return a quantiser's role and formula, as the label of a picture's edge."""
+    return f"{tag_of(node)['role']} ─ {formula_of(node)}"
+
+
+def parts_of_sites(comparison: Comparison) -> Mapping[Key, list[str]]:
+    """Return (graph, node) of the sites of both models -> further nodes of that graph that belong to the batch norm.
+
+    These are the other nodes of single ops, and the nodes that compute the updates of the moving averages.
+    """
+    parts: dict[Key, list[str]] = {}
+    for model, names in ((comparison.before, comparison.pairs), (comparison.after, {})):
+        for site in model.analysis(sites):
+            graph = model.graphs[site.graph]
+            nodes = parts.setdefault((names.get(site.graph, site.graph), site.node), [])
+            nodes += site.interior
+            for assigns in site.binding.assigns.values():
+                for name in (node for of, node in assigns if of == site.graph):
+                    nodes += _update(graph, site, name)
+    return parts
+
+
+def _update(graph: Graph, site: Site, assign: str) -> list[str]:
+    """Return the nodes that compute the new value of a moving average, from the op that assigns it back to the site."""
+    nodes: dict[str, None] = {}
+    waiting = deque([assign])
+    while waiting and len(nodes) < MAX_UPDATE:
+        name = waiting.popleft()
+        node = graph.nodes[name]
+        if name in nodes or name == site.node or name in site.interior or not node.inputs:
+            continue
+        nodes[name] = None
+        # A quantiser stands for its last input; the others are its options.
+        waiting += [v.node for v in (node.inputs[-1:] if TAG in node.attrs else node.inputs)]
+    return list(nodes)

@@ -1,0 +1,57 @@
+"""The first sentence about a comparison: what became of the batch norms, and from when on outputs differ."""
+
+from __future__ import annotations
+
+from rewriter.app.show import counted
+from rewriter.diff.report import LayerDiff, Verdict
+from rewriter.ir import Model
+
+
+def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: int) -> str:
+    """Return one or two sentences that say what differs between two models.
+
+    Args:
+        after: the second model.
+        layers: the batch norms of both.
+        verdict: the comparison in numbers.
+        changes: the number of changes.
+    """
+    if not changes:
+        return "The two models are the same."
+    quantized = [layer for layer in layers if layer.status in ("quantised", "partly")]
+    fused = [layer for layer in layers if layer.fused]
+    if not quantized and not fused:
+        return f"The models differ in {counted(changes, 'place')}; no batch norm became quantised or the fused kernel."
+    widths = sorted({bits for layer in quantized for bits in layer.bits})
+    became = f"{'-, '.join(map(str, widths))}-bit" if widths else "quantised"
+    kernel = "the fused kernel"
+    if {layer.name for layer in fused} == {layer.name for layer in quantized}:
+        text = f"{_of(len(quantized), verdict)} became {kernel} and {became}"
+    else:
+        parts = [f"{_of(len(quantized), verdict)} became {became}"] if quantized else []
+        parts += [f"{len(fused) if quantized else _of(len(fused), verdict)} became {kernel}"] if fused else []
+        text = ", ".join(parts)
+    return f"{text}; {_outputs(after)}." if quantized else f"{text}."
+
+
+def _of(number: int, verdict: Verdict) -> str:
+    """Return a number of batch norms, of all those of the first model if these are more."""
+    if number == verdict.batch_norms:
+        return counted(number, "batch norm")
+    return f"{number} of {counted(verdict.batch_norms, 'batch norm')}"
+
+
+def _outputs(after: Model) -> str:
+    """Return from which step of training on the second model's outputs are those of a quantised model."""
+    step, start = (_scalar(after, name) for name in ("step", "start_step"))
+    if step is None or start is None or start <= step:
+        return "the quantisers are on, so outputs differ"
+    return f"outputs are unchanged until step {start:,} of training"
+
+
+def _scalar(model: Model, name: str) -> int | None:
+    """Return the value of a variable that controls quantisation; None if there is none."""
+    for key, variable in model.variables.items():
+        if variable.name == f"quantization/{name}":
+            return int(model.value_of(key))
+    return None
