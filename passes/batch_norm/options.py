@@ -20,5 +20,5 @@ class AverageOptions(PassOptions):
 
     quantize_average: Annotated[
         Average,
-        Help("What is quantised of the moving averages' update: the batch's statistic, nothing, or what is stored"),
+        Help("What is quantised when a moving average is updated: the batch's statistic, none, or the stored average"),
     ] = "statistic"

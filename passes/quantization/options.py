@@ -112,5 +112,5 @@ class QuantizerOptions(PassOptions):
 class ScheduleOptions(PassOptions):
     """The steps at which quantisers begin to act: initial values of the variables of these names."""
 
-    start_step: Annotated[Step, Help("First step that quantises")] = 0
-    ramp_steps: Annotated[Step, Help("Steps from there on that blend float and quantised values")] = 0
+    start_step: Annotated[Step, Help("First step at which quantisers act")] = 0
+    ramp_steps: Annotated[Step, Help("Steps, from the start step on, that blend float and quantised values")] = 0

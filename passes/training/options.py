@@ -24,11 +24,11 @@ class LayerOptions(PassOptions):
 
     momentum: Annotated[
         MomentumValue | None,
-        Help("Momentum of derived training where the model does not say it"),
+        Help("Momentum of derived training, where the model does not state it"),
     ] = None
     train_batch_norm: Annotated[
         Trained,
-        Help("Batch norms that train: all but those that the source says are frozen, all, or none"),
+        Help("Batch norms that train: all except those that are frozen in the source, all, or none"),
     ] = "as-source"
 
 
@@ -38,7 +38,7 @@ class DeriveOptions(LayerOptions):
 
     train_outputs: Annotated[
         Mapping[str, str] | None,
-        Help("Let train also return, as NAME, what this node gives"),
+        Help("Let train also return the output of a node, as NAME"),
     ] = None
 
 
@@ -48,5 +48,5 @@ class FreezeOptions(PassOptions):
 
     freeze_step: Annotated[
         Step | None,
-        Help("First step of training with the moving statistics, not updated"),
+        Help("First step at which training uses the moving statistics, and no longer updates them"),
     ] = None
