@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -72,10 +72,10 @@ def test_a_third_partys_pass_does_its_work(forks: Server, model: Callable[[str],
 
 
 @pytest.mark.parametrize("bits", range(2, 17))
-def test_the_arithmetic_by_hand_is_the_references(bits: int) -> None:
-    namespace: dict[str, Any] = {}
-    exec(BLOCK.findall((ROOT / "docs/numerics.md").read_text(encoding="utf-8"))[0], namespace)
-    by_hand = namespace["affine"]
+def test_the_arithmetic_by_hand_is_the_references(bits: int, tmp_path: Path) -> None:
+    block = BLOCK.findall((ROOT / "docs/numerics.md").read_text(encoding="utf-8"))[0]
+    (tmp_path / "by_hand.py").write_text(block, encoding="utf-8")
+    by_hand = runpy.run_path(str(tmp_path / "by_hand.py"))["affine"]
     rng = np.random.default_rng(bits)
     for offset in (-3, 0, 0.5, 3):
         v = rng.normal(offset, 1, 64).astype(np.float32)
