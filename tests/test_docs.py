@@ -32,6 +32,7 @@ CLIPPING = ("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu
         "docs/numerics.md",
         "docs/passes.md",
         "docs/quantisation.md",
+        "docs/report.md",
         "docs/supported.md",
     ],
 )
