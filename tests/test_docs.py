@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from tests import reference
 from tests.reliability.forks import Call, Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -21,7 +24,17 @@ CLIPPING = ("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu
 
 @pytest.mark.parametrize(
     "name",
-    ["README.md", "docs/commands.md", "docs/passes.md", "docs/supported.md", "docs/quantisation.md", "docs/diff.md"],
+    [
+        "README.md",
+        "docs/commands.md",
+        "docs/contract.md",
+        "docs/diff.md",
+        "docs/numerics.md",
+        "docs/passes.md",
+        "docs/quantisation.md",
+        "docs/report.md",
+        "docs/supported.md",
+    ],
 )
 def test_blocks_run_in_order(
     name: str, forks: Server, model: Callable[[str], Path], rewritten: Callable[..., Path], tmp_path: Path
@@ -57,6 +70,18 @@ def test_a_third_partys_pass_does_its_work(forks: Server, model: Callable[[str],
     source, clipped = tf.saved_model.load(str(model("module"))), tf.saved_model.load(str(tmp_path / "clipped"))
     assert source.serve(x).numpy().max() > 0.5
     assert clipped.serve(x).numpy().max() <= 0.5
+
+
+@pytest.mark.parametrize("bits", range(2, 17))
+def test_the_arithmetic_by_hand_is_the_references(bits: int, tmp_path: Path) -> None:
+    block = BLOCK.findall((ROOT / "docs/numerics.md").read_text(encoding="utf-8"))[0]
+    (tmp_path / "by_hand.py").write_text(block, encoding="utf-8")
+    by_hand = runpy.run_path(str(tmp_path / "by_hand.py"))["affine"]
+    rng = np.random.default_rng(bits)
+    for offset in (-3, 0, 0.5, 3):
+        v = rng.normal(offset, 1, 64).astype(np.float32)
+        assert by_hand(v, bits).dtype == np.float32
+        np.testing.assert_array_equal(by_hand(v, bits), reference.affine(v, bits))
 
 
 def test_links_lead_somewhere() -> None:
