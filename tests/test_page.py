@@ -58,15 +58,17 @@ def test_one_request_and_the_verdict(browser: Browser, pages: Paths) -> None:
     with opened(browser, file) as shown:
         assert shown.requests == [file.as_uri()]
         verdict = report["verdict"]
-        tiles = dict(zip(texts(shown, ".tile .what"), texts(shown, ".tile .value"), strict=True))
-        assert tiles == {
-            "other changes": "✓ none",
-            "batch norms": str(verdict["batch_norms"]),
-            "sites rewritten": f"{verdict['sites_rewritten']} of {verdict['sites_found']}",
-            "sites skipped": "0",
-            "signatures": f"✓ {verdict['signatures_found']} of {verdict['signatures_found']} intact",
-            "variables": f"+{sum(c['kind'] == 'variable' for c in report['changes'])}",
+        assert shown.page.locator("#headline").inner_text() == report["headline"]
+        facts = {fact: text for fact in ("others", "signatures", "variables") for text in texts(shown, f"#{fact}")}
+        added = sum(c["kind"] == "variable" for c in report["changes"])
+        assert facts == {
+            "others": f"✓No other changesthe record of the rewrite explains all {len(report['changes']):,} changes",
+            "signatures": "✓1 signature is intactnew: train",
+            "variables": f"·Variables: {added} added",
         }
+        assert shown.page.locator("#skipped").count() == 0
+        assert report["headline"] == "2 batch norms became 4-bit; the quantisers are on, so outputs differ."
+        assert verdict["batch_norms_quantized"] == 2
         assert verdict["batch_norms"] == 2
         assert verdict["sites_rewritten"] == verdict["sites_found"] > 2
         shown.page.locator("#ops summary").click()
@@ -86,21 +88,25 @@ def test_every_site_is_as_the_report_says(name: str, browser: Browser, pages: Pa
             shown.page.evaluate("where => { location.hash = where }", address(site["graph"], site["node"]))
             shown.page.wait_for_function("name => current && current.name === name", arg=site["node"])
             rows = shown.page.locator("tr.input").evaluate_all(
-                "rows => rows.map(r => [r.dataset.node, r.dataset.port, ...[...r.children].map(c => c.textContent)])"
+                """rows => rows.map(
+                  r => [r.dataset.node, r.dataset.port, ...[...r.children].map(c => c.title || c.textContent)]
+                )"""
             )
             expected = [
                 [
                     i["node"],
                     i["port"],
-                    f"{i['role']} (batch)" if i["use"] == "statistic" else i["role"],
+                    f"{i['role']} of the batch" if i["use"] == "statistic" else i["role"],
                     "—" if i["old"] is None else i["old"],
                     "—" if i["new"] is None else i["quantized"] or i["new"],
-                    i["formula"],
+                    "show the nodes that compute it" if i["formula"] else "",
                     i["port"] if i["node"] == site["node"] else f"{i['port']} of {i['node']}",
                 ]
                 for i in site["inputs"]
             ]
             assert all(row in rows for row in expected)
+            shown_formulas = shown.page.locator("td.formula").all_text_contents()
+            assert shown_formulas == [i["formula"] for i in site["inputs"] if i["formula"]]
             for i in site["inputs"]:
                 if i["node"] != site["node"] or i["use"] != "input" or i["new"] is None:
                     continue
@@ -186,7 +192,8 @@ def test_the_tree_rolls_up_what_changed(browser: Browser, pages: Paths) -> None:
                 for what, sign in (("added", "+"), ("removed", "\N{MINUS SIGN}"), ("changed", "~"))
                 if own.count(what)
             )
-            line = shown.page.locator("#list button[aria-expanded]", has_text=graph or "the main graph").first
+            name = report_of(file)["labels"][graph] if graph else "the main graph"
+            line = shown.page.locator("#list button[aria-expanded]", has_text=name).first
             assert line.inner_text().endswith(counts)
         main = shown.page.locator("#list button[aria-expanded]", has_text="the main graph")
         main.click()
@@ -208,22 +215,132 @@ def test_fragment_links_to_a_site_and_follows_the_choice(browser: Browser, pages
         assert (shown.stop()["graph"], shown.stop()["name"]) == (now["graph"], now["name"])
 
 
+SHOWN = """() => [...document.querySelectorAll('.pane .scroll')].map(box => {
+  const seen = box.getBoundingClientRect();
+  return [...box.querySelectorAll('.node, .pill')].map(node => {
+    const at = node.querySelector('rect').getBoundingClientRect(), middle = [at.x + at.width / 2, at.y + at.height / 2];
+    const within = middle[0] >= seen.x && middle[0] <= seen.right && middle[1] >= seen.y && middle[1] <= seen.bottom;
+    return [node.dataset.name || node.dataset.formula, within, at.x];
+  });
+})"""
+"""For each pane, the name, whether its middle is in sight, and the left side of each box."""
+
+
+def middles(shown: Opened) -> list[float]:
+    """Return the left side of the chosen node in each pane, in pixels of the window."""
+    found: list[float] = shown.page.locator(".pane .node.middle rect").evaluate_all(
+        "all => all.map(rect => { const at = rect.getBoundingClientRect(); return at.x + at.width / 2 })"
+    )
+    return found
+
+
 def test_both_sides_move_together(browser: Browser, pages: Paths) -> None:
-    with opened(browser, pages("module")) as shown:
-        boxes = "[...document.querySelectorAll('#panes svg')].map(s => s.getAttribute('viewBox'))"
-        start = shown.page.evaluate(boxes)
-        pane = shown.page.locator(".pane").first.bounding_box()
+    with opened(browser, pages("keras_export")) as shown:
+        page = shown.page
+        page.keyboard.press("2")
+        start = middles(shown)
+        assert start[0] == pytest.approx(start[1], abs=1)
+        pane = page.locator(".pane .scroll").first.bounding_box()
         assert pane is not None
-        shown.page.mouse.move(pane["x"] + 50, pane["y"] + 50)
-        shown.page.mouse.wheel(0, -300)
-        shown.page.wait_for_function(f"({boxes})[0] !== {start[0]!r}")
-        zoomed = shown.page.evaluate(boxes)
-        assert zoomed[0] == zoomed[1]
-        shown.page.mouse.down()
-        shown.page.mouse.move(pane["x"] + 90, pane["y"] + 70)
-        shown.page.mouse.up()
-        moved = shown.page.evaluate(boxes)
-        assert moved[0] == moved[1] != zoomed[1]
+        page.mouse.move(pane["x"] + 300, pane["y"] + 100)
+        page.mouse.down()
+        by = 80 if page.evaluate("document.querySelector('.scroll').scrollLeft") >= 80 else -80
+        page.mouse.move(pane["x"] + 300 + by, pane["y"] + 100)
+        page.mouse.up()
+        page.wait_for_timeout(100)  # both panes have scrolled
+        moved = middles(shown)
+        assert moved[0] == pytest.approx(moved[1], abs=1)
+        assert moved[0] == pytest.approx(start[0] + by, abs=2)
+        page.keyboard.press("+")
+        page.keyboard.press("+")
+        assert page.evaluate("view.zoom") == pytest.approx(1.25**2)
+        zoomed = middles(shown)
+        assert zoomed[0] == pytest.approx(zoomed[1], abs=1)
+        page.keyboard.press("f")
+        assert all(within for boxes in page.evaluate(SHOWN) for _, within, _ in boxes)
+
+
+@pytest.mark.parametrize("name", ["keras_export", "mobilenet_export", "keras_save", "v1_by_hand_references"])
+def test_opens_readable_on_a_place_that_shows_something(name: str, browser: Browser, pages: Paths) -> None:
+    file = pages(name)
+    first = report_of(file)["layers"][0]
+    with opened(browser, file) as shown:
+        assert shown.page.locator("#head h2").inner_text() == f"~ {first['name']}"
+        sizes = shown.page.locator("#panes svg text").evaluate_all(
+            """all => all.map(text => parseFloat(getComputedStyle(text).fontSize)
+              * text.ownerSVGElement.getBoundingClientRect().width / text.ownerSVGElement.viewBox.baseVal.width)"""
+        )
+        assert len(sizes) > 20
+        assert min(sizes) >= 10.9
+        for boxes in shown.page.evaluate(SHOWN):
+            in_sight = {name for name, within, _ in boxes if within}
+            assert first["sites"][0]["node"] in in_sight
+            assert len(in_sight) >= min(5, len(boxes))
+        after = {name for name, within, _ in shown.page.evaluate(SHOWN)[1] if within}
+        site = first["sites"][0]
+        own_inputs = [i for i in site["inputs"] if i["node"] == site["node"] and i["use"] == "input" and i["formula"]]
+        assert own_inputs
+        assert {f"{i['role']} ─ {i['formula']}" for i in own_inputs} <= after
+        titles = shown.page.locator('.pane[data-side="after"] .node .op').all_text_contents()
+        assert {i["variable"].rpartition("/")[2] for i in own_inputs} <= {title.strip("~+ ") for title in titles}
+
+
+@pytest.mark.parametrize("hops", ["1", "2", "3"])
+def test_everything_outside_a_pane_has_a_way_there(hops: str, browser: Browser, pages: Paths) -> None:
+    """The buttons count the boxes that are not in sight, and pressed often enough they show each of them."""
+    with opened(browser, pages("mobilenet_export")) as shown:
+        shown.page.keyboard.press(hops)
+        for number, pane in enumerate(shown.page.locator(".pane").all()):
+            boxes = shown.page.evaluate(SHOWN)[number]
+            seen = {name for name, within, _ in boxes if within}
+            counted = sum(int(re.sub(r"\D", "", text)) for text in pane.locator(".beyond:visible").all_inner_texts())
+            assert counted >= len(boxes) - len(seen)
+            for way in ("scroll left", "scroll up", "scroll right", "scroll down"):
+                button = pane.get_by_title(way)
+                for _ in range(40):
+                    if not button.is_visible():
+                        break
+                    button.click()
+                    seen |= {name for name, within, _ in shown.page.evaluate(SHOWN)[number] if within}
+                assert not button.is_visible()
+            # A corner may have been passed over: every box can be brought into sight where it is.
+            for name in {name for name, _, _ in boxes} - seen:
+                pane.locator(".node, .pill").evaluate_all(
+                    """(all, name) => all.find(n => (n.dataset.name || n.dataset.formula) === name)
+                      .querySelector('rect').scrollIntoView({ block: 'center', inline: 'center' })""",
+                    name,
+                )
+                assert [name, True] in [[n, within] for n, within, _ in shown.page.evaluate(SHOWN)[number]]
+
+
+@pytest.mark.parametrize("name", ["keras_export", "mobilenet_export", "module", "if"])
+def test_edges_run_past_boxes(name: str, browser: Browser, pages: Paths) -> None:
+    """No edge runs through a box, and all text is in boxes: so no edge crosses a text."""
+    crossings = """() => [...document.querySelectorAll('.pane svg')].flatMap(svg => {
+      const boxes = [...svg.querySelectorAll('.node, .pill')].map(group => {
+        const { e, f } = group.transform.baseVal.consolidate().matrix, rect = group.querySelector('rect');
+        const [width, height] = ['width', 'height'].map(side => parseFloat(rect.getAttribute(side)));
+        return { name: group.dataset.name || group.dataset.formula, x: e, y: f, width, height };
+      });
+      return [...svg.querySelectorAll('.edge')].flatMap(edge => {
+        const points = Array.from({ length: 200 }, (_, i) => edge.getPointAtLength(edge.getTotalLength() * i / 199));
+        const inside = (b, p) => p.x > b.x + 1 && p.x < b.x + b.width - 1 && p.y > b.y + 1 && p.y < b.y + b.height - 1;
+        return boxes.filter(b => points.some(p => inside(b, p)))
+          .map(b => [edge.dataset.source, edge.dataset.target || '', b.name]);
+      });
+    })"""
+    with opened(browser, pages(name)) as shown:
+        stops = shown.page.evaluate("STOPS.filter(s => s.site).length")
+        for _ in range(min(6, stops)):
+            for key in ("1", "3", "e", "u", "u", "e"):
+                shown.page.keyboard.press(key)
+                assert shown.page.locator(".pane .edge").count() > 0
+                assert shown.page.evaluate(crossings) == []
+            shown.page.keyboard.press("j")
+        inside = shown.page.evaluate(
+            "[...document.querySelectorAll('.pane svg text')].every(t => t.closest('.node, .pill'))"
+        )
+        assert inside
 
 
 def test_downloads(browser: Browser, pages: Paths, tmp_path: Path) -> None:
@@ -235,7 +352,9 @@ def test_downloads(browser: Browser, pages: Paths, tmp_path: Path) -> None:
                 shown.page.locator("#tools button", has_text=kind).click()
             saved[kind] = tmp_path / waiting.value.suggested_filename
             waiting.value.save_as(saved[kind])
-        labels = shown.page.evaluate("arrange(currentPicture(), 1, false).lines.map(e => e.formula).filter(Boolean)")
+        labels = shown.page.evaluate(
+            "arrange(currentPicture(), 1, false, 'after').boxes.map(b => b.formula).filter(Boolean)"
+        )
     assert json.loads(saved["JSON"].read_text(encoding="utf-8")) == report_of(file)
     drawn = ET.parse(saved["SVG"]).getroot()  # noqa: S314  our own file
     assert drawn.tag.endswith("svg")
@@ -260,7 +379,7 @@ def test_in_a_notebook(
     notebook.write_text(f"<!doctype html><p>cell</p>{comparison._repr_html_()}", encoding="utf-8")
     with opened(browser, notebook) as shown:
         frame = shown.page.frame_locator("iframe")
-        assert frame.locator(".tile .value").first.inner_text() == "✓ none"
+        assert frame.locator("#others b").inner_text() == "No other changes"
         name = frame.locator("#head").inner_text()
         frame.locator("#head").click()
         shown.page.keyboard.press("j")
@@ -345,8 +464,8 @@ def test_skipped_sites_say_why(browser: Browser, model: Paths, rewritten: Paths,
     page.write_text(comparison.to_html(), encoding="utf-8")
     with opened(browser, page) as shown:
         (reason,) = comparison.report.skipped
-        assert reason in shown.page.locator(".tile", has_text="sites skipped").inner_text()
-        shown.page.locator("#filters button", has_text="skipped").click()
+        assert reason in shown.page.locator("#skipped").inner_text()
+        shown.page.locator("#filters button", has_text="not quantised").click()
         shown.page.keyboard.press("j")
         assert reason in shown.page.locator("#panel").inner_text()
 
@@ -359,7 +478,9 @@ def test_only_skipped(browser: Browser, model: Paths, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     page.write_text(comparison.to_html(), encoding="utf-8")
     with opened(browser, page) as shown:
-        assert texts(shown, ".tile .value")[2].startswith("0 of")
+        reasons = "; ".join(comparison.report.skipped)
+        assert reasons
+        assert texts(shown, "#skipped") == [f"!{len(comparison.report.layers)} batch norms not quantised{reasons}"]
 
 
 def test_formula_opens_the_nodes_that_compute_it(browser: Browser, pages: Paths) -> None:
@@ -371,7 +492,9 @@ def test_formula_opens_the_nodes_that_compute_it(browser: Browser, pages: Paths)
         )
         site = report_of(pages("module"))["layers"][0]["sites"][0]
         assert {i["new"] for i in site["inputs"] if i["formula"]} <= set(names)
-        assert re.search(r"\d+ .*nodes? of .* not shown", shown.page.locator("#hidden").inner_text())
+        assert re.search(
+            r"Not in this picture: \d+ .* nodes? of the function", shown.page.locator("#hidden").inner_text()
+        )
 
 
 def test_the_full_page_has_a_picture_of_every_node(browser: Browser, pages: Paths) -> None:

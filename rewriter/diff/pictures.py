@@ -8,9 +8,9 @@ is labelled with the variable's name.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from typing import NamedTuple
 
 import networkx as nx
@@ -223,11 +223,11 @@ def whole(union: Union, middle: str) -> Picture:
 
 
 def _distances(union: Union, middle: str, parts: Collection[str], *, inner: bool) -> dict[str, int]:
-    parts_drawn = [p for p in parts if p in union.states and (inner or p not in union.inner)]
-    distances = dict.fromkeys((middle, *parts_drawn[:MAX_PARTS]), 0)
-    waiting = deque(distances)
+    drawn_parts = [p for p in parts if p != middle and p in union.states and (inner or p not in union.inner)]
+    distances = dict.fromkeys((middle, *drawn_parts[:MAX_PARTS]), 0)
+    waiting = [(0, number, name) for number, name in enumerate(distances)]
     while waiting and len(distances) < MAX_NODES:
-        name = waiting.popleft()
+        _, number, name = heappop(waiting)
         if distances[name] == HOPS:
             continue
         unchanged_counts = {True: 0, False: 0}
@@ -240,9 +240,11 @@ def _distances(union: Union, middle: str, parts: Collection[str], *, inner: bool
                 unchanged_counts[line.target == name] += 1
                 if unchanged_counts[line.target == name] > MAX_NEIGHBOURS:
                     continue
-            if len(distances) < MAX_NODES:
-                distances[neighbour] = distances[name] + 1
-                waiting.append(neighbour)
+            # What else uses a part, such as its gradient, is further away than what enters it or follows the whole.
+            distance = distances[name] + (2 if number and not distances[name] and line.source == name else 1)
+            if len(distances) < MAX_NODES and distance <= HOPS:
+                distances[neighbour] = distance
+                heappush(waiting, (distance, len(distances), neighbour))
     return distances
 
 
