@@ -33,7 +33,7 @@ lint: $(VENV)/lint
 $(VENV)/demo $(VENV)/test $(VENV)/lint: pyproject.toml
 	@echo "installing what \`make $(notdir $@)\` needs into .venv, TensorFlow included (about 2 minutes)"
 	@mkdir -p $(VENV)/tmp
-	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --quiet --editable '.[$(notdir $@)]' > $(VENV)/pip.log 2>&1 \
 		|| { cat $(VENV)/pip.log >&2; exit 1; }
 	@touch $@

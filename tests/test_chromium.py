@@ -23,6 +23,13 @@ class Machine:
 
     folder: Path
 
+    def __post_init__(self) -> None:
+        self.playwright(FAILS)
+        self.commands.mkdir()
+        env = shutil.which("env")
+        assert env is not None
+        (self.commands / "env").symlink_to(env)
+
     @property
     def commands(self) -> Path:
         return self.folder / "bin"
@@ -63,24 +70,17 @@ class Machine:
         """Replace Playwright's command."""
         self.script(self.folder / "playwright", then)
 
-    def __post_init__(self) -> None:
-        self.playwright(FAILS)
-        self.commands.mkdir()
-        env = shutil.which("env")
-        assert env is not None
-        (self.commands / "env").symlink_to(env)
-
 
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
     """A machine of a user who is not root, with no browser, and no way to install one."""
-    made = Machine(tmp_path)
+    bare = Machine(tmp_path)
     monkeypatch.setattr(chromium, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(chromium, "PLAYWRIGHT", (str(tmp_path / "playwright"),))
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setenv("PATH", str(made.commands))
+    monkeypatch.setenv("PATH", str(bare.commands))
     monkeypatch.delenv("BNQAT_CHROMIUM", raising=False)
-    return made
+    return bare
 
 
 def root(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,7 +141,7 @@ def test_sudo_installs_the_package_if_it_asks_for_no_password(machine: Machine) 
     machine.command("apt-get", machine.package())
     machine.command("sudo", '[ "$1" = -n ] || exit 1\nshift\nexec "$@"')
     assert chromium.main() == 0
-    apt_get = "sudo -n env DEBIAN_FRONTEND=noninteractive"
+    apt_get = "sudo -n env -u TMPDIR DEBIAN_FRONTEND=noninteractive"
     update, install = f"{apt_get} apt-get update", f"{apt_get} {INSTALL}"
     assert machine.calls == ["sudo -n true", "true ", update, "apt-get update", install, INSTALL]
 
@@ -206,18 +206,20 @@ def test_tests_and_tools_install_nothing(machine: Machine, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("processes", ["0", "2"])
-def test_run_of_pytest_ends_before_its_tests(machine: Machine, processes: str) -> None:
-    (machine.folder / "pytest.ini").touch()
-    (machine.folder / "test_page.py").write_text("def test_plain(): pass\ndef test_page(browser): pass\n")
-    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", processes, str(machine.folder)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+def test_run_of_pytest_ends_before_its_tests(tmp_path: Path, processes: str) -> None:
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_page.py").write_text("def test_plain(): pass\ndef test_page(browser): pass\n")
+    scratch = f"--basetemp={tmp_path}/scratch"
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-n", processes, scratch, str(tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"PYTHONPATH": str(Path(__file__).parents[1]), "BNQAT_CHROMIUM": "/nowhere/chromium"}
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True, check=False)
 
     stopped = run()
     assert stopped.returncode in {pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.INTERRUPTED}
-    assert stopped.stdout.count("the tests of pages need Chromium: run `make test`") == 1
+    assert stopped.stdout.count("BNQAT_CHROMIUM is /nowhere/chromium, which does not start") == 1
     assert "no tests ran" in stopped.stdout
     assert "rror" not in stopped.stdout + stopped.stderr
     others = run("-k", "plain")

@@ -19,7 +19,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 VENV = Path(__file__).parents[1] / ".venv"
 COMMANDS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-BUILDS = ("chrome-headless-shell", "headless_shell", "chrome")
+BUILDS = ("chrome-headless-shell", "headless_shell")
 """Names of the executable in Playwright's builds, by release and processor."""
 PLAYWRIGHT = (sys.executable, "-m", "playwright")
 ARGUMENTS = [
@@ -41,8 +41,6 @@ ARGUMENTS = [
     "--disable-sync",
 ]
 TO_DO = "install Debian's package chromium, or set BNQAT_CHROMIUM to the path of a Chromium"
-LIMIT_S = 900
-"""Seconds after which an installation is given up."""
 
 
 class NoChromiumError(Exception):
@@ -98,24 +96,18 @@ def launch(playwright: Playwright) -> Browser:
 
 def run(command: Sequence[str], **variables: str) -> bool:
     """Run a command, whose output goes to the log, and tell if it succeeded."""
-    # apt-get's own user may not read what lies in this checkout, so its temporary files are elsewhere.
-    environment: Mapping[str, str] = {**{k: v for k, v in os.environ.items() if k != "TMPDIR"}, **variables}
     VENV.mkdir(exist_ok=True)
     with (VENV / "chromium.log").open("a", encoding="utf-8") as log:
         print("$", *command, file=log, flush=True)
+        environment = os.environ | variables
         try:
-            return not subprocess.run(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=environment,
-                timeout=LIMIT_S,
-                check=False,
-            ).returncode
-        except (OSError, subprocess.TimeoutExpired) as error:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, check=False
+            )
+        except OSError as error:
             print(error, file=log)
             return False
+    return not done.returncode
 
 
 def install_package() -> None:
@@ -124,7 +116,8 @@ def install_package() -> None:
     if not shutil.which("apt-get") or (prefix and not (shutil.which("sudo") and run([*prefix, "true"]))):
         return
     print("installing Debian's package chromium, for the tests of pages (about a minute)", flush=True)
-    apt_get = [*prefix, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+    # The Makefile's TMPDIR lies in the checkout, which apt-get's own user may not be able to read.
+    apt_get = [*prefix, "env", "-u", "TMPDIR", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
     run([*apt_get, "update"])  # without it a new machine knows no package; if it fails, the lists may do
     run([*apt_get, "install", "-y", "chromium"])
 
