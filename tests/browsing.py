@@ -1,35 +1,14 @@
-"""A real browser: Chromium, as Debian's package `chromium` brings it."""
+"""Pages in a real browser, with what they request and write to the console."""
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-from playwright.sync_api import Browser, Page, Playwright
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-def chromium(playwright: Playwright) -> Browser:
-    """Return the browser; the test fails if there is none."""
-    path = os.environ.get("BNQAT_CHROMIUM") or shutil.which("chromium")
-    if path is None:
-        pytest.fail("tests of pages need Chromium (Debian's package chromium), or its path in BNQAT_CHROMIUM")
-    return playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+from playwright.sync_api import Browser, Page
 
 
 @dataclass

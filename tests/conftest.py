@@ -22,9 +22,9 @@ from filelock import FileLock
 from playwright.sync_api import Browser, sync_playwright
 
 import bnqat
-from tests.browsing import chromium
 from tests.python_command import write_command
 from tests.reliability.forks import HASH_SEED, PLAIN, Server, server
+from tools import chromium
 
 CORPUS = os.environ.get("BNQAT_CORPUS", "")
 PUBLIC = sorted(p.parent.name for p in Path(CORPUS).glob("*/saved_model.pb")) if CORPUS else []
@@ -129,13 +129,23 @@ def python(plain_forks: Server, tmp_path_factory: pytest.TempPathFactory) -> Pat
 def browser() -> Iterator[Browser]:
     """Chromium, one for each process."""
     with sync_playwright() as playwright:
-        started = chromium(playwright)
+        started = chromium.launch(playwright)
         yield started
         started.close()
 
 
-def pytest_collection_finish() -> None:
-    """Let the garbage collector pass over what lives as long as the process: TensorFlow's modules, and the tests'."""
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """End the run if its tests need a browser and there is none; then prepare the garbage collector."""
+    if not session.config.option.collectonly and any(
+        "browser" in getattr(i, "fixturenames", ()) for i in session.items
+    ):
+        try:
+            chromium.executable()
+        except chromium.NoChromiumError as error:
+            if hasattr(session.config, "workerinput"):  # a process of pytest-xdist, whose main process prints this
+                session.shouldstop = str(error)
+            pytest.exit(str(error), pytest.ExitCode.USAGE_ERROR)
+    # The collector is to pass over what lives as long as the process: TensorFlow's modules, and the tests'.
     gc.collect()
     gc.freeze()
 

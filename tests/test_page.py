@@ -244,7 +244,7 @@ def test_both_sides_move_together(browser: Browser, pages: Paths) -> None:
         assert pane is not None
         page.mouse.move(pane["x"] + 300, pane["y"] + 100)
         page.mouse.down()
-        by = 80 if page.evaluate("document.querySelector('.scroll').scrollLeft") >= 80 else -80
+        by = 40 if page.evaluate("document.querySelector('.scroll').scrollLeft") >= 40 else -40
         page.mouse.move(pane["x"] + 300 + by, pane["y"] + 100)
         page.mouse.up()
         page.wait_for_timeout(100)  # both panes have scrolled

@@ -4,7 +4,7 @@
 
 The model has a number of functions, each of which computes the same 40 layers of convolution and batch norm. Opening is
 from navigation to the end of the page's load event, with the first place drawn; selecting is the median over 50 places,
-layout included. Needs the extra `test` and Chromium (or its path in BNQAT_CHROMIUM).
+layout included. Needs the extra `test` and a browser, which `python -m tools.chromium` makes sure of.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import tempfile
 import time
@@ -28,8 +27,8 @@ from rich.table import Table
 
 import bnqat
 from rewriter.savedmodel.read import load
-from tests.browsing import ARGUMENTS
 from tests.models import FusedBatchNorm
+from tools import chromium
 
 LAYERS = 40
 SELECT = """count => {
@@ -108,8 +107,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = []
     with sync_playwright() as playwright:
-        path = os.environ.get("BNQAT_CHROMIUM") or shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = chromium.launch(playwright)
         for functions in arguments.functions:
             with tempfile.TemporaryDirectory() as scratch:
                 rows.append({"functions": functions, **measure(browser, functions, Path(scratch))})

@@ -5,7 +5,7 @@ A small convolutional net learns scikit-learn's handwritten digits with Keras. `
 float batch norms, then with quantised ones, then with frozen statistics. In the middle the run is given up, and another
 one resumes it. What comes out is finalised and run by the LiteRT interpreter, in float and in integers.
 
-    python tools/demo.py [--bits 4] [--epochs 6]
+    python -m tools.demo [--bits 4] [--epochs 6]
 """
 
 from __future__ import annotations
@@ -52,12 +52,18 @@ class Data(NamedTuple):
     @property
     def batches(self) -> Any:
         """Training data in an order that differs between epochs and repeats in each run."""
+        # `fit` is told not to shuffle: it cannot shuffle a dataset, and would warn that it does not.
         data = tf.data.Dataset.from_tensor_slices((self.x, self.y)).shuffle(len(self.x), seed=0)
         return data.batch(BATCH, drop_remainder=True)
 
     def accuracy(self, outputs: Any) -> float:
         """Share of right answers for the test images, in percent."""
         return float(100 * np.mean(np.argmax(outputs, -1) == self.y_test))
+
+
+def say(line: str) -> None:
+    """Print a line at once, also into a pipe."""
+    print(line, flush=True)
 
 
 def digits() -> Data:
@@ -112,7 +118,7 @@ def tuned(path: Path, data: Data, epochs: int, backup: Path, give_up: int | None
         model = compiled(keras.Model(image, layer(image)), 1e-3)
     callbacks: list[Any] = [keras.callbacks.BackupAndRestore(str(backup), delete_checkpoint=False)]
     callbacks += [] if give_up is None else [GiveUp(give_up)]
-    model.fit(data.batches, epochs=epochs, callbacks=callbacks, verbose=0)
+    model.fit(data.batches, epochs=epochs, callbacks=callbacks, shuffle=False, verbose=0)
     return model, layer
 
 
@@ -135,11 +141,13 @@ def run(bits: int, epochs: int, folder: Path) -> tuple[list[Row], list[Any]]:
     """Run the whole way, and return the rows of both tables."""
     data = digits()
     keras.utils.set_random_seed(0)
+    say(f"training a float net on {len(data.x)} handwritten digits")
     net = compiled(float_net(), 3e-3)
-    net.fit(data.batches, epochs=8, verbose=0)
+    net.fit(data.batches, epochs=8, shuffle=False, verbose=0)
     net.export(folder / "float", verbose=False)
     rows: list[Row] = [("float", "float32", data.accuracy(net.predict(data.x_test, verbose=0)))]
 
+    say(f"rewriting it: batch norms of {bits} bits")
     start, freeze = data.steps, (epochs - 2) * data.steps
     bnqat.rewrite(
         folder / "float", folder / "rewritten", bits=bits, momentum=0.95, start_step=start, freeze_step=freeze
@@ -148,10 +156,11 @@ def run(bits: int, epochs: int, folder: Path) -> tuple[list[Row], list[Any]]:
     model.quantization.start_step.assign(0)
     rows.append(("rewritten", f"{bits} bits", data.accuracy(model.serve(data.x_test))))
 
+    say("fine-tuning it on two replicas")
     try:
         tuned(folder / "rewritten", data, epochs, folder / "backup", give_up=epochs - 3)
     except InterruptedError:
-        print("a run was given up; another one resumes it")
+        say("a run was given up; another one resumes it")
     first, layer = tuned(folder / "rewritten", data, epochs - 2, folder / "backup")
     steps = [layer.quantization.step.numpy()]
     rows.append(("fine-tuned, batch statistics", f"{bits} bits", data.accuracy(first.predict(data.x_test, verbose=0))))
@@ -160,11 +169,12 @@ def run(bits: int, epochs: int, folder: Path) -> tuple[list[Row], list[Any]]:
     rows.append(
         ("fine-tuned, frozen statistics", f"{bits} bits", data.accuracy(second.predict(data.x_test, verbose=0)))
     )
-    print(
+    say(
         f"quantised from step {start} on; statistics frozen at step {steps[0]} (freeze step {freeze}); {steps[1]} steps"
     )
 
     second.export(folder / "tuned", verbose=False)
+    say("finalising it, and running it on LiteRT\n")
     report = bnqat.finalize(folder / "tuned", folder / "final", params=folder / "parameters.npz")
     final = tf.saved_model.load(str(folder / "final"))
     rows.append(("finalised", f"{bits} bits", data.accuracy(final.serve(data.x_test))))
@@ -199,13 +209,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         warnings.filterwarnings("ignore", ".*tf.lite.Interpreter is deprecated")  # the converter's own use of it
         rows, baked = run(options.bits, options.epochs, Path(folder))
-    codes = Table(title="Batch-norm variables of the finalised model", box=box.SIMPLE_HEAD)
+    codes = Table(title="Batch-norm variables of the finalised model", box=box.SIMPLE_HEAD, show_edge=False)
     for column in ("variable", "scheme", "bits", "scale", "zero point", "first codes"):
         codes.add_column(column, no_wrap=True)
     for row in baked:
         codes.add_row(*row)
     Console(width=120).print(codes)
-    table = Table(title="Handwritten digits, unseen in training", box=box.SIMPLE_HEAD)
+    say("")
+    table = Table(title="Handwritten digits, unseen in training", box=box.SIMPLE_HEAD, show_edge=False)
     table.add_column("model")
     table.add_column("batch norm")
     table.add_column("accuracy", justify="right")

@@ -2,14 +2,13 @@
 
     python -m tools.screenshots [--into docs]
 
-Needs the extra `test` and Chromium (or its path in BNQAT_CHROMIUM).
+Needs the extra `test` and a browser, which `python -m tools.chromium` makes sure of.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -18,8 +17,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from playwright.sync_api import ViewportSize, sync_playwright
 
 import bnqat
-from tests.browsing import ARGUMENTS
 from tests.models.all import ALL
+from tools import chromium
 
 SIZE: ViewportSize = {"width": 1280, "height": 860}
 
@@ -36,8 +35,7 @@ def main() -> None:
         page_file.write_text(bnqat.diff(source, target).to_html(), encoding="utf-8")
         inspected = Path(scratch) / "inspect.html"
         inspected.write_text(bnqat.inspect(source).to_html(), encoding="utf-8")
-        path = os.environ.get("BNQAT_CHROMIUM") or shutil.which("chromium")
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        browser = chromium.launch(playwright)
         for scheme, name in (("light", "diff_light.png"), ("dark", "diff_dark.png")):
             page = browser.new_page(viewport=SIZE, color_scheme=scheme)  # type: ignore[arg-type]
             page.goto(page_file.as_uri())
