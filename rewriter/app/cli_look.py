@@ -61,7 +61,7 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
 @click.option("--site", help="What --format svg draws: a batch norm's or a node's name, or function:node.")
 @click.option("--hops", type=click.IntRange(1, 3), default=1, show_default=True, help="How far --format svg goes.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if the models differ.")
-@click.option("-v", "--verbose", is_flag=True, help="List added nodes, too.")
+@click.option("-v", "--verbose", is_flag=True, help="List every op, place and change.")
 @TAGS
 def diff(
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,6 +17,17 @@ NOTHING_LOST = 1e-6
 def error_text(error: float) -> str:
     """Return a relative error with two digits, and 0 where nothing is lost."""
     return "0" if error < NOTHING_LOST else f"{error:.2g}"
+
+
+HEAT = (NOTHING_LOST, 0.01, 0.03, 0.1)
+"""Relative errors from which on a page shows the next colour."""
+
+HEAT_LABELS = ("0", "below 1 %", "1 to 3 %", "3 to 10 %", "10 % and more")
+
+
+def heat(error: float) -> int:
+    """Return the place of a relative error in the page's scale of colours, an index of `HEAT_LABELS`."""
+    return bisect_right(HEAT, error)
 
 
 @dataclass(frozen=True)
@@ -162,6 +174,8 @@ class Inspection:
             report=self,
             sites=sites.values(),
             error_text=error_text,
+            heat=heat,
+            heat_labels=HEAT_LABELS,
         )
 
     def _repr_html_(self) -> str:

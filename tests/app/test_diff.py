@@ -113,9 +113,11 @@ def test_json_is_as_documented(model: Paths, rewritten: Paths) -> None:
 def test_text(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
     after = rewritten("module", bits=4)
     lines = run(model("module"), after).stdout.splitlines()
-    assert lines[1] == "no other changes (206 explained by the record of the rewrite)"
-    assert lines[2] == "2 batch norms at 2 sites: 2 rewritten, 2 more in new places, 0 skipped"
+    assert lines[1] == "2 batch norms became 4-bit; the quantisers are on, so outputs differ."
+    assert lines[2] == "no other changes (206 explained by the record of the rewrite)"
     assert lines[3] == "1 of 1 signature intact"
+    assert lines[6] == "  2 batch norms: quantised, 4-bit"
+    assert "    in batch_norm, batch_norm_1" in lines
     assert "  FusedBatchNormV3                      2 -> 4      +2" in lines
     assert "    gamma ─ affine, 4 bits: round(v/s)·s ─▶ scale" in lines
     assert not any("\x1b" in line for line in lines)
