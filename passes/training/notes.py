@@ -26,7 +26,7 @@ def derived_notes(
     unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
     if any(options.train_batch_norm_of(model, layer) == "as-source" for layer in unsaid):
         text += "; that batch norms train is assumed (--train-batch-norm says otherwise)"
-    yield Note(text + _assumed(model, trained, options))
+    yield Note(text + _assumed(model, trained, options), "train")
     if untrainable:
         yield Note(
             f"{len(untrainable)} sites stay in inference mode in train, "

@@ -149,8 +149,9 @@ def rewrite(
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))
+    given = replace(report, source=str(source))
     if dry_run:
-        return report
+        return given
 
     def log(written: Written) -> Mapping[str, str]:
         layers = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
@@ -161,4 +162,4 @@ def rewrite(
             RECORD: json.dumps(record, separators=(",", ":"), sort_keys=True) + "\n",
         }
 
-    return replace(report, other_changes=save(after, target, overwrite, log))
+    return replace(given, target=str(target), other_changes=save(after, target, overwrite, log))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from rewriter.app.blocks import Block, Report, html_of
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
 
@@ -190,6 +192,44 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class LayerOutcome:
+    """What became of a batch norm of the source.
+
+    Attributes:
+        status: ``rewritten``, ``partly rewritten`` if this is true of some of its sites only, or ``skipped``.
+        reasons: the reasons of sites that were not rewritten.
+        sites_found, sites_rewritten: numbers of its sites.
+        fused: true if a site of it was in single ops, and is the fused kernel now.
+    """
+
+    name: str
+    status: str
+    reasons: list[str]
+    sites_found: int
+    sites_rewritten: int
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class LeftLayers:
+    """Layers that were left as they are for one reason.
+
+    Attributes:
+        reason: the reason, with "…" in place of names of nodes if these differ from layer to layer.
+        layers: names of the batch norms.
+        others: number of values that are no batch norm's, if the reason is about such values.
+        partly: true if other sites of these layers were rewritten.
+        by: the pass that left them; empty for the one that quantises.
+    """
+
+    reason: str
+    layers: list[str]
+    others: int = 0
+    partly: bool = False
+    by: str = ""
+
+
+@dataclass(frozen=True)
 class Changed:
     """Changes of one pass in one graph: numbers of nodes added, removed and changed (inputs, attributes)."""
 
@@ -200,8 +240,8 @@ class Changed:
     changed: int
 
 
-@dataclass(frozen=True)
-class RewriteReport:
+@dataclass(frozen=True, repr=False)
+class RewriteReport(Report):
     """The result of a rewrite.
 
     Attributes:
@@ -220,6 +260,16 @@ class RewriteReport:
         changes: numbers of nodes added, removed and changed, by pass and graph.
         options: the options in force, by pass.
         versions: versions of bnqat and TensorFlow.
+        layers: the source's batch norms, and what became of them.
+        left: layers that were left as they are, by reason.
+        bits: widths that batch norms' quantisers have at first, in ascending order; empty if no pass quantises.
+        schedule: start_step, ramp_steps and freeze_step, as far as the rewrite sets them.
+        train: where the training function is: ``train``, ``quantization.train``, ``signature train``, or empty if the
+            rewrite adds none.
+        train_note: the note that says what the training function is, or why there is none; empty if no pass says it.
+        details: notes on which there is nothing to decide.
+        source: the source as it was given; empty in the file that the result holds.
+        target: where the result was written; empty for a dry run, and in the file that the result holds.
     """
 
     sites_found: int
@@ -235,7 +285,34 @@ class RewriteReport:
     options: dict[str, str]
     versions: dict[str, str]
     quantizers: list[QuantizerReport] = field(default_factory=list)
+    layers: list[LayerOutcome] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
+    schedule: dict[str, int] = field(default_factory=dict)
+    train: str = ""
+    train_note: str = ""
+    details: list[str] = field(default_factory=list)
+    source: str = ""
+    target: str = ""
     schema_version: int = SCHEMA_VERSION
+
+    @property
+    def headline(self) -> str:
+        """The numbers of batch norms and the widths."""
+        from rewriter.app.summary import rewrite_headline
+
+        return rewrite_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return the summary that the command prints."""
+        from rewriter.app.summary import rewrite_summary
+
+        return rewrite_summary(self)
+
+    def _repr_html_(self) -> str:
+        from rewriter.app.summary import layers_table
+
+        return html_of([*self.blocks(), layers_table(self)])
 
     def to_json(self) -> str:
         """Return the report as JSON text."""

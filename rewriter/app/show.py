@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rewriter.app.blocks import counted
 from rewriter.app.report_schema import error_text
 from rewriter.app.terminal import say, show
 
 if TYPE_CHECKING:
-    from rewriter.app.report_schema import FinalizeReport, Inspection, QuantizerReport, RewriteReport
+    from rewriter.app.report_schema import FinalizeReport, Inspection, QuantizerReport
     from rewriter.app.sensitivity import Sensitivity
     from rewriter.app.verification.claims import Verification
 
@@ -124,34 +124,6 @@ def _bars(counts: list[int]) -> str:
     most = max(counts, default=0) or 1
     # The double minus rounds the height up.
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in counts)
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, like "1 site" or "2 sites"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def show_rewrite(report: RewriteReport, target: Path | None) -> None:
-    """Print the rewritten sites, the skipped ones with their reasons, notes and other changes."""
-    say(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
-    say(f", {report.sites_added} more in new places" if report.sites_added else "")
-    by_role = Counter(q.role for q in report.quantizers)
-    if by_role:
-        layers = ", ".join(f"{role} of {counted(number, 'layer')}" for role, number in by_role.items())
-        say(f"also quantised: {layers}")
-    if report.sites_fused:
-        say(f"{counted(report.sites_fused, 'site')} in single ops became the fused kernel")
-    for site in report.skipped:
-        say(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-    skipped = {(s.graph, s.node, s.reason) for s in report.skipped}
-    for declined in report.declined:
-        if (declined.graph, declined.node, declined.reason) not in skipped:
-            say(f"{declined.by} left {declined.node} in {declined.graph or 'the main graph'}: {declined.reason}")
-    for note in report.notes:
-        say(f"note: {note}")
-    for change in report.other_changes:
-        say(f"also: {change}")
-    say("dry run: nothing was written" if target is None else f"written to {target}")
 
 
 def show_finalized(report: FinalizeReport, target: Path | None, params: Path | None) -> None:

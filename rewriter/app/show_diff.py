@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rewriter.app.show import counted
+from rewriter.app.blocks import counted
 from rewriter.app.terminal import printable, say
 
 if TYPE_CHECKING:
