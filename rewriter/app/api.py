@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from passes.batch_norm.batch_norms import batch_norms
 from passes.quantization.custom import QuantizeFunction
 from passes.quantize import Quantize
+from rewriter.app.by_layer import grouped, unchangeable
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
 from rewriter.app.report_schema import Inspection, RewriteReport
@@ -57,7 +58,8 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         )
         for bn in layers
     ]
-    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model))
+    left = grouped([saved_model], unchangeable(described))
+    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model), left)
 
 
 @gc_paused()

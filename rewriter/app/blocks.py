@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import IO, Any, Literal, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 from rewriter.app.terminal import printable, say
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 WIDTH = 160
 """Characters of a line of a table, if it is not printed to a terminal."""
@@ -25,11 +29,17 @@ class Line:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a table. Cells that are too long are folded, if `folded` is true."""
+    """A column of a table.
+
+    Attributes:
+        folded: true if long words are broken over lines; else they are cut.
+        unbroken: true if a cell is always one line.
+    """
 
     name: str
     justify: Literal["left", "right"] = "left"
     folded: bool = False
+    unbroken: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,24 +95,15 @@ def _print_table(table: Table, file: IO[str], width: int | None) -> None:
     drawn = RichTable(box=box.SIMPLE_HEAD, title=table.title or None)
     for column in table.columns:
         overflow: Any = "fold" if column.folded else "ellipsis"
-        drawn.add_column(column.name, justify=column.justify, overflow=overflow)
+        drawn.add_column(column.name, justify=column.justify, overflow=overflow, no_wrap=column.unbroken)
     for row in table.rows:
         drawn.add_row(*map(printable, row))
-    plain = not file.isatty()
-    console = Console(
-        file=file,
-        width=width,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        force_terminal=False if plain else None,
-        no_color=True if plain else None,
-    )
+    console = Console(file=file, width=width, markup=False, emoji=False, highlight=False)
     console.print(drawn)
 
 
 class Report:
-    """A report that reads well: `repr()` is one line, `str()` is what its command prints, a notebook shows tables."""
+    """A dataclass that reads well: `repr()` is one line, `str()` what its command prints; a notebook shows tables."""
 
     @property
     def headline(self) -> str:
@@ -112,6 +113,10 @@ class Report:
     def blocks(self) -> Iterable[Block]:
         """Return what the report's command prints."""
         raise NotImplementedError
+
+    def to_json(self) -> str:
+        """Return the report as JSON text."""
+        return json.dumps(asdict(cast("DataclassInstance", self)), indent=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {printable(self.headline)}>"
@@ -136,3 +141,8 @@ def listed(names: Sequence[str]) -> str:
     """Return names as "a, b, c and 4 more"."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def layers_named(names: Sequence[str]) -> str:
+    """Return the names of a few layers; of many, also their number."""
+    return f"{counted(len(names), 'batch norm')} ({listed(names)})" if len(names) > SHOWN else listed(names)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import batch_norms
-from rewriter.app.report_schema import LayerOutcome, LeftLayers
+from rewriter.app.report_schema import BatchNormReport, LayerOutcome, LeftLayers
 from rewriter.ir import Model
 
 Key = tuple[str, str]
@@ -65,6 +65,14 @@ def reasons_of(layers: Iterable[LayerOutcome]) -> Iterator[LayerReason]:
     for layer in layers:
         for reason in layer.reasons:
             yield LayerReason(layer.name, reason, partly=layer.status == "partly rewritten")
+
+
+def unchangeable(batch_norms: Iterable[BatchNormReport]) -> Iterator[LayerReason]:
+    """Yield the reasons for which layers, or sites of them, cannot be rewritten."""
+    for bn in batch_norms:
+        partly = any(not site.reason for site in bn.sites)
+        for reason in dict.fromkeys(site.reason for site in bn.sites if site.reason):
+            yield LayerReason(bn.name, reason, partly=partly)
 
 
 def grouped(models: Iterable[Model], layer_reasons: Iterable[LayerReason]) -> list[LeftLayers]:

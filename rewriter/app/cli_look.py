@@ -13,9 +13,10 @@ from typing import Any
 import click
 
 from passes.quantization.roles import MAX_BITS, MIN_BITS
+from rewriter.app.blocks import print_blocks
 from rewriter.app.guard import refuse_files, report_errors, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
-from rewriter.app.show import show_inspection, show_sensitivity, show_verification
+from rewriter.app.show import inspection_blocks
 from rewriter.app.show_diff import show_diff
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
@@ -29,8 +30,9 @@ SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page.")
+@click.option("-v", "--verbose", is_flag=True, help="Count and list sites, too.")
 @TAGS
-def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | None) -> None:
+def inspect(*, model: Path, as_json: bool, page: Path | None, verbose: bool, tags: list[str] | None) -> None:
     """Show the batch norms of MODEL, what is in them, and which of them can be rewritten."""
 
     def check() -> None:
@@ -48,7 +50,7 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
         if as_json:
             click.echo(report.to_json())
         else:
-            show_inspection(report)
+            print_blocks(inspection_blocks(report, sites=verbose))
 
 
 @click.command()
@@ -156,7 +158,7 @@ def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, tr
         if as_json:
             click.echo(verification.to_json())
         else:
-            show_verification(verification)
+            print_blocks(verification.blocks())
     if not verification.ok:
         sys.exit(1)
 
@@ -211,7 +213,7 @@ def sensitivity(
         if as_json:
             click.echo(measured.to_json())
         else:
-            show_sensitivity(measured)
+            print_blocks(measured.blocks())
         if plot_file is not None:
             measure.plot(measured, plot_file)
             click.echo(f"drawn to {plot_file}", err=True)

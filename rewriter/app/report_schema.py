@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import json
+from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from rewriter.app.blocks import Block, Report, html_of
+from rewriter.app.show import error_text, finalize_blocks, finalize_headline, inspection_blocks, inspection_headline
+from rewriter.app.summary import layers_table, rewrite_headline, rewrite_summary
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
-
-NOTHING_LOST = 1e-6
-"""A relative error below this is that of float32 arithmetic itself, where a quantiser keeps every value."""
-
-
-def error_text(error: float) -> str:
-    """Return a relative error with two digits, and 0 where nothing is lost."""
-    return "0" if error < NOTHING_LOST else f"{error:.2g}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +111,11 @@ class BatchNormReport:
     values: dict[str, ValuesReport] = field(default_factory=dict)
     momentum_of: str = ""
 
+    @property
+    def status(self) -> str:
+        """The status of its sites; several, if they differ."""
+        return ", ".join(dict.fromkeys(s.status for s in self.sites))
+
 
 @dataclass(frozen=True)
 class QuantizerReport:
@@ -139,18 +138,46 @@ class QuantizerReport:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory."""
+class LeftLayers:
+    """Layers that were left as they are for one reason.
+
+    Attributes:
+        reason: the reason, with "…" in place of names of nodes if these differ from layer to layer.
+        layers: names of the batch norms.
+        others: number of values that are no batch norm's, if the reason is about such values.
+        partly: true if other sites of these layers were rewritten.
+        by: the pass that left them; empty for the one that quantises.
+    """
+
+    reason: str
+    layers: list[str]
+    others: int = 0
+    partly: bool = False
+    by: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Report):
+    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory.
+
+    `left` has the layers that cannot be rewritten, by reason.
+    """
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
     title: str = ""
     quantizers: list[QuantizerReport] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The name of the directory, and the numbers of batch norms by status."""
+        return f"{self.title}, {inspection_headline(self)}"
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return inspection_blocks(self)
 
     def to_html(self) -> str:
         """Return the report as a self-contained HTML page."""
@@ -162,6 +189,7 @@ class Inspection:
             ["colours.css", "page.css", "inspect.css"],
             [],
             report=self,
+            statuses=Counter(bn.status for bn in self.batch_norms),
             sites=sites.values(),
             error_text=error_text,
         )
@@ -208,25 +236,6 @@ class LayerOutcome:
     sites_found: int
     sites_rewritten: int
     fused: bool = False
-
-
-@dataclass(frozen=True)
-class LeftLayers:
-    """Layers that were left as they are for one reason.
-
-    Attributes:
-        reason: the reason, with "…" in place of names of nodes if these differ from layer to layer.
-        layers: names of the batch norms.
-        others: number of values that are no batch norm's, if the reason is about such values.
-        partly: true if other sites of these layers were rewritten.
-        by: the pass that left them; empty for the one that quantises.
-    """
-
-    reason: str
-    layers: list[str]
-    others: int = 0
-    partly: bool = False
-    by: str = ""
 
 
 @dataclass(frozen=True)
@@ -299,24 +308,14 @@ class RewriteReport(Report):
     @property
     def headline(self) -> str:
         """The numbers of batch norms and the widths."""
-        from rewriter.app.summary import rewrite_headline
-
         return rewrite_headline(self)
 
     def blocks(self) -> Iterable[Block]:
         """Return the summary that the command prints."""
-        from rewriter.app.summary import rewrite_summary
-
         return rewrite_summary(self)
 
     def _repr_html_(self) -> str:
-        from rewriter.app.summary import layers_table
-
         return html_of([*self.blocks(), layers_table(self)])
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
 
 
 @dataclass(frozen=True)
@@ -344,8 +343,8 @@ class Baked:
     added: bool
 
 
-@dataclass(frozen=True)
-class FinalizeReport:
+@dataclass(frozen=True, repr=False)
+class FinalizeReport(Report):
     """The result of finalising a fine-tuned model.
 
     Attributes:
@@ -359,6 +358,10 @@ class FinalizeReport:
         notes: sentences for the user.
         other_changes: other changes that were necessary.
         versions: versions of bnqat and TensorFlow.
+        folded_layers: names of the folded batch norms; each is named once, in however many functions it is folded.
+        left: batch norms that were not folded, by reason.
+        params: the file with the parameters; empty if there is none, and in the file that the result holds.
+        target: where the result was written; empty for a dry run, and in the file that the result holds.
     """
 
     baked: list[Baked]
@@ -371,8 +374,17 @@ class FinalizeReport:
     notes: list[str]
     other_changes: list[str]
     versions: dict[str, str]
+    folded_layers: list[str] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
+    params: str = ""
+    target: str = ""
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The numbers of quantised variables and of folded layers."""
+        return finalize_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return finalize_blocks(self)

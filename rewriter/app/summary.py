@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import SHOWN, Line, Table, columns, counted, listed
+from rewriter.app.blocks import Line, Table, columns, counted, layers_named
 
 if TYPE_CHECKING:
     from rewriter.app.report_schema import LeftLayers, RewriteReport
@@ -91,12 +91,8 @@ def _other_values(report: RewriteReport) -> Iterator[str]:
 
 def _left(report: RewriteReport, group: LeftLayers) -> str:
     """Return a line on the layers that were left as they are for one reason."""
-    if not group.layers:
-        which = counted(group.others, "value") + ("" if group.by else " of other layers")
-    elif len(group.layers) > SHOWN:
-        which = f"{len(group.layers)} batch norms ({listed(group.layers)})"
-    else:
-        which = listed(group.layers)
+    other = counted(group.others, "value") + ("" if group.by else " of other layers")
+    which = layers_named(group.layers) or other
     if group.by:
         return f"{group.by} left {which} as before: {group.reason}"
     how = "left in float" if report.schedule else "left as before"

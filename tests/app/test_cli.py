@@ -65,7 +65,28 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
     table = bnqat("inspect", model("keras_save")).out
     assert "batch_normalization_1" in table
     assert "the fused kernel" in table
-    assert "2 batch norms at 10 sites" in table
+    assert table.splitlines()[-1] == "2 batch norms: 2 float"
+    assert " inference " not in table
+    with_sites = bnqat("inspect", model("keras_save"), "-v").out
+    assert with_sites.splitlines()[-1] == "2 batch norms: 2 float; 10 sites"
+    (row,) = [
+        line.split() for line in with_sites.splitlines() if line.split()[:2] == ["batch_normalization_1", "gamma"]
+    ][:1]
+    modes = [site["mode"] for site in second["sites"]]
+    assert row[8:10] == [str(modes.count("training")), str(modes.count("inference"))]
+
+
+def test_inspect_lists_layers_and_on_request_sites(bnqat: Command, model: Paths) -> None:
+    report = json.loads(bnqat("inspect", model("mapped_batch_norm"), "--json").out)
+    (left,) = report["left"]
+    assert left["layers"] == ["batch_norm_1"]
+    reason = "its function is used by an op other than a call, so the switch cannot be brought to it"
+    assert left["reason"] == reason
+    few = bnqat("inspect", model("mapped_batch_norm")).out.splitlines()
+    assert few[-2:] == ["2 batch norms: 1 float, 1 skipped", f"cannot be rewritten, batch_norm_1: {reason}"]
+    many = bnqat("inspect", model("mapped_batch_norm"), "--verbose").out.splitlines()
+    assert many[-2] == "2 batch norms: 1 float, 1 skipped; 2 sites"
+    assert re.fullmatch(f"cannot be rewritten: FusedBatchNormV3 in __inference_largest_[0-9]+: {reason}", many[-1])
 
 
 def test_passes_are_told_on_request(bnqat: Command, model: Paths, tmp_path: Path) -> None:
