@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from rewriter.app.verification.claims import Verification
 
 
+PLURAL = {"holds": "hold", "fails": "fail", "does not apply": "do not apply"}
+"""Statuses of claims, of more than one."""
+
+
 def sensitivity_blocks(measured: Sensitivity) -> Iterator[Block]:
     """Yield a row for each layer and role, and a column for each width."""
     widths = measured.rows[0].error if measured.rows else ()
@@ -59,6 +63,9 @@ def verification_blocks(verification: Verification) -> Iterator[Block]:
 def verification_headline(verification: Verification) -> str:
     """Return the numbers of claims by status, and the names of those that fail."""
     statuses = Counter(claim.status for claim in verification.claims)
-    parts = ", ".join(f"{count} {status}" for status, count in statuses.items()) or "nothing was checked"
-    failed = ", ".join(claim.name for claim in verification.claims if claim.status == "fails")
-    return f"{parts}{': ' if failed else ''}{failed}"
+    failed = [claim.name for claim in verification.claims if claim.status == "fails"]
+    parts = [f"{number} {PLURAL[status] if number > 1 else status}" for status, number in statuses.items()]
+    names = f"; failed: {', '.join(failed)}" if failed else ""
+    return (
+        f"{counted(len(verification.claims), 'claim')}, {', '.join(parts)}{names}" if parts else "no claim was checked"
+    )
