@@ -157,7 +157,7 @@ def rewrite(
 
     def log(written: Written) -> Mapping[str, str]:
         layers = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
-        summary = {**asdict(replace(report, other_changes=written.changes)), "batch_norms": layers}
+        summary = {**replace(report, other_changes=written.changes).to_dict(), "batch_norms": layers}
         record = record_of(before, steps, written)
         return {
             LOG: json.dumps(summary, indent=1, sort_keys=True) + "\n",

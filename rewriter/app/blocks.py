@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import IO, TYPE_CHECKING, Any, Literal, TypeAlias, cast
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
 
 from rewriter.app.terminal import printable, say
 
@@ -114,9 +114,17 @@ class Report:
         """Return what the report's command prints."""
         raise NotImplementedError
 
+    PLACES: ClassVar[Sequence[str]] = ()
+    """Fields with the paths of models and files, on which the JSON text does not depend."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report without paths, as dicts and lists."""
+        content = asdict(cast("DataclassInstance", self))
+        return {name: value for name, value in content.items() if name not in self.PLACES}
+
     def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(cast("DataclassInstance", self)), indent=1)
+        """Return the report without paths, as JSON text."""
+        return json.dumps(self.to_dict(), indent=1)
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}: {printable(self.headline)}>"

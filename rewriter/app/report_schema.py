@@ -277,9 +277,11 @@ class RewriteReport(Report):
             rewrite adds none.
         train_note: the note that says what the training function is, or why there is none; empty if no pass says it.
         details: notes on which there is nothing to decide.
-        source: the source as it was given; empty in the file that the result holds.
-        target: where the result was written; empty for a dry run, and in the file that the result holds.
+        source: the source as it was given; not in the JSON text.
+        target: where the result was written, and empty for a dry run; not in the JSON text.
     """
+
+    PLACES = ("source", "target")
 
     sites_found: int
     sites_rewritten: int
@@ -360,9 +362,11 @@ class FinalizeReport(Report):
         versions: versions of bnqat and TensorFlow.
         folded_layers: names of the folded batch norms; each is named once, in however many functions it is folded.
         left: batch norms that were not folded, by reason.
-        params: the file with the parameters; empty if there is none, and in the file that the result holds.
-        target: where the result was written; empty for a dry run, and in the file that the result holds.
+        params: the file with the parameters, and empty if there is none; not in the JSON text.
+        target: where the result was written, and empty for a dry run; not in the JSON text.
     """
+
+    PLACES = ("params", "target")
 
     baked: list[Baked]
     folded: list[tuple[str, str]]

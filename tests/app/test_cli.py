@@ -120,7 +120,7 @@ def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: 
     assert report["skipped"] == report["left"] == []
     assert [layer["status"] for layer in report["layers"]] == ["rewritten"] * 2
     assert report["bits"] == [4, 6, 8]
-    assert (report["source"], report["target"]) == (str(model("module")), str(tmp_path / "out"))
+    assert not {"source", "target"} & report.keys()  # it does not depend on where the models are
     assert report["variables_added"][:3] == ["quantization/step", "quantization/start_step", "quantization/ramp_steps"]
     assert len(report["variables_added"]) == 3 + 2 * 4
     assert report["schema_version"] == 2

@@ -141,3 +141,13 @@ for report in reports:
 assert "tensorflow" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["RewriteReport", "FinalizeReport", "Inspection"])
+def test_every_field_is_documented(name: str, reports: Reports) -> None:
+    documented = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    fields = reports[name][0].to_dict()
+    groups = [field for group in fields.values() if isinstance(group, list) for field in group]
+    names = {*fields, *(key for entry in groups if isinstance(entry, dict) for key in entry)}
+    assert "schema_version" in names
+    assert [field for field in sorted(names) if f"`{field}`" not in documented] == []

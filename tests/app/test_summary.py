@@ -167,6 +167,18 @@ def test_layers_of_real_models(model: Paths, tmp_path: Path) -> None:
     assert lines[1] == f"left in float, {skipped.name}: {skipped.reasons[0]}"
 
 
+def test_a_source_with_a_train_of_its_own(model: Paths, tmp_path: Path) -> None:
+    done = bnqat.rewrite(model("module_train"), tmp_path / "q")
+    assert done.train == "quantization.train"
+    lines = str(done).splitlines()
+    assert lines[1].startswith("note: the source has an attribute 'train' of its own, ")
+    assert lines[2].startswith("train is the source's training trace, ")
+    assert lines[4].startswith(f"next: fine-tune {tmp_path / 'q'} with its function quantization.train, ")
+    alone = bnqat.rewrite(model("module"), tmp_path / "alone", passes=["quantize"])
+    assert (alone.train, alone.train_note) == ("", "")
+    assert "fine-tune" not in str(alone)
+
+
 def test_a_rule_that_leaves_a_layer_in_float(model: Paths, tmp_path: Path) -> None:
     config = {"rules": [{"match": "_1/", "scheme": "none"}]}
     ruled = bnqat.rewrite(model("keras_save"), tmp_path / "ruled", config=config, dry_run=True)
