@@ -98,12 +98,26 @@ def _print_table(table: Table, file: IO[str], width: int | None) -> None:
         drawn.add_column(column.name, justify=column.justify, overflow=overflow, no_wrap=column.unbroken)
     for row in table.rows:
         drawn.add_row(*map(printable, row))
-    console = Console(file=file, width=width, markup=False, emoji=False, highlight=False)
+    # A notebook and variables such as FORCE_COLOR would let rich write to somewhere else, and with colours.
+    terminal = file.isatty()
+    console = Console(
+        file=file,
+        width=width,
+        force_terminal=terminal,
+        force_jupyter=False,
+        color_system="auto" if terminal else None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
     console.print(drawn)
 
 
 class Report:
     """A dataclass that reads well: `repr()` is one line, `str()` what its command prints; a notebook shows tables."""
+
+    PLACES: ClassVar[Sequence[str]] = ()
+    """Fields with the paths of models and files, on which the JSON text does not depend."""
 
     @property
     def headline(self) -> str:
@@ -113,9 +127,6 @@ class Report:
     def blocks(self) -> Iterable[Block]:
         """Return what the report's command prints."""
         raise NotImplementedError
-
-    PLACES: ClassVar[Sequence[str]] = ()
-    """Fields with the paths of models and files, on which the JSON text does not depend."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report without paths, as dicts and lists."""

@@ -84,6 +84,13 @@ def test_three_forms(name: str, reports: Reports) -> None:
         assert all(html.unescape(line) in stdout.splitlines() for line in lines)
 
 
+def test_text_in_a_notebook_and_where_colours_are_forced(reports: Reports, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for report, stdout in reports.values():
+        assert str(report) == stdout
+
+
 def test_a_rewrites_table_has_a_row_for_each_layer(reports: Reports) -> None:
     notebook = reports["RewriteReport"][0]._repr_html_()
     assert re.findall("<tr><td>(.*?)</td><td>(.*?)</td>", notebook) == [
