@@ -35,7 +35,11 @@ def rewrite_summary(report: RewriteReport) -> list[Line]:
     shown = reasons[: room - bool(others)]
     shown += others[: room - len(shown)]
     hidden = len(reasons) + len(others) - len(shown)
-    more = f"; -v lists {counted(hidden, 'more reason')} or notes, and so does --report" if hidden else ""
+    more = (
+        f"; {hidden} more {'reasons or notes' if hidden > 1 else 'reason or note'}: -v prints all, --report writes them"
+        if hidden
+        else ""
+    )
     return [Line(text) for text in (*first, *shown, *last, _written(report) + more)]
 
 
