@@ -84,7 +84,7 @@ class Quantize(ScheduleOptions):
         families = [family for family in families if family.points]
         if families and has_quantizers(model):
             # Its control variables have a row for each layer of that time, and running graphs read them by number.
-            raise Error("the model is quantised already, but for some sites; rewrite the float model to quantise more")
+            raise Error("the model is quantised already, but not all of it; rewrite the float model to quantise more")
         if families and not any(v.name == "quantization/step" for v in model.variables.values()):
             yield Note(
                 "nothing counts steps, as there is no training function: a start step and a ramp wait for a program "

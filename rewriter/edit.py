@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from rewriter.expr import Apply, Expr, Function
 from rewriter.ir import Edge, Endpoint, Exposed, Gradient, Graph, Spec, Value, Variable
@@ -264,9 +264,15 @@ class Skip:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence that the user should know about the result."""
+    """A sentence that the user should know about the result.
+
+    Attributes:
+        kind: "train" if it says what the training function is, or why there is none; "detail" if there is nothing in it
+            to decide on, so that a summary leaves it out; else "decision".
+    """
 
     text: str
+    kind: Literal["decision", "train", "detail"] = "decision"
 
 
 Edit = (

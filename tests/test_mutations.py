@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +15,6 @@ from playwright.sync_api import Browser
 
 import bnqat
 from rewriter.app.cli import main
-from rewriter.app.show_diff import show_diff
 from tests.browsing import opened
 from tests.mutate import function_with, mutated, nodes_of, with_value
 
@@ -183,14 +180,6 @@ def run_diff(*arguments: Path | str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def text_of(difference: bnqat.Diff) -> list[str]:
-    """Return the lines that the command prints; `test_diff.py` runs it."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        show_diff(difference.title, difference.report, verbose=False)
-    return out.getvalue().splitlines()
-
-
 def assert_found_once(
     before: Path,
     after: Path,
@@ -203,7 +192,7 @@ def assert_found_once(
 ) -> None:
     page = tmp_path / "page.html"
     difference = bnqat.diff(before, after, values=values)
-    text = text_of(difference)
+    text = str(difference).splitlines()
     page.write_text(difference.to_html(), encoding="utf-8")
 
     assert text[1].startswith("1 other change (")

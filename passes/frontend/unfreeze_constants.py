@@ -43,7 +43,8 @@ class UnfreezeConstants:
                 yield from _unfrozen(model, site, variables)
         if variables:
             yield Note(
-                f"{len(variables)} constants are variables again: {', '.join(v.name for v in variables.values())}"
+                f"{len(variables)} constants are variables again: {', '.join(v.name for v in variables.values())}",
+                "detail",
             )
 
 

@@ -58,7 +58,8 @@ class UpgradeReferences(ReferenceOptions):
         if variables:
             yield Note(
                 f"{len(variables)} reference variables are resource variables now, so that they can be trained "
-                "after tf.saved_model.load"
+                "after tf.saved_model.load",
+                "detail",
             )
 
 

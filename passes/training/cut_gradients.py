@@ -55,7 +55,8 @@ class CutGradients:
         if before:
             names = ", ".join(sorted(before))
             yield Note(
-                f"train does not differentiate through {names}, which have no gradient and precede all variables"
+                f"train does not differentiate through {names}, which have no gradient and precede all variables",
+                "detail",
             )
         if after:
             names = ", ".join(sorted(after))

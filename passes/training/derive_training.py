@@ -96,7 +96,7 @@ class DeriveTraining(DeriveOptions):
         options, serving = self._options(), likes[TRAIN]
         switched = switched_sites(model, trace.function, options)
         source_kind = "serving function, which chooses its mode itself" if trace is serving else "training trace"
-        yield Note(f"train is the source's {source_kind}, {trace.function}")
+        yield Note(f"train is the source's {source_kind}, {trace.function}", "train")
         if trace is serving and switched.trained:
             raise Error(
                 f"{switched.trained[0].node} cannot be trained: {trace.function} chooses its mode by an argument, and "

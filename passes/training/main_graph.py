@@ -58,10 +58,10 @@ class MainGraphTraining:
         yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
         signature = self._signature()
         if signature is None:
-            yield Note("no signature computes a batch norm, so there is no signature 'train'")
+            yield Note("no signature computes a batch norm, so there is no signature 'train'", "train")
             return
         if "train" in self.model.signatures:
-            yield Note("the source has a signature 'train' of its own, which is kept and counts no steps")
+            yield Note("the source has a signature 'train' of its own, which is kept and counts no steps", "train")
             return
         mode = self._mode(signature)
         running = self._running(signature, mode)
@@ -70,7 +70,8 @@ class MainGraphTraining:
         if self._undecided(running, mode):
             yield Note(
                 "there is no signature 'train': what chooses between training and inference is not a single boolean "
-                "placeholder"
+                "placeholder",
+                "train",
             )
             return
         if not candidates and not source_trained:
@@ -80,12 +81,13 @@ class MainGraphTraining:
             if all(site.graph == MAIN for site in running):
                 why = "neither train by their batch's statistics nor serve by variables that could be updated"
             yield Note(
-                f"there is no signature 'train': the batch norms that the signature {signature.name} needs {why}"
+                f"there is no signature 'train': the batch norms that the signature {signature.name} needs {why}",
+                "train",
             )
             return
         if source_trained:
             self._refuse_freezing(source_trained)
-            yield Note(_described(mode))
+            yield Note(_described(mode), "train")
             yield from momentum_notes(self.options)
         trained = self._sites_to_train(candidates, source_trained)
         trained_keys = {key for s in (*source_trained, *trained) for key in s.binding.variables}

@@ -26,12 +26,12 @@ def derived_notes(
     unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
     if any(options.train_batch_norm_of(model, layer) == "as-source" for layer in unsaid):
         text += "; that batch norms train is assumed (--train-batch-norm says otherwise)"
-    yield Note(text + _assumed(model, trained, options))
+    yield Note(text + _assumed(model, trained, options), "train")
     if untrainable:
-        yield Note(
-            f"{len(untrainable)} sites stay in inference mode in train, "
-            "as another function reads their moving statistics"
-        )
+        names = _names(model, untrainable)
+        count = f"{len(names)} batch norms stay" if len(names) > 1 else "1 batch norm stays"
+        why = "as another function reads the moving statistics"
+        yield Note(f"{count} in inference mode in train, {why}: {_listed(names)}")
     if any(len(weights(model, s)) > 1 for s in trained):
         yield Note("a function is shared by batch norms of different momentum; train uses that of the first")
     ruled = [

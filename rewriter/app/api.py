@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 from passes.batch_norm.batch_norms import batch_norms
 from passes.quantization.custom import QuantizeFunction
 from passes.quantize import Quantize
+from rewriter.app.by_layer import grouped, unchangeable
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
 from rewriter.app.report_schema import Inspection, RewriteReport
@@ -57,7 +58,8 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         )
         for bn in layers
     ]
-    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model))
+    left = grouped([saved_model], unchangeable(described))
+    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model), left)
 
 
 @gc_paused()
@@ -149,16 +151,17 @@ def rewrite(
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))
+    given = replace(report, source=str(source))
     if dry_run:
-        return report
+        return given
 
     def log(written: Written) -> Mapping[str, str]:
         layers = [asdict(describe(before, bn)) for bn in before.analysis(batch_norms)]
-        summary = {**asdict(replace(report, other_changes=written.changes)), "batch_norms": layers}
+        summary = {**replace(report, other_changes=written.changes).to_dict(), "batch_norms": layers}
         record = record_of(before, steps, written)
         return {
             LOG: json.dumps(summary, indent=1, sort_keys=True) + "\n",
             RECORD: json.dumps(record, separators=(",", ":"), sort_keys=True) + "\n",
         }
 
-    return replace(report, other_changes=save(after, target, overwrite, log))
+    return replace(given, target=str(target), other_changes=save(after, target, overwrite, log))

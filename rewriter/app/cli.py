@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from passes import FINALIZE, REWRITE, SWITCHED
+from rewriter.app.blocks import print_blocks
 from rewriter.app.cli_finalize import finalize
 from rewriter.app.cli_look import diff, inspect, sensitivity, verify
 from rewriter.app.guard import Commands, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.options import FLAGS, TAGS, VERBOSE, pass_options, quantizer_options
-from rewriter.app.show import show_rewrite
+from rewriter.app.summary import rewrite_list
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.source import require_model
@@ -100,10 +101,9 @@ def rewrite(
 
         with waiting(f"rewriting {source}"):
             report = api.rewrite(source, target, passes=names, observers=[progress] if verbose else [], **options)
-        written = None if options["dry_run"] else target
-        done = "nothing" if written is None else str(written)
+        done = report.target or "nothing"
         with report_done(done):
-            show_rewrite(report, written)
+            print_blocks(rewrite_list(report) if verbose else report.blocks())
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", done)
         if page is not None:

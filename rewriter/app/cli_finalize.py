@@ -6,9 +6,10 @@ from pathlib import Path
 
 import click
 
+from rewriter.app.blocks import print_blocks
 from rewriter.app.guard import check_parameters, progress, refuse_files, report_done, report_errors, write_file
 from rewriter.app.options import TAGS, VERBOSE
-from rewriter.app.show import show_finalized
+from rewriter.app.show import finalize_blocks
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.source import require_model
@@ -90,8 +91,8 @@ def finalize(
                 dry_run=dry_run,
                 observers=[progress] if verbose else [],
             )
-        done = "nothing" if dry_run else str(target)
+        done = report.target or "nothing"
         with report_done(done):
-            show_finalized(report, None if dry_run else target, params)
+            print_blocks(finalize_blocks(report, sites=verbose))
         if report_file is not None:
             write_file(report_file, report.to_json() + "\n", "report", done)

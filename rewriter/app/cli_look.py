@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import click
 
 from passes.quantization.roles import MAX_BITS, MIN_BITS
+from rewriter.app.blocks import print_blocks, text_of
 from rewriter.app.guard import refuse_files, report_errors, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
-from rewriter.app.show import show_inspection, show_sensitivity, show_verification
-from rewriter.app.show_diff import show_diff
+from rewriter.app.show import inspection_blocks
+from rewriter.app.show_diff import diff_lines
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.source import require_model
@@ -29,8 +27,9 @@ SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page.")
+@click.option("-v", "--verbose", is_flag=True, help="Count and list sites, too.")
 @TAGS
-def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | None) -> None:
+def inspect(*, model: Path, as_json: bool, page: Path | None, verbose: bool, tags: list[str] | None) -> None:
     """Show the batch norms of MODEL, what is in them, and which of them can be rewritten."""
 
     def check() -> None:
@@ -48,7 +47,7 @@ def inspect(model: Path, as_json: bool, page: Path | None, tags: list[str] | Non
         if as_json:
             click.echo(report.to_json())
         else:
-            show_inspection(report)
+            print_blocks(inspection_blocks(report, sites=verbose))
 
 
 @click.command()
@@ -97,27 +96,19 @@ def diff(
 
         with waiting(f"comparing {before} and {after}"):
             comparison = compare(before, after, **options)
-            svg = None if site is None else comparison.to_svg(*comparison.site(site), hops)
-            text = "" if form == "text" else svg or (comparison.to_json() if form == "json" else comparison.to_html())
-        if form == "text":
-            with _stdout_to(output):
-                show_diff(comparison.title, comparison.report, verbose=verbose)
+            lines = list(diff_lines(comparison.title, comparison.report, verbose=verbose))
+            if site is not None:
+                text = comparison.to_svg(*comparison.site(site), hops)
+            elif form == "text":
+                text = text_of(lines) + "\n"
+            else:
+                text = comparison.to_json() if form == "json" else comparison.to_html()
+        if form == "text" and output is None:
+            print_blocks(lines)
         else:
             _write_comparison(text, output)
     if exit_code and comparison.report.changes:
         sys.exit(1)
-
-
-@contextmanager
-def _stdout_to(output: Path | None) -> Iterator[None]:
-    """Redirect stdout to a file, if one is given."""
-    if output is None:
-        yield
-        return
-    printed = io.StringIO()
-    with redirect_stdout(printed):
-        yield
-    write_file(output, printed.getvalue(), "comparison")
 
 
 def _write_comparison(text: str, output: Path | None) -> None:
@@ -156,7 +147,7 @@ def verify(*, before: Path, after: Path, inputs_file: Path | None, seed: int, tr
         if as_json:
             click.echo(verification.to_json())
         else:
-            show_verification(verification)
+            print_blocks(verification.blocks())
     if not verification.ok:
         sys.exit(1)
 
@@ -211,7 +202,7 @@ def sensitivity(
         if as_json:
             click.echo(measured.to_json())
         else:
-            show_sensitivity(measured)
+            print_blocks(measured.blocks())
         if plot_file is not None:
             measure.plot(measured, plot_file)
             click.echo(f"drawn to {plot_file}", err=True)

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
+from rewriter.app.blocks import Line, Report
+from rewriter.app.by_layer import Key
 from rewriter.app.diff_layers import label_of, layer_diffs, parts_of_sites
 from rewriter.app.headline import headline
-from rewriter.app.reports import Key, became_of
+from rewriter.app.reports import became_of
+from rewriter.app.show_diff import diff_lines
 from rewriter.app.work import gc_paused
-from rewriter.diff.compare import NODE, Comparison, all_keys, compare, with_details
+from rewriter.diff.compare import Comparison, all_keys, compare, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.labels import function_labels, users
 from rewriter.diff.log import LOG, RECORD, explained, read_record
 from rewriter.diff.page import diff_page
 from rewriter.diff.pictures import around, pictures, unite
-from rewriter.diff.report import Change, DiffReport, Verdict
+from rewriter.diff.report import NODE, Change, DiffReport, Verdict
 from rewriter.diff.svg import picture_svg
 from rewriter.ir import ARG, Error, Graph, Model
 from rewriter.page.shell import frame
@@ -30,8 +34,8 @@ from rewriter.savedmodel.references import OPS_ALONE
 from rewriter.savedmodel.write import EXTRA
 
 
-@dataclass(frozen=True)
-class Diff:
+@dataclass(frozen=True, repr=False)
+class Diff(Report):
     """Differences of two models, as a report and as a page."""
 
     title: str
@@ -39,9 +43,18 @@ class Diff:
     comparison: Comparison
     full: bool = False
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return self.report.to_json()
+    @property
+    def headline(self) -> str:
+        """A sentence that says what differs."""
+        return self.report.headline
+
+    def blocks(self) -> Iterator[Line]:
+        """Return the lines that `bnqat diff` prints."""
+        return diff_lines(self.title, self.report)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as dicts and lists."""
+        return asdict(self.report)
 
     def to_html(self) -> str:
         """Return a self-contained page: before and after side by side, and the report."""

@@ -10,7 +10,7 @@ from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
-from rewriter.app.reports import Key
+from rewriter.app.by_layer import Key
 from rewriter.dataflow import consumers
 from rewriter.diff.compare import Comparison, port_name, value_name
 from rewriter.diff.report import InputDiff, LayerDiff, LayerStatus, SiteDiff

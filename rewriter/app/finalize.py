@@ -6,9 +6,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from passes.batch_norm.batch_norms import names_of_sites
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
 from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
@@ -17,6 +19,7 @@ from passes.deploy.inline_calls import InlineCalls
 from passes.deploy.keep_serving import KeepServing, serves
 from passes.deploy.quantized_values import Quantized, tagged
 from rewriter.app.api import NothingToRewriteError
+from rewriter.app.by_layer import LayerReason, grouped
 from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
@@ -105,7 +108,7 @@ def finalize(
         after, more_steps = _folded(after, tuple(observers))
         steps += more_steps
     report = _report(before, after, steps, table)
-    report = replace(report, notes=[*statistics_notes, *report.notes])
+    report = replace(report, notes=[*statistics_notes, *report.notes], **_fold_layers(steps))
     if dry_run:
         return report
 
@@ -115,7 +118,7 @@ def finalize(
     changes = save(after, target, overwrite, log, without=[LOG, RECORD])
     if params is not None:
         write_parameters(Path(params), table, str(target))
-    return replace(report, other_changes=changes)
+    return replace(report, other_changes=changes, params=str(params or ""), target=str(target))
 
 
 def _undecided(model: Model) -> bool:
@@ -156,6 +159,19 @@ def _parameters(plan: BakePlan, after: Model) -> list[Parameter]:
             name = unused(variable.name if names[variable.name] == 1 else layer, table)
             table[name] = parameter(name, key, value_by_key[key])
     return list(table.values())
+
+
+def _fold_layers(steps: Iterable[Step]) -> dict[str, Any]:
+    """Return the fields of a report on layers that were folded, and on those that were not."""
+    folding = [step for step in steps if isinstance(step.by, FoldBatchNorm)]
+    folded_names: dict[str, None] = {}
+    reasons: list[LayerReason] = []
+    for step in folding:
+        names = step.before.analysis(names_of_sites)
+        folded_names |= dict.fromkeys(names.get(place, place[1]) for place in folded(step.before))
+        reasons += [LayerReason(names.get((s.graph, s.node), ""), s.reason) for s in step.skipped]
+    by_layer = (reason._replace(partly=reason.layer in folded_names) for reason in reasons)
+    return {"folded_layers": list(folded_names), "left": grouped([s.before for s in folding], by_layer)}
 
 
 def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Parameter]) -> FinalizeReport:

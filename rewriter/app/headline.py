@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rewriter.app.show import counted
+from rewriter.app.blocks import counted
 from rewriter.diff.report import LayerDiff, Verdict
 from rewriter.ir import Model
 
@@ -31,7 +31,7 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
         parts = [f"{_of(len(quantized), verdict)} became {became}"] if quantized else []
         parts += [f"{len(fused) if quantized else _of(len(fused), verdict)} became {kernel}"] if fused else []
         text = ", ".join(parts)
-    return f"{text}; {_outputs(after)}." if quantized else f"{text}."
+    return f"{text}; {_outputs(after, fused=bool(fused))}." if quantized else f"{text}."
 
 
 def _of(number: int, verdict: Verdict) -> str:
@@ -41,12 +41,12 @@ def _of(number: int, verdict: Verdict) -> str:
     return f"{number} of {counted(verdict.batch_norms, 'batch norm')}"
 
 
-def _outputs(after: Model) -> str:
+def _outputs(after: Model, *, fused: bool) -> str:
     """Return from which step of training on the second model's outputs are those of a quantised model."""
     step, start = (_scalar(after, name) for name in ("step", "start_step"))
     if step is None or start is None or start <= step:
         return "the quantisers are on, so outputs differ"
-    return f"outputs are unchanged until step {start:,} of training"
+    return f"outputs are unchanged{' but for rounding' if fused else ''} until step {start:,} of training"
 
 
 def _scalar(model: Model, name: str) -> int | None:

@@ -166,4 +166,9 @@ RUN_TRUSTED = click.option(
     "--trust", is_flag=True, help="Run it even if it holds ops for files, the network or Python."
 )
 
-VERBOSE = click.option("-v", "--verbose", is_flag=True, help="Print each pass, its edits and its time to stderr.")
+VERBOSE = click.option(
+    "-v",
+    "--verbose",
+    is_flag=True,
+    help="List sites and all notes; print each pass, with its edits and its time, to stderr.",
+)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rewriter.diff.compare import FUNCTION, NODE, compare
+from rewriter.diff.compare import compare
 from rewriter.diff.facts import VARIABLE
 from rewriter.diff.log import Record, record
-from rewriter.diff.report import Change
+from rewriter.diff.report import FUNCTION, NODE, Change
 from rewriter.ir import Model
 from rewriter.pipeline import Step
 from rewriter.savedmodel.write import Written

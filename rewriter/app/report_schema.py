@@ -2,32 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from bisect import bisect_right
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from rewriter.app.blocks import Block, Report, html_of
+from rewriter.app.relative_error import HEAT_LABELS, error_text, heat
+from rewriter.app.show import finalize_blocks, finalize_headline, inspection_blocks, inspection_headline
+from rewriter.app.summary import layers_table, rewrite_headline, rewrite_summary
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
-
-NOTHING_LOST = 1e-6
-"""A relative error below this is that of float32 arithmetic itself, where a quantiser keeps every value."""
-
-
-def error_text(error: float) -> str:
-    """Return a relative error with two digits, and 0 where nothing is lost."""
-    return "0" if error < NOTHING_LOST else f"{error:.2g}"
-
-
-HEAT = (NOTHING_LOST, 0.01, 0.03, 0.1)
-"""Relative errors from which on a page shows the next colour."""
-
-HEAT_LABELS = ("0", "below 1 %", "1 to 3 %", "3 to 10 %", "10 % and more")
-
-
-def heat(error: float) -> int:
-    """Return the place of a relative error in the page's scale of colours, an index of `HEAT_LABELS`."""
-    return bisect_right(HEAT, error)
 
 
 @dataclass(frozen=True)
@@ -127,6 +112,11 @@ class BatchNormReport:
     values: dict[str, ValuesReport] = field(default_factory=dict)
     momentum_of: str = ""
 
+    @property
+    def status(self) -> str:
+        """The status of its sites; several, if they differ."""
+        return ", ".join(dict.fromkeys(s.status for s in self.sites))
+
 
 @dataclass(frozen=True)
 class QuantizerReport:
@@ -149,18 +139,46 @@ class QuantizerReport:
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory."""
+class LeftLayers:
+    """Layers that were left as they are for one reason.
+
+    Attributes:
+        reason: the reason, with "…" in place of names of nodes if these differ from layer to layer.
+        layers: names of the batch norms.
+        others: number of values that are no batch norm's, if the reason is about such values.
+        partly: true if other sites of these layers were rewritten.
+        by: the pass that left them; empty for the one that quantises.
+    """
+
+    reason: str
+    layers: list[str]
+    others: int = 0
+    partly: bool = False
+    by: str = ""
+
+
+@dataclass(frozen=True, repr=False)
+class Inspection(Report):
+    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory.
+
+    `left` has the layers that cannot be rewritten, by reason.
+    """
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
     title: str = ""
     quantizers: list[QuantizerReport] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The name of the directory, and the numbers of batch norms by status."""
+        return f"{self.title}, {inspection_headline(self)}"
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return inspection_blocks(self)
 
     def to_html(self) -> str:
         """Return the report as a self-contained HTML page."""
@@ -172,6 +190,7 @@ class Inspection:
             ["colours.css", "page.css", "inspect.css"],
             [],
             report=self,
+            statuses=Counter(bn.status for bn in self.batch_norms),
             sites=sites.values(),
             error_text=error_text,
             heat=heat,
@@ -204,6 +223,25 @@ class Declined:
 
 
 @dataclass(frozen=True)
+class LayerOutcome:
+    """What became of a batch norm of the source.
+
+    Attributes:
+        status: ``rewritten``, ``partly rewritten`` if this is true of some of its sites only, or ``skipped``.
+        reasons: the reasons of sites that were not rewritten.
+        sites_found, sites_rewritten: numbers of its sites.
+        fused: true if a site of it was in single ops, and is the fused kernel now.
+    """
+
+    name: str
+    status: str
+    reasons: list[str]
+    sites_found: int
+    sites_rewritten: int
+    fused: bool = False
+
+
+@dataclass(frozen=True)
 class Changed:
     """Changes of one pass in one graph: numbers of nodes added, removed and changed (inputs, attributes)."""
 
@@ -214,8 +252,8 @@ class Changed:
     changed: int
 
 
-@dataclass(frozen=True)
-class RewriteReport:
+@dataclass(frozen=True, repr=False)
+class RewriteReport(Report):
     """The result of a rewrite.
 
     Attributes:
@@ -234,7 +272,19 @@ class RewriteReport:
         changes: numbers of nodes added, removed and changed, by pass and graph.
         options: the options in force, by pass.
         versions: versions of bnqat and TensorFlow.
+        layers: the source's batch norms, and what became of them.
+        left: layers that were left as they are, by reason.
+        bits: widths that batch norms' quantisers have at first, in ascending order; empty if no pass quantises.
+        schedule: start_step, ramp_steps and freeze_step, as far as the rewrite sets them.
+        train: where the training function is: ``train``, ``quantization.train``, ``signature train``, or empty if the
+            rewrite adds none.
+        train_note: the note that says what the training function is, or why there is none; empty if no pass says it.
+        details: notes on which there is nothing to decide.
+        source: the source as it was given; not in the JSON text.
+        target: where the result was written, and empty for a dry run; not in the JSON text.
     """
+
+    PLACES = ("source", "target")
 
     sites_found: int
     sites_rewritten: int
@@ -249,11 +299,28 @@ class RewriteReport:
     options: dict[str, str]
     versions: dict[str, str]
     quantizers: list[QuantizerReport] = field(default_factory=list)
+    layers: list[LayerOutcome] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
+    bits: list[int] = field(default_factory=list)
+    schedule: dict[str, int] = field(default_factory=dict)
+    train: str = ""
+    train_note: str = ""
+    details: list[str] = field(default_factory=list)
+    source: str = ""
+    target: str = ""
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The numbers of batch norms and the widths."""
+        return rewrite_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return the summary that the command prints."""
+        return rewrite_summary(self)
+
+    def _repr_html_(self) -> str:
+        return html_of([*self.blocks(), layers_table(self)])
 
 
 @dataclass(frozen=True)
@@ -281,8 +348,8 @@ class Baked:
     added: bool
 
 
-@dataclass(frozen=True)
-class FinalizeReport:
+@dataclass(frozen=True, repr=False)
+class FinalizeReport(Report):
     """The result of finalising a fine-tuned model.
 
     Attributes:
@@ -296,7 +363,13 @@ class FinalizeReport:
         notes: sentences for the user.
         other_changes: other changes that were necessary.
         versions: versions of bnqat and TensorFlow.
+        folded_layers: names of the folded batch norms; each is named once, in however many functions it is folded.
+        left: batch norms that were not folded, by reason.
+        params: the file with the parameters, and empty if there is none; not in the JSON text.
+        target: where the result was written, and empty for a dry run; not in the JSON text.
     """
+
+    PLACES = ("params", "target")
 
     baked: list[Baked]
     folded: list[tuple[str, str]]
@@ -308,8 +381,17 @@ class FinalizeReport:
     notes: list[str]
     other_changes: list[str]
     versions: dict[str, str]
+    folded_layers: list[str] = field(default_factory=list)
+    left: list[LeftLayers] = field(default_factory=list)
+    params: str = ""
+    target: str = ""
     schema_version: int = SCHEMA_VERSION
 
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The numbers of quantised variables and of folded layers."""
+        return finalize_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return finalize_blocks(self)

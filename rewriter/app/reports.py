@@ -6,18 +6,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from passes.batch_norm.batch_norms import BatchNorm
+from passes.batch_norm.batch_norms import BatchNorm, batch_norms, names_of_sites
 from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
 from passes.deploy.quantized_values import tagged
 from passes.quantization.quantizer_marks import tag_of
 from passes.quantize import Quantize
+from passes.training.freeze_statistics import FreezeStatistics
 from passes.training.layer_options import MOMENTUM
+from rewriter.app.by_layer import Key, LayerReason, grouped, outcomes, reasons_of
 from rewriter.app.report_schema import (
     BatchNormReport,
     Changed,
     Declined,
+    LayerOutcome,
     QuantizerReport,
     RewriteReport,
     SignatureReport,
@@ -26,6 +29,7 @@ from rewriter.app.report_schema import (
     Tensor,
 )
 from rewriter.dataflow import call_graph, running
+from rewriter.edit import AddSignature, Expose, Note
 from rewriter.ir import MAIN, Model, Signature
 from rewriter.pipeline import Step
 from rewriter.protos import text
@@ -66,26 +70,32 @@ def _describe_site(site: Site) -> SiteReport:
 
 def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     """Return a sentence that says why there is nothing to rewrite."""
-    all_sites = model.analysis(sites)
-    if not all_sites:
+    layers = model.analysis(batch_norms)
+    if not layers:
         return (
             f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
             "so there is nothing to rewrite"
         )
+    all_sites = model.analysis(sites)
+    which = "the batch norm" if len(layers) == 1 else f"all {len(layers)} batch norms"
     if all(s.binding.quantized for s in all_sites):
-        return f"all {len(all_sites)} batch-norm sites of {source} are quantised already; there is nothing to add"
-    skipped = [s for step in steps for s in step.skipped]
-    if not skipped:
+        verb = "is" if len(layers) == 1 else "are"
+        return f"{which} of {source} {verb} quantised already; there is nothing to add"
+    reasons = [reason for step in steps for reason in _layer_reasons(step)]
+    if not reasons:
         why = ": its batch norms are the fused kernel already" if all(s.kind == "fused" for s in all_sites) else ""
         return f"the passes changed nothing in {source}{why}"
-    reasons = sorted({s.reason for s in skipped})
-    more = f" (other reasons: {len(reasons) - 1})" if len(reasons) > 1 else ""
-    skipped_count = len({(s.graph, s.node) for s in skipped})
-    sites_of = "the batch-norm site" if len(all_sites) == 1 else f"none of the {len(all_sites)} batch-norm sites"
-    cannot = "cannot" if len(all_sites) == 1 else "can"
-    if skipped_count < len(all_sites):  # the other sites need no change by these passes
-        sites_of, cannot = f"{skipped_count} of the {len(all_sites)} batch-norm sites", "cannot"
-    return f"{sites_of} of {source} {cannot} be rewritten: {reasons[0]}{more}"
+    groups = grouped((model,), (reason._replace(by="") for reason in reasons))
+    more = f" (other reasons: {len(groups) - 1})" if len(groups) > 1 else ""
+    skipped_names = {reason.layer for reason in reasons}
+    names = model.analysis(names_of_sites)
+    skipped_count = sum(any(names[s.graph, s.node] in skipped_names for s in bn.sites) for bn in layers)
+    cannot = "cannot" if len(layers) == 1 else "can"
+    if len(layers) > 1:
+        which = f"none of the {len(layers)} batch norms"
+    if skipped_count < len(layers):  # the others need no change by these passes
+        which, cannot = f"{skipped_count} of the {len(layers)} batch norms", "cannot"
+    return f"{which} of {source} {cannot} be rewritten: {groups[0].reason}{more}"
 
 
 def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
@@ -98,42 +108,90 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     quantized_now = after.analysis(quantized)
     decomposed = {k for k, s in sites_before.items() if s.kind == "decomposed"}
     fused = {k for k in decomposed if all(sites_after[j].kind == "fused" for j in became[k])}
-    if any(isinstance(step.by, Quantize) for step in steps):
+    quantizing = any(isinstance(step.by, Quantize) for step in steps)
+    if quantizing:
         rewritten = {
             k for k, s in sites_before.items() if not s.binding.quantized and quantized_now.issuperset(became[k])
         }
     else:
         rewritten = fused | {k for k in sites_before if became[k] != [k] or _changed(before, after, k)}
     quantizers_before = other_quantizers(before)
-    reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
-    reasons_after = {k: [reasons.get(j) or sites_after[j].reason for j in became[k]] for k in sites_before}
+    reasons = _reasons(steps, became, sites_after)
+    layers = outcomes(before, rewritten, reasons, fused)
+    skipped = [*(Skipped(*k, reasons[k]) for k in sites_before if k not in rewritten), *_skipped_beside(steps)]
+    other_steps = [step for step in steps if not isinstance(step.by, Quantize)]
+    others = [LayerReason("", s.reason) for s in skipped if (s.graph, s.node) not in sites_before]
+    others += [reason for step in other_steps for reason in _layer_reasons(step)]
+    notes = [edit for step in steps for edit in step.edits if isinstance(edit, Note)]
     return RewriteReport(
         sites_found=len(sites_before),
         sites_rewritten=len(rewritten),
         sites_added=len(quantized_now.difference(sites_before, *became.values())),
         sites_fused=len(fused),
-        skipped=[
-            *(
-                Skipped(*k, next(filter(None, reasons_after[k]), "no pass changed it"))
-                for k in sites_before
-                if k not in rewritten
-            ),
-            *_skipped_beside(steps),
-        ],
-        declined=[
-            Declined(step.name, s.graph, s.node, s.reason)
-            for step in steps
-            if not isinstance(step.by, Quantize)
-            for s in step.skipped
-        ],
+        skipped=skipped,
+        declined=[Declined(step.name, s.graph, s.node, s.reason) for step in other_steps for s in step.skipped],
         variables_added=[v.name for k, v in after.variables.items() if k not in before.variables],
-        notes=[note for step in steps for note in step.notes],
+        notes=[note.text for note in notes],
         other_changes=[],
         changes=[change for step in steps for change in _changes(step)],
         options={step.name: repr(step.by) for step in steps},
         versions=versions(),
         quantizers=[report for report in other_quantizers(after) if report not in quantizers_before],
+        layers=layers,
+        left=grouped((before, after), [*reasons_of(layers), *_but(layers, others)]),
+        bits=_widths(after) if quantizing else [],
+        schedule=_schedule(steps),
+        train=_train_function(steps),
+        train_note=next((note.text for note in notes if note.kind == "train"), ""),
+        details=[note.text for note in notes if note.kind == "detail"],
     )
+
+
+def _reasons(steps: Iterable[Step], became: Mapping[Key, list[Key]], sites_after: Mapping[Key, Site]) -> dict[Key, str]:
+    """Return, for each site before, a reason for which it, or a site that it became, was left as it is."""
+    skip_reasons = {(s.graph, s.node): s.reason for step in steps for s in step.skipped}
+    return {
+        key: next(filter(None, (skip_reasons.get(j) or sites_after[j].reason for j in heirs)), "no pass changed it")
+        for key, heirs in became.items()
+    }
+
+
+def _but(layers: Iterable[LayerOutcome], reasons: Iterable[LayerReason]) -> Iterator[LayerReason]:
+    """Yield the reasons that layers do not have already."""
+    known = {(layer.name, reason) for layer in layers for reason in layer.reasons}
+    return (each for each in reasons if (each.layer, each.reason) not in known)
+
+
+def _layer_reasons(step: Step) -> Iterator[LayerReason]:
+    """Yield the layers that a pass left as they are, with the reasons."""
+    names = step.before.analysis(names_of_sites) if step.skipped else {}
+    for skip in step.skipped:
+        yield LayerReason(names.get((skip.graph, skip.node), ""), skip.reason, step.name)
+
+
+def _widths(model: Model) -> list[int]:
+    """Return the widths that batch norms' quantisers have at first."""
+    tags = [tag for site in model.analysis(sites) for tag in site.binding.quantized]
+    return sorted({tag["bits"] for tag in tags if tag["role"] in ROLES})
+
+
+def _schedule(steps: Iterable[Step]) -> dict[str, int]:
+    """Return the steps at which quantisers begin to act and statistics are frozen, as far as passes set them."""
+    schedule: dict[str, int] = {}
+    for step in steps:
+        if isinstance(step.by, Quantize):
+            schedule |= {"start_step": step.by.start_step, "ramp_steps": step.by.ramp_steps}
+        elif isinstance(step.by, FreezeStatistics) and step.by.freeze_step is not None:
+            schedule["freeze_step"] = step.by.freeze_step
+    return schedule
+
+
+def _train_function(steps: Iterable[Step]) -> str:
+    """Return where the training function is that the passes add; "" if they add none."""
+    edits = [edit for step in steps for edit in step.edits]
+    paths = {edit.path for edit in edits if isinstance(edit, Expose)}
+    paths |= {f"signature {edit.name}" for edit in edits if isinstance(edit, AddSignature)}
+    return next((path for path in ("train", "quantization.train", "signature train") if path in paths), "")
 
 
 def _skipped_beside(steps: Iterable[Step]) -> Iterator[Skipped]:
@@ -154,10 +212,6 @@ def other_quantizers(model: Model) -> list[QuantizerReport]:
             new = QuantizerReport(tag["role"], tag["layer_name"], tag["scheme"], tag["bits"], tag["range"], [])
             reports.setdefault((new.role, tag["layer"]), new).places.append((graph, node))
     return list(reports.values())
-
-
-Key = tuple[str, str]
-"""A site by its graph and node."""
 
 
 def became_of(before: Model, after: Model) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:

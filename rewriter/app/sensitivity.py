@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,8 @@ from passes.deploy.quantized_values import tagged
 from passes.quantization.quantizer_marks import tag_of
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.app.arrays import fitted
+from rewriter.app.blocks import Block, Report
+from rewriter.app.show_runs import sensitivity_blocks, sensitivity_headline
 from rewriter.app.verification.running import attempt, loaded
 from rewriter.ir import Error, Model
 from rewriter.reach import refuse_reaching
@@ -41,16 +42,21 @@ class SensitivityRow:
     error: dict[int, float]
 
 
-@dataclass(frozen=True)
-class Sensitivity:
+@dataclass(frozen=True, repr=False)
+class Sensitivity(Report):
     """Errors of all quantisers of a model, and the number of inputs."""
 
     rows: list[SensitivityRow]
     inputs: int
 
-    def to_json(self) -> str:
-        """Return the table as JSON text."""
-        return json.dumps(asdict(self), indent=1)
+    @property
+    def headline(self) -> str:
+        """The result in a few words."""
+        return sensitivity_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return sensitivity_blocks(self)
 
 
 def sensitivity(

@@ -1,122 +1,119 @@
-"""Reports as text for a terminal."""
+"""Inspections and finalised models as lines and tables, layers first; sites are listed on request."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rewriter.app.report_schema import error_text
-from rewriter.app.terminal import say, show
+from rewriter.app.blocks import Block, Column, Line, Table, columns, counted, layers_named, listed
+from rewriter.app.relative_error import error_text
 
 if TYPE_CHECKING:
-    from rewriter.app.report_schema import FinalizeReport, Inspection, QuantizerReport, RewriteReport
-    from rewriter.app.sensitivity import Sensitivity
-    from rewriter.app.verification.claims import Verification
+    from rewriter.app.report_schema import BatchNormReport, FinalizeReport, Inspection, QuantizerReport
 
 BARS = " ▁▂▃▄▅▆▇█"
 
 COMPUTED_BY = {"fused": "the fused kernel", "decomposed": "single ops"}
 
 
-def show_inspection(report: Inspection) -> None:
-    """Print signatures, a row for each batch norm, and one for whatever else is quantised."""
+def inspection_blocks(report: Inspection, *, sites: bool = False) -> Iterator[Block]:
+    """Yield signatures, a row for each batch norm and its values, and one for whatever else is quantised."""
     for name, signature in report.signatures.items():
         inputs = ", ".join(t.described for t in signature.inputs)
         outputs = ", ".join(t.described for t in signature.outputs)
-        say(f"signature {name}({inputs}) -> {outputs}")
+        yield Line(f"signature {name}({inputs}) -> {outputs}")
     if report.batch_norms:
-        _show_batch_norms(report)
+        yield _batch_norms(report.batch_norms, sites=sites)
+        yield from _values(report.batch_norms)
+        yield from _site_lines(report) if sites else _layer_lines(report)
     else:
-        say("no batch norm found")
-    _show_quantizers(report.quantizers)
+        yield Line("no batch norm found")
+    yield from _quantizers(report.quantizers)
 
 
-def _show_batch_norms(report: Inspection) -> None:
-    """Print a row for each batch norm, its values, and the sites that cannot be rewritten."""
-    from rich import box
-    from rich.table import Table
+def inspection_headline(report: Inspection) -> str:
+    """Return the number of batch norms, and how many have each status."""
+    statuses = Counter(bn.status for bn in report.batch_norms)
+    parts = ", ".join(f"{count} {status}" for status, count in statuses.items())
+    return f"{counted(len(report.batch_norms), 'batch norm')}{': ' if parts else ''}{parts}"
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, justify in (("batch norm", "left"), ("variables", "left"), ("epsilon", "right"), ("momentum", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    for column in ("training", "inference"):
-        table.add_column(column, justify="right")
-    for column in ("computed by", "status"):
-        table.add_column(column)
+
+def _batch_norms(batch_norms: Sequence[BatchNormReport], *, sites: bool) -> Table:
+    """Return a row for each batch norm; with the numbers of its sites, if these are asked for."""
+    heads = [
+        *columns("batch norm", "variables", folded=True),
+        *columns("epsilon", "momentum", *(("training", "inference") if sites else ()), justify="right"),
+        *columns("computed by", "status"),
+    ]
     rows = []
-    for bn in report.batch_norms:
+    for bn in batch_norms:
         modes = [s.mode for s in bn.sites]
+        numbers = (str(len(modes) - modes.count("inference")), str(len(modes) - modes.count("training")))
         rows.append(
             (
                 bn.name,
                 " ".join(bn.variables) or "none",
                 f"{bn.epsilon:.4g}",
                 "" if bn.momentum is None else f"{bn.momentum:.6g}, {bn.momentum_of}",
-                str(len(modes) - modes.count("inference")),
-                str(len(modes) - modes.count("training")),
+                *(numbers if sites else ()),
                 ", ".join(dict.fromkeys(COMPUTED_BY[s.kind] for s in bn.sites)),
-                ", ".join(dict.fromkeys(s.status for s in bn.sites)),
+                bn.status,
             )
         )
-    show(table, rows)
-    _show_values(report)
+    return Table(heads, rows)
+
+
+def _layer_lines(report: Inspection) -> Iterator[Line]:
+    """Yield the numbers of layers, and those that cannot be rewritten, by reason."""
+    yield Line(inspection_headline(report))
+    for group in report.left:
+        part = " in part" if group.partly else ""
+        yield Line(f"cannot be rewritten{part}, {layers_named(group.layers)}: {group.reason}")
+
+
+def _site_lines(report: Inspection) -> Iterator[Line]:
+    """Yield the numbers of layers and sites, and each site that cannot be rewritten."""
     sites = {(s.graph, s.node): s for bn in report.batch_norms for s in bn.sites}
-    say(f"{counted(len(report.batch_norms), 'batch norm')} at {counted(len(sites), 'site')}")
+    yield Line(f"{inspection_headline(report)}; {counted(len(sites), 'site')}")
     for site in sites.values():
         if site.reason:
-            say(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+            yield Line(f"cannot be rewritten: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
 
 
-def _show_quantizers(quantizers: list[QuantizerReport]) -> None:
-    """Print a row for each layer and role whose values are quantised and are not a batch norm's."""
-    from rich import box
-    from rich.table import Table
+def _quantizers(quantizers: Sequence[QuantizerReport]) -> Iterator[Table]:
+    """Yield a table of the quantised values that are not a batch norm's, by layer and role, if there are any."""
+    if quantizers:
+        heads = [
+            *columns("layer", folded=True),
+            *columns("role", "scheme", "range"),
+            *columns("bits", "places", justify="right"),
+        ]
+        rows = [(q.layer_name, q.role, q.scheme, q.range, str(q.bits), str(len(q.places))) for q in quantizers]
+        yield Table(heads, rows, "what else is quantised")
 
-    if not quantizers:
+
+def _values(batch_norms: Sequence[BatchNormReport]) -> Iterator[Table]:
+    """Yield a table of the variables' values, and of the error that rounding them would make, if they are known."""
+    held = [(bn.name, role, values) for bn in batch_norms for role, values in bn.values.items()]
+    if not held:
         return
-    table = Table(box=box.SIMPLE_HEAD, title="what else is quantised")
-    table.add_column("layer", overflow="fold")
-    for column in ("role", "scheme", "range"):
-        table.add_column(column)
-    for column in ("bits", "places"):
-        table.add_column(column, justify="right")
-    show(table, ((q.layer_name, q.role, q.scheme, q.range, str(q.bits), str(len(q.places))) for q in quantizers))
-
-
-def _show_values(report: Inspection) -> None:
-    """Print a row for each variable: its values, and the error that rounding them would make."""
-    from rich import box
-    from rich.table import Table
-
-    rows = [(bn.name, role, values) for bn in report.batch_norms for role, values in bn.values.items()]
-    if not rows:
-        return
-    table = Table(box=box.SIMPLE_HEAD, title="values, and the expected error of the default quantisers")
-    for column in ("batch norm", "role"):
-        table.add_column(column, overflow="fold")
-    for column in ("channels", "least", "greatest"):
-        table.add_column(column, justify="right")
-    table.add_column("histogram", no_wrap=True)
-    for bits in rows[0][2].expected_error:
-        table.add_column(f"{bits} bits", justify="right")
-    show(
-        table,
+    widths = held[0][2].expected_error
+    heads = [
+        *columns("batch norm", "role", folded=True),
+        *columns("channels", "least", "greatest", justify="right"),
+        Column("histogram", unbroken=True),
+        *columns(*(f"{bits} bits" for bits in widths), justify="right"),
+    ]
+    rows = [
         (
-            (
-                *(
-                    name,
-                    role,
-                    str(values.channels),
-                    f"{values.least:.4g}",
-                    f"{values.greatest:.4g}",
-                    _bars(values.histogram),
-                ),
-                *(error_text(error) for error in values.expected_error.values()),
-            )
-            for name, role, values in rows
-        ),
-    )
+            *(name, role, str(values.channels), f"{values.least:.4g}", f"{values.greatest:.4g}"),
+            _bars(values.histogram),
+            *(error_text(error) for error in values.expected_error.values()),
+        )
+        for name, role, values in held
+    ]
+    yield Table(heads, rows, "values, and the expected error of the default quantisers")
 
 
 def _bars(counts: list[int]) -> str:
@@ -126,118 +123,54 @@ def _bars(counts: list[int]) -> str:
     return "".join(BARS[-(-count * (len(BARS) - 1) // most)] for count in counts)
 
 
-def counted(number: int, noun: str) -> str:
-    """Return a number and its noun, like "1 site" or "2 sites"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
-def show_rewrite(report: RewriteReport, target: Path | None) -> None:
-    """Print the rewritten sites, the skipped ones with their reasons, notes and other changes."""
-    say(f"{report.sites_rewritten} of {report.sites_found} batch-norm sites rewritten", nl=False)
-    say(f", {report.sites_added} more in new places" if report.sites_added else "")
-    by_role = Counter(q.role for q in report.quantizers)
-    if by_role:
-        layers = ", ".join(f"{role} of {counted(number, 'layer')}" for role, number in by_role.items())
-        say(f"also quantised: {layers}")
-    if report.sites_fused:
-        say(f"{counted(report.sites_fused, 'site')} in single ops became the fused kernel")
-    for site in report.skipped:
-        say(f"skipped: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-    skipped = {(s.graph, s.node, s.reason) for s in report.skipped}
-    for declined in report.declined:
-        if (declined.graph, declined.node, declined.reason) not in skipped:
-            say(f"{declined.by} left {declined.node} in {declined.graph or 'the main graph'}: {declined.reason}")
-    for note in report.notes:
-        say(f"note: {note}")
-    for change in report.other_changes:
-        say(f"also: {change}")
-    say("dry run: nothing was written" if target is None else f"written to {target}")
-
-
-def show_finalized(report: FinalizeReport, target: Path | None, params: Path | None) -> None:
-    """Print a row for each baked variable, and the numbers of removed variables and functions."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("variable", overflow="fold")
-    for column in ("role", "scheme"):
-        table.add_column(column)
-    for column in ("bits", "channels", "error"):
-        table.add_column(column, justify="right")
-    show(
-        table,
-        (
+def finalize_blocks(report: FinalizeReport, *, sites: bool = False) -> Iterator[Block]:
+    """Yield a row for each baked variable, the numbers of removed variables and functions, and what was folded."""
+    heads = [
+        *columns("variable", folded=True),
+        *columns("role", "scheme"),
+        *columns("bits", "channels", "error", justify="right"),
+    ]
+    yield Table(
+        heads,
+        [
             (row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.channels), error_text(row.error))
             for row in report.baked
-        ),
+        ],
     )
-    say(f"{counted(len(report.baked), 'variable')} quantised for good; signatures: {', '.join(report.signatures)}")
-    say(
+    baked = counted(len(report.baked), "variable")
+    yield Line(f"{baked} quantised for good; signatures: {', '.join(report.signatures)}")
+    yield Line(
         f"{counted(len(report.variables_removed), 'other variable')} and "
         f"{counted(report.functions_before - report.functions, 'function')} removed"
     )
+    yield from _folded(report, sites=sites)
+    yield from (Line(f"note: {note}") for note in report.notes)
+    yield from (Line(f"also: {change}") for change in report.other_changes)
+    if report.params:
+        yield Line(f"codes, scales and zero points are in {report.params}")
+    yield Line(f"written to {report.target}" if report.target else "dry run: nothing was written")
+
+
+def _folded(report: FinalizeReport, *, sites: bool) -> Iterator[Line]:
+    """Yield lines on the layers that became part of a convolution and on those that did not, or on each site."""
     if report.folded or report.not_folded:
-        say(f"{counted(len(report.folded), 'batch-norm site')} folded into the convolution before it")
-    for site in report.not_folded:
-        say(f"not folded: {site.node} in {site.graph}: {site.reason}")
-    for note in report.notes:
-        say(f"note: {note}")
-    for change in report.other_changes:
-        say(f"also: {change}")
-    if params is not None:
-        say(f"codes, scales and zero points are in {params}")
-    say("dry run: nothing was written" if target is None else f"written to {target}")
-
-
-def show_sensitivity(measured: Sensitivity) -> None:
-    """Print a row for each layer and role, and a column for each width."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, title=f"relative error of the outputs, {counted(measured.inputs, 'input')}")
-    table.add_column("layer", justify="right")
-    table.add_column("name", overflow="fold")
-    table.add_column("role")
-    for width in measured.rows[0].error:
-        table.add_column(f"{width} bits", justify="right")
-    show(
-        table,
-        (
-            (str(row.layer), row.name, row.role, *(f"{error:.2g}" for error in row.error.values()))
-            for row in measured.rows
-        ),
-    )
-
-
-def show_verification(verification: Verification) -> None:
-    """Print a line for each claim, and a row for each output's error."""
-    from rich import box
-    from rich.table import Table
-
-    colours = {"holds": "green", "fails": "red"}
-    say(verification.inputs)
-    for claim in verification.claims:
-        say(f"{claim.status:15} ", fg=colours.get(claim.status, "yellow"), nl=False)
-        say(f"{claim.name}: {claim.detail}")
-    for note in verification.notes:
-        say(f"note: {note}")
-    rows = [row for claim in verification.claims for row in claim.table]
-    if rows:
-        table = Table(box=box.SIMPLE_HEAD, title="the outputs with quantisers on, to those of the source")
-        table.add_column("signature", overflow="fold")
-        table.add_column("output", overflow="fold")
-        for column in ("largest error", "RMS error", "relative RMS", "same class"):
-            table.add_column(column, justify="right")
-        show(
-            table,
-            (
-                (
-                    *(row.signature, row.output, f"{row.largest:.3g}", f"{row.rms:.3g}"),
-                    "" if row.relative_rms is None else f"{row.relative_rms:.3g}",
-                    "" if row.agreement is None else f"{row.agreement:.1%}",
-                )
-                for row in rows
-            ),
-            width=140,
+        them = "it" if len(report.folded_layers) == 1 else "them"
+        which = ": " + (", ".join if sites else listed)(report.folded_layers) if report.folded_layers else ""
+        yield Line(
+            f"{counted(len(report.folded_layers), 'batch norm')} folded into the convolution before {them}{which}"
         )
+    if sites:
+        for graph, node in report.folded:
+            yield Line(f"folded: {node} in {graph or 'the main graph'}")
+        for site in report.not_folded:
+            yield Line(f"not folded: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
+        return
+    for group in report.left:
+        which = layers_named(group.layers) or counted(group.others, "place")
+        yield Line(f"not folded{' in part' if group.partly else ''}, {which}: {group.reason}")
+
+
+def finalize_headline(report: FinalizeReport) -> str:
+    """Return the numbers of quantised variables and of folded layers."""
+    folded = f", {counted(len(report.folded_layers), 'batch norm')} folded" if report.folded_layers else ""
+    return f"{counted(len(report.baked), 'variable')} quantised for good{folded}"

@@ -1,12 +1,13 @@
-"""A comparison as text for a terminal; colours only where there is one."""
+"""A comparison as lines of text."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rewriter.app.show import counted
-from rewriter.app.terminal import printable, say
-from rewriter.diff.compare import NODE
+from rewriter.app.blocks import Line, counted
+from rewriter.app.terminal import printable
+from rewriter.diff.report import NODE
 
 if TYPE_CHECKING:
     from rewriter.diff.report import Change, DiffReport, LayerDiff
@@ -25,77 +26,65 @@ STATUS = {
 }
 
 
-def show_diff(title: str, report: DiffReport, *, verbose: bool) -> None:
-    """Print what differs in a sentence, other changes, ops and layers, and then changes by function.
+def diff_lines(title: str, report: DiffReport, *, verbose: bool = False) -> Iterator[Line]:
+    """Yield what differs in a sentence, other changes, layers and ops, and then changes by function.
 
     Args:
         title: the names of the models.
         report: the comparison.
-        verbose: print every op, layer, site and change.
+        verbose: yield every op, layer, site and change.
     """
-    verdict = report.verdict
-    say(title, bold=True)
-    say(report.headline)
+    yield Line(title, bold=True)
+    yield Line(report.headline)
     if not report.changes:
         return
-    if verdict.other_changes is None:
-        say("no record: the second model holds no record of a rewrite of the first")
-    else:
-        colour = "red" if verdict.other_changes else "green"
-        other_changes = f"{verdict.other_changes or 'no'} other change{'' if verdict.other_changes == 1 else 's'}"
-        say(other_changes, fg=colour, bold=True, nl=False)
-        say(f" ({len(report.changes) - verdict.other_changes} explained by the record of the rewrite)")
-    for change in report.other:
-        _show_change(change)
+    yield from _others(report)
     for reason, count in report.skipped.items():
-        say(f"not quantised in {counted(count, 'place')}: {reason}")
-    say(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
+        yield Line(f"not quantised in {counted(count, 'place')}: {reason}")
+    verdict = report.verdict
+    yield Line(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
     for old, new in report.renamed.items():
-        say(f"the function {old} is called {new} now")
-    _show_layers(report, verbose=verbose)
-    _show_ops(report, verbose=verbose)
-    _show_changes(report, verbose=verbose)
+        yield Line(f"the function {old} is called {new} now")
+    yield from _layers(report, verbose=verbose)
+    yield from _ops(report, verbose=verbose)
+    yield from _changes(report, verbose=verbose)
     if not verbose:
-        say("")
-        say("-v lists every op, place and change; -o FILE.html writes the page")
+        yield Line("")
+        yield Line("-v lists every op, place and change; -o FILE.html writes the page")
 
 
-def _show_ops(report: DiffReport, *, verbose: bool) -> None:
-    changed = {op: counts for op, counts in report.ops.items() if counts[0] != counts[1]}
-    totals = [sum(counts[i] for counts in report.ops.values()) for i in (0, 1)]
-    say("")
-    say(f"ops: {totals[0]} -> {totals[1]}", bold=True)
-    kernels_first = sorted(changed.items(), key=lambda item: (not _is_kernel(item[0]), -abs(item[1][1] - item[1][0])))
-    for op, (old, new) in kernels_first[: None if verbose else FEW]:
-        say(f"  {op:32} {old:6} -> {new:<6} ", nl=False)
-        say(f"{new - old:+}", fg="green" if new > old else "red")
-    if len(changed) > FEW and not verbose:
-        say(f"  and {counted(len(changed) - FEW, 'more op')}")
+def _others(report: DiffReport) -> Iterator[Line]:
+    """Yield the number of changes that no record explains, and these changes."""
+    number = report.verdict.other_changes
+    if number is None:
+        yield Line("no record: the second model holds no record of a rewrite of the first")
+        return
+    explained = f" ({len(report.changes) - number} explained by the record of the rewrite)"
+    label = f"{number or 'no'} other change{'' if number == 1 else 's'}"
+    yield Line(explained, label, "red" if number else "green")
+    for change in report.other:
+        yield from _change(change)
 
 
-def _is_kernel(op: str) -> bool:
-    return op.startswith("FusedBatchNorm")
-
-
-def _show_layers(report: DiffReport, *, verbose: bool) -> None:
-    """Print the layers of one summary together, with the quantisers that they share."""
+def _layers(report: DiffReport, *, verbose: bool) -> Iterator[Line]:
+    """Yield the layers of one summary together, with the quantisers that they share."""
     groups: dict[tuple[str, tuple[tuple[str, str, str], ...]], list[LayerDiff]] = {}
     for layer in report.layers:
         groups.setdefault((_summary(layer), tuple(_quantizers(layer))), []).append(layer)
     if groups:
-        say("")
-        say("layers", bold=True)
+        yield Line("")
+        yield Line("layers", bold=True)
     for (summary, quantizers), layers in groups.items():
-        say(f"  {counted(len(layers), 'batch norm')}: {summary}")
+        yield Line(f"  {counted(len(layers), 'batch norm')}: {summary}")
         for role, formula, port in quantizers:
-            say(f"    {role} ─ {formula} ─▶ {port}")
+            yield Line(f"    {role} ─ {formula} ─▶ {port}")
         if verbose:
             for layer in layers:
-                _show_sites(layer)
+                yield from _sites(layer)
         else:
             names = [layer.name for layer in layers[:FEW]]
             more = f" and {len(layers) - FEW} more" if len(layers) > FEW else ""
-            say(f"    in {', '.join(names)}{more}")
+            yield Line(f"    in {', '.join(names)}{more}")
 
 
 def _summary(layer: LayerDiff) -> str:
@@ -118,45 +107,60 @@ def _quantizers(layer: LayerDiff) -> dict[tuple[str, str, str], None]:
     )
 
 
-def _show_sites(layer: LayerDiff) -> None:
-    say(f"    {layer.name}")
+def _sites(layer: LayerDiff) -> Iterator[Line]:
+    yield Line(f"    {layer.name}")
     for site in layer.sites:
         what = "" if site.what == "same" else f"{site.what}, "
         reason = f": {site.reason}" if site.reason else ""
-        say(f"      {what}{site.mode}, {site.status}{reason}: {site.node} in {site.graph or 'the main graph'}")
+        place = f"{site.node} in {site.graph or 'the main graph'}"
+        yield Line(f"      {what}{site.mode}, {site.status}{reason}: {place}")
 
 
-def _show_changes(report: DiffReport, *, verbose: bool) -> None:
-    """Print the counts of changes in each function and of each kind; of changes without a record, the first ones."""
+def _ops(report: DiffReport, *, verbose: bool) -> Iterator[Line]:
+    changed = {op: counts for op, counts in report.ops.items() if counts[0] != counts[1]}
+    totals = [sum(counts[i] for counts in report.ops.values()) for i in (0, 1)]
+    yield Line("")
+    yield Line(f"ops: {totals[0]} -> {totals[1]}", bold=True)
+    kernels_first = sorted(
+        changed.items(), key=lambda item: (not item[0].startswith("FusedBatchNorm"), -abs(item[1][1] - item[1][0]))
+    )
+    for op, (old, new) in kernels_first[: None if verbose else FEW]:
+        yield Line("", f"  {op:32} {old:6} -> {new:<6} {new - old:+}", "green" if new > old else "red")
+    if len(changed) > FEW and not verbose:
+        yield Line(f"  and {counted(len(changed) - FEW, 'more op')}")
+
+
+def _changes(report: DiffReport, *, verbose: bool) -> Iterator[Line]:
+    """Yield the counts of changes in each function and of each kind; of changes without a record, the first ones."""
     recorded = report.verdict.other_changes is not None
     groups: dict[str, list[Change]] = {}
     for change in (c for c in report.changes if c.by or not recorded):
         name = f"in {change.graph or 'the main graph'}" if change.kind == NODE else f"{change.kind}s"
         groups.setdefault(name, []).append(change)
-    say("")
-    say("changes", bold=True)
+    yield Line("")
+    yield Line("changes", bold=True)
     for name, changes in sorted(groups.items())[: None if verbose else FEW]:
         counts = [f"{sign}{sum(c.what == what for c in changes)}" for what, (sign, _) in SIGNS.items()]
         summary = " ".join(c for c in counts if not c.endswith(("+0", "-0", "~0", "?0")))
-        say(f"  {name}: {summary}")
+        yield Line(f"  {name}: {summary}")
         for change in changes[: None if verbose else 0 if recorded else FEW]:
-            _show_change(change)
+            yield from _change(change)
     if len(groups) > FEW and not verbose:
-        say(f"  and in {counted(len(groups) - FEW, 'more place')}")
+        yield Line(f"  and in {counted(len(groups) - FEW, 'more place')}")
 
 
-def _show_change(change: Change) -> None:
+def _change(change: Change) -> Iterator[Line]:
     sign, colour = SIGNS[change.what]
-    where = f" in {change.graph or 'the main graph'}" if change.kind == "node" and not change.by else ""
-    what = f" {change.op}" if change.op else "" if change.kind == "node" else f" ({change.kind})"
-    say(f"  {sign} {change.name}", fg=colour, nl=False)
-    say(f"{what}{where}{f', by {chr(44).join(change.by)}' if change.by else ''}")
+    where = f" in {change.graph or 'the main graph'}" if change.kind == NODE and not change.by else ""
+    what = f" {change.op}" if change.op else "" if change.kind == NODE else f" ({change.kind})"
+    passes = f", by {','.join(change.by)}" if change.by else ""
+    yield Line(f"{what}{where}{passes}", f"  {sign} {change.name}", colour)
     for detail in change.details:
         port = f" ({detail.port})" if detail.port else ""
         if detail.old is None and detail.new is None:
-            say(f"      {detail.aspect}{port}: as before, though the record has a change")
+            yield Line(f"      {detail.aspect}{port}: as before, though the record has a change")
         elif change.what == "changed":
-            say(f"      {detail.aspect}{port}: {' -> '.join(_pair(detail.old, detail.new))}")
+            yield Line(f"      {detail.aspect}{port}: {' -> '.join(_pair(detail.old, detail.new))}")
 
 
 def _pair(old: str | None, new: str | None) -> tuple[str, str]:

@@ -11,12 +11,11 @@ from typing import NamedTuple
 from rewriter import op_defs, ops
 from rewriter.diff.facts import TENSOR, VARIABLE, Aspects, facts
 from rewriter.diff.match import match
-from rewriter.diff.report import Change, ChangeState, Detail
+from rewriter.diff.report import FUNCTION, NODE, Change, ChangeState, Detail
 from rewriter.ir import ARG, Attrs, Error, Graph, Model, Node, Value
 from rewriter.protos import with_functions
 from rewriter.text import attr_text
 
-NODE, FUNCTION = "node", "function"
 REMOVED_VALUE = ("removed", "value")
 """A change and aspect that are left out: the value of a removed variable tells the reader nothing."""
 

@@ -41,7 +41,7 @@ def users(model: Model) -> dict[str, list[str]]:
     calls = model.analysis(call_graph)
     users_of: dict[str, list[str]] = {}
     for name, graph in dict.fromkeys(entries):
-        for reached in calls.reached(graph) | {graph} if graph in model.graphs else ():
+        for reached in sorted(calls.reached(graph) | {graph}) if graph in model.graphs else ():
             if name not in users_of.setdefault(reached, []):
                 users_of[reached].append(name)
     return users_of

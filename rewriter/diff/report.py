@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 SCHEMA_VERSION = 2
 """The version of all reports, of comparisons and others. It grows when a field changes its meaning or is removed; new
 fields may come without a new version."""
+
+NODE, FUNCTION = "node", "function"
+"""Two of the kinds of changes."""
 
 ChangeState = Literal["added", "removed", "changed", "missing"]
 """State of a change; "missing" means that a rewrite's record has the change, and the models do not."""
@@ -186,7 +188,3 @@ class DiffReport:
     def other(self) -> list[Change]:
         """The changes that no record explains; empty without a record."""
         return [] if self.verdict.other_changes is None else [c for c in self.changes if not c.by]
-
-    def to_json(self) -> str:
-        """Return the report as JSON text."""
-        return json.dumps(asdict(self), indent=1)

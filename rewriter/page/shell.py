@@ -41,6 +41,11 @@ def page(template: str, styles: list[str], scripts: list[str], **values: Any) ->
     return PARTS.get_template(template).render(policy=policy, **parts, **values)
 
 
+def fragment(template: str, **values: Any) -> str:
+    """A part of a page, such as a notebook's cell, without styles and scripts; what a template is given is escaped."""
+    return PARTS.get_template(template).render(**values)
+
+
 def read(name: str) -> str:
     """A file beside this one."""
     return (HERE / name).read_text(encoding="utf-8")

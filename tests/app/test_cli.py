@@ -65,7 +65,28 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
     table = bnqat("inspect", model("keras_save")).out
     assert "batch_normalization_1" in table
     assert "the fused kernel" in table
-    assert "2 batch norms at 10 sites" in table
+    assert table.splitlines()[-1] == "2 batch norms: 2 float"
+    assert " inference " not in table
+    with_sites = bnqat("inspect", model("keras_save"), "-v").out
+    assert with_sites.splitlines()[-1] == "2 batch norms: 2 float; 10 sites"
+    (row,) = [
+        line.split() for line in with_sites.splitlines() if line.split()[:2] == ["batch_normalization_1", "gamma"]
+    ][:1]
+    modes = [site["mode"] for site in second["sites"]]
+    assert row[8:10] == [str(modes.count("training")), str(modes.count("inference"))]
+
+
+def test_inspect_lists_layers_and_on_request_sites(bnqat: Command, model: Paths) -> None:
+    report = json.loads(bnqat("inspect", model("mapped_batch_norm"), "--json").out)
+    (left,) = report["left"]
+    assert left["layers"] == ["batch_norm_1"]
+    reason = "its function is used by an op other than a call, so the switch cannot be brought to it"
+    assert left["reason"] == reason
+    few = bnqat("inspect", model("mapped_batch_norm")).out.splitlines()
+    assert few[-2:] == ["2 batch norms: 1 float, 1 skipped", f"cannot be rewritten, batch_norm_1: {reason}"]
+    many = bnqat("inspect", model("mapped_batch_norm"), "--verbose").out.splitlines()
+    assert many[-2] == "2 batch norms: 1 float, 1 skipped; 2 sites"
+    assert re.fullmatch(f"cannot be rewritten: FusedBatchNormV3 in __inference_largest_[0-9]+: {reason}", many[-1])
 
 
 def test_passes_are_told_on_request(bnqat: Command, model: Paths, tmp_path: Path) -> None:
@@ -84,11 +105,22 @@ def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: 
     )
     assert done.code == 0, done.err
     assert done.err == ""
-    assert "2 of 2 batch-norm sites rewritten" in done.out
-    assert "momentum 0.99 is assumed" in done.out
+    lines = done.out.splitlines()
+    assert lines[0] == "2 batch norms found, 2 quantised to 4 to 8 bits"
+    assert lines[1].startswith("train is derived from serving: ")
+    assert "momentum 0.99 is assumed" in lines[1]
+    assert lines[2:] == [
+        "quantisers act from step 0 on",
+        f"next: fine-tune {tmp_path / 'out'} with its function train, then run `bnqat finalize`; "
+        f"`bnqat verify {model('module')} {tmp_path / 'out'}` checks this rewrite",
+        f"written to {tmp_path / 'out'}",
+    ]
     report = json.loads(report_file.read_text())
     assert report["sites_found"] == report["sites_rewritten"] == 2
-    assert report["skipped"] == []
+    assert report["skipped"] == report["left"] == []
+    assert [layer["status"] for layer in report["layers"]] == ["rewritten"] * 2
+    assert report["bits"] == [4, 6, 8]
+    assert not {"source", "target"} & report.keys()  # it does not depend on where the models are
     assert report["variables_added"][:3] == ["quantization/step", "quantization/start_step", "quantization/ramp_steps"]
     assert len(report["variables_added"]) == 3 + 2 * 4
     assert report["schema_version"] == 2
@@ -110,7 +142,9 @@ def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: 
 def test_dry_run_writes_nothing(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     done = bnqat("rewrite", model("module"), tmp_path / "out", "--dry-run")
     assert done.code == 0
-    assert "2 of 2" in done.out
+    assert done.out.splitlines()[0] == "2 batch norms found, 2 quantised to 8 bits"
+    assert done.out.splitlines()[-1] == "dry run: nothing was written"
+    assert "next:" not in done.out
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,16 +253,22 @@ def test_wrong_usage(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+FLOAT64_NODES = ("batchnorm/add_1", "batchnorm_1/add_1")
+
+
 def test_fusing_alone_and_not_at_all(bnqat: Command, model: Paths, tmp_path: Path) -> None:
     alone = bnqat("rewrite", model("keras3"), tmp_path / "f", "--passes", "fuse-batch-norm")
     assert alone.code == 0, alone.err
-    assert alone.out.splitlines()[:2] == [
-        "2 of 2 batch-norm sites rewritten",
-        "2 sites in single ops became the fused kernel",
+    assert alone.out.splitlines() == [
+        "2 batch norms found, 2 rewritten; all became the fused kernel",
+        f"next: `bnqat verify {model('keras3')} {tmp_path / 'f'}` checks this rewrite",
+        f"written to {tmp_path / 'f'}",
     ]
     in_float64 = bnqat("rewrite", model("form_float64"), tmp_path / "d")
-    assert "fuse-batch-norm left batchnorm/add_1 in " in in_float64.out
-    assert "it computes in float64, which the fused kernel does not have" in in_float64.out
+    reason = "it computes in float64, which the fused kernel does not have"
+    assert f"fuse-batch-norm left batch_norm, batch_norm_1 as before: {reason}" in in_float64.out.splitlines()
+    listed = bnqat("rewrite", model("form_float64"), tmp_path / "l", "-v").out
+    assert all(re.search(f"fuse-batch-norm left {node} in .*: {reason}", listed) for node in FLOAT64_NODES)
     off = bnqat("rewrite", model("keras3"), tmp_path / "q", "--no-fuse")
     assert "fused kernel" not in off.out
     batch_norms = json.loads(bnqat("inspect", tmp_path / "q", "--json").out)["batch_norms"]

@@ -414,6 +414,12 @@ def test_a_model_is_never_executed_and_keeps_its_tables(tmp_path: Path) -> None:
 
 
 FOLDED = {"module": (4, 0), "keras_save": (10, 0), "keras_export": (6, 0), "module_shared": (2, 3)}
+FOLDED_LAYERS = {
+    "module": ["batch_norm", "batch_norm_1"],
+    "keras_save": ["batch_normalization", "batch_normalization_1"],
+    "keras_export": ["batch_normalization", "batch_normalization_1"],
+    "module_shared": ["batch_norm"],
+}
 
 
 @pytest.mark.parametrize("name", FOLDED)
@@ -421,6 +427,8 @@ def test_folding_changes_outputs_by_rounding_alone(name: str, rewritten: Rewritt
     path = rewritten(name, bits=6)
     report = bnqat.finalize(path, tmp_path / "folded", fold=True)
     assert (len(report.folded), len(report.not_folded)) == FOLDED[name]
+    assert report.folded_layers == FOLDED_LAYERS[name]
+    assert {group.reason for group in report.left} == {site.reason for site in report.not_folded}
     before, after = (served(tf.saved_model.load(str(p))) for p in (path, tmp_path / "folded"))
     assert before.keys() == after.keys()
     for key, value in before.items():
@@ -428,6 +436,27 @@ def test_folding_changes_outputs_by_rounding_alone(name: str, rewritten: Rewritt
     kernels = [n for g in load(tmp_path / "folded").graphs.values() for n in g.nodes.values() if "FusedBatch" in n.op]
     assert bool(kernels) == bool(report.not_folded)
     assert all("comes from" in s.reason for s in report.not_folded)
+
+
+def printed(*arguments: object) -> list[str]:
+    return CliRunner().invoke(main, [str(a) for a in arguments]).stdout.splitlines()
+
+
+def test_what_is_printed_names_each_layer_once(rewritten: Rewritten, tmp_path: Path) -> None:
+    arguments = ("finalize", rewritten("keras_save", bits=4), tmp_path / "final", "--fold", "--dry-run")
+    lines = printed(*arguments)
+    folding = "2 batch norms folded into the convolution before them: batch_normalization, batch_normalization_1"
+    assert [line for line in lines if "folded" in line] == [folding]
+    assert lines[-1] == "dry run: nothing was written"
+    with_sites = [line for line in printed(*arguments, "-v") if "folded" in line]
+    assert with_sites[0] == folding
+    assert len([line for line in with_sites if line.startswith("folded: ")]) == 10
+    shared = ("finalize", rewritten("module_shared", bits=4), tmp_path / "final", "--fold", "--dry-run")
+    assert [line for line in printed(*shared) if "folded" in line] == [
+        "1 batch norm folded into the convolution before it: batch_norm",
+        "not folded, batch_norm_1: what it normalises comes from Relu, and not from a convolution",
+        "not folded, batch_norm_2: what it normalises comes from Arg, and not from a convolution",
+    ]
 
 
 class Shares(tf.Module):

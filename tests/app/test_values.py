@@ -95,6 +95,9 @@ def test_a_table_json_and_a_page(model: Paths, tmp_path: Path, browser: Browser)
     with opened(browser, page) as tab:
         assert tab.requests == [page.as_uri()]
         assert tab.page.locator(".layer").count() == 2
+        tiles = tab.page.locator(".tile").all_inner_texts()
+        assert [tile.split("\n")[:2] for tile in tiles] == [["batch norms", "2"], ["float", "2"], ["sites", "10"]]
+        assert tiles[-1].endswith("can use a batch's statistics")
         cells = tab.page.locator(".layer").first.locator("tbody tr").first.locator("td").all_inner_texts()
         assert cells[:2] == ["gamma", report["batch_norms"][0]["variables"]["gamma"]]
         assert [c.strip() for c in cells[6:]] == [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,7 +16,9 @@ from passes.batch_norm.sites import sites
 from passes.quantization.controls import has_quantizers
 from rewriter import op_defs
 from rewriter.app.arrays import refuse_not_finite, uniform_values
+from rewriter.app.blocks import Block, Report
 from rewriter.app.lag import notes_on_statistics
+from rewriter.app.show_runs import verification_blocks, verification_headline
 from rewriter.app.verification.kernels import placed
 from rewriter.app.verification.output_errors import OutputError, errors_with_quantisers
 from rewriter.app.verification.rounding import HALF_ROUNDING, ROUNDING, ErrorBound, RoundingCheck, rounding
@@ -54,8 +56,8 @@ class Claim:
     table: list[OutputError] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Report):
     """Results of all claims, a description of the inputs, and notes for the user."""
 
     claims: list[Claim]
@@ -68,6 +70,15 @@ class Verification:
         """True if no claim fails, and one holds that needed a run of the models."""
         ran = any(c.status == HOLDS and c.name != "signatures" for c in self.claims)
         return ran and all(c.status != FAILS for c in self.claims)
+
+    @property
+    def headline(self) -> str:
+        """The result in a few words."""
+        return verification_headline(self)
+
+    def blocks(self) -> Iterable[Block]:
+        """Return what the command prints."""
+        return verification_blocks(self)
 
     def to_json(self) -> str:
         """Return the claims and `ok` as JSON text."""
