@@ -187,7 +187,7 @@ def seen(module: Any, x: tf.Tensor) -> list[np.ndarray]:
     with tf.GradientTape() as tape:
         tape.watch(x)
         outputs = tf.nest.flatten(module.serve(x))
-        # A random weighting: batch norm in training would cancel the gradient of squares but for rounding.
+        # A random weighting: batch norm in training would cancel the gradient of squares up to float rounding.
         loss = sum(tf.reduce_sum(y * tf.random.stateless_normal(tf.shape(y), (1, 2))) for y in outputs)
     gradients = tape.gradient(loss, [x, *trained], unconnected_gradients="zero")
     averages = [s for v in module.layers for s in (v.moving_mean, v.moving_variance)]

@@ -281,7 +281,7 @@ def outputs(path: Path) -> dict[str, np.ndarray]:
 
 
 def assert_outputs(source: Path, folder: Path) -> None:
-    """Assert equal bits where single ops stay, and equality but for rounding with the fused kernel."""
+    """Assert equal bits where single ops stay, and equality up to float rounding with the fused kernel."""
     expected = outputs(source)["y"]
     for name, fuse in (("qat", False), ("fused", True)):
         bnqat.rewrite(source, folder / name, start_step=OFF, fuse=fuse)

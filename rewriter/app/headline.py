@@ -46,7 +46,7 @@ def _outputs(after: Model, *, fused: bool) -> str:
     step, start = (_scalar(after, name) for name in ("step", "start_step"))
     if step is None or start is None or start <= step:
         return "the quantisers are on, so outputs differ"
-    return f"outputs are unchanged{' but for rounding' if fused else ''} until step {start:,} of training"
+    return f"outputs are unchanged{' up to float rounding' if fused else ''} until step {start:,} of training"
 
 
 def _scalar(model: Model, name: str) -> int | None:

@@ -119,7 +119,7 @@ def _schedule(report: RewriteReport) -> Iterator[str]:
         return
     start, ramp = report.schedule["start_step"], report.schedule["ramp_steps"]
     if start:
-        rounding = " but for rounding" if report.sites_fused else ""
+        rounding = " up to float rounding" if report.sites_fused else ""
         text = f"until step {start}, outputs are those of {report.source or 'the source'}{rounding}"
         text += f"; quantisers act in full from step {start + ramp} on" if ramp else ""
     else:

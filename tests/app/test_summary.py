@@ -122,7 +122,7 @@ def test_without_quantising() -> None:
     [
         ({"start_step": 0, "ramp_steps": 0}, 0, "quantisers act from step 0 on"),
         ({"start_step": 0, "ramp_steps": 9}, 3, "quantisers act from step 0 on, in full from step 9 on"),
-        ({"start_step": 7, "ramp_steps": 0}, 3, "until step 7, outputs are those of a but for rounding"),
+        ({"start_step": 7, "ramp_steps": 0}, 3, "until step 7, outputs are those of a up to float rounding"),
     ],
 )
 def test_the_first_step_that_quantises(schedule: dict[str, int], fused: int, line: str) -> None:

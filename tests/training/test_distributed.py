@@ -161,7 +161,7 @@ def test_two_replicas_do_what_one_device_does_for_both(
 
 
 def assert_alike(folder: Path, *phases: dict[str, np.ndarray]) -> None:
-    """Assert that the models saved after each phase equal those of one device but for rounding."""
+    """Assert that the models saved after each phase equal those of one device up to float rounding."""
     for number, expected in enumerate(phases, 1):
         actual = by_name(folder / f"out_{number}")
         assert actual["quantization/step:00"] == number * STEPS
