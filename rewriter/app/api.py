@@ -58,8 +58,8 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         )
         for bn in layers
     ]
-    left = grouped([saved_model], unchangeable(described))
-    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model), left)
+    skipped = grouped([saved_model], unchangeable(described))
+    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model), skipped)
 
 
 @gc_paused()

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import batch_norms
-from rewriter.app.report_schema import BatchNormReport, LayerOutcome, LeftLayers
+from rewriter.app.report_schema import BatchNormReport, LayerOutcome, SkippedLayers
 from rewriter.ir import Model
 
 Key = tuple[str, str]
@@ -75,7 +75,7 @@ def unchangeable(batch_norms: Iterable[BatchNormReport]) -> Iterator[LayerReason
             yield LayerReason(bn.name, reason, partly=partly)
 
 
-def grouped(models: Iterable[Model], layer_reasons: Iterable[LayerReason]) -> list[LeftLayers]:
+def grouped(models: Iterable[Model], layer_reasons: Iterable[LayerReason]) -> list[SkippedLayers]:
     """Return layers by reason, most layers first. Reasons that differ only in the nodes that they name are one."""
     all_reasons = list(layer_reasons)
     nodes = {node for model in models for g in model.graphs.values() for node in g.nodes} if all_reasons else set()
@@ -83,14 +83,14 @@ def grouped(models: Iterable[Model], layer_reasons: Iterable[LayerReason]) -> li
     for each in all_reasons:
         key = (each.by, each.partly, bool(each.layer), _without_nodes(each.reason, nodes))
         groups.setdefault(key, []).append(each)
-    return sorted(_left(groups), key=lambda group: (bool(group.by), -max(len(group.layers), group.others)))
+    return sorted(_skipped(groups), key=lambda group: (bool(group.by), -max(len(group.layers), group.others)))
 
 
-def _left(groups: Mapping[tuple[str, bool, bool, str], Sequence[LayerReason]]) -> Iterator[LeftLayers]:
+def _skipped(groups: Mapping[tuple[str, bool, bool, str], Sequence[LayerReason]]) -> Iterator[SkippedLayers]:
     for (by, partly, is_layer, general), members in groups.items():
         reasons = {member.reason for member in members}
         names = list(dict.fromkeys(member.layer for member in members)) if is_layer else []
-        yield LeftLayers(
+        yield SkippedLayers(
             reason=reasons.pop() if len(reasons) == 1 else general,
             layers=names,
             others=0 if is_layer else len(members),

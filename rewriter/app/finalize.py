@@ -171,7 +171,7 @@ def _fold_layers(steps: Iterable[Step]) -> dict[str, Any]:
         folded_names |= dict.fromkeys(names.get(place, place[1]) for place in folded(step.before))
         reasons += [LayerReason(names.get((s.graph, s.node), ""), s.reason) for s in step.skipped]
     by_layer = (reason._replace(partly=reason.layer in folded_names) for reason in reasons)
-    return {"folded_layers": list(folded_names), "left": grouped([s.before for s in folding], by_layer)}
+    return {"folded_layers": list(folded_names), "skipped_layers": grouped([s.before for s in folding], by_layer)}
 
 
 def _report(before: Model, after: Model, steps: list[Step], table: Iterable[Parameter]) -> FinalizeReport:

@@ -139,7 +139,7 @@ class QuantizerReport:
 
 
 @dataclass(frozen=True)
-class LeftLayers:
+class SkippedLayers:
     """Layers that were left as they are for one reason.
 
     Attributes:
@@ -161,14 +161,14 @@ class LeftLayers:
 class Inspection(Report):
     """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory.
 
-    `left` has the layers that cannot be rewritten, by reason.
+    `skipped_layers` has the layers that cannot be rewritten, by reason.
     """
 
     signatures: dict[str, SignatureReport]
     batch_norms: list[BatchNormReport]
     title: str = ""
     quantizers: list[QuantizerReport] = field(default_factory=list)
-    left: list[LeftLayers] = field(default_factory=list)
+    skipped_layers: list[SkippedLayers] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -300,7 +300,7 @@ class RewriteReport(Report):
     versions: dict[str, str]
     quantizers: list[QuantizerReport] = field(default_factory=list)
     layers: list[LayerOutcome] = field(default_factory=list)
-    left: list[LeftLayers] = field(default_factory=list)
+    skipped_layers: list[SkippedLayers] = field(default_factory=list)
     bits: list[int] = field(default_factory=list)
     schedule: dict[str, int] = field(default_factory=dict)
     train: str = ""
@@ -382,7 +382,7 @@ class FinalizeReport(Report):
     other_changes: list[str]
     versions: dict[str, str]
     folded_layers: list[str] = field(default_factory=list)
-    left: list[LeftLayers] = field(default_factory=list)
+    skipped_layers: list[SkippedLayers] = field(default_factory=list)
     params: str = ""
     target: str = ""
     schema_version: int = SCHEMA_VERSION

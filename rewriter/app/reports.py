@@ -138,7 +138,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
         versions=versions(),
         quantizers=[report for report in other_quantizers(after) if report not in quantizers_before],
         layers=layers,
-        left=grouped((before, after), [*reasons_of(layers), *_but(layers, others)]),
+        skipped_layers=grouped((before, after), [*reasons_of(layers), *_but(layers, others)]),
         bits=_widths(after) if quantizing else [],
         schedule=_schedule(steps),
         train=_train_function(steps),

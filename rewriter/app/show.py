@@ -67,7 +67,7 @@ def _batch_norms(batch_norms: Sequence[BatchNormReport], *, sites: bool) -> Tabl
 def _layer_lines(report: Inspection) -> Iterator[Line]:
     """Yield the numbers of layers, and those that cannot be rewritten, by reason."""
     yield Line(inspection_headline(report))
-    for group in report.left:
+    for group in report.skipped_layers:
         part = " in part" if group.partly else ""
         yield Line(f"cannot be rewritten{part}, {layers_named(group.layers)}: {group.reason}")
 
@@ -165,7 +165,7 @@ def _folded(report: FinalizeReport, *, sites: bool) -> Iterator[Line]:
         for site in report.not_folded:
             yield Line(f"not folded: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
         return
-    for group in report.left:
+    for group in report.skipped_layers:
         which = layers_named(group.layers) or counted(group.others, "place")
         yield Line(f"not folded{' in part' if group.partly else ''}, {which}: {group.reason}")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rewriter.app.blocks import Line, Table, columns, counted, layers_named
 
 if TYPE_CHECKING:
-    from rewriter.app.report_schema import LeftLayers, RewriteReport
+    from rewriter.app.report_schema import RewriteReport, SkippedLayers
 
 LINES = 8
 """Largest number of lines of a summary."""
@@ -28,9 +28,9 @@ def rewrite_summary(report: RewriteReport) -> list[Line]:
     first = [_found(report), *_other_values(report)]
     last = [*_train(report), *_schedule(report), *_next(report)]
     room = LINES - len(first) - len(last) - 1
-    reasons = [_left(report, group) for group in report.left if not group.by]
+    reasons = [_skipped(report, group) for group in report.skipped_layers if not group.by]
     others = [f"note: {note}" for note in _decisions(report)]
-    others += [_left(report, group) for group in report.left if group.by]
+    others += [_skipped(report, group) for group in report.skipped_layers if group.by]
     # One of the others has a place even where there are many reasons.
     shown = reasons[: room - bool(others)]
     shown += others[: room - len(shown)]
@@ -93,7 +93,7 @@ def _other_values(report: RewriteReport) -> Iterator[str]:
         yield f"also quantised: {layers}"
 
 
-def _left(report: RewriteReport, group: LeftLayers) -> str:
+def _skipped(report: RewriteReport, group: SkippedLayers) -> str:
     """Return a line on the layers that were left as they are for one reason."""
     other = counted(group.others, "value") + ("" if group.by else " of other layers")
     which = layers_named(group.layers) or other

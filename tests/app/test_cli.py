@@ -78,10 +78,10 @@ def test_inspect(bnqat: Command, model: Paths) -> None:
 
 def test_inspect_lists_layers_and_on_request_sites(bnqat: Command, model: Paths) -> None:
     report = json.loads(bnqat("inspect", model("mapped_batch_norm"), "--json").out)
-    (left,) = report["left"]
-    assert left["layers"] == ["batch_norm_1"]
+    (skipped,) = report["skipped_layers"]
+    assert skipped["layers"] == ["batch_norm_1"]
     reason = "its function is used by an op other than a call, so the switch cannot be brought to it"
-    assert left["reason"] == reason
+    assert skipped["reason"] == reason
     few = bnqat("inspect", model("mapped_batch_norm")).out.splitlines()
     assert few[-2:] == ["2 batch norms: 1 float, 1 skipped", f"cannot be rewritten, batch_norm_1: {reason}"]
     many = bnqat("inspect", model("mapped_batch_norm"), "--verbose").out.splitlines()
@@ -117,7 +117,7 @@ def test_rewrite_and_inspect_the_result(bnqat: Command, model: Paths, tmp_path: 
     ]
     report = json.loads(report_file.read_text())
     assert report["sites_found"] == report["sites_rewritten"] == 2
-    assert report["skipped"] == report["left"] == []
+    assert report["skipped"] == report["skipped_layers"] == []
     assert [layer["status"] for layer in report["layers"]] == ["rewritten"] * 2
     assert report["bits"] == [4, 6, 8]
     assert not {"source", "target"} & report.keys()  # it does not depend on where the models are

@@ -428,7 +428,7 @@ def test_folding_changes_outputs_by_rounding_alone(name: str, rewritten: Rewritt
     report = bnqat.finalize(path, tmp_path / "folded", fold=True)
     assert (len(report.folded), len(report.not_folded)) == FOLDED[name]
     assert report.folded_layers == FOLDED_LAYERS[name]
-    assert {group.reason for group in report.left} == {site.reason for site in report.not_folded}
+    assert {group.reason for group in report.skipped_layers} == {site.reason for site in report.not_folded}
     before, after = (served(tf.saved_model.load(str(p))) for p in (path, tmp_path / "folded"))
     assert before.keys() == after.keys()
     for key, value in before.items():

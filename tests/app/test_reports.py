@@ -18,7 +18,7 @@ from playwright.sync_api import Browser
 import bnqat
 from rewriter.app.blocks import Report
 from rewriter.app.cli import main
-from rewriter.app.report_schema import FinalizeReport, Inspection, LeftLayers, RewriteReport
+from rewriter.app.report_schema import FinalizeReport, Inspection, RewriteReport, SkippedLayers
 from rewriter.app.sensitivity import Sensitivity, SensitivityRow
 from rewriter.app.verification.claims import FAILS, HOLDS, Claim, Verification
 from tests.browsing import opened
@@ -114,7 +114,7 @@ def hostile_reports(reports: Reports) -> list[Report]:
     baked = replace(final.baked[0], variable=HOSTILE)
     layer = replace(rewrite.layers[0], name=HOSTILE, status="skipped", reasons=[HOSTILE])
     return [
-        replace(rewrite, layers=[layer], left=[LeftLayers(HOSTILE, [HOSTILE])], notes=[HOSTILE]),
+        replace(rewrite, layers=[layer], skipped_layers=[SkippedLayers(HOSTILE, [HOSTILE])], notes=[HOSTILE]),
         replace(final, baked=[baked], folded_layers=[HOSTILE], signatures=[HOSTILE]),
         replace(inspection, batch_norms=[replace(inspection.batch_norms[0], name=HOSTILE)], title=HOSTILE),
         Verification([Claim(HOSTILE, FAILS, HOSTILE)], HOSTILE, notes=[HOSTILE]),

@@ -11,7 +11,7 @@ import pytest
 
 import bnqat
 from rewriter.app.by_layer import LayerReason, grouped
-from rewriter.app.report_schema import LayerOutcome, LeftLayers, QuantizerReport, RewriteReport
+from rewriter.app.report_schema import LayerOutcome, QuantizerReport, RewriteReport, SkippedLayers
 from rewriter.app.summary import LINES, rewrite_list
 from rewriter.savedmodel.read import load
 from tests.reliability.forks import Server
@@ -40,7 +40,7 @@ def test_one_of_everything_has_eight_lines() -> None:
         layers=layers(2, 1),
         bits=[4],
         quantizers=[quantizer],
-        left=[LeftLayers("it computes in float64", ["norm_2"])],
+        skipped_layers=[SkippedLayers("it computes in float64", ["norm_2"])],
         train="train",
         train_note=DERIVED,
         notes=[DERIVED, "statistics are frozen", "3 variables are others now"],
@@ -68,12 +68,12 @@ def test_one_of_everything_has_eight_lines() -> None:
 @pytest.mark.parametrize("notes", [0, 1, 7])
 @pytest.mark.parametrize("declined", [0, 4])
 def test_many_reasons_and_notes_are_counted(number: int, notes: int, declined: int) -> None:
-    left = [LeftLayers(f"reason {i}", [f"norm_{i}"]) for i in range(number)]
-    left += [LeftLayers(f"cause {i}", [f"norm_{i}"], by="fuse-batch-norm") for i in range(declined)]
+    left = [SkippedLayers(f"reason {i}", [f"norm_{i}"]) for i in range(number)]
+    left += [SkippedLayers(f"cause {i}", [f"norm_{i}"], by="fuse-batch-norm") for i in range(declined)]
     many = report(
         layers=layers(20, 9),
         bits=[8],
-        left=left,
+        skipped_layers=left,
         train="train",
         train_note=DERIVED,
         notes=[DERIVED, *(f"sentence {i}" for i in range(notes))],
@@ -94,10 +94,10 @@ def test_names_and_parts() -> None:
     some = report(
         layers=layers(1, 5, 1),
         bits=[2, 4, 8],
-        left=[
-            LeftLayers("one", [f"norm_{i}" for i in range(1, 6)]),
-            LeftLayers("two", ["norm_6"], partly=True),
-            LeftLayers("three", [], others=4),
+        skipped_layers=[
+            SkippedLayers("one", [f"norm_{i}" for i in range(1, 6)]),
+            SkippedLayers("two", ["norm_6"], partly=True),
+            SkippedLayers("three", [], others=4),
         ],
     )
     assert str(some).splitlines()[:4] == [
@@ -131,7 +131,7 @@ def test_the_first_step_that_quantises(schedule: dict[str, int], fused: int, lin
 
 
 def test_paths_are_quoted_for_a_shell_and_names_are_plain_text() -> None:
-    odd = report(source="my model", layers=layers(1), left=[LeftLayers("\x1b[1m", ["a\nb"])])
+    odd = report(source="my model", layers=layers(1), skipped_layers=[SkippedLayers("\x1b[1m", ["a\nb"])])
     assert "`bnqat verify 'my model' b`" in str(odd)
     assert "\x1b" not in str(odd)
     assert r"left in float, a\nb: \x1b[1m" in str(odd).splitlines()
@@ -144,10 +144,10 @@ def test_reasons_that_name_nodes_are_one(model: Paths) -> None:
     assert nodes == ["norm_0/add_3", "norm_1/add_3"]
     reasons = [LayerReason(f"layer_{i}", f"it uses {node}, as others do") for i, node in enumerate(nodes)]
     (group,) = grouped([source], [*reasons, reasons[0]])
-    assert group == LeftLayers("it uses …, as others do", ["layer_0", "layer_1"])
+    assert group == SkippedLayers("it uses …, as others do", ["layer_0", "layer_1"])
     alone, other = grouped([source], [reasons[0], LayerReason("c", "it uses nothing", by="p")])
     assert alone.reason == "it uses norm_0/add_3, as others do"
-    assert other == LeftLayers("it uses nothing", ["c"], by="p")
+    assert other == SkippedLayers("it uses nothing", ["c"], by="p")
 
 
 def test_layers_of_real_models(model: Paths, tmp_path: Path) -> None:
@@ -160,7 +160,7 @@ def test_layers_of_real_models(model: Paths, tmp_path: Path) -> None:
     mapped = bnqat.rewrite(model("mapped_batch_norm"), tmp_path / "mapped", bits=4, dry_run=True)
     (skipped,) = [layer for layer in mapped.layers if layer.status == "skipped"]
     assert skipped.reasons == [mapped.skipped[0].reason]
-    assert [group.layers for group in mapped.left] == [[skipped.name]]
+    assert [group.layers for group in mapped.skipped_layers] == [[skipped.name]]
     assert repr(mapped) == "<RewriteReport: 1 of 2 batch norms quantised, 4 bits>"
     lines = str(mapped).splitlines()
     assert lines[0] == "2 batch norms found, 1 quantised to 4 bits, 1 left in float"
