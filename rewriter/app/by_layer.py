@@ -83,7 +83,12 @@ def grouped(models: Iterable[Model], layer_reasons: Iterable[LayerReason]) -> li
     for each in all_reasons:
         key = (each.by, each.partly, bool(each.layer), _without_nodes(each.reason, nodes))
         groups.setdefault(key, []).append(each)
-    return sorted(_skipped(groups), key=lambda group: (bool(group.by), -max(len(group.layers), group.others)))
+    return sorted(_skipped(groups), key=_rank)
+
+
+def _rank(group: SkippedLayers) -> tuple[bool, int, list[str], str]:
+    """Return the sort key: most layers first. Names come last, as functions have no order that could be relied on."""
+    return bool(group.by), -max(len(group.layers), group.others), group.layers, group.reason
 
 
 def _skipped(groups: Mapping[tuple[str, bool, bool, str], Sequence[LayerReason]]) -> Iterator[SkippedLayers]:
