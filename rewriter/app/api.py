@@ -12,6 +12,7 @@ from passes.batch_norm.batch_norms import batch_norms
 from passes.quantization.custom import QuantizeFunction
 from passes.quantize import Quantize
 from rewriter.app.by_layer import grouped, unchangeable
+from rewriter.app.finalized import is_finalized
 from rewriter.app.pass_list import pass_list
 from rewriter.app.record import record_of
 from rewriter.app.report_schema import Inspection, RewriteReport
@@ -29,6 +30,13 @@ from rewriter.savedmodel.write import Written, save
 T = TypeVar("T")
 ByRole: TypeAlias = T | Mapping[str, T]
 """One value for all roles, or values by role."""
+
+
+FINALIZED = (
+    "the source is a finalised model: its values are rounded already, and what trains was removed; to train further, "
+    "take the model that was given to finalize"
+)
+"""Note on the rewrite of a model that needs none."""
 
 
 class NothingToRewriteError(Error):
@@ -148,6 +156,8 @@ def rewrite(
     quantizing = any(isinstance(p, Quantize) for p in pipeline_passes)
     if quantizing:
         report = replace(report, notes=[*report.notes, *options.notes])
+    if is_finalized(source):
+        report = replace(report, notes=[FINALIZED, *report.notes])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))

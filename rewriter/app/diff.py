@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,7 @@ from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
 from rewriter.app.blocks import Line, Report
 from rewriter.app.by_layer import Key
-from rewriter.app.diff_layers import label_of, layer_diffs, parts_of_sites
+from rewriter.app.diff_layers import Outcomes, label_of, layer_diffs, parts_of_sites
 from rewriter.app.headline import headline
 from rewriter.app.reports import became_of
 from rewriter.app.show_diff import diff_lines
@@ -22,7 +21,7 @@ from rewriter.app.work import gc_paused
 from rewriter.diff.compare import Comparison, all_keys, compare, with_details
 from rewriter.diff.facts import SIGNATURE
 from rewriter.diff.labels import function_labels, users
-from rewriter.diff.log import LOG, RECORD, explained, read_record
+from rewriter.diff.log import LOG, RECORD, Log, explained, read_log, read_record
 from rewriter.diff.page import diff_page
 from rewriter.diff.pictures import around, pictures, unite
 from rewriter.diff.report import NODE, Change, DiffReport, Verdict
@@ -134,22 +133,20 @@ def diff(
         changes = explained(comparison.changes, record, source.path / source.file, values=values)
         detailed = [c if c.by else with_details(comparison, c) for c in sorted(changes, key=lambda c: bool(c.by))]
         comparison = replace(comparison, changes=tuple(detailed))
-    reasons = {} if record is None else _skip_reasons(Path(after) / EXTRA / LOG)
+    log = read_log(Path(after) / EXTRA / LOG)
     title = f"{Path(before).resolve().name} → {Path(after).resolve().name}"
-    return Diff(title, _report(comparison, reasons, recorded=record is not None), comparison, full)
+    return Diff(title, _report(comparison, log, recorded=record is not None), comparison, full)
 
 
-def _skip_reasons(file: Path) -> Mapping[tuple[str, str], str]:
-    """Return the reasons for which a rewrite skipped sites, by graph and node, from its own log."""
-    try:
-        entries = json.loads(file.read_text(encoding="utf-8"))["skipped"]
-        return {(s["graph"], s["node"]): str(s["reason"]) for s in entries}
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
-        return {}
+def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
+    """Return the report of a comparison.
 
-
-def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, recorded: bool) -> DiffReport:
-    """Return the report of a comparison; `reasons` are those that the rewrite gives for skipped sites."""
+    Args:
+        comparison: the two models.
+        log: the log that a rewrite, or `finalize`, left in the model after.
+        recorded: true if the model after holds the record of a rewrite of the model before.
+    """
+    reasons = log.skipped if recorded else {}
     before, after = comparison.before, comparison.after
     sites_before = before.analysis(sites)
     quantized_now = after.analysis(quantized)
@@ -163,7 +160,7 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
     skipped = Counter(
         next(filter(None, (reasons.get(j, "") for j in (k, *became[k]))), s.reason or "it is not quantised")
         for k, s in site_at.items()
-        if not s.binding.quantized and k not in rewritten
+        if not s.binding.quantized and k not in rewritten and not log.baked
     )
     signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - OPS_ALONE
     broken = {c.name for c in comparison.changes if c.kind == SIGNATURE and c.what != "added" and _changes_interface(c)}
@@ -173,7 +170,7 @@ def _report(comparison: Comparison, reasons: Mapping[tuple[str, str], str], *, r
         if s.kind == "decomposed" and became[k] and all(sites_after[j].kind == "fused" for j in became[k])
     }
     users_of = users(after)
-    layers = list(layer_diffs(comparison, reasons, rewritten, fused, users_of))
+    layers = list(layer_diffs(comparison, Outcomes(rewritten, fused, reasons, log.baked, users_of)))
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),
         batch_norms_quantized=sum(layer.status == "quantised" for layer in layers),

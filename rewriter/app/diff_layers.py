@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping
+from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
+from rewriter import ops
 from rewriter.app.by_layer import Key
 from rewriter.dataflow import consumers
 from rewriter.diff.compare import Comparison, port_name, value_name
+from rewriter.diff.labels import users_of_node
 from rewriter.diff.report import InputDiff, LayerDiff, LayerStatus, SiteDiff
 from rewriter.ir import Edge, Graph, Model, Node, Value
 
@@ -20,22 +23,26 @@ MAX_UPDATE = 12
 """Largest number of nodes that are shown as those that compute a moving average."""
 
 
-def layer_diffs(
-    comparison: Comparison,
-    reasons: Mapping[Key, str],
-    rewritten: Collection[Key],
-    fused: Collection[Key],
-    users_of: Mapping[str, list[str]],
-) -> Iterator[LayerDiff]:
-    """Return batch norms by name, with the sites of the model after, and those that are no longer there.
+class Outcomes(NamedTuple):
+    """What became of the sites of the model before, and what a log says.
 
-    Args:
-        comparison: the two models.
-        reasons: (graph, node) of a site -> the reason for which a rewrite skipped it.
-        rewritten: the sites of the model before that are quantised in the model after only.
+    Attributes:
+        rewritten: the sites that are quantised in the model after only, by graph and node.
         fused: those that single ops computed before and the fused kernel computes after.
+        reasons: the reasons for which a rewrite skipped others.
+        baked: name of a batch norm whose variables hold quantised values for good -> their widths.
         users_of: graph of the model after -> what runs it.
     """
+
+    rewritten: Collection[Key]
+    fused: Collection[Key]
+    reasons: Mapping[Key, str]
+    baked: Mapping[str, set[int]]
+    users_of: Mapping[str, list[str]]
+
+
+def layer_diffs(comparison: Comparison, outcomes: Outcomes) -> Iterator[LayerDiff]:
+    """Return batch norms by name, with the sites of the model after, and those that are no longer there."""
     before, after = comparison.before, comparison.after
     old = {bn.name: bn for bn in before.analysis(batch_norms)}
     new = {bn.name: bn for bn in after.analysis(batch_norms)}
@@ -43,21 +50,22 @@ def layer_diffs(
         was = _by_place(old.get(name), comparison.pairs)
         now = _by_place(new.get(name), {})
         variables = _variables(before, old.get(name)) | _variables(after, new.get(name))
-        main_first = sorted(
-            now.items(), key=lambda item: (_obscurity(after, users_of, item[0][0]), item[1].mode == "training")
-        )
-        site_diffs = [_site(comparison, s, "same" if k in was else "added", reasons, variables) for k, s in main_first]
-        site_diffs += [_site(comparison, s, "removed", reasons, variables) for k, s in was.items() if k not in now]
+        removed = [s for key, s in was.items() if key not in now]
+        site_diffs = [
+            *(_site(comparison, outcomes, s, "same" if key in was else "added", variables) for key, s in now.items()),
+            *(_site(comparison, outcomes, s, "removed", variables) for s in removed),
+        ]
+        main_first = sorted(site_diffs, key=lambda s: (s.what == "removed", _obscurity(after, s), s.mode == "training"))
         sites_before = {(s.graph, s.node): s for s in old[name].sites} if name in old else {}
         bits = {tag["bits"] for s in now.values() for tag in s.binding.quantized}
-        is_fused = not sites_before.keys().isdisjoint(fused)
-        yield LayerDiff(name, site_diffs, _status(sites_before, rewritten), sorted(bits), is_fused)
+        status = "finalised" if name in outcomes.baked else _status(sites_before, outcomes, quantized=bool(bits))
+        is_fused = not sites_before.keys().isdisjoint(outcomes.fused)
+        yield LayerDiff(name, main_first, status, sorted(outcomes.baked.get(name, bits)), is_fused)
 
 
-def _obscurity(model: Model, users_of: Mapping[str, list[str]], graph: str) -> int:
-    """Return 0 for a graph that a signature runs, 1 for one that a function of the model object runs, else 2."""
-    names = users_of.get(graph, [])
-    return 0 if not model.signatures.keys().isdisjoint(names) else 1 if names else 2
+def _obscurity(model: Model, site: SiteDiff) -> int:
+    """Return 0 for a site that a signature runs, 1 for one that a function of the model object runs, else 2."""
+    return 0 if not model.signatures.keys().isdisjoint(site.users) else 1 if site.users else 2
 
 
 def _variables(model: Model, bn: BatchNorm | None) -> dict[str, str]:
@@ -65,11 +73,13 @@ def _variables(model: Model, bn: BatchNorm | None) -> dict[str, str]:
     return {} if bn is None else {role: model.variables[key].name for role, key in bn.variables.items()}
 
 
-def _status(sites_before: Mapping[Key, Site], rewritten: Collection[Key]) -> LayerStatus:
-    """Return the status of a batch norm with these sites in the model before."""
+def _status(sites_before: Mapping[Key, Site], outcomes: Outcomes, *, quantized: bool) -> LayerStatus:
+    """Return the status of a batch norm with these sites in the model before; `quantized`: it has quantisers after."""
     if not sites_before:
         return "new"
-    quantized_now = [k in rewritten for k, s in sites_before.items() if not s.binding.quantized]
+    if not quantized:
+        return "no longer quantised" if any(s.binding.quantized for s in sites_before.values()) else "skipped"
+    quantized_now = [k in outcomes.rewritten for k, s in sites_before.items() if not s.binding.quantized]
     if any(quantized_now):
         return "quantised" if all(quantized_now) else "partly"
     return "skipped" if quantized_now else "as before"
@@ -80,13 +90,13 @@ def _by_place(bn: BatchNorm | None, pairs: Mapping[str, str]) -> dict[tuple[str,
     return {} if bn is None else {(pairs.get(s.graph, s.graph), s.node): s for s in bn.sites}
 
 
-def _site(
-    comparison: Comparison, site: Site, what: str, reasons: Mapping[Key, str], variables: Mapping[str, str]
-) -> SiteDiff:
-    reason = "" if site.binding.quantized else reasons.get((site.graph, site.node), site.reason)
+def _site(comparison: Comparison, outcomes: Outcomes, site: Site, what: str, variables: Mapping[str, str]) -> SiteDiff:
+    reason = "" if site.binding.quantized else outcomes.reasons.get((site.graph, site.node), site.reason)
     status = "skipped" if reason else site.status
+    gone = what == "removed"
+    users = [] if gone else users_of_node(comparison.after, site.graph, site.node, outcomes.users_of)
     inputs = list(_inputs(comparison, site, what, variables))
-    return SiteDiff(site.graph, site.node, what, site.kind, site.mode, status, reason, inputs)
+    return SiteDiff(site.graph, site.node, what, site.kind, site.mode, status, reason, users, inputs)
 
 
 def _inputs(comparison: Comparison, site: Site, what: str, variables: Mapping[str, str]) -> Iterator[InputDiff]:
@@ -166,11 +176,21 @@ def parts_of_sites(comparison: Comparison) -> Mapping[Key, list[str]]:
         for site in model.analysis(sites):
             graph = model.graphs[site.graph]
             nodes = parts.setdefault((names.get(site.graph, site.graph), site.node), [])
-            nodes += site.interior
+            nodes += [*site.interior, *_ways_of_variables(graph, site)]
             for assigns in site.binding.assigns.values():
                 for name in (node for of, node in assigns if of == site.graph):
                     nodes += _update(graph, site, name)
     return parts
+
+
+def _ways_of_variables(graph: Graph, site: Site) -> Iterator[str]:
+    """Yield the nodes that pass the values of a site's variables on to it, and those that read the variables."""
+    for role, edges in site.inputs.items():
+        for edge in edges if role != "x" else ():
+            value: Value | None = graph.used_at(edge)
+            while value is not None and value.node not in site.interior:
+                yield value.node
+                value = ops.forwarded(graph.nodes[value.node], value.port)
 
 
 def _update(graph: Graph, site: Site, assign: str) -> list[str]:

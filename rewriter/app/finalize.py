@@ -20,6 +20,7 @@ from passes.deploy.keep_serving import KeepServing, serves
 from passes.deploy.quantized_values import Quantized, tagged
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.by_layer import LayerReason, grouped
+from rewriter.app.finalized import is_finalized
 from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
@@ -88,6 +89,8 @@ def finalize(
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source, tags)
+    if not tagged(before) and is_finalized(source):
+        raise NothingToRewriteError(f"{source} is finalised already; there is nothing to bake in")
     if not tagged(before):
         raise NothingToRewriteError(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "

@@ -18,12 +18,18 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
     """
     if not changes:
         return "The two models are the same."
+    finalized = [layer for layer in layers if layer.status == "finalised"]
+    if finalized:
+        are = "holds its" if len(finalized) == 1 else "hold their"
+        return f"{_of(len(finalized), verdict)} {are} {_widths(finalized)} values for good: the model is finalised."
+    released = [layer for layer in layers if layer.status == "no longer quantised"]
+    if released:
+        return f"{_of(len(released), verdict)} {'is' if len(released) == 1 else 'are'} no longer quantised."
     quantized = [layer for layer in layers if layer.status in ("quantised", "partly")]
     fused = [layer for layer in layers if layer.fused]
     if not quantized and not fused:
         return f"The models differ in {counted(changes, 'place')}; no batch norm became quantised or the fused kernel."
-    widths = sorted({bits for layer in quantized for bits in layer.bits})
-    became = f"{'-, '.join(map(str, widths))}-bit" if widths else "quantised"
+    became = _widths(quantized)
     kernel = "the fused kernel"
     if {layer.name for layer in fused} == {layer.name for layer in quantized}:
         text = f"{_of(len(quantized), verdict)} became {kernel} and {became}"
@@ -32,6 +38,12 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
         parts += [f"{len(fused) if quantized else _of(len(fused), verdict)} became {kernel}"] if fused else []
         text = ", ".join(parts)
     return f"{text}; {_outputs(after, fused=bool(fused))}." if quantized else f"{text}."
+
+
+def _widths(layers: list[LayerDiff]) -> str:
+    """Return the widths of layers, such as "4-bit" or "4-, 8-bit"."""
+    widths = sorted({bits for layer in layers for bits in layer.bits})
+    return f"{'-, '.join(map(str, widths))}-bit" if widths else "quantised"
 
 
 def _of(number: int, verdict: Verdict) -> str:

@@ -20,6 +20,8 @@ FEW = 12
 STATUS = {
     "quantised": "quantised",
     "partly": "quantised in some places",
+    "finalised": "finalised",
+    "no longer quantised": "no longer quantised",
     "as before": "as before",
     "skipped": "not quantised",
     "new": "new",
@@ -43,8 +45,11 @@ def diff_lines(title: str, report: DiffReport, *, verbose: bool = False) -> Iter
         yield Line(f"not quantised in {counted(count, 'place')}: {reason}")
     verdict = report.verdict
     yield Line(f"{verdict.signatures_intact} of {counted(verdict.signatures_found, 'signature')} intact")
-    for old, new in report.renamed.items():
+    renamed = list(report.renamed.items())
+    for old, new in renamed if verbose else renamed[:FEW]:
         yield Line(f"the function {old} is called {new} now")
+    if len(renamed) > FEW and not verbose:
+        yield Line(f"and {len(renamed) - FEW} more functions have other names now")
     yield from _layers(report, verbose=verbose)
     yield from _ops(report, verbose=verbose)
     yield from _changes(report, verbose=verbose)
@@ -101,9 +106,11 @@ def _quantizers(layer: LayerDiff) -> dict[tuple[str, str, str], None]:
             entering.formula,
             entering.port if entering.use == "input" else "average",
         )
+        for use in ("input", "statistic")
         for site in layer.sites
+        if site.what != "removed"
         for entering in site.inputs
-        if entering.formula
+        if entering.formula and entering.use == use
     )
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from rewriter.dataflow import VariableKey, call_graph, origins
-from rewriter.ir import Graph, Model, Value
+from rewriter.ir import MAIN, Graph, Model, Value
 
 TRACED = re.compile(r"__(?:inference|forward|backward)_(.+)_(\d+)")
 """Name that `tf.function` gives a trace: the Python function's name and a running number."""
@@ -45,6 +45,32 @@ def users(model: Model) -> dict[str, list[str]]:
             if name not in users_of.setdefault(reached, []):
                 users_of[reached].append(name)
     return users_of
+
+
+def users_of_node(model: Model, graph: str, node: str, users_of: Mapping[str, list[str]]) -> list[str]:
+    """Return the signatures and the functions of the model object that run a node, as far as its graph tells.
+
+    In the main graph, a signature runs only what its outputs need.
+    """
+    if graph != MAIN:
+        return users_of.get(graph, [])
+    return [name for name, needed in model.analysis(_needed).items() if node in needed]
+
+
+def _needed(model: Model) -> Mapping[str, frozenset[str]]:
+    """Return the nodes of the main graph that each of its signatures needs."""
+    main = model.graphs[MAIN]
+    needed: dict[str, frozenset[str]] = {}
+    for name, signature in model.signatures.items():
+        found: set[str] = set()
+        waiting = [] if signature.entry else [value.node for value in signature.fetches]
+        while waiting:
+            node = main.nodes[waiting.pop()]
+            if node.name not in found:
+                found.add(node.name)
+                waiting += [*(value.node for value in node.inputs), *node.after]
+        needed[name] = frozenset(found)
+    return needed
 
 
 def variable_of(model: Model, graph: Graph, name: str) -> str:

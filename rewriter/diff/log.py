@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rewriter.diff.report import Change, Detail
 from rewriter.ir import Error
@@ -146,3 +146,27 @@ def read_record(file: Path) -> Record | None:
     if version != SCHEMA_VERSION:
         raise Error(f"{file} was written by a later version of bnqat; delete it to compare without")
     return rewrite_record
+
+
+class Log(NamedTuple):
+    """What a log says that a comparison uses.
+
+    Attributes:
+        skipped: (graph, node) of a site that a rewrite skipped -> the reason.
+        baked: name of a layer whose variables hold quantised values, as `finalize` leaves them -> their widths.
+    """
+
+    skipped: Mapping[tuple[str, str], str]
+    baked: Mapping[str, set[int]]
+
+
+def read_log(file: Path) -> Log:
+    """Return what the log of a rewrite or of `finalize` says; nothing if there is none, or if it is damaged."""
+    try:
+        log = json.loads(file.read_text(encoding="utf-8"))
+        baked: dict[str, set[int]] = {}
+        for row in log.get("baked", ()):
+            baked.setdefault(str(row["layer_name"]), set()).add(int(row["bits"]))
+        return Log({(s["graph"], s["node"]): str(s["reason"]) for s in log.get("skipped", ())}, baked)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return Log({}, {})

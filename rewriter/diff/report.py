@@ -16,7 +16,7 @@ ChangeState = Literal["added", "removed", "changed", "missing"]
 """State of a change; "missing" means that a rewrite's record has the change, and the models do not."""
 
 
-LayerStatus = Literal["quantised", "partly", "as before", "skipped", "new"]
+LayerStatus = Literal["quantised", "partly", "finalised", "no longer quantised", "as before", "skipped", "new"]
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,7 @@ class SiteDiff:
         what: "same" if both models have the site, otherwise "added" or "removed".
         status: in the model after (in the one before, if it was removed): ``float``, ``quantised`` or ``skipped``.
         reason: the reason why it was skipped.
+        users: the signatures and the functions of the model object that run it.
     """
 
     graph: str
@@ -108,6 +109,7 @@ class SiteDiff:
     mode: str
     status: str
     reason: str
+    users: list[str]
     inputs: list[InputDiff]
 
 
@@ -117,9 +119,10 @@ class LayerDiff:
 
     Attributes:
         sites: its sites; those that a signature runs come first.
-        status: ``quantised`` in the model after only, in all places or in some (``partly``); ``as before``; ``skipped``
-            by a rewrite; or ``new``, if only the model after has it.
-        bits: the widths of its quantisers in the model after, each once.
+        status: ``quantised`` in the model after only, in all places or in some (``partly``); ``finalised``, with
+            quantised values in its variables; ``no longer quantised``; ``as before``; ``skipped``, i.e. float in both;
+            or ``new``, if only the model after has it.
+        bits: the widths of its quantisers in the model after, or of its finalised values, each once.
         fused: true if single ops computed it before and the fused kernel does after.
     """
 

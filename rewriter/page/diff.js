@@ -98,7 +98,7 @@ function reportJson() {
 
 /** A function as a reader knows it: its name in the program, and what runs it. */
 const placeName = (graph) => (graph ? REPORT.labels[graph] || graph : "the main graph");
-const usersOf = (graph) => REPORT.users[graph] || [];
+const usersOf = (graph) => (graph && REPORT.users[graph]) || [];
 const namedList = (names) => (names.length > 1 ? `${names.slice(0, -1).join(", ")} and ${names[names.length - 1]}` : names.join(""));
 
 /** What "next" and "previous" go through: other changes, sites, what else changed in a graph, and all the rest. */

@@ -143,13 +143,12 @@ function scopes(changes, depth) {
 
 /** A site in the list: its mode, and what runs it. */
 function siteButton(site) {
-  const users = usersOf(site.graph);
   const stop = STOPS.find((s) => s.kind === "node" && s.graph === site.graph && s.name === site.node);
-  return stopButton(stop, `in ${site.mode === "both" ? "both modes" : site.mode}`, [site.status === "skipped" ? "skipped" : "", users.length ? namedList(users) : placeName(site.graph)].filter(Boolean).join(", "));
+  return stopButton(stop, `in ${site.mode === "both" ? "both modes" : site.mode}`, [site.status === "skipped" ? "skipped" : "", site.what === "removed" ? "no longer there" : site.users.length ? namedList(site.users) : "run by no signature"].filter(Boolean).join(", "));
 }
 
-const LAYER_SIGN = { quantised: "changed", partly: "changed", skipped: "same", new: "added", "as before": "same" };
-const LAYER_NOTE = { partly: "in part", skipped: "not quantised", new: "new", "as before": "", quantised: "" };
+const LAYER_SIGN = { quantised: "changed", partly: "changed", finalised: "changed", "no longer quantised": "changed", skipped: "same", new: "added", "as before": "same" };
+const LAYER_NOTE = { partly: "in part", skipped: "not quantised", "as before": "", quantised: "" };
 
 /** A layer in the list: a click shows its first place, and lists all of them. */
 function layerEntry(layer) {
@@ -159,7 +158,7 @@ function layerEntry(layer) {
     box.hidden = !box.hidden;
     button.setAttribute("aria-expanded", String(!box.hidden));
   };
-  const chips = [layer.bits.length ? `${layer.bits.join(", ")}-bit` : "", layer.fused ? "fused" : "", LAYER_NOTE[layer.status]].filter(Boolean);
+  const chips = [layer.bits.length ? `${layer.bits.join(", ")}-bit` : "", layer.fused ? "fused" : "", layer.status in LAYER_NOTE ? LAYER_NOTE[layer.status] : layer.status].filter(Boolean);
   const button = el("button", {
     class: "layer", "aria-expanded": "false", "data-layer": layer.name,
     onclick: () => { toggle(); if (!box.hidden) box.querySelector("[data-key]").click(); },

@@ -13,18 +13,23 @@ const FILTERS = {
 function select(stop, address = true) {
   const known = STOPS.find((s) => stopKey(s) === stopKey(stop)) || stop;
   current = known;
-  for (const marked of document.querySelectorAll("#list [aria-current]")) marked.removeAttribute("aria-current");
-  const own = [...document.querySelectorAll("#list [data-key]")].find((b) => b.dataset.key === stopKey(known))
-    || (known.site && [...document.querySelectorAll("#list [data-layer]")].find((b) => b.dataset.layer === known.site.layer));
-  if (own) {
-    own.setAttribute("aria-current", "true");
-    own.scrollIntoView({ block: "nearest" });
-  }
+  markCurrent();
   if (address) {
     const where = new URLSearchParams({ kind: known.kind, graph: known.graph, name: known.name });
     try { history.replaceState(null, "", `#${where}`); } catch { /* a frame without an address of its own */ }
   }
   showPlace();
+}
+
+/** Mark the chosen place in the list: its own line, or its batch norm's if that is closed. */
+function markCurrent() {
+  for (const marked of document.querySelectorAll("#list [aria-current]")) marked.removeAttribute("aria-current");
+  if (!current) return;
+  const own = [...document.querySelectorAll("#list [data-key]")].find((b) => b.dataset.key === stopKey(current))
+    || (current.site && [...document.querySelectorAll("#list [data-layer]")].find((b) => b.dataset.layer === current.site.layer));
+  if (!own) return;
+  own.setAttribute("aria-current", "true");
+  own.scrollIntoView({ block: "nearest" });
 }
 
 function step(by) {
@@ -49,11 +54,17 @@ function refresh() {
   const field = document.getElementById("search");
   let pattern = null;
   field.classList.remove("wrong");
+  document.getElementById("wrong").hidden = true;
   if (field.value) {
-    try { pattern = new RegExp(field.value, "i"); } catch { field.classList.add("wrong"); return; }
+    try { pattern = new RegExp(field.value, "i"); } catch {
+      field.classList.add("wrong");
+      document.getElementById("wrong").hidden = false;
+      return;
+    }
   }
   const wanted = [...chosen].map((name) => FILTERS[name]);
   showList(wanted.length ? (s) => wanted.some((f) => f(s)) : null, pattern);
+  markCurrent();
 }
 
 const KEYS = {
@@ -82,6 +93,9 @@ document.addEventListener("keydown", (event) => {
   } else if (typing && event.key === "Enter") {
     event.target.blur();
     step(1);
+  } else if (!typing && event.key === "Escape" && document.getElementById("search").value) {
+    document.getElementById("search").value = "";
+    refresh();
   } else if (!typing && !event.ctrlKey && !event.metaKey && !event.altKey && KEYS[event.key] && !document.getElementById("help").open) {
     event.preventDefault();
     KEYS[event.key][1]();
@@ -90,7 +104,8 @@ document.addEventListener("keydown", (event) => {
 document.getElementById("search").addEventListener("input", refresh);
 document.getElementById("theme").addEventListener("click", switchTheme);
 document.getElementById("help-button").addEventListener("click", () => KEYS["?"][1]());
-document.querySelector("#help table").append(...Object.entries(KEYS).map(([key, [what]]) => el("tr", {}, el("td", {}, el("kbd", {}, key)), el("td", {}, what))));
+const SHOWN_KEYS = [...Object.entries(KEYS), ["Esc", ["end the search"]]];
+document.querySelector("#help table").append(...SHOWN_KEYS.map(([key, [what]]) => el("tr", {}, el("td", {}, el("kbd", {}, key)), el("td", {}, what))));
 document.getElementById("filters").append(...Object.keys(FILTERS).map((name) => {
   const made = button(name, `only ${name}`, () => {
     if (!chosen.delete(name)) chosen.add(name);

@@ -31,9 +31,14 @@ function showPanel(panel) {
     panel.append(el("h3", {}, `${what}${by}${c.op ? ` (${c.kind === "function" ? `${c.op} nodes` : c.op})` : ""}`));
     if (c.details.length) {
       panel.append(rows(["what changed", "before", "after"], c.details.map((d) => el("tr", { class: "detail" },
-        el("td", {}, d.port ? `${d.aspect} (${d.port})` : d.aspect), el("td", { class: "old" }, text(d.old)), el("td", { class: "new" }, text(d.new))))));
+        el("td", {}, d.port ? `${d.aspect} (${d.port})` : d.aspect), el("td", { class: "old" }, detailText(c, d, d.old)), el("td", { class: "new" }, detailText(c, d, d.new))))));
     }
   }
+}
+
+/** An attribute that a node leaves out has the default of the op's definition. */
+function detailText(change, detail, value) {
+  return value === null && change.what === "changed" && detail.aspect.startsWith("attribute ") ? "the op's default" : text(value);
 }
 
 function text(value) {

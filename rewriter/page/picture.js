@@ -2,6 +2,7 @@
 const BOX = { least: 96, head: 38, port: 16 };
 const SIGN = { added: "+", removed: "−", changed: "~", same: "" };
 const SVG = "http://www.w3.org/2000/svg";
+const SYMBOLS = "v: the value, s: the distance between two levels, l: the logarithm, ε: epsilon of the batch norm";
 const OPS = { Arg: "argument" };
 
 function svg(tag, attributes, ...children) {
@@ -149,7 +150,7 @@ function words(kind, x, y, text) {
 function drawPill(pill) {
   const group = svg("g", { class: "pill", transform: `translate(${pill.x},${pill.y})`, "data-formula": pill.formula });
   const title = svg("title", {});
-  title.textContent = `a quantiser: ${pill.formula}`;
+  title.textContent = `a quantiser: ${pill.formula}\n${SYMBOLS}`;
   group.append(title, svg("rect", { width: pill.width, height: pill.height, rx: pill.height / 2 }), words("first", pill.height / 3, 16, pill.texts[0]), words("second", pill.height / 3, 30, pill.texts[1]));
   return group;
 }

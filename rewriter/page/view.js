@@ -43,7 +43,7 @@ function showHead(head) {
   const site = current.kind === "node" ? (SITES_AT.get(keyOf(current.graph, current.name)) || [])[0] : null;
   const where = [];
   if (current.kind === "node") {
-    const users = usersOf(current.graph);
+    const users = site ? site.users : usersOf(current.graph);
     if (site) where.push(site.mode === "both" ? "in training and inference" : `in ${site.mode}`);
     if (users.length) where.push(`run by ${namedList(users)}`);
     where.push(el("span", { title: current.graph }, current.graph ? `function ${placeName(current.graph)}` : "the main graph"));
@@ -93,11 +93,18 @@ function showPictures(panes, hidden) {
   });
   zoomTo(1);
   openAt(left, right);
-  const undrawn = picture.spots.length - new Set(drawn.flatMap((a) => a.boxes.filter((b) => !b.pill).map((b) => b.name))).size;
-  const rest = Object.entries(picture.hidden).filter(([, count]) => count).map(([state, count]) => `${count.toLocaleString("en")} ${state === "same" ? "unchanged" : state}`);
-  hidden.textContent = [
-    undrawn ? `${plural(undrawn, "more node")} nearby: press 2 or 3 for more steps around, e for every node.` : "",
-    rest.length ? `Not in this picture: ${namedList(rest)} nodes of the function.` : "",
+  hidden.textContent = notDrawn(picture, hops, inner);
+}
+
+/** What of a function is not drawn, and how to see it. */
+function notDrawn(picture, hops, inner) {
+  const farther = picture.spots.filter((s) => (inner ? s.far : s.near) > hops).length;
+  const plumbing = inner ? 0 : picture.spots.filter((s) => s.near === null && s.far <= hops).length;
+  const rest = Object.values(picture.hidden).reduce((sum, count) => sum + count, 0);
+  return [
+    farther ? `${farther} more ${farther === 1 ? "box" : "boxes"} up to 3 steps away: press 2 or 3.` : "",
+    plumbing ? `${plumbing} more among every node: press e.` : "",
+    rest ? `Elsewhere in this function: ${plural(rest, "node")}.` : "",
     "A double click on a box goes there.",
   ].filter(Boolean).join(" ");
 }

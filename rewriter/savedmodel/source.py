@@ -9,7 +9,7 @@ from rewriter.ir import Error
 MODEL_FILES = ("saved_model.pb", "saved_model.pbtxt")
 """Names of the graph's file, binary and text; if both exist, TensorFlow reads the binary one."""
 
-EXPORT = "load it and call model.export(dir)"
+EXPORT = "load it and call model.export(dir), or in Keras 2 model.save(dir, save_format='tf')"
 GRAPH = "graph without a SavedModel around it; import it and save it with tf.saved_model.save"
 KINDS = {
     ".keras": f"is a Keras model: {EXPORT}",

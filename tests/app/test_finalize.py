@@ -554,3 +554,21 @@ def test_the_command(rewritten: Rewritten, model: Callable[[str], Path], tmp_pat
         assert len([line for line in said.splitlines() if line.startswith("bnqat: error")]) == 1
     code, said = command(final, tmp_path / "x")
     assert (code, "no quantiser was found" in said) == (2, True)
+
+
+def test_a_finalised_model_is_told_as_such(model: Rewritten, rewritten: Rewritten, tmp_path: Path) -> None:
+    source, result, final = model("module"), rewritten("module", bits=4), tmp_path / "final"
+    bnqat.finalize(result, final)
+    for before in (source, result):
+        difference = bnqat.diff(before, final)
+        assert difference.headline == "2 batch norms hold their 4-bit values for good: the model is finalised."
+        assert [(layer.status, layer.bits) for layer in difference.report.layers] == [("finalised", [4])] * 2
+        assert difference.report.skipped == {}
+        with pytest.raises(bnqat.Error, match="is a finalised model, whose variables hold quantised values; verify"):
+            bnqat.verify(before, final)
+    assert bnqat.diff(result, source).headline == "2 batch norms are no longer quantised."
+    with pytest.raises(bnqat.NothingToRewriteError, match="is finalised already; there is nothing to bake in"):
+        bnqat.finalize(final, tmp_path / "again")
+    notes = bnqat.rewrite(final, tmp_path / "q", dry_run=True).notes
+    assert notes[0].startswith("the source is a finalised model: its values are rounded already")
+    assert not bnqat.rewrite(source, tmp_path / "q", dry_run=True).notes[0].startswith("the source is a finalised")

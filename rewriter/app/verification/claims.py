@@ -17,6 +17,7 @@ from passes.quantization.controls import has_quantizers
 from rewriter import op_defs
 from rewriter.app.arrays import refuse_not_finite, uniform_values
 from rewriter.app.blocks import Block, Report
+from rewriter.app.finalized import is_finalized
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.show_runs import verification_blocks, verification_headline
 from rewriter.app.verification.kernels import placed
@@ -112,6 +113,11 @@ def verify(
         raise Error("inputs are arrays by name, a dict")
     refuse_not_finite(inputs or {})
     pair = Pair(Path(before), Path(after), load(before), load(after))
+    if is_finalized(after):
+        raise Error(
+            f"{after} is a finalised model, whose variables hold quantised values; verify checks what rewrite wrote, "
+            "also if it was fine-tuned since"
+        )
     if has_quantizers(pair.source) and not has_quantizers(pair.result):
         raise Error(f"{before} is a rewritten model and {after} is none; pass the source first, then the result")
     refuse_reaching(before, pair.source, trust=trust)

@@ -8,8 +8,8 @@ from rewriter.ir import Error
 from rewriter.savedmodel.source import require_model
 
 FILES = {
-    "net.keras": "is a Keras model: load it and call model.export(dir)",
-    "net.H5": "is a Keras model or its weights: load it and call model.export(dir)",
+    "net.keras": "is a Keras model: load it and call model.export(dir), or in Keras 2 model.save(dir, ",
+    "net.H5": "is a Keras model or its weights: load it and call model.export(dir), or in Keras 2 model.save(dir",
     "net.tflite": "pass the SavedModel that it was converted from",
     "net.onnx": "pass the SavedModel that it was converted from",
     "frozen.pb": "import it and save it with tf.saved_model.save",
