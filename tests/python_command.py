@@ -128,9 +128,13 @@ def _run(files: list[int], request: list[Any]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.path[0] = folder
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
-        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = arguments
-        runpy.run_path(arguments[0], run_name="__main__")
+    try:
+        if arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+    finally:  # what is printed would be lost where TensorFlow's threads end the process
+        sys.stdout.flush()
+        sys.stderr.flush()

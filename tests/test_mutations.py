@@ -169,8 +169,8 @@ def test_one_other_change_is_found(
 def test_a_value_is_found(key: str, browser: Browser, model: Paths, rewritten: Paths, tmp_path: Path) -> None:
     key += "/.ATTRIBUTES/VARIABLE_VALUE"
     after = with_value(rewritten("module", bits=4), tmp_path / "mutated", key, lambda v: v + np.ones_like(v))
-    assert run_diff(model("module"), after)[1].startswith("no other changes")
-    assert run_diff(model("module"), after, "--values")[1].startswith("1 other change (")
+    assert run_diff(model("module"), after)[2].startswith("no other changes")
+    assert run_diff(model("module"), after, "--values")[2].startswith("1 other change (")
     assert_found_once(model("module"), after, key, "value", browser, tmp_path=tmp_path, values=True)
 
 
@@ -195,9 +195,9 @@ def assert_found_once(
     text = str(difference).splitlines()
     page.write_text(difference.to_html(), encoding="utf-8")
 
-    assert text[1].startswith("1 other change (")
-    assert name in text[2]
-    assert text[2].lstrip()[0] in "+~-?"
+    assert text[2].startswith("1 other change (")
+    assert name in text[3]
+    assert text[3].lstrip()[0] in "+~-?"
 
     content = json.loads(difference.to_json())
     others = [c for c in content["changes"] if not c["by"]]
@@ -207,15 +207,15 @@ def assert_found_once(
     assert not aspect or aspect in [d["aspect"] for d in others[0]["details"]]
 
     with opened(browser, page) as shown:
-        tile = shown.page.locator(".tile", has_text="other changes").first
-        assert tile.locator(".value").inner_text() == "! 1"
-        assert "bad" in (tile.get_attribute("class") or "")
+        fact = shown.page.locator("#others")
+        assert fact.locator("b").inner_text() == "1 other change"
+        assert "bad" in (fact.get_attribute("class") or "")
         assert shown.page.locator("#list h2").first.inner_text().lower() == "other changes"
         assert shown.page.evaluate("current.name") == name  # the first that is shown
         panel = shown.page.locator("#panel").inner_text()
         assert "by nothing that the record of the rewrite knows" in panel
         assert not aspect or aspect in panel
-        shown.page.locator("#filters button", has_text="other").click()
+        shown.page.locator("#filters button", has_text="other changes").click()
         assert shown.page.locator("#list [data-key]").count() == 1
 
 

@@ -311,7 +311,7 @@ def test_everything_outside_a_pane_has_a_way_there(name: str, hops: str, browser
                 for _ in range(40):
                     if not button.is_visible():
                         break
-                    button.click()
+                    button.evaluate("button => new Promise(done => { button.click(); setTimeout(done, 50) })")
                     seen |= {box for box, within, _ in shown.page.evaluate(SHOWN)[number] if within}
                 assert not button.is_visible()
             # A corner may have been passed over: every box can be brought into sight where it is.

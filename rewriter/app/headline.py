@@ -41,9 +41,9 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
 
 
 def _widths(layers: list[LayerDiff]) -> str:
-    """Return the widths of layers, such as "4-bit" or "4-, 8-bit"."""
+    """Return the widths of layers, such as "4-bit" or "4- and 8-bit"."""
     widths = sorted({bits for layer in layers for bits in layer.bits})
-    return f"{'-, '.join(map(str, widths))}-bit" if widths else "quantised"
+    return f"{'- and '.join(map(str, widths))}-bit" if widths else "quantised"
 
 
 def _of(number: int, verdict: Verdict) -> str:

@@ -81,11 +81,15 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     if all(s.binding.quantized for s in all_sites):
         verb = "is" if len(layers) == 1 else "are"
         return f"{which} of {source} {verb} quantised already; there is nothing to add"
-    reasons = [reason for step in steps for reason in _layer_reasons(step)]
+    reasons = [
+        reason._replace(by="" if isinstance(step.by, Quantize) else reason.by)
+        for step in steps
+        for reason in _layer_reasons(step)
+    ]
     if not reasons:
         why = ": its batch norms are the fused kernel already" if all(s.kind == "fused" for s in all_sites) else ""
         return f"the passes changed nothing in {source}{why}"
-    groups = grouped((model,), (reason._replace(by="") for reason in reasons))
+    groups = grouped((model,), reasons)
     more = f" (other reasons: {len(groups) - 1})" if len(groups) > 1 else ""
     skipped_names = {reason.layer for reason in reasons}
     names = model.analysis(names_of_sites)

@@ -15,10 +15,9 @@ from typing import NamedTuple
 
 import networkx as nx
 
-from rewriter import ops
+from rewriter import op_defs, ops
 from rewriter.diff.compare import Comparison, port_name
 from rewriter.ir import ARG, Graph, Node
-from rewriter.protos import dtype_name
 
 HOPS = 3
 """Distance in edges that a picture reaches from its middle."""
@@ -140,7 +139,7 @@ def unite(compared: Comparison, name: str, changed: Iterable[str], formula: Call
 def _is_handle(node: Node) -> bool:
     """Return true for a node that only passes a variable on, or another resource."""
     if node.op == ARG:
-        return "T" in node.attrs and dtype_name(node.attrs["T"].type) == "resource"
+        return op_defs.argument_dtype(node) == "resource"
     return node.op == "VarHandleOp"
 
 
