@@ -74,8 +74,8 @@ def attribute(node: Attributed, name: str) -> Any:
 
 
 def argument_dtype(argument: Node) -> str:
-    """Return the dtype name of a function's argument, a node of the op `Arg`."""
-    return protos.dtype_name(argument.attrs["T"].type)
+    """Return the dtype name of a function's argument, a node of the op `Arg`; "" for a polymorphic function's."""
+    return protos.dtype_name(argument.attrs["T"].type) if "T" in argument.attrs else ""
 
 
 def get(model: Model, node: Node, name: str) -> Any:

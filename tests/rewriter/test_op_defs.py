@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from rewriter import op_defs, protos
-from rewriter.ir import Error, Model, Node
+from rewriter.ir import ARG, Error, Model, Node
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,6 +29,11 @@ def test_an_attribute_that_was_left_out_has_its_default() -> None:
     assert op_defs.attribute(node, "shared_name").s == b""
     assert op_defs.attribute(node, "dtype").type == protos.dtype_number("float32")
     assert op_defs.get(Model({}), Node("bn", "FusedBatchNormV3"), "is_training") is True
+
+
+def test_an_argument_of_a_polymorphic_function_has_no_dtype() -> None:
+    assert op_defs.argument_dtype(Node("x", ARG)) == ""
+    assert op_defs.argument_dtype(Node("x", ARG, attrs={"T": protos.dtype_attr("half")})) == "half"
 
 
 def test_an_attribute_that_has_no_default_is_named() -> None:
