@@ -33,7 +33,7 @@ def test_an_attribute_that_was_left_out_has_its_default() -> None:
 
 def test_an_argument_of_a_polymorphic_function_has_no_dtype() -> None:
     assert op_defs.argument_dtype(Node("x", ARG)) == ""
-    assert op_defs.argument_dtype(Node("x", ARG, attrs={"T": protos.dtype_attr("half")})) == "half"
+    assert op_defs.argument_dtype(Node("x", ARG, attrs={"T": protos.dtype_attr("float64")})) == "float64"
 
 
 def test_an_attribute_that_has_no_default_is_named() -> None:
