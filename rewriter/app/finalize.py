@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from passes.batch_norm.batch_norms import names_of_sites
+from passes.batch_norm.entries import entries_of_root
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
 from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
@@ -89,6 +90,11 @@ def finalize(
         refuse_overlap(Path(source), target)
         refuse_existing(target, overwrite)
     before = load(source, tags)
+    if not before.signatures and not entries_of_root(before):
+        raise NothingToRewriteError(
+            f"{source} holds no signature and no function that could serve; save the model with "
+            "tf.saved_model.save(model, path, signatures=...)"
+        )
     if not tagged(before):
         raise NothingToRewriteError(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "

@@ -66,3 +66,16 @@ def test_a_note_says_if_ops_for_training_stay(
     monkeypatch.setattr(InlineDecidedCalls, "edits", lambda *_: [])
     report = bnqat.finalize(tuned, tmp_path / "final", dry_run=True)
     assert any("what serves still holds ops that train batch norms" in note for note in report.notes)
+
+
+def test_what_a_graph_of_tensorflow_1_lacks_is_named(rewritten: Rewritten, tmp_path: Path) -> None:
+    path = rewritten("v1_two_fused", bits=5)
+    x = harness.images((None, 8, 8, 3), batch=64)
+    with pytest.raises(bnqat.Error, match=r"run the inputs with: a graph of TensorFlow 1 has none"):
+        bnqat.finalize(path, tmp_path / "final", inputs={"x": x.numpy()})
+    model = tf.saved_model.load(str(path))
+    with pytest.raises(bnqat.Error, match=r"is a graph of TensorFlow 1, which has no function train"):
+        bnqat.reestimate_statistics(model, [x], 1)
+    tf.saved_model.save(model, str(tmp_path / "nothing"))
+    with pytest.raises(bnqat.NothingToRewriteError, match="holds no signature and no function that could serve"):
+        bnqat.finalize(tmp_path / "nothing", tmp_path / "final")
