@@ -338,9 +338,8 @@ def kernels_of_training(trained: Trained) -> Claim:
             why = "every batch norm is frozen" if trained.frozen else "neither serving nor training has a kernel"
             return Claim(name, NOT_APPLICABLE, why)
         as_expected = kernels.training == trained.sites
-        text = f"training executes {_count(kernels.training, 'kernel')} that normalise with the batch's statistics"
-        text += f"; serving runs {_count(trained.sites, 'batch norm')}"
-        return Claim(name, HOLDS if as_expected else FAILS, text)
+        text = f"training executes {_count(kernels.training, 'kernel')} in training mode, and serving runs"
+        return Claim(name, HOLDS if as_expected else FAILS, f"{text} {_count(trained.sites, 'site')}")
     as_expected, fused_sites = kernels.placed == source_kernels.placed, trained.raised
     if fused_sites:
         gradients = source_kernels.gradients + fused_sites if kernels.gradients or source_kernels.gradients else 0
