@@ -39,14 +39,15 @@ REWRITE: Mapping[str, str] = {
 """The passes of `bnqat rewrite` by name, in their order, as ``module:Class``; `SWITCHED` says which are optional."""
 
 FINALIZE: Mapping[str, str] = {
+    "inline-decided-calls": "passes.deploy.inline_decided_calls:InlineDecidedCalls",
     "settle-choices": "passes.control_flow.settle_choices:SettleChoices",
     "keep-serving": "passes.deploy.keep_serving:KeepServing",
     "bake-quantizers": "passes.deploy.bake_quantizers:BakeQuantizers",
     "inline-calls": "passes.deploy.inline_calls:InlineCalls",
     "fold-batch-norm": "passes.deploy.fold_batch_norm:FoldBatchNorm",
 }
-"""Those of `bnqat finalize`, in their order. The first runs where a constant keeps serving from its mode, the last two
-with `--fold`; `rewriter.app.finalize` decides, and repeats `inline-calls`."""
+"""Those of `bnqat finalize`, in their order. The first two run where a constant keeps serving from training, the
+last two with `--fold`; `rewriter.app.finalize` decides, and repeats `inline-decided-calls` and `inline-calls`."""
 
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""

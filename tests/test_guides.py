@@ -16,7 +16,10 @@ from tests.commands import command
 from tests.reliability.forks import Server
 
 ROOT = Path(__file__).resolve().parent.parent
-GUIDES = ("docs/keras.md", "docs/loops.md", "docs/distributed.md", "docs/deployment.md", "docs/migrating.md")
+GUIDES = (
+    *("docs/keras.md", "docs/loops.md", "docs/tensorflow1.md", "docs/distributed.md"),
+    *("docs/deployment.md", "docs/migrating.md"),
+)
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 SESSION = """

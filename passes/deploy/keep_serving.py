@@ -51,7 +51,8 @@ class KeepServing:
             raise Error(
                 "no signature and no function of the root normalises with the moving statistics alone: each trains, "
                 "takes its mode as an argument, or changes variables of batch norms; save the model with a signature "
-                "that fixes training=False (of a bnqat.KerasLayer, save its model)"
+                "that fixes training=False (of a bnqat.KerasLayer, save its model; of a TensorFlow 1 graph, a function "
+                "that calls its signature with is_training=False)"
             )
         names = [n for n, s in model.signatures.items() if s.entry in {e.function for e in serving}]
         kept = [e.function for e in serving]

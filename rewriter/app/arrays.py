@@ -66,6 +66,15 @@ def fitted(inputs: Arrays, specs: Mapping[str, Any]) -> dict[str, np.ndarray] | 
     return feeds
 
 
+def unfit(inputs: Arrays, specs: Mapping[str, Any]) -> str:
+    """Return the reason for which arrays are not a function's inputs by name: what is missing, or what it takes."""
+    takes = f"takes {', '.join(specs) or 'nothing'}"
+    missing = [name for name in specs if name not in inputs]
+    if missing and inputs.keys() <= specs.keys() and inputs:
+        return f"{takes}; {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing"
+    return f"{takes}, not {', '.join(inputs) or 'nothing'}"
+
+
 def refuse_not_finite(inputs: Arrays) -> None:
     """Refuse arrays of which NaN or infinity would spread to outputs, statistics and gradients.
 

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 
 from passes.batch_norm.batch_norms import names_of_sites
+from passes.batch_norm.entries import entries_of_root
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
 from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
 from passes.deploy.fold_batch_norm import FoldBatchNorm, folded
 from passes.deploy.inline_calls import InlineCalls
+from passes.deploy.inline_decided_calls import InlineDecidedCalls
 from passes.deploy.keep_serving import KeepServing, serves
 from passes.deploy.quantized_values import Quantized, tagged
 from rewriter.app.api import NothingToRewriteError
@@ -91,6 +93,11 @@ def finalize(
     before = load(source, tags)
     if not tagged(before) and is_finalized(source):
         raise NothingToRewriteError(f"{source} is finalised already; there is nothing to bake in")
+    if not before.signatures and not entries_of_root(before):
+        raise NothingToRewriteError(
+            f"{source} holds no signature and no function that could serve; save the model with "
+            "tf.saved_model.save(model, path, signatures=...)"
+        )
     if not tagged(before):
         raise NothingToRewriteError(
             f"no quantiser was found in {source}; finalize takes a model that bnqat rewrote, and that may have been "
@@ -99,8 +106,9 @@ def finalize(
     if inputs is not None:
         refuse_reaching(source, before, trust=trust)
     statistics_notes = lag_notes(source, before, inputs)
-    first_passes = [SettleChoices()] if before.object_based and _undecided(before) else []
-    serving_model, steps = Pipeline([*first_passes, KeepServing()], tuple(observers)).run(before)
+    decided, steps = _decided(before, tuple(observers))
+    serving_model, more_steps = Pipeline([KeepServing()], tuple(observers)).run(decided)
+    steps += more_steps
     plan = serving_model.analysis(trusted_stores if trust else quantized_stores)
     if not plan.values:
         raise NothingToRewriteError(f"what serves in {source} has no quantiser; there is nothing to bake in")
@@ -111,7 +119,8 @@ def finalize(
         after, more_steps = _folded(after, tuple(observers))
         steps += more_steps
     report = _report(before, after, steps, table)
-    report = replace(report, notes=[*statistics_notes, *report.notes], **_fold_layers(steps))
+    notes = [*statistics_notes, *report.notes, *_undecided_notes(serving_model)]
+    report = replace(report, notes=notes, **_fold_layers(steps))
     if dry_run:
         return report
 
@@ -129,6 +138,29 @@ def _undecided(model: Model) -> bool:
     calls = model.analysis(call_graph)
     reached = frozenset().union(*(calls.reached(e.function) for e in model.analysis(serves)))
     return not reached or any(site.training for site in model.analysis(sites) if site.graph in reached)
+
+
+def _undecided_notes(model: Model) -> list[str]:
+    """Return a sentence if the functions that serve still hold ops that only training needs."""
+    if not _undecided(model):
+        return []
+    return [
+        "what serves still holds ops that train batch norms: a constant keeps them from running, but they could not be "
+        "removed; of a TensorFlow 1 graph, save a signature made by model.prune, without the mode among its inputs"
+    ]
+
+
+def _decided(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
+    """Return a model without the choices of a mode that constants decide, in functions or through calls; the steps."""
+    steps = list[Step]()
+    if not model.object_based or not _undecided(model):
+        return model, steps
+    size, decided = _size(model), model
+    while not steps or (steps[-1].edits and _size(decided) <= GROWTH * size):
+        decided, more_steps = Pipeline([InlineDecidedCalls()], observers).run(decided)
+        steps += more_steps
+    decided, more_steps = Pipeline([SettleChoices()], observers).run(decided)
+    return decided, [*steps, *more_steps]
 
 
 def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:

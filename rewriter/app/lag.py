@@ -11,7 +11,7 @@ import tensorflow as tf
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import STATISTICS
-from rewriter.app.arrays import Arrays, fitted
+from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.loaded import Arguments
 from rewriter.app.reestimate import NEVER, REESTIMATED, estimates, trainer_of
 from rewriter.app.verification.running import attempt, loaded
@@ -87,14 +87,15 @@ def statistics_errors(path: str | Path, inputs: Arrays) -> dict[str, float]:
         raise Error(f"TensorFlow does not load {path}: {why}")
     if not hasattr(getattr(root, "quantization", None), "train"):
         raise Error(
-            f"{path} holds no training function to run the inputs with; save the rewritten model with "
+            f"{path} holds no training function to run the inputs with: a graph of TensorFlow 1 has none, and Keras' "
+            "export leaves it out; leave out the inputs, or save a rewritten model of TensorFlow 2 with "
             "tf.saved_model.save"
         )
     train = trainer_of(root)
     specs = {s.name: s for s in Arguments(root.quantization.train.concrete_functions[0]).specs}
     feeds = fitted(inputs, specs)
     if feeds is None:
-        raise Error(f"the training function takes {', '.join(specs)}, not {', '.join(inputs) or 'nothing'}")
+        raise Error(f"the training function {unfit(inputs, specs)}")
     rows = max((len(v) for v in feeds.values() if v.ndim), default=0)
     if rows < ROWS:
         raise Error(f"the inputs have {rows} rows; a batch of at least {ROWS} is needed to compare its statistics")

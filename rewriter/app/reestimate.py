@@ -71,6 +71,12 @@ def trainer_of(model: Any) -> Callable[[Any], object]:
     """
     quantization: Any = getattr(model, "quantization", None)
     if not hasattr(quantization, "train"):
+        names = {v.name for v in getattr(model, "variables", ())}
+        if quantization is None and "quantization/step:0" in names:
+            raise Error(
+                "the model is a graph of TensorFlow 1, which has no function train; reestimate_statistics needs one in "
+                "TensorFlow 2's format"
+            )
         raise Error("reestimate_statistics needs a model that bnqat rewrote and tf.saved_model.load loaded")
     arguments = Arguments(quantization.train.concrete_functions[0])
 

@@ -15,7 +15,7 @@ from passes.batch_norm.roles import ROLES
 from passes.deploy.quantized_values import tagged
 from passes.quantization.quantizer_marks import tag_of
 from passes.quantization.roles import MAX_BITS, MIN_BITS
-from rewriter.app.arrays import fitted
+from rewriter.app.arrays import fitted, unfit
 from rewriter.app.blocks import Block, Report
 from rewriter.app.show_runs import sensitivity_blocks, sensitivity_headline
 from rewriter.app.verification.running import attempt, loaded
@@ -185,7 +185,7 @@ def _runner(root: Any, inputs: Mapping[str, np.ndarray]) -> tuple[Callable[[], l
     specs = signature.structured_input_signature[1]
     feeds = fitted(inputs, specs)
     if feeds is None:
-        raise Error(f"the signature {names[0]} takes {', '.join(specs)}, not {', '.join(inputs) or 'nothing'}")
+        raise Error(f"the signature {names[0]} {unfit(inputs, specs)}")
     tensors = {name: tf.constant(feeds[name], spec.dtype) for name, spec in specs.items()}
 
     def run() -> list[np.ndarray]:

@@ -139,16 +139,26 @@ def finalize_blocks(report: FinalizeReport, *, sites: bool = False) -> Iterator[
     )
     baked = counted(len(report.baked), "variable")
     yield Line(f"{baked} quantised for good; signatures: {', '.join(report.signatures)}")
-    yield Line(
-        f"{counted(len(report.variables_removed), 'other variable')} and "
-        f"{counted(report.functions_before - report.functions, 'function')} removed"
-    )
+    yield Line(_removed(report))
     yield from _folded(report, sites=sites)
     yield from (Line(f"note: {note}") for note in report.notes)
     yield from (Line(f"also: {change}") for change in report.other_changes)
     if report.params:
         yield Line(f"codes, scales and zero points are in {report.params}")
     yield Line(f"written to {report.target}" if report.target else "dry run: nothing was written")
+
+
+def _removed(report: FinalizeReport) -> str:
+    """Return the numbers of removed variables, by what they were for, and of removed functions."""
+    controls = sum(name.startswith("quantization/") for name in report.variables_removed)
+    others = len(report.variables_removed) - controls
+    parts = [
+        f"{counted(controls, 'variable')} of the quantisation" if controls else "",
+        f"{counted(others, 'variable')} that serving does not read" if others else "",
+        counted(report.functions_before - report.functions, "function"),
+    ]
+    *first, last = [part for part in parts if part]
+    return f"removed: {', '.join(first)} and {last}" if first else f"removed: {last}"
 
 
 def _folded(report: FinalizeReport, *, sites: bool) -> Iterator[Line]:

@@ -534,6 +534,7 @@ def test_the_command(rewritten: Rewritten, model: Callable[[str], Path], tmp_pat
     code, said = command(path, final, "--params", tmp_path / "p.npz", "--report", report)
     assert code == 0, said
     assert "8 variables quantised for good; signatures: serving_default" in said
+    assert "removed: 11 variables of the quantisation and " in said
     assert json.loads(report.read_text())["variables_removed"]
     assert command(path, final)[0] == 2
     assert command(path, final, "--overwrite", "--fold")[0] == 0

@@ -511,7 +511,17 @@ def test_kernels_of_both_modes_are_placed_and_those_that_run_are_told(tmp_path: 
     verification = verify(tmp_path / "a", tmp_path / "b")
     assert statuses(verification) == dict.fromkeys(CLAIMS, HOLDS)
     assert "(2 reached)" in claim(verification, "kernels in inference").detail
-    assert "a TensorFlow 1 graph has no training function to compare with" in claim(verification, "training").detail
+    assert "which of its ops train, only its program knows" in claim(verification, "training").detail
+    detail = claim(verification, "kernels in training").detail
+    assert detail == "training executes 2 kernels in training mode, and serving runs 2 sites"
+
+
+def test_inputs_of_which_one_is_missing(model: Paths, rewritten: Paths) -> None:
+    pair = model("v1_two_fused_if"), rewritten("v1_two_fused_if")
+    with pytest.raises(bnqat.Error, match=r"none of the inputs given: .*; is_training is missing$"):
+        verify(*pair, inputs={"x": X})
+    with pytest.raises(bnqat.Error, match=r"; is_training is missing$"):
+        bnqat.sensitivity(pair[1], {"x": X})
 
 
 @pytest.mark.parametrize("references", [False, True])

@@ -226,9 +226,7 @@ def same_training(pair: Pair, trained: Trained) -> Claim:
     if trained.failure or trained.absent or trained.source_distances is None:
         no_training = "no function of the source is known to train and to take and return what serving does"
         if not pair.source.object_based:
-            no_training = (
-                "a TensorFlow 1 graph has no training function to compare with, but ops that its program names"
-            )
+            no_training = "the source is a TensorFlow 1 graph: which of its ops train, only its program knows"
         return Claim(name, NOT_APPLICABLE, trained.failure or trained.absent or trained.source_failure or no_training)
     distances, comparison = trained.source_distances, RoundingCheck()
     for number, (key, share) in enumerate(distances.found.items()):
@@ -346,7 +344,7 @@ def kernels_of_training(trained: Trained) -> Claim:
             why = "every batch norm is frozen" if trained.frozen else "neither serving nor training has a kernel"
             return Claim(name, NOT_APPLICABLE, why)
         as_expected = kernels.training == trained.sites
-        text = f"derived training: {_count(kernels.training, 'kernel')} in training mode, and serving runs"
+        text = f"training executes {_count(kernels.training, 'kernel')} in training mode, and serving runs"
         return Claim(name, HOLDS if as_expected else FAILS, f"{text} {_count(trained.sites, 'site')}")
     as_expected, fused_sites = kernels.placed == source_kernels.placed, trained.raised
     if fused_sites:

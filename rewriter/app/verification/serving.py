@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.sites import sites
-from rewriter.app.arrays import Arrays, fitted
+from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.verification.running import OFF, Ran, Session, attempt, last_bits, on_random, rows, session_of
 from rewriter.dataflow import Captured, Constant
 from rewriter.ir import Error, Model
@@ -137,7 +137,7 @@ def _source_run(
     except Error as e:
         return None, f"the signature {name}: {e}"
     if fed is None:
-        return None, f"the signature {name} takes {', '.join(specs) or 'nothing'}, not {', '.join(inputs) or 'nothing'}"
+        return None, f"the signature {name} {unfit(inputs, specs)}"
     return attempt(lambda: (run(fed), fed))
 
 

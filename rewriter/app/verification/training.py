@@ -13,7 +13,7 @@ from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.entries import TRAIN, Alignment, serving_signature
 from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
 from passes.training.frozen_layers import frozen_means
-from rewriter.app.arrays import Arrays, fitted
+from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
 from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random, rows, session_of
@@ -96,8 +96,7 @@ def train(pair: Pair, inputs: Arrays | None = None, seed: int = 0) -> Trained:
         return Trained(absent="the result has no training function of a rewrite")
     try:
         if inputs is not None and fitted(inputs, function.specs) is None:
-            takes = ", ".join(function.specs)
-            return Trained(absent=f"the training function takes {takes}, not {', '.join(inputs)}")
+            return Trained(absent=f"the training function {unfit(inputs, function.specs)}")
         trained_variables(pair, root)
     except Error as e:
         return Trained(absent=str(e))
