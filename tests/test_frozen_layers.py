@@ -201,7 +201,7 @@ def test_marks_say_nothing_where_nothing_is_trainable(tmp_path: Path) -> None:
     assert all(v.frozen for v in loaded.variables.values())
     assert frozen_layers(loaded) == {}
     report = bnqat.rewrite(tmp_path / "m", tmp_path / "out")
-    assert any("that batch norms train is assumed" in n for n in report.notes)
+    assert any("batch norms are assumed to train" in n for n in report.notes)
     assert trained(tmp_path / "out", tmp_path / "m")[0] == [True, True]
 
 

@@ -67,7 +67,7 @@ def test_one_request_and_the_verdict(browser: Browser, pages: Paths) -> None:
             "variables": f"·Variables: {added} added",
         }
         assert shown.page.locator("#skipped").count() == 0
-        assert report["headline"] == "2 batch norms became 4-bit; the quantisers are on, so outputs differ."
+        assert report["headline"] == "2 batch norms were quantised to 4 bits; the quantisers are on, so outputs differ."
         assert verdict["batch_norms_quantized"] == 2
         assert verdict["batch_norms"] == 2
         assert verdict["sites_rewritten"] == verdict["sites_found"] > 2
@@ -97,7 +97,7 @@ def test_every_site_is_as_the_report_says(name: str, browser: Browser, pages: Pa
                     i["node"],
                     i["port"],
                     f"{i['role']} of the batch" if i["use"] == "statistic" else i["role"],
-                    "—" if i["old"] is None else i["old"],
+                    i["old"] or (i["variable"] if i["variable"] and site["what"] == "same" else "—"),
                     "—" if i["new"] is None else i["quantized"] or i["new"],
                     "show the nodes that compute it" if i["formula"] else "",
                     i["port"] if i["node"] == site["node"] else f"{i['port']} of {i['node']}",

@@ -25,7 +25,7 @@ def derived_notes(
     layers = {layer_of[s.graph, s.node].number: layer_of[s.graph, s.node] for s in trained}
     unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
     if any(options.train_batch_norm_of(model, layer) == "as-source" for layer in unsaid):
-        text += "; that batch norms train is assumed (--train-batch-norm says otherwise)"
+        text += "; batch norms are assumed to train (else: --train-batch-norm)"
     yield Note(text + _assumed(model, trained, options), "train")
     if untrainable:
         names = _names(model, untrainable)

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
+from passes.batch_norm.entries import frozen
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.quantizer_marks import TAG, tag_of
@@ -95,6 +96,8 @@ def _site(comparison: Comparison, outcomes: Outcomes, site: Site, what: str, var
     status = "skipped" if reason else site.status
     gone = what == "removed"
     users = [] if gone else users_of_node(comparison.after, site.graph, site.node, outcomes.users_of)
+    if not gone and site.graph in comparison.after.analysis(frozen):
+        users = [f"{name} with frozen statistics" for name in users]
     inputs = list(_inputs(comparison, site, what, variables))
     return SiteDiff(site.graph, site.node, what, site.kind, site.mode, status, reason, users, inputs)
 

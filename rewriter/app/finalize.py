@@ -24,7 +24,7 @@ from rewriter.app.api import NothingToRewriteError
 from rewriter.app.by_layer import LayerReason, grouped
 from rewriter.app.finalized import is_finalized
 from rewriter.app.guard import check_parameters, refuse_files
-from rewriter.app.lag import lag_notes
+from rewriter.app.lag import lag_notes, untrained_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.report_schema import Baked, FinalizeReport, Skipped
 from rewriter.app.reports import versions
@@ -119,7 +119,7 @@ def finalize(
         after, more_steps = _folded(after, tuple(observers))
         steps += more_steps
     report = _report(before, after, steps, table)
-    notes = [*statistics_notes, *report.notes, *_undecided_notes(serving_model)]
+    notes = [*untrained_notes(before), *statistics_notes, *report.notes, *_undecided_notes(serving_model)]
     report = replace(report, notes=notes, **_fold_layers(steps))
     if dry_run:
         return report

@@ -29,13 +29,13 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
     fused = [layer for layer in layers if layer.fused]
     if not quantized and not fused:
         return f"The models differ in {counted(changes, 'place')}; no batch norm became quantised or the fused kernel."
-    became = _widths(quantized)
-    kernel = "the fused kernel"
     if {layer.name for layer in fused} == {layer.name for layer in quantized}:
-        text = f"{_of(len(quantized), verdict)} became {kernel} and {became}"
+        text = f"{_quantized(quantized, verdict)}, and each became one fused kernel"
     else:
-        parts = [f"{_of(len(quantized), verdict)} became {became}"] if quantized else []
-        parts += [f"{len(fused) if quantized else _of(len(fused), verdict)} became {kernel}"] if fused else []
+        parts = [_quantized(quantized, verdict)] if quantized else []
+        parts += (
+            [f"{len(fused) if quantized else _of(len(fused), verdict)} became one fused kernel each"] if fused else []
+        )
         text = ", ".join(parts)
     return f"{text}; {_outputs(after, fused=bool(fused))}." if quantized else f"{text}."
 
@@ -44,6 +44,16 @@ def _widths(layers: list[LayerDiff]) -> str:
     """Return the widths of layers, such as "4-bit" or "4- and 8-bit"."""
     widths = sorted({bits for layer in layers for bits in layer.bits})
     return f"{'- and '.join(map(str, widths))}-bit" if widths else "quantised"
+
+
+def _quantized(layers: list[LayerDiff], verdict: Verdict) -> str:
+    """Return how many batch norms were quantised, and to which widths: "2 batch norms were quantised to 4 bits"."""
+    widths = sorted({bits for layer in layers for bits in layer.bits})
+    return f"{_of(len(layers), verdict)} {_were(len(layers))} quantised to {' and '.join(map(str, widths))} bits"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
 
 
 def _of(number: int, verdict: Verdict) -> str:
@@ -58,7 +68,7 @@ def _outputs(after: Model, *, fused: bool) -> str:
     step, start = (_scalar(after, name) for name in ("step", "start_step"))
     if step is None or start is None or start <= step:
         return "the quantisers are on, so outputs differ"
-    return f"outputs are unchanged{' up to float rounding' if fused else ''} until step {start:,} of training"
+    return f"outputs are unchanged{', up to float rounding,' if fused else ''} until step {start:,} of training"
 
 
 def _scalar(model: Model, name: str) -> int | None:

@@ -12,6 +12,7 @@ from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import STATISTICS
 from rewriter.app.arrays import Arrays, fitted, unfit
+from rewriter.app.blocks import counted
 from rewriter.app.loaded import Arguments
 from rewriter.app.reestimate import NEVER, REESTIMATED, estimates, trainer_of
 from rewriter.app.verification.running import attempt, loaded
@@ -45,10 +46,22 @@ def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> l
         Error: the batch's statistics cannot be computed: the training function does not take it, it has too few rows,
             or the averages are of no known form.
     """
-    controls = _controls(model)
+    controls = _controls(model, "step", "freeze_step")
     if controls.get("step", 0) > controls.get("freeze_step", NEVER):
         return []
     return _step_notes(model, controls) if inputs is None else _batch_notes(statistics_errors(path, inputs))
+
+
+def untrained_notes(model: Model) -> list[str]:
+    """Return a sentence if the model's quantisers have not yet acted when it was trained."""
+    controls = _controls(model, "step", "start_step")
+    step, start = controls.get("step", 0), controls.get("start_step", 0)
+    if step > start or not start:
+        return []
+    return [
+        f"the model was trained for {counted(step, 'step')}, and its quantisers start at step {start}: no step of "
+        "training has seen a quantised value"
+    ]
 
 
 def notes_on_statistics(path: str | Path, model: Model, inputs: Arrays | None) -> list[str]:
@@ -147,9 +160,9 @@ def _step_notes(model: Model, controls: Mapping[str, int]) -> list[str]:
     ]
 
 
-def _controls(model: Model) -> dict[str, int]:
-    """Return the values of the control variables that say when statistics move, if the model has them."""
-    names = {f"quantization/{name}": name for name in ("step", "freeze_step")}
+def _controls(model: Model, *variables: str) -> dict[str, int]:
+    """Return the values of control variables by name, of those that the model has."""
+    names = {f"quantization/{name}": name for name in variables}
     keys = {names[v.name]: key for key, v in model.variables.items() if v.name in names and v.shape == ()}
     return {name: int(model.value_of(key)) for name, key in keys.items()}
 

@@ -14,7 +14,7 @@ function inputRow(site, i) {
   if (i.formula) formula.addEventListener("click", () => { view.inner = true; showPlace(); });
   return el("tr", { class: "input", "data-port": i.port, "data-node": i.node },
     el("td", {}, i.use === "statistic" ? `${i.role} of the batch` : i.role),
-    valueCell(i.old, i.variable, "old"), valueCell(i.new === null ? null : i.quantized || i.new, i.variable, "new"), formula,
+    i.old === null && i.variable && site.what === "same" ? el("td", { class: "old" }, i.variable) : valueCell(i.old, i.variable, "old"), valueCell(i.new === null ? null : i.quantized || i.new, i.variable, "new"), formula,
     el("td", { class: "port", title: i.node === site.node ? i.port : `${i.port} of ${i.node}` }, i.node === site.node ? i.port : `${i.port} of ${shorten(i.node, 40)}`));
 }
 

@@ -36,14 +36,18 @@ function textsOf(n, side) {
   return [`${sign} ${op}`.trim(), n.name.split("/").slice(-2).join("/")];
 }
 
+/** Nodes up to so many edges away. With all nodes, those that are drawn without are drawn as well. */
+function within(spot, hops, inner) {
+  return (spot.near !== null && spot.near <= hops) || (inner && spot.far <= hops);
+}
+
 /** Boxes and edges of a picture on one side: "before", "after" or "both"; null if there are none. The middle is at 0, 0. */
 function arrange(picture, hops, inner, side) {
   const there = (n) => side === "both" || Boolean(n.ops[side === "before" ? 0 : 1]);
   const kept = (e) => side === "both" || (side === "before" ? e.old : e.new);
   const boxes = new Map();
   for (const spot of picture.spots) {
-    const far = inner ? spot.far : spot.near;
-    if (far === null || far > hops || !there(spot)) continue;
+    if (!within(spot, hops, inner) || !there(spot)) continue;
     boxes.set(spot.name, { ...spot, texts: textsOf(spot, side), middle: spot.name === picture.middle });
   }
   if (!boxes.size) return null;

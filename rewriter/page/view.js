@@ -98,11 +98,11 @@ function showPictures(panes, hidden) {
 
 /** What of a function is not drawn, and how to see it. */
 function notDrawn(picture, hops, inner) {
-  const farther = picture.spots.filter((s) => (inner ? s.far : s.near) > hops).length;
-  const plumbing = inner ? 0 : picture.spots.filter((s) => s.near === null && s.far <= hops).length;
+  const farther = picture.spots.filter((s) => !within(s, hops, inner) && within(s, 3, inner)).length;
+  const plumbing = inner ? 0 : picture.spots.filter((s) => !within(s, hops, false) && within(s, hops, true)).length;
   const rest = Object.values(picture.hidden).reduce((sum, count) => sum + count, 0);
   return [
-    farther ? `${farther} more ${farther === 1 ? "box" : "boxes"} up to 3 steps away: press 2 or 3.` : "",
+    farther ? `${farther} more ${farther === 1 ? "box" : "boxes"} up to 3 steps away: press ${hops < 2 ? "2 or 3" : "3"}.` : "",
     plumbing ? `${plumbing} more among every node: press e.` : "",
     rest ? `Elsewhere in this function: ${plural(rest, "node")}.` : "",
     "A double click on a box goes there.",

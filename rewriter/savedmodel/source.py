@@ -62,6 +62,8 @@ def _file(path: Path) -> str:
     """Return what a path that is no directory holds, and what to do."""
     if path.with_name(f"{path.name}.index").is_file() or (path.is_file() and path.suffix == ".index"):
         return CHECKPOINT
+    if not path.exists():
+        return "does not exist"
     if not path.is_file():
         return NO_DIRECTORY
     if path.name in MODEL_FILES:

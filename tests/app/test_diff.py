@@ -113,7 +113,7 @@ def test_json_is_as_documented(model: Paths, rewritten: Paths) -> None:
 def test_text(model: Paths, rewritten: Paths, tmp_path: Path) -> None:
     after = rewritten("module", bits=4)
     lines = run(model("module"), after).stdout.splitlines()
-    assert lines[1] == "2 batch norms became 4-bit; the quantisers are on, so outputs differ."
+    assert lines[1] == "2 batch norms were quantised to 4 bits; the quantisers are on, so outputs differ."
     assert lines[2] == "no other changes (206 explained by the record of the rewrite)"
     assert lines[3] == "1 of 1 signature intact"
     assert lines[6] == "  2 batch norms: quantised, 4-bit"

@@ -547,7 +547,7 @@ def test_the_command(rewritten: Rewritten, model: Callable[[str], Path], tmp_pat
         ((path, tmp_path / "x", "--params", path / "p.npz"), "would lie in the model"),
         ((path, tmp_path / "x", "--params", tmp_path / "p.npz", "--dry-run"), "leave out one of them"),
         ((path, tmp_path / "x", "--params", tmp_path / "p.npz", "--fold"), "finalize once with each"),
-        ((tmp_path / "nowhere", tmp_path / "x"), "is not a directory"),
+        ((tmp_path / "nowhere", tmp_path / "x"), "does not exist"),
     ):
         code, said = command(*args)
         assert (code, (tmp_path / "x").exists()) == (2, False)

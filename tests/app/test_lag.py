@@ -143,3 +143,23 @@ def test_the_command_line(rewritten: Paths, tmp_path: Path) -> None:
     assert absent.exit_code == 2
     assert "there is no file" in absent.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_quantisers_that_never_acted_in_training(rewritten: Paths, tmp_path: Path) -> None:
+    def note_of(path: Path) -> list[str]:
+        all_notes = bnqat.finalize(path, tmp_path / "final", dry_run=True).notes
+        return [n for n in all_notes if "no step of training has seen a quantised value" in n]
+
+    path = rewritten("module", bits=4, start_step=2)
+    assert note_of(path) == [
+        "the model was trained for 0 steps, and its quantisers start at step 2: no step of training has seen a "
+        "quantised value"
+    ]
+    model = tf.saved_model.load(path)
+    for steps, noted in ((2, True), (1, False)):
+        for _ in range(steps):
+            model.train(tf.zeros([4, 8, 8, 3]))
+        saved = tmp_path / f"after_{int(model.quantization.step)}"
+        tf.saved_model.save(model, saved, signatures=model.signatures["serving_default"])
+        assert bool(note_of(saved)) is noted
+    assert note_of(rewritten("module", bits=4)) == []

@@ -62,7 +62,7 @@ def reports(model: Paths, rewritten: Paths, tmp_path_factory: pytest.TempPathFac
 REPRS = {
     "RewriteReport": "<RewriteReport: 2 of 2 batch norms quantised, 8 bits>",
     "FinalizeReport": "<FinalizeReport: 8 variables quantised for good, 2 batch norms folded>",
-    "Diff": "<Diff: 2 batch norms became 4-bit; the quantisers are on, so outputs differ.>",
+    "Diff": "<Diff: 2 batch norms were quantised to 4 bits; the quantisers are on, so outputs differ.>",
     "Inspection": r"<Inspection: .+, 2 batch norms: 2 quantised>",
     "Verification": "<Verification: 8 claims, 7 hold, 1 does not apply>",
     "Sensitivity": "<Sensitivity: 8 quantisers at 8, 2 bits, 4 inputs>",

@@ -93,7 +93,7 @@ def test_mistakes_are_one_line(forks: Server, model: Paths, rewritten: Paths, in
         ((path, "--inputs", tmp_path / "two.npz"), "takes x, not x, y"),
         ((path, "--inputs", inputs, "--bits", "1"), "widths are numbers from 2 to 16"),
         ((path, "--inputs", inputs, "--plot", tmp_path / "plot.xyz"), "cannot be written"),
-        ((tmp_path / "nowhere", "--inputs", inputs), "is not a directory"),
+        ((tmp_path / "nowhere", "--inputs", inputs), "does not exist"),
     ):
         done = forks.cli("sensitivity", *arguments)
         assert done.code == 2, (arguments, done.err)

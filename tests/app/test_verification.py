@@ -473,7 +473,7 @@ def unstrided(meta: Any) -> None:
 
 
 def test_what_is_no_model(module: Path, result: Path, tmp_path: Path) -> None:
-    with pytest.raises(bnqat.Error, match="is not a directory"):
+    with pytest.raises(bnqat.Error, match="does not exist"):
         verify(tmp_path / "nowhere", result)
     with pytest.raises(bnqat.Error, match=r"is a rewritten model and .*/module is none; pass the source first"):
         verify(result, module)
