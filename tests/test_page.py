@@ -288,6 +288,13 @@ def test_opens_readable_on_a_place_that_shows_something(name: str, browser: Brow
             assert first["sites"][0]["node"] in in_sight
             assert len(in_sight) >= min(5, len(boxes))
         after = {name for name, within, _ in shown.page.evaluate(SHOWN)[1] if within}
+        for key in ("3", "e", "u", "u", "e", "1"):  # in every other view, too
+            shown.page.keyboard.press(key)
+            shown.page.wait_for_timeout(100)
+            chosen = shown.page.evaluate("current.name")
+            assert all(
+                [chosen, True] in [[n, within] for n, within, _ in boxes] for boxes in shown.page.evaluate(SHOWN)
+            )
         site = first["sites"][0]
         own_inputs = [i for i in site["inputs"] if i["node"] == site["node"] and i["use"] == "input" and i["formula"]]
         assert own_inputs

@@ -123,6 +123,7 @@ function scrollable(pane, made, arranged) {
     return [way, go];
   }));
   box.addEventListener("scroll", () => {
+    if (!box.isConnected) return; // an event of a picture that another one has replaced
     for (const other of SCROLLED()) if (other.scrollLeft !== box.scrollLeft) other.scrollLeft = box.scrollLeft;
     countBeyond(box, made, arranged, beyond);
   });
