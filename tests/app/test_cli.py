@@ -234,7 +234,7 @@ def test_damaged_models_give_one_line(bnqat: Command, damage: str, text: str, mo
 
 
 def test_wrong_usage(bnqat: Command, model: Paths, tmp_path: Path) -> None:
-    assert_one_line(bnqat("rewrite", tmp_path / "none", tmp_path / "out"), "not a directory")
+    assert_one_line(bnqat("rewrite", tmp_path / "none", tmp_path / "out"), "does not exist")
     assert_one_line(
         bnqat("rewrite", model("module"), tmp_path / "out", "--report", tmp_path / "no/r.json"), "no directory"
     )

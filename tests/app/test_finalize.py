@@ -554,7 +554,7 @@ def test_the_command(rewritten: Rewritten, model: Callable[[str], Path], tmp_pat
         assert sentence in said
         assert len([line for line in said.splitlines() if line.startswith("bnqat: error")]) == 1
     code, said = command(final, tmp_path / "x")
-    assert (code, "no quantiser was found" in said) == (2, True)
+    assert (code, "is finalised already" in said) == (2, True)
 
 
 def test_a_finalised_model_is_told_as_such(model: Rewritten, rewritten: Rewritten, tmp_path: Path) -> None:
