@@ -157,10 +157,11 @@ class Settings(
         if self.freeze_step is None or not 0 < self.freeze_step <= whole:
             return []
         when = f"from step {self.start_step} on" + (f", wholly from step {whole} on" if self.ramp_steps else "")
-        follow = "only in part follow" if self.freeze_step > self.start_step else "never follow"
+        adapted = "only in part" if self.freeze_step > self.start_step else "never"
         return [
             f"statistics are frozen from step {self.freeze_step} on, and quantisers act {when}: moving statistics "
-            f"{follow} what quantisers change; a --freeze-step later than {whole} lets them, 0 keeps the source's"
+            f"adapt to the quantised model {adapted}; a --freeze-step later than {whole} lets them adapt, and 0 "
+            "keeps those of the source"
         ]
 
     @property

@@ -203,10 +203,10 @@ def test_python_takes_mappings(model: Paths, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("steps", "noted"),
     [
-        ((100, 0, 50), "never follow"),
-        ((100, 0, 100), "never follow"),  # the first quantised step is the first frozen one
-        ((100, 50, 120), "only in part follow"),
-        ((100, 50, 150), "only in part follow"),
+        ((100, 0, 50), "adapt to the quantised model never"),
+        ((100, 0, 100), "adapt to the quantised model never"),  # the first quantised step is the first frozen one
+        ((100, 50, 120), "adapt to the quantised model only in part"),
+        ((100, 50, 150), "adapt to the quantised model only in part"),
         ((100, 50, 151), ""),
         ((100, 0, 101), ""),
         ((100, 0, 0), ""),  # the source's statistics, all along
