@@ -1,4 +1,4 @@
-"""What the libraries log does not come through, and everything else does."""
+"""Lines that the libraries log do not come through, and all others do."""
 
 from __future__ import annotations
 

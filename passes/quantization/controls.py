@@ -86,6 +86,13 @@ def has_quantizers(model: Model) -> bool:
     return any(v.name.startswith("quantization/bits/") for v in model.variables.values())
 
 
+def control_values(model: Model, *names: str) -> dict[str, int]:
+    """Return the values of the scalars `quantization/<name>`, by name, of those that the model has."""
+    full_names = {f"quantization/{name}": name for name in names}
+    keys = {full_names[v.name]: key for key, v in model.variables.items() if v.name in full_names and v.shape == ()}
+    return {name: int(model.value_of(key)) for name, key in keys.items()}
+
+
 def increment(model: Model) -> Apply:
     """Return the op that counts one step."""
     return op("AssignAddVariableOp", handle(step(model)), constant(1, "int64"))

@@ -154,10 +154,8 @@ def rewrite(
     after, steps = Pipeline(pipeline_passes, observers).run(before)
     report = report_of(before, after, steps)
     quantizing = any(isinstance(p, Quantize) for p in pipeline_passes)
-    if quantizing:
-        report = replace(report, notes=[*report.notes, *options.notes])
-    if is_finalized(source):
-        report = replace(report, notes=[FINALIZED, *report.notes])
+    first_notes = [FINALIZED] if is_finalized(source) else []
+    report = replace(report, notes=[*first_notes, *report.notes, *(options.notes if quantizing else [])])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))

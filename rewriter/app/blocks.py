@@ -153,6 +153,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def widths_text(widths: Sequence[int]) -> str:
+    """Return sorted widths as "4 bits", "4 and 8 bits" or "2 to 8 bits"."""
+    two = 2
+    between = " and " if len(widths) == two else " to "
+    return f"{between.join(str(bits) for bits in dict.fromkeys((widths[0], widths[-1])))} bits"
+
+
 SHOWN = 3
 """Number of names that a line lists."""
 

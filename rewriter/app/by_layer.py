@@ -1,4 +1,4 @@
-"""What became of each layer, and reasons by layer, from outcomes and reasons by site."""
+"""Outcomes and reasons by layer, made from those by site."""
 
 from __future__ import annotations
 

@@ -96,17 +96,18 @@ def diff(
 
         with waiting(f"comparing {before} and {after}"):
             comparison = compare(before, after, **options)
-            lines = list(diff_lines(comparison.title, comparison.report, verbose=verbose))
             if site is not None:
                 text = comparison.to_svg(*comparison.site(site), hops)
-            elif form == "text":
-                text = text_of(lines) + "\n"
-            else:
+            elif form != "text":
                 text = comparison.to_json() if form == "json" else comparison.to_html()
-        if form == "text" and output is None:
-            print_blocks(lines)
-        else:
+        if form != "text":
             _write_comparison(text, output)
+        else:
+            lines = diff_lines(comparison.title, comparison.report, verbose=verbose)
+            if output is None:
+                print_blocks(lines)
+            else:
+                _write_comparison(text_of(lines) + "\n", output)
     if exit_code and comparison.report.changes:
         sys.exit(1)
 

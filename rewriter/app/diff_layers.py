@@ -25,7 +25,7 @@ MAX_UPDATE = 12
 
 
 class Outcomes(NamedTuple):
-    """What became of the sites of the model before, and what a log says.
+    """Outcomes of the sites of the model before, and the facts of a log.
 
     Attributes:
         rewritten: the sites that are quantised in the model after only, by graph and node.

@@ -32,7 +32,7 @@ from rewriter.app.work import gc_paused
 from rewriter.dataflow import call_graph
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Model, unused
-from rewriter.pipeline import Observer, Pipeline, Step
+from rewriter.pipeline import Observer, Pass, Pipeline, Step
 from rewriter.reach import refuse_reaching
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.staging import refuse_existing, refuse_overlap
@@ -152,29 +152,30 @@ def _undecided_notes(model: Model) -> list[str]:
 
 def _decided(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
     """Return a model without the choices of a mode that constants decide, in functions or through calls; the steps."""
-    steps = list[Step]()
     if not model.object_based or not _undecided(model):
-        return model, steps
-    size, decided = _size(model), model
-    while not steps or (steps[-1].edits and _size(decided) <= GROWTH * size):
-        decided, more_steps = Pipeline([InlineDecidedCalls()], observers).run(decided)
-        steps += more_steps
+        return model, []
+    decided, steps = _inlined(model, InlineDecidedCalls(), observers)
     decided, more_steps = Pipeline([SettleChoices()], observers).run(decided)
     return decided, [*steps, *more_steps]
 
 
 def _folded(model: Model, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
     """Return a model with batch norms folded into convolutions, after inlining its layers; and the steps."""
-    size = _size(model)
-    inlined, steps = model, list[Step]()
-    while not steps or (steps[-1].edits and _size(inlined) <= GROWTH * size):
-        inlined, more_steps = Pipeline([InlineCalls()], observers).run(inlined)
-        steps += more_steps
+    inlined, steps = _inlined(model, InlineCalls(), observers)
     # Functions stay as they are if nothing was folded, or a layer and its convolution are still in two graphs.
     if steps[-1].edits or not folded(inlined):
         inlined, steps = model, []
     result, more_steps = Pipeline([FoldBatchNorm()], observers).run(inlined)
     return result, [*steps, *more_steps]
+
+
+def _inlined(model: Model, by: Pass, observers: Sequence[Observer]) -> tuple[Model, list[Step]]:
+    """Return a model after a pass that inlines calls, run until it has no edits or the model has grown; the steps."""
+    size, steps = _size(model), list[Step]()
+    while not steps or (steps[-1].edits and _size(model) <= GROWTH * size):
+        model, more_steps = Pipeline([by], observers).run(model)
+        steps += more_steps
+    return model, steps
 
 
 def _size(model: Model) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from rewriter.app.blocks import counted
+from passes.quantization.controls import control_values
+from rewriter.app.blocks import counted, widths_text
 from rewriter.diff.report import LayerDiff, Verdict
 from rewriter.ir import Model
 
@@ -20,8 +21,9 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
         return "The two models are the same."
     finalized = [layer for layer in layers if layer.status == "finalised"]
     if finalized:
+        widths = f"{'- and '.join(map(str, _widths(finalized)))}-bit"
         are = "holds its" if len(finalized) == 1 else "hold their"
-        return f"{_of(len(finalized), verdict)} {are} {_widths(finalized)} values for good: the model is finalised."
+        return f"{_of(len(finalized), verdict)} {are} {widths} values for good: the model is finalised."
     released = [layer for layer in layers if layer.status == "no longer quantised"]
     if released:
         return f"{_of(len(released), verdict)} {'is' if len(released) == 1 else 'are'} no longer quantised."
@@ -40,16 +42,13 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
     return f"{text}; {_outputs(after, fused=bool(fused))}." if quantized else f"{text}."
 
 
-def _widths(layers: list[LayerDiff]) -> str:
-    """Return the widths of layers, such as "4-bit" or "4- and 8-bit"."""
-    widths = sorted({bits for layer in layers for bits in layer.bits})
-    return f"{'- and '.join(map(str, widths))}-bit" if widths else "quantised"
-
-
 def _quantized(layers: list[LayerDiff], verdict: Verdict) -> str:
     """Return how many batch norms were quantised, and to which widths: "2 batch norms were quantised to 4 bits"."""
-    widths = sorted({bits for layer in layers for bits in layer.bits})
-    return f"{_of(len(layers), verdict)} {_were(len(layers))} quantised to {' and '.join(map(str, widths))} bits"
+    return f"{_of(len(layers), verdict)} {_were(len(layers))} quantised to {widths_text(_widths(layers))}"
+
+
+def _widths(layers: list[LayerDiff]) -> list[int]:
+    return sorted({bits for layer in layers for bits in layer.bits})
 
 
 def _were(number: int) -> str:
@@ -65,15 +64,8 @@ def _of(number: int, verdict: Verdict) -> str:
 
 def _outputs(after: Model, *, fused: bool) -> str:
     """Return from which step of training on the second model's outputs are those of a quantised model."""
-    step, start = (_scalar(after, name) for name in ("step", "start_step"))
-    if step is None or start is None or start <= step:
+    controls = control_values(after, "step", "start_step")
+    step, start = controls.get("step", 0), controls.get("start_step", 0)
+    if start <= step:
         return "the quantisers are on, so outputs differ"
     return f"outputs are unchanged{', up to float rounding,' if fused else ''} until step {start:,} of training"
-
-
-def _scalar(model: Model, name: str) -> int | None:
-    """Return the value of a variable that controls quantisation; None if there is none."""
-    for key, variable in model.variables.items():
-        if variable.name == f"quantization/{name}":
-            return int(model.value_of(key))
-    return None

@@ -11,6 +11,7 @@ import tensorflow as tf
 from passes.batch_norm.batch_norms import batch_norms
 from passes.batch_norm.roles import MEAN, VARIANCE
 from passes.batch_norm.sites import STATISTICS
+from passes.quantization.controls import control_values
 from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.blocks import counted
 from rewriter.app.loaded import Arguments
@@ -46,7 +47,7 @@ def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> l
         Error: the batch's statistics cannot be computed: the training function does not take it, it has too few rows,
             or the averages are of no known form.
     """
-    controls = _controls(model, "step", "freeze_step")
+    controls = control_values(model, "step", "freeze_step")
     if controls.get("step", 0) > controls.get("freeze_step", NEVER):
         return []
     return _step_notes(model, controls) if inputs is None else _batch_notes(statistics_errors(path, inputs))
@@ -54,7 +55,7 @@ def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> l
 
 def untrained_notes(model: Model) -> list[str]:
     """Return a sentence if the model's quantisers have not yet acted when it was trained."""
-    controls = _controls(model, "step", "start_step")
+    controls = control_values(model, "step", "start_step")
     step, start = controls.get("step", 0), controls.get("start_step", 0)
     if step > start or not start:
         return []
@@ -158,13 +159,6 @@ def _step_notes(model: Model, controls: Mapping[str, int]) -> list[str]:
         f"momentum {momentum:.6g}, so they may lag behind the weights: bnqat.reestimate_statistics replaces them by "
         "averages over data, and --inputs compares them with those of a batch"
     ]
-
-
-def _controls(model: Model, *variables: str) -> dict[str, int]:
-    """Return the values of control variables by name, of those that the model has."""
-    names = {f"quantization/{name}": name for name in variables}
-    keys = {names[v.name]: key for key, v in model.variables.items() if v.name in names and v.shape == ()}
-    return {name: int(model.value_of(key)) for name, key in keys.items()}
 
 
 def _reestimated(model: Model) -> bool:

@@ -224,7 +224,7 @@ class Declined:
 
 @dataclass(frozen=True)
 class LayerOutcome:
-    """What became of a batch norm of the source.
+    """The outcome of a rewrite for one batch norm of the source.
 
     Attributes:
         status: ``rewritten``, ``partly rewritten`` if this is true of some of its sites only, or ``skipped``.

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import Line, Table, columns, counted, layers_named
+from rewriter.app.blocks import Line, Table, columns, counted, layers_named, widths_text
 
 if TYPE_CHECKING:
     from rewriter.app.report_schema import RewriteReport, SkippedLayers
@@ -19,7 +19,7 @@ LINES = 8
 def rewrite_headline(report: RewriteReport) -> str:
     """Return the numbers of batch norms that were rewritten and found, and their widths."""
     number = sum(layer.status == "rewritten" for layer in report.layers)
-    widths = f", {_widths(report)}" if report.bits else ""
+    widths = f", {widths_text(report.bits)}" if report.bits else ""
     return f"{number} of {counted(len(report.layers), 'batch norm')} {_verb(report)}{widths}"
 
 
@@ -61,13 +61,6 @@ def _verb(report: RewriteReport) -> str:
     return "quantised" if report.schedule else "rewritten"
 
 
-def _widths(report: RewriteReport) -> str:
-    """Return the widths of quantisers, such as "4 bits", "4 and 8 bits" or "2 to 8 bits"."""
-    most = 2
-    between = " and " if len(report.bits) == most else " to "
-    return f"{between.join(str(bits) for bits in dict.fromkeys((report.bits[0], report.bits[-1])))} bits"
-
-
 def _found(report: RewriteReport) -> str:
     """Return the numbers of layers by what became of them."""
     number = len(report.layers)
@@ -75,7 +68,7 @@ def _found(report: RewriteReport) -> str:
         return "no batch norm found"
     statuses = Counter(layer.status for layer in report.layers)
     parts = [f"{counted(number, 'batch norm')} found", f"{statuses['rewritten']} {_verb(report)}"]
-    parts[1] += f" to {_widths(report)}" if report.bits else ""
+    parts[1] += f" to {widths_text(report.bits)}" if report.bits else ""
     if statuses["partly rewritten"]:
         parts.append(f"{statuses['partly rewritten']} in part")
     if statuses["skipped"]:

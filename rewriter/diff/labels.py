@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import MAIN, Graph, Model, Value
+from rewriter.liveness import Assumption
 
 TRACED = re.compile(r"__(?:inference|forward|backward)_(.+)_(\d+)")
 """Name that `tf.function` gives a trace: the Python function's name and a running number."""
@@ -57,20 +58,14 @@ def users_of_node(model: Model, graph: str, node: str, users_of: Mapping[str, li
     return [name for name, needed in model.analysis(_needed).items() if node in needed]
 
 
-def _needed(model: Model) -> Mapping[str, frozenset[str]]:
+def _needed(model: Model) -> Mapping[str, Collection[str]]:
     """Return the nodes of the main graph that each of its signatures needs."""
-    main = model.graphs[MAIN]
-    needed: dict[str, frozenset[str]] = {}
-    for name, signature in model.signatures.items():
-        found: set[str] = set()
-        waiting = [] if signature.entry else [value.node for value in signature.fetches]
-        while waiting:
-            node = main.nodes[waiting.pop()]
-            if node.name not in found:
-                found.add(node.name)
-                waiting += [*(value.node for value in node.inputs), *node.after]
-        needed[name] = frozenset(found)
-    return needed
+    main = Assumption(model, model.graphs[MAIN], {})
+    return {
+        name: main.needed(value.node for value in signature.fetches)
+        for name, signature in model.signatures.items()
+        if not signature.entry
+    }
 
 
 def variable_of(model: Model, graph: Graph, name: str) -> str:

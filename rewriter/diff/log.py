@@ -149,7 +149,7 @@ def read_record(file: Path) -> Record | None:
 
 
 class Log(NamedTuple):
-    """What a log says that a comparison uses.
+    """The part of a log that a comparison uses.
 
     Attributes:
         skipped: (graph, node) of a site that a rewrite skipped -> the reason.

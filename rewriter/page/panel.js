@@ -3,7 +3,7 @@ function rows(head, body) {
   return el("table", {}, el("thead", {}, el("tr", {}, ...head.map((h) => el("th", {}, h)))), el("tbody", {}, ...body));
 }
 
-/** How a value reaches an input: the variable, or the tensor by the end of its name; the whole name on request. */
+/** The cell of a value that reaches an input: the variable, or the tensor by the end of its name; the whole name on request. */
 function valueCell(name, variable, kind) {
   if (name === null) return el("td", { class: `${kind} faint` }, "—");
   return el("td", { class: kind, title: name }, variable || shorten(name, 48));

@@ -65,7 +65,7 @@ function currentPicture() {
   return at ? pictureOf(at[0]) : null;
 }
 
-/** How far a picture goes for the current place: nodes that are hidden, or further away, are shown when asked for. */
+/** The distance that a picture goes to for the current place, and if it has all nodes: a hidden or distant node that is chosen is drawn. */
 function reach(picture) {
   const spot = picture.spots.find((s) => s.name === current.name);
   const inner = view.inner || Boolean(spot && spot.near === null);
@@ -96,7 +96,7 @@ function showPictures(panes, hidden) {
   hidden.textContent = notDrawn(picture, hops, inner);
 }
 
-/** What of a function is not drawn, and how to see it. */
+/** Counts of the nodes of a function that are not drawn, and the keys that show them. */
 function notDrawn(picture, hops, inner) {
   const farther = picture.spots.filter((s) => !within(s, hops, inner) && within(s, 3, inner)).length;
   const plumbing = inner ? 0 : picture.spots.filter((s) => !within(s, hops, false) && within(s, hops, true)).length;

@@ -61,7 +61,7 @@ def test_a_mode_that_a_caller_fixes_is_the_only_one_left(
 def test_a_note_says_if_ops_for_training_stay(
     rewritten: Rewritten, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a call cannot be inlined, the constant stays in another graph than the choice."""
+    """A note is given if a call cannot be inlined: the constant and the choice stay in two graphs."""
     tuned = saved_for_serving(rewritten("v1_by_hand_references", bits=5), tmp_path / "tuned")
     monkeypatch.setattr(InlineDecidedCalls, "edits", lambda *_: [])
     report = bnqat.finalize(tuned, tmp_path / "final", dry_run=True)
