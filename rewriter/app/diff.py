@@ -164,13 +164,9 @@ def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
     )
     signatures = set(before.source.proto.meta_graphs[before.source.index].signature_def) - OPS_ALONE
     broken = {c.name for c in comparison.changes if c.kind == SIGNATURE and c.what != "added" and _changes_interface(c)}
-    fused = {
-        k
-        for k, s in site_at.items()
-        if s.kind == "decomposed" and became[k] and all(sites_after[j].kind == "fused" for j in became[k])
-    }
+    heirs = {k: [sites_after[j] for j in keys] for k, keys in became.items()}
     users_of = users(after)
-    layers = list(layer_diffs(comparison, Outcomes(rewritten, fused, reasons, log.baked, users_of)))
+    layers = list(layer_diffs(comparison, Outcomes(rewritten, heirs, reasons, log.baked, users_of)))
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),
         batch_norms_quantized=sum(layer.status == "quantised" for layer in layers),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
@@ -29,14 +29,14 @@ class Outcomes(NamedTuple):
 
     Attributes:
         rewritten: the sites that are quantised in the model after only, by graph and node.
-        fused: those that single ops computed before and the fused kernel computes after.
+        became: the sites of the model after that each became.
         reasons: the reasons for which a rewrite skipped others.
         baked: name of a batch norm whose variables hold quantised values for good -> their widths.
         users_of: graph of the model after -> what runs it.
     """
 
     rewritten: Collection[Key]
-    fused: Collection[Key]
+    became: Mapping[Key, Sequence[Site]]
     reasons: Mapping[Key, str]
     baked: Mapping[str, set[int]]
     users_of: Mapping[str, list[str]]
@@ -58,10 +58,17 @@ def layer_diffs(comparison: Comparison, outcomes: Outcomes) -> Iterator[LayerDif
         ]
         main_first = sorted(site_diffs, key=lambda s: (s.what == "removed", _obscurity(after, s), s.mode == "training"))
         sites_before = {(s.graph, s.node): s for s in old[name].sites} if name in old else {}
-        bits = {tag["bits"] for s in now.values() for tag in s.binding.quantized}
+        # Constants that became variables give the layer another name, so its sites are followed, too.
+        heirs = [heir for key in sites_before for heir in outcomes.became[key]]
+        bits = {tag["bits"] for s in (*now.values(), *heirs) for tag in s.binding.quantized}
         status = "finalised" if name in outcomes.baked else _status(sites_before, outcomes, quantized=bool(bits))
-        is_fused = not sites_before.keys().isdisjoint(outcomes.fused)
-        yield LayerDiff(name, main_first, status, sorted(outcomes.baked.get(name, bits)), is_fused)
+        fused = any(_became_kernel(site, outcomes.became[key]) for key, site in sites_before.items())
+        yield LayerDiff(name, main_first, status, sorted(outcomes.baked.get(name, bits)), fused)
+
+
+def _became_kernel(site: Site, heirs: Sequence[Site]) -> bool:
+    """Return true if single ops computed a site before, and the fused kernel computes what it became."""
+    return site.kind == "decomposed" and bool(heirs) and all(heir.kind == "fused" for heir in heirs)
 
 
 def _obscurity(model: Model, site: SiteDiff) -> int:

@@ -235,3 +235,13 @@ def _first_change(record: Any) -> Any:
     """Return the entry of a record's first change: its author and its hash."""
     change: Any = next(iter(next(iter(next(iter(record["changes"].values())).values())).values()))
     return change
+
+
+def test_layers_whose_constants_became_variables(model: Paths, tmp_path: Path) -> None:
+    """The layers have other names then, and are quantised nonetheless."""
+    bnqat.rewrite(model("frozen_v1"), tmp_path / "q", bits=4, unfreeze_constants=True)
+    difference = bnqat.diff(model("frozen_v1"), tmp_path / "q")
+    before = [layer for layer in difference.report.layers if layer.status != "new"]
+    assert [(layer.status, layer.bits, layer.fused) for layer in before] == [("quantised", [4], True)] * 2
+    assert difference.report.verdict.batch_norms_skipped == 0
+    assert difference.headline.startswith("2 batch norms were quantised to 4 bits, and each became one fused kernel; ")
