@@ -44,7 +44,9 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
 
 def _quantized(layers: list[LayerDiff], verdict: Verdict) -> str:
     """Return how many batch norms were quantised, and to which widths: "2 batch norms were quantised to 4 bits"."""
-    return f"{_of(len(layers), verdict)} {_were(len(layers))} quantised to {widths_text(_widths(layers))}"
+    partly = sum(layer.status == "partly" for layer in layers)
+    part = f" ({partly} of them only in some places)" if partly else ""
+    return f"{_of(len(layers), verdict)} {_were(len(layers))} quantised to {widths_text(_widths(layers))}{part}"
 
 
 def _widths(layers: list[LayerDiff]) -> list[int]:

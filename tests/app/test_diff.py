@@ -12,6 +12,9 @@ from click.testing import CliRunner, Result
 
 import bnqat
 from rewriter.app.cli import main
+from rewriter.app.headline import headline
+from rewriter.diff.report import LayerDiff, Verdict
+from rewriter.ir import Model
 from tests import harness
 from tests.models import save_module
 from tests.mutate import function_with, mutated, nodes_of, rename_functions, with_record, with_value
@@ -245,3 +248,12 @@ def test_layers_whose_constants_became_variables(model: Paths, tmp_path: Path) -
     assert [(layer.status, layer.bits, layer.fused) for layer in before] == [("quantised", [4], True)] * 2
     assert difference.report.verdict.batch_norms_skipped == 0
     assert difference.headline.startswith("2 batch norms were quantised to 4 bits, and each became one fused kernel; ")
+
+
+def test_the_headline_tells_layers_that_are_quantised_in_part() -> None:
+    layers = [LayerDiff("a", [], "quantised", [4], fused=False), LayerDiff("b", [], "partly", [8], fused=False)]
+    verdict = Verdict(3, 1, 1, 5, 3, 0, 2, 0, 1, 1)
+    assert headline(Model({}), layers, verdict, 9) == (
+        "2 of 3 batch norms were quantised to 4 and 8 bits (1 of them only in some places); "
+        "the quantisers are on, so outputs differ."
+    )
