@@ -18,6 +18,7 @@ from passes.options import Flag, Help, PassOptions
 from passes.quantization.options import ScheduleOptions
 from passes.quantization.roles import Role
 from passes.training.options import DeriveOptions, FreezeOptions
+from passes.weights.roles import WEIGHT
 from rewriter.ir import Error
 
 REWRITE: Mapping[str, str] = {
@@ -52,7 +53,10 @@ last two with `--fold`; `rewriter.app.finalize` decides, and repeats `inline-dec
 PASSES: Mapping[str, str] = {**REWRITE, **FINALIZE}
 """All passes; `--passes` takes each of these names."""
 
-PROVIDERS: dict[str, tuple[Role, ...]] = {"passes.batch_norm.points:BatchNormPoints": QUANTIZED}
+PROVIDERS: dict[str, tuple[Role, ...]] = {
+    "passes.batch_norm.points:BatchNormPoints": QUANTIZED,
+    "passes.weights.points:WeightPoints": (WEIGHT,),
+}
 """The providers of what `quantize` quantises, as ``module:Class``, and the roles of their values."""
 
 

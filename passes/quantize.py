@@ -14,7 +14,7 @@ from passes.quantization.insertion import Family, insertion, why_not
 from passes.quantization.options import ScheduleOptions
 from passes.quantization.points import Provider, QuantizationPoint
 from passes.quantization.roles import Role
-from passes.quantization.schemes import SCHEMES
+from passes.quantization.schemes import SCHEMES, Scheme
 from rewriter.edit import Edit, Note, Skip
 from rewriter.ir import Edge, Error, Model
 
@@ -74,7 +74,7 @@ class Quantize(ScheduleOptions):
                 elif not isinstance(item, QuantizationPoint):
                     later.append(item)
                 elif quantizer := family.quantizers[item.role][item.layer]:
-                    reason = why_not(model, family.layers[item.layer], quantizer, item)
+                    reason = why_not(model, family.layers[item.layer], quantizer, item) or _no_range(family, item)
                     if reason:
                         yield Skip(item.edge.graph, item.edge.node, reason)
                     else:
@@ -119,7 +119,7 @@ class Quantize(ScheduleOptions):
             role.name: [quantizer_for(model, self._default(role), self.rules, role.name, layer) for layer in layers]
             for role in provider.roles
         }
-        return Family(layers, quantizers, [])
+        return Family(layers, quantizers, frozenset(role.name for role in provider.roles if role.device))
 
     def _refuse_unmatched(self, model: Model, families: Iterable[Family]) -> None:
         """Refuse a rule that matches no layer.
@@ -131,6 +131,15 @@ class Quantize(ScheduleOptions):
         rule = unmatched(model, self.rules, members) if members else None
         if rule is not None:
             raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {members[0].name}, say")
+
+
+def _no_range(family: Family, point: QuantizationPoint) -> str:
+    """Return the reason why a layer has no range to keep; empty if it has, or needs none."""
+    try:
+        family.keep_range(point.role, point.layer)
+    except Error as e:
+        return str(e)
+    return ""
 
 
 def _refuse_twice(families: Iterable[Family]) -> None:
@@ -154,6 +163,7 @@ def _refuse_unsuited(role: Role, quantizers: Iterable[Quantizer | None]) -> None
         Error: a quantiser has one; the message says why it makes no sense.
     """
     for quantizer in quantizers:
-        for option in () if quantizer is None else (quantizer.name, quantizer.range.name):
+        granularity = quantizer.granularity if isinstance(quantizer, Scheme) else None
+        for option in () if quantizer is None else (quantizer.name, quantizer.range.name, granularity or ""):
             if option in role.unsuited:
                 raise Error(f"{role.name}: {role.unsuited[option]}")

@@ -197,7 +197,7 @@ def test_options_that_do_not_suit_them(source: Path, tmp_path: Path) -> None:
     with pytest.raises(bnqat.Error, match="bias: the scheme log is for values above zero"):
         bnqat.rewrite(source, tmp_path / "q", scheme={"bias": "log"})
     with pytest.raises(
-        bnqat.Error, match="'bia' is no role; there are gamma, beta, moving_mean, moving_variance, bias"
+        bnqat.Error, match="'bia' is no role; there are gamma, beta, moving_mean, moving_variance, weight, bias"
     ):
         bnqat.rewrite(source, tmp_path / "q", bits={"bia": 4})
     assert not (tmp_path / "q").exists()

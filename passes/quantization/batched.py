@@ -174,7 +174,7 @@ class _RowQuantizer:
 
     def partly(self, noise: Expr | None, amount: Expr) -> Expr:
         """Return the values, blended with the quantised ones by `amount` where the width in force is not 0."""
-        acting = wide(self._of_blocks(self.bits)) & self.values.defined
+        acting = wide(self._of_blocks(self.bits)) & self._defined
         return select(acting, self._on_grid(noise).blend(amount), self.values.value)
 
     def fully(self, noise: Expr | None) -> Expr:
@@ -192,7 +192,13 @@ class _RowQuantizer:
             if ceiling is not None:
                 steps = op("Minimum", steps, self._of_blocks(ceiling))
             quantized = scheme.value(grid.level(steps))
-        return op("Select", self.values.defined, cast(quantized, value.dtype), value)
+        return op("Select", self._defined, cast(quantized, value.dtype), value)
+
+    @property
+    def _defined(self) -> Expr:
+        if self.values.defined is None:
+            raise AssertionError("the padding of blocks is not quantised")
+        return self.values.defined
 
     def _on_grid(self, noise: Expr | None) -> OnGrid:
         return OnGrid(self.values, self.grid.mapped(self._of_blocks), noise)

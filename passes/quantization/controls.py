@@ -11,6 +11,7 @@ import numpy as np
 
 from passes.quantization.batched import execution_mode
 from passes.quantization.custom import Quantizer
+from passes.quantization.kept_ranges import KeptRange, KeptRanges
 from passes.quantization.node_marks import AMOUNT, marked
 from passes.quantization.quantizers import learned_limits
 from passes.quantization.ranges import Ema, Fixed, Learned
@@ -137,6 +138,7 @@ class Controls:
         execution_mode: int32 scalar, the branch of batched calls: see `passes.quantization.batched.execution_mode`.
         limits: float32 [rows, 2], the ranges that are not dynamic, each in its scheme's coordinate; or None.
         key: uint64 [1], the key of random numbers: the step.
+        kept: the ranges of weights that are kept, by role; they are none of `limits`.
     """
 
     def __init__(
@@ -145,6 +147,7 @@ class Controls:
         quantizers: Mapping[str, Sequence[Quantizer | None]],
         schedule: Schedule,
         limits: Mapping[str, np.ndarray],
+        kept: Mapping[str, Mapping[int, KeptRange]],
     ) -> None:
         self.model = model
         self.quantizers = quantizers
@@ -162,8 +165,20 @@ class Controls:
             "quantization_how", execution_mode(self.amount, gathered(self.bits, np.array(rows)))
         )
         self.limits = self._limits()
+        self.kept = {
+            role: KeptRanges(role, dict(sorted(of.items())), self._range_variable) for role, of in kept.items()
+        }
+        for ranges in self.kept.values():
+            self.variables |= ranges.variables
         seed = op("Cast", read(self.variables["step"]), DstT=Dtype("uint64"))
         self.key = per_call("quantization_key", op("Reshape", seed, array(np.array([1], np.int32))), (1,))
+
+    @property
+    def given_limits(self) -> Expr:
+        """The limits, for a quantiser whose range is not dynamic."""
+        if self.limits is None:
+            raise AssertionError("all ranges are dynamic")
+        return self.limits
 
     def row(self, role: str, layer: int) -> int:
         """Return the row of a quantiser's values."""
@@ -194,12 +209,15 @@ class Controls:
 
     def _limits(self) -> PerCall | None:
         """Return the limits: fixed ones, moving averages and learned ones; None if all ranges are dynamic."""
-        if all(q is None or q.range.name == "dynamic" for of_role in self.quantizers.values() for q in of_role):
+        vectors = [of_role for role, of_role in self.quantizers.items() if role in self.starting_limits]
+        if all(q is None or q.range.name == "dynamic" for of_role in vectors for q in of_role):
             return None
         limits = concat([self._limits_of(role) for role in self.quantizers])
         return per_call("quantization_limits", limits, (self._rows, 2))
 
     def _limits_of(self, role: str) -> Expr:
+        if role not in self.starting_limits:
+            return array(np.zeros((len(self.quantizers[role]), 2), np.float32))
         quantizers, initial = self.quantizers[role], self.starting_limits[role]
         masks = {
             range_type: [q is not None and isinstance(q.range, range_type) for q in quantizers]
@@ -237,6 +255,12 @@ class Controls:
                 self.variables[name] = _existing(self.model, name, values.shape) or new
                 scale_and_low.append(read(self.variables[name]))
         return learned_limits(schemes, scale_and_low[0], scale_and_low[1] if len(scale_and_low) > 1 else None)
+
+    def _range_variable(self, name: str, initial: np.ndarray, trainable: bool) -> Variable:
+        """Return the model's variable of a kept range, or a new one."""
+        modes = {"synchronization": AUTO, "aggregation": NONE} if trainable else {}
+        new = replace(_new_variable(self.model, name, initial, **modes), trainable=trainable)
+        return _existing(self.model, name, initial.shape) or new
 
 
 def gathered(values: Expr, index: np.ndarray) -> Expr:

@@ -11,7 +11,7 @@ import numpy as np
 from passes.quantization.batched import GENERAL, batch_function, layout
 from passes.quantization.controls import Controls, gathered
 from passes.quantization.custom import Traced
-from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Operand
+from passes.quantization.grouping import CustomSpec, DynamicBatch, Group, Operand, TensorBatch
 from passes.quantization.quantizer_marks import TAG
 from passes.quantization.quantizers import (
     QuantizerSpec,
@@ -22,6 +22,7 @@ from passes.quantization.quantizers import (
 )
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT
+from passes.quantization.tensors import tensor_function, with_limits
 from rewriter import ops, protos
 from rewriter.edit import Edit, Run, RunAfter
 from rewriter.expr import Apply, Expr, Function, Port, array, case, constant, handle, op
@@ -44,10 +45,13 @@ class QuantizerEmitter:
         self.functions: dict[tuple[Any, ...], Function] = {}
         self.quantized: dict[Operand, Expr] = {}
 
-    def place(self, group: Group | DynamicBatch) -> Iterator[Edit]:
-        """Emit the quantised value of each vector of a group; the edits are those that move its ranges."""
+    def place(self, group: Group | DynamicBatch | TensorBatch) -> Iterator[Edit]:
+        """Emit the quantised value of each operand of a group; the edits are those that move its ranges."""
         if isinstance(group, DynamicBatch):
             self._place_batch(group.vectors)
+            return
+        if isinstance(group, TensorBatch):
+            self._place_tensors(group.tensors)
             return
         first, spec = group[0], group[0].spec
         count = len(group) if len(group) > 1 else 0
@@ -61,8 +65,8 @@ class QuantizerEmitter:
             function = self._function(custom_function, self.traced.names[spec.request], spec.request.shape, spec.dtype)
             self.quantized[first] = function(*arguments, value, name=first.role, **{TAG: first.tag})
             return
-        if self.controls.limits is not None and not isinstance(spec.scheme.range, Dynamic):
-            limits = gathered(self.controls.limits, np.array(rows if count else rows[0]))
+        if not isinstance(spec.scheme.range, Dynamic):
+            limits = self._limits(first) if not count else gathered(self.controls.given_limits, np.array(rows))
             if spec.observed:
                 limits = self._call(
                     self._function(range_update_function, spec.range_key, count), value, limits, name="observed"
@@ -102,14 +106,36 @@ class QuantizerEmitter:
         call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
         self._tag([Port(v.value.dtype, call, i) for i, v in enumerate(vectors)], vectors)
 
+    def _place_tensors(self, tensors: Sequence[Operand]) -> None:
+        """Emit one call for tensors of one graph."""
+        specs = tuple(t.spec for t in tensors if isinstance(t.spec, QuantizerSpec))
+        rows = np.array([self.controls.row(t.role, t.layer) for t in tensors])
+        # int64: a function's int32 arguments are expected in host memory, and Case on a GPU copies none there.
+        bits = op("Cast", gathered(self.controls.bits, rows), DstT=Dtype("int64"))
+        with_specs = list(zip(tensors, specs, strict=True))
+        limits = [self._limits(tensor) for tensor, spec in with_specs if with_limits(spec)]
+        noise = [
+            self._noise(array(np.array(spec.shape, np.int32)), tensor) for tensor, spec in with_specs if spec.stochastic
+        ]
+        arguments = (self.controls.amount, bits, *limits, *noise, *(t.value for t in tensors))
+        branches = [self._function(tensor_function, specs, i) for i in range(GENERAL + 1)]
+        call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
+        self._tag([call if not i else Port(t.value.dtype, call, i) for i, t in enumerate(tensors)], tensors)
+
+    def _limits(self, operand: Operand) -> Expr:
+        """Return the limits of one operand: float32 [2], or [ranges, 2]."""
+        if operand.role in self.controls.kept:
+            return self.controls.kept[operand.role].of(operand.layer)
+        return gathered(self.controls.given_limits, np.array(self.controls.row(operand.role, operand.layer)))
+
     def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Operand]) -> None:
         """Let each quantised value stand for its vector: a tagged call says which."""
         for value, vector in zip(quantized, vectors, strict=True):
             # The mark needs a node for each vector, and a batched op is one for all. A call is such a node at no cost:
             # Grappler inlines it when the model runs, but never in the SavedModel.
-            if not isinstance(vector.spec, QuantizerSpec) or vector.spec.sharing is None:
-                raise AssertionError("what is a row of others has a known size")
-            function = self._function(row_function, vector.spec.sharing, vector.spec.dtype)
+            if not isinstance(vector.spec, QuantizerSpec) or vector.spec.shape is None:
+                raise AssertionError("what is one of several results has a known shape")
+            function = self._function(row_function, vector.spec.shape, vector.spec.dtype)
             self.quantized[vector] = function(value, vector.value, name=vector.role, **{TAG: vector.tag})
 
     def _store_limits(self, group: Group, limits: Expr) -> Iterator[Edit]:

@@ -62,7 +62,13 @@ class DynamicBatch(NamedTuple):
     vectors: tuple[Operand, ...]
 
 
-def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch]:
+class TensorBatch(NamedTuple):
+    """Tensors of a graph, fake-quantised by one call."""
+
+    tensors: tuple[Operand, ...]
+
+
+def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch | TensorBatch]:
     """Return all operands, each once, in groups that share a call.
 
     Vectors of a graph share a call where none precedes another. If their ranges clip, they need the same spec besides.
@@ -78,12 +84,12 @@ def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch]
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
         if model.object_based and not conditional:
             for group in _shared(model, graph, uses_of_graph):
-                grouped.update(group.vectors if isinstance(group, DynamicBatch) else group)
+                grouped.update(group[0] if isinstance(group, DynamicBatch | TensorBatch) else group)
                 yield group
         yield from ((v,) for v in dict.fromkeys(q.operand for q in uses_of_graph) if v not in grouped)
 
 
-def _shared(model: Model, graph: Graph, uses: list[Used]) -> Iterator[Group | DynamicBatch]:
+def _shared(model: Model, graph: Graph, uses: list[Used]) -> Iterator[Group | DynamicBatch | TensorBatch]:
     """Return the groups of a graph that share a call: those of its statistics, then those of its parameters."""
     # A statistic is known after the kernel has run, which reads the parameters: one stack of both would be a cycle.
     statistics = [q for q in uses if q.operand.statistic]
@@ -94,16 +100,24 @@ def _shared(model: Model, graph: Graph, uses: list[Used]) -> Iterator[Group | Dy
     yield from _joint(model, graph, parameters, after)
 
 
-def _joint(model: Model, graph: Graph, uses: list[Used], after: set[str]) -> Iterator[Group | DynamicBatch]:
-    """Return the groups of some uses that share a call, without vectors that are computed after others are used."""
+def _joint(
+    model: Model, graph: Graph, uses: list[Used], after: set[str]
+) -> Iterator[Group | DynamicBatch | TensorBatch]:
+    """Return the groups of some uses that share a call, without values that are computed after others are used."""
     specs: dict[QuantizerSpec, dict[Operand, None]] = {}
+    tensors: dict[Operand, None] = {}
     for used in uses:
         vector = used.operand
         value = vector.value.value if isinstance(vector.value, Use) else None
-        if isinstance(vector.spec, CustomSpec):
+        if value is None or value.node in after or isinstance(vector.spec, CustomSpec):
             continue
-        if value and value.node not in after and _is_vector(model, graph, value, vector.spec):
+        if vector.spec.scheme.device:
+            if vector.spec.shape is not None:
+                tensors[vector] = None
+        elif _is_vector(model, graph, value, vector.spec):
             specs.setdefault(vector.spec, {})[vector] = None
+    if tensors:
+        yield TensorBatch(tuple(tensors))
     dynamic = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
     # For a single layer, choosing the execution mode costs more than it saves.
     several = len({vector.layer for vector in dynamic}) > 1

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from passes.quantization.controls import Controls, Schedule, counters
 from passes.quantization.custom import Context, CustomQuantizer, Quantizer, Traced, TraceRequest
+from passes.quantization.device_schemes import on_device
 from passes.quantization.emission import QuantizerEmitter
 from passes.quantization.grouping import CustomSpec, Operand, Used, groups
+from passes.quantization.kept_ranges import KeptRange, kept_range
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, value_at
 from passes.quantization.quantizers import QuantizerSpec
-from passes.quantization.ranges import Dynamic, Fixed
+from passes.quantization.ranges import Dynamic, Fixed, Learned
 from passes.quantization.schemes import Log, Scheme
 from rewriter.edit import AddVariable, Define, Edit, Import, RunAfter
 from rewriter.expr import Use, read
@@ -24,12 +26,31 @@ FLOATING = ("half", "float16", "bfloat16", "float32", "float64")
 """Dtypes of values that are quantised."""
 
 
-class Family(NamedTuple):
-    """Layers that one provider numbers, their quantisers, and the points to quantise."""
+@dataclass
+class Family:
+    """Layers that one provider numbers, their quantisers, and the points to quantise.
+
+    Attributes:
+        device: the roles whose codes are those of an integer device.
+        kept: the ranges of these roles that are kept in variables, by layer.
+    """
 
     layers: Sequence[QuantizedLayer]
     quantizers: Quantizers
-    points: list[QuantizationPoint]
+    device: frozenset[str]
+    points: list[QuantizationPoint] = field(default_factory=list)
+    kept: dict[str, dict[int, KeptRange]] = field(default_factory=dict)
+
+    def keep_range(self, role: str, layer: int) -> None:
+        """Find the range that a layer is to keep, if it keeps one.
+
+        Raises:
+            Error: the values with which it begins are not known.
+        """
+        if role in self.device and layer not in self.kept.setdefault(role, {}):
+            kept = kept_range(self.layers[layer], self.quantizers[role][layer])
+            if kept is not None:
+                self.kept[role][layer] = kept
 
 
 def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> Iterator[Edit]:
@@ -41,8 +62,10 @@ def insertion(model: Model, families: Sequence[Family], schedule: Schedule) -> I
     quantizers = {role: of_role for family in families for role, of_role in family.quantizers.items()}
     limits: dict[str, np.ndarray] = {}
     for family in families:
-        limits |= starting_limits(model, family.layers, family.quantizers)
-    controls = Controls(model, quantizers, schedule, limits)
+        of_vectors = {role: q for role, q in family.quantizers.items() if role not in family.device}
+        limits |= starting_limits(model, family.layers, of_vectors)
+    kept = {role: family.kept.get(role, {}) for family in families for role in family.device}
+    controls = Controls(model, quantizers, schedule, limits, kept)
     yield from (AddVariable(v) for v in controls.variables.values() if v.key not in model.variables)
     # A run counts its step only after it has read the step that it compares.
     count = controls.variables["step"]
@@ -87,9 +110,14 @@ def _limits(model: Model, layer: QuantizedLayer, role: str, quantizer: Quantizer
 def why_not(model: Model, layer: QuantizedLayer, quantizer: Quantizer, point: QuantizationPoint) -> str:
     """Return the reason why a value cannot have its layer's quantiser; empty if it can."""
     dtype = (value_at(model, point.edge) if point.value is None else point.value).dtype
-    custom, kept = isinstance(quantizer, CustomQuantizer), quantizer.range.name in ("ema", "learned")
     if dtype not in FLOATING:
         return f"its values are {dtype}, and only floating-point values are quantised"
+    return _why_not_on_device(quantizer, point) if point.device else _why_not_a_vector(model, layer, quantizer, point)
+
+
+def _why_not_a_vector(model: Model, layer: QuantizedLayer, quantizer: Quantizer, point: QuantizationPoint) -> str:
+    """Return the reason why a value, mostly a vector, cannot have its layer's quantiser; empty if it can."""
+    custom, kept = isinstance(quantizer, CustomQuantizer), quantizer.range.name in ("ema", "learned")
     if not point.shape:
         return "it is a single number, which needs no codes"
     if (custom or quantizer.range.name == "learned") and -1 in point.shape:
@@ -102,6 +130,18 @@ def why_not(model: Model, layer: QuantizedLayer, quantizer: Quantizer, point: Qu
         return f"no variable holds its values, with which a range that is {quantizer.range.name} would begin"
     if isinstance(quantizer, Log) and point.epsilon is None:
         return "the scheme log needs an epsilon, and it has none"
+    return ""
+
+
+def _why_not_on_device(quantizer: Quantizer, point: QuantizationPoint) -> str:
+    """Return the reason why a weight cannot have its layer's quantiser; empty if it can."""
+    if isinstance(quantizer, CustomQuantizer):
+        return "functions of your own are for batch norms' vectors; weights have schemes alone"
+    follows, whole = isinstance(quantizer.range, Dynamic), quantizer.granularity == "per_tensor"
+    if point.rows and follows and whole:
+        return "rows that are looked up do not tell the range of the whole table; choose mse, learned or two limits"
+    if isinstance(quantizer.range, Learned) and -1 in point.shape and not point.rows:
+        return "its shape is not known, which learned ranges need"
     return ""
 
 
@@ -131,7 +171,7 @@ class _Operands:
             "range": quantizer.range.name,
             "rounding": quantizer.rounding,
             "narrow_range": quantizer.narrow,
-            "axis": point.axis,
+            "axis": _tagged_axis(quantizer, point),
             "layer_name": point.name,
             "layer": point.layer,
             "row": self.controls.row(point.role, point.layer),
@@ -155,7 +195,25 @@ def _spec(
         facts = Context(point.role, layer.name, point.epsilon)
         return CustomSpec(TraceRequest(quantizer.function, facts, shape or ()), dtype)
     context = "" if point.epsilon is None else f"epsilon_{point.epsilon:.9g}"
-    return QuantizerSpec(quantizer.within(point.epsilon), shape, point.axes, dtype, point.trained, context).group_key
+    if not point.device:
+        scheme = quantizer.within(point.epsilon)
+        return QuantizerSpec(scheme, shape, point.axes, dtype, point.trained, context).group_key
+    axes = point.axes if _channel_axes(quantizer, point) else tuple(range(-len(point.shape), 0))
+    relative = layer.normalized and isinstance(quantizer.range, Learned)
+    return QuantizerSpec(on_device(quantizer), shape, axes, dtype, point.trained, context, relative).group_key
+
+
+def _channel_axes(quantizer: Quantizer, point: QuantizationPoint) -> tuple[int, ...]:
+    """Return the axes of the channels that have ranges of their own; given limits are the same for all."""
+    whole = isinstance(quantizer, Scheme) and (
+        quantizer.granularity == "per_tensor" or isinstance(quantizer.range, Fixed)
+    )
+    return () if whole else point.channel_axes
+
+
+def _tagged_axis(quantizer: Quantizer, point: QuantizationPoint) -> int | list[int] | None:
+    axes = _channel_axes(quantizer, point)
+    return None if not axes else axes[0] if len(axes) == 1 else list(axes)
 
 
 def _trace(operands: Iterable[Operand], quantizers: Quantizers) -> Traced:

@@ -16,9 +16,10 @@ from rewriter.ir import Error
 
 SchemeName = Literal["affine", "symmetric", "power_of_two", "log", "none"]
 Rounding = Literal["nearest", "stochastic"]
+Granularity = Literal["per_channel", "per_tensor"]
 Width = Annotated[int, Strict(), Ge(MIN_BITS), Lt(MAX_BITS + 1)]
 
-RANGES = ("dynamic", "ema", "learned")
+RANGES = ("dynamic", "ema", "learned", "mse")
 """Names of the ranges that have no limits of their own; `Fixed` is two numbers."""
 
 FUNCTION = r"[\w.]+:[\w.]+"
@@ -40,7 +41,7 @@ def checked_range(value: Any) -> Any:
         except Error as e:
             raise ValueError(str(e)) from e
         return [low, high]
-    raise ValueError('it is "dynamic", "ema", "learned" or two numbers, [low, high]')
+    raise ValueError('it is "dynamic", "ema", "learned", "mse" or two numbers, [low, high]')
 
 
 def checked_function(value: Any) -> Any:
@@ -85,7 +86,7 @@ class QuantizerOptions(PassOptions):
         Any,
         Check(checked_range),
         Text("range", range_from_text, f"a range is one of {', '.join(RANGES)}, or two limits like -1:1"),
-        Help("Limits between which the levels lie: dynamic, ema, learned, or two numbers like -1:1"),
+        Help("Limits between which the levels lie: dynamic, ema, learned, mse, or two numbers like -1:1"),
     ] = "dynamic"
     range_momentum: Annotated[
         float,
@@ -97,6 +98,10 @@ class QuantizerOptions(PassOptions):
         Rounding,
         Help("Rounding of codes while training"),
     ] = "nearest"
+    granularity: Annotated[
+        Granularity | None,
+        Help("Weights: a range for each channel, or one for the whole tensor"),
+    ] = None
     narrow_range: Annotated[
         Flag | None,
         Help("Use one code fewer than 2^bits"),

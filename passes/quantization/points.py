@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
+import numpy as np
+
 from passes.quantization.custom import Quantizer
 from passes.quantization.roles import Role
 from rewriter import op_defs
@@ -43,11 +45,18 @@ class QuantizedLayer(NamedTuple):
         name: its name in reports.
         members: the one layer that it is, or several that share a function and with it their quantisers.
         epsilon: of a batch norm, the number that it adds to variances; else None.
+        channels: the number of its channels, where each may have a range of its own that is kept; else None.
+        values: returns the values with which its ranges begin, of each member, float32 [channels, n]; None for those
+            of its variables.
+        normalized: true if a batch norm follows, so that the values' magnitude has no effect.
     """
 
     name: str
     members: tuple[Member, ...]
     epsilon: float | None = None
+    channels: int | None = None
+    values: Callable[[], Sequence[np.ndarray]] | None = None
+    normalized: bool = False
 
 
 Quantizers = Mapping[str, Sequence[Quantizer | None]]
@@ -64,7 +73,8 @@ class QuantizationPoint:
         layer: the number of its layer among the provider's.
         name: the name of the layer, in reports.
         shape: its shape; -1 is an unknown size.
-        axis: the axis of the channels, -1 for the last, where each channel has a range of its own; None for one range.
+        axis: the axis of the channels, -1 for the last, where each channel has a range of its own; several axes that
+            are channels together; None for one range.
         value: the value, where it is computed for this purpose; by default, it is that of the edge.
         epsilon: of a batch norm's values, the number that it adds to variances; else None.
         use: its use.
@@ -73,6 +83,8 @@ class QuantizationPoint:
             elsewhere, or where there is none.
         scope: the name scope of the nodes that quantise it; by default, that of the node that uses it.
         replacement: from the quantised value to the edits that let it be used; by default, the edge takes it.
+        device: true if its codes are those of an integer device (`passes.quantization.device_schemes`).
+        rows: true if it is some rows of a table.
     """
 
     edge: Edge
@@ -80,7 +92,7 @@ class QuantizationPoint:
     layer: int
     name: str
     shape: Shape
-    axis: int | None = None
+    axis: int | tuple[int, ...] | None = None
     value: Expr | None = None
     epsilon: float | None = None
     use: Usage = "parameter"
@@ -88,15 +100,22 @@ class QuantizationPoint:
     run: str = ""
     scope: str = ""
     replacement: Replacement | None = None
+    device: bool = False
+    rows: bool = False
 
     def __post_init__(self) -> None:
-        if self.axis is not None and not -len(self.shape) <= self.axis < 0:
+        if any(not -len(self.shape) <= axis < 0 for axis in self.channel_axes):
             raise Error(f"axis {self.axis} of {self.role} of {self.name}: it is counted from the end, -1 for the last")
+
+    @property
+    def channel_axes(self) -> tuple[int, ...]:
+        """The axes of the channels that have ranges of their own."""
+        return () if self.axis is None else (self.axis,) if isinstance(self.axis, int) else self.axis
 
     @property
     def axes(self) -> tuple[int, ...]:
         """The axes, counted from the end, over which values share a range."""
-        return tuple(axis for axis in range(-len(self.shape), 0) if axis != self.axis)
+        return tuple(axis for axis in range(-len(self.shape), 0) if axis not in self.channel_axes)
 
     def edits(self, quantized: Expr) -> Iterable[Edit]:
         """Return the edits that let the quantised value be used."""

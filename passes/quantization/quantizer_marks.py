@@ -21,7 +21,7 @@ FIELDS: Mapping[str, type | UnionType] = {
     "range": str,
     "rounding": str,
     "narrow_range": bool,
-    "axis": int | None,
+    "axis": int | list | None,
     "layer_name": str,
     "layer": int,
     "row": int,

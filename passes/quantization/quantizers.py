@@ -51,6 +51,7 @@ class QuantizerSpec:
         dtype: the values' dtype; they are quantised in float32.
         training: true if it is used in training; matters for stochastic rounding and moving averages alone.
         context: part of the functions' names; each context has functions of its own.
+        relative: true if given limits are fractions of the values' own range.
     """
 
     scheme: Scheme
@@ -59,11 +60,25 @@ class QuantizerSpec:
     dtype: str = FLOAT
     training: bool = False
     context: str = ""
+    relative: bool = False
 
     @property
     def stochastic(self) -> bool:
         """True if its function takes random numbers."""
         return self.training and self.scheme.rounding == "stochastic"
+
+    @property
+    def kept(self) -> tuple[int, ...] | None:
+        """The shape of the ranges of a value, with size 1 along the axes that share one; None where it is not known."""
+        if self.shape is None:
+            return None
+        return tuple(1 if axis in self.axes else self.shape[axis] for axis in range(-len(self.shape), 0))
+
+    @property
+    def limits_shape(self) -> tuple[int, ...]:
+        """The shape of given limits: [2], or [ranges, 2] where a value of known shape has several; fixed ones are [2]."""
+        one = self.per_tensor or isinstance(self.scheme.range, Fixed)
+        return (2,) if one else (math.prod(self.kept or ()), 2)
 
     @property
     def sharing(self) -> int | None:
@@ -93,6 +108,8 @@ class QuantizerSpec:
             parts.append("x".join(map(str, self.shape)) + "_channels" * (len(self.shape) == 1))
         if self.axes != (-1,):
             parts.append("over_" + "_".join(str(-axis) for axis in self.axes))
+        if self.relative:
+            parts.append("relative")
         return parts
 
     @property
@@ -139,16 +156,18 @@ def fake_quantize_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     shape = spec.stacked(rows)
     if limits is not None:
         parameters.append(limits)
-        shapes.append((rows, 2) if rows else (2,))
+        shapes.append((rows, 2) if rows else spec.limits_shape)
     if noise is not None:
         parameters.append(noise)
         shapes.append(shape)
     values = Values(spec, value, shape)
     acting = (op("Greater", amount, 0.0)) & wide(bits)
-    result = select(acting & values.defined, _Differentiable(values, bits, limits, noise).through(amount), value)
+    quantized = Differentiable(values, bits, limits, noise).through(amount)
+    result = select(acting if values.defined is None else acting & values.defined, quantized, value)
     name = "_".join(
         [
             f"bnqat_{scheme.name}_{scheme.range.name}",
+            *(["device"] if scheme.device else []),
             *(["narrow"] if scheme.narrow and not scheme.usually_narrow else []),
             *(["full"] if scheme.usually_narrow and not scheme.narrow else []),
             *(["stochastic"] if spec.stochastic else []),
@@ -206,11 +225,11 @@ class OnGrid:
         self.values = values
         self.grid = grid
         self.position = grid.position(values.coordinate)
-        code = _rounded(self.position, noise)
+        code = _rounded(self.position, noise, half_up=scheme.device)
         if grid.zero is not None:
             code = code + grid.zero
         bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
-        clipped = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top))
+        clipped = marked(CODE, op("Minimum", op("Maximum", code, bottom), grid.top) if scheme.clips else code)
         self.inside = op("Equal", clipped, code)
         self.steps = clipped if grid.zero is None else clipped - grid.zero
         self.value = scheme.value(grid.level(self.steps))
@@ -221,41 +240,57 @@ class OnGrid:
         return cast(self.value * amount + self.values.raw * rest, self.values.value.dtype)
 
 
-class _Differentiable(OnGrid):
+class Differentiable(OnGrid):
     """Values on a grid of given or dynamic limits, with gradients."""
 
     def __init__(self, values: Values, bits: Expr, given_limits: Expr | None, noise: Expr | None) -> None:
         scheme = values.spec.scheme
         self.bits = bits
-        self.limits = _split(given_limits) if given_limits is not None else scheme.range_of(values.extremes())
+        self.given = None if given_limits is None else _split(given_limits, values.spec)
+        self.own = scheme.range_of(values.extremes()) if self.given is None or values.spec.relative else None
+        self.limits = self._limits()
         limits = Limits(*(cast(limit, scheme.dtype) for limit in self.limits))
         super().__init__(values, scheme.grid(limits, bits), noise)
 
-    def through(self, amount: Expr) -> Expr:
-        """Return the result, blended with the raw values by `amount`, with its gradients."""
+    def _limits(self) -> Limits:
+        """Return the limits: the values' own, or given ones, which may be fractions of the values' own."""
+        if self.given is None or self.own is None:
+            both = self.own if self.given is None else self.given
+            if both is None:
+                raise AssertionError("limits are given, or the values' own")
+            return both
+        own = Limits(*(stop_gradient(limit) for limit in self.own))
+        return Limits(op("Abs", self.given.low) * own.low, op("Abs", self.given.high) * own.high)
+
+    def through(self, amount: Expr | None = None) -> Expr:
+        """Return the result, blended with the raw values by `amount`, or wholly quantised, with its gradients."""
         value = self.values.value
-        rest = constant(1.0, FLOAT) - amount
-        blend = stop_gradient(self.blend(amount))
+        result = stop_gradient(cast(self.value, value.dtype) if amount is None else self.blend(amount))
         straight_through = value - stop_gradient(value)
         if isinstance(self.values.spec.scheme.range, Dynamic):
-            return blend + straight_through  # nothing is clipped
+            return result + straight_through  # nothing is clipped
+        rest = constant(0.0, FLOAT) if amount is None else constant(1.0, FLOAT) - amount
         straight_through = straight_through * cast(select(self.inside, constant(1.0, FLOAT), rest), value.dtype)
         if not isinstance(self.values.spec.scheme.range, Learned):
-            return blend + straight_through
-        return blend + straight_through + cast(self._limits_gradient(amount), value.dtype)
+            return result + straight_through
+        limits = self._limits_gradient(constant(1.0, FLOAT) if amount is None else amount)
+        return result + straight_through + cast(limits, value.dtype)
 
     def _limits_gradient(self, amount: Expr) -> Expr:
         """Return zeros whose gradient for the limits is that of the quantised value."""
         spec = self.values.spec
         scheme, sharing = spec.scheme, spec.sharing
-        if sharing is None or not spec.per_tensor:
-            raise AssertionError("a learned range is for all values of a known number")
+        if sharing is None:
+            raise AssertionError("a learned range is for a known number of values")
         inside = cast(self.inside, scheme.dtype)
         rounded = select(self.inside, self.position, constant(0.0, scheme.dtype))  # which may be infinite elsewhere
         of_high = (self.steps - rounded) * self.grid.reciprocal
         slope = scheme.slope(self.value)
         factor = scheme.step_gradient_factor(self.bits, sharing) * amount
         factor = factor if slope is None else factor * slope
+        if self.given is not None and self.own is not None:  # one fraction scales both limits
+            size = op("Maximum", self.own.high - self.own.low if scheme.has_low else self.own.high, TINY)
+            return _zero(self.given.high) * self._factor(of_high / stop_gradient(size), factor)
         result = _zero(self.limits.high) * self._factor(of_high, factor)
         if scheme.has_low:
             of_low = constant(1.0, scheme.dtype) - inside - of_high
@@ -264,7 +299,9 @@ class _Differentiable(OnGrid):
 
     def _factor(self, slope: Expr, factor: Expr) -> Expr:
         """Return the factor of the gradient; 0 where no value is quantised."""
-        return stop_gradient(select(self.values.defined, cast(slope, FLOAT) * factor, constant(0.0, FLOAT)))
+        result = cast(slope, FLOAT) * factor
+        defined = self.values.defined
+        return stop_gradient(result if defined is None else select(defined, result, constant(0.0, FLOAT)))
 
 
 def wide(bits: Expr) -> Expr:
@@ -277,9 +314,9 @@ def _zero(value: Expr) -> Expr:
     return value - stop_gradient(value)
 
 
-def _rounded(position: Expr, noise: Expr | None) -> Expr:
+def _rounded(position: Expr, noise: Expr | None, *, half_up: bool) -> Expr:
     if noise is None:
-        return op("Round", position)
+        return op("Floor", position + 0.5) if half_up else op("Round", position)
     below = op("Floor", position)
     up = op("Less", cast(noise, position.dtype), position - below)
     return below + cast(up, position.dtype)
@@ -290,8 +327,16 @@ def cast(value: Expr, dtype: str) -> Expr:
     return value if value.dtype == dtype else op("Cast", value, DstT=Dtype(dtype))
 
 
-def _split(limits: Expr) -> Limits:
-    """Return the two limits in [..., 2], each [..., 1]."""
+def _split(limits: Expr, spec: QuantizerSpec) -> Limits:
+    """Return the two limits in [..., 2], each [..., 1]; those of several ranges in the ranges' shape."""
+    if len(spec.limits_shape) > 1:
+        shape = array(np.array(spec.kept, np.int32))
+        low, high = (op("Reshape", limit, shape) for limit in _halves(limits))
+        return Limits(low, high)
+    return _halves(limits)
+
+
+def _halves(limits: Expr) -> Limits:
     attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
     low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
     return Limits(low, Port(limits.dtype, low, 1))
@@ -310,6 +355,8 @@ def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:
     values = Values(spec, value, shape)
     low, high = (_flat(cast(e, FLOAT), spec) for e in scheme.range_of(values.extremes()))
     extremes = concat((low, high), -1)
+    if values.defined is None:
+        raise AssertionError("a moving average counts defined values")
     counted = _flat(reduced("Any", values.defined, spec.axes), spec)
     momentum = np.float32(scheme.range.momentum)
     new = old * constant(momentum, FLOAT) + extremes * constant(np.float32(1) - momentum, FLOAT)
@@ -343,8 +390,9 @@ def learned_limits(schemes: Sequence[Scheme | None], scale: Expr, low: Expr | No
     return Apply(FLOAT, "Pack", tuple(limits), attrs)
 
 
-def row_function(size: int, dtype: str) -> Function:
-    """Return the function (quantised, value) -> quantised, which says for which vector a row of a stack stands."""
+def row_function(shape: tuple[int, ...], dtype: str) -> Function:
+    """Return the function (quantised, value) -> quantised, which says for which value one of several results stands."""
     quantized, value = parameter("quantized", dtype), parameter("value", dtype)
-    name = f"bnqat_row_{size}_channels" + ("" if dtype == FLOAT else f"_{dtype}")
-    return Function(name, (quantized, value), ((size,), (size,)), (op("Identity", quantized),))
+    sizes = f"{shape[0]}_channels" if len(shape) == 1 else "x".join(map(str, shape))
+    name = f"bnqat_row_{sizes}" + ("" if dtype == FLOAT else f"_{dtype}")
+    return Function(name, (quantized, value), (shape, shape), (op("Identity", quantized),))

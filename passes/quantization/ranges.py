@@ -77,6 +77,21 @@ class Learned:
     name: ClassVar[str] = "learned"
 
 
-Range = Dynamic | Fixed | Ema | Learned
+@dataclass(frozen=True)
+class Mse:
+    """The limits whose quantised values have the least squared error, of `CANDIDATES` fractions of the values' range.
+
+    They are found at the rewrite, for the width and the scheme given there, and kept in a variable; `bnqat.find_ranges`
+    finds them again for the weights as they are then. Values beyond them are clipped, and get no gradient. Source:
+    Banner et al. 2019, arXiv:1810.05723, section 3, with a search in place of a distribution.
+    """
+
+    name: ClassVar[str] = "mse"
+
+
+CANDIDATES = 40
+"""The number of limits that a search for the least squared error tries: k / 40 of the values' own, for k = 40 to 1."""
+
+Range = Dynamic | Fixed | Ema | Learned | Mse
 
 DYNAMIC = Dynamic()

@@ -26,6 +26,7 @@ class Role:
         always: true if it is quantised unless the user says otherwise; else it is quantised where the user gives an
             option for it by name.
         unsuited: schemes and ranges that make no sense for it, with the reason.
+        device: true if its codes are those of an integer device (`passes.quantization.device_schemes`).
 
     Raises:
         Error: its name is no name of a variable.
@@ -35,6 +36,7 @@ class Role:
     scheme: str = "affine"
     always: bool = False
     unsuited: Mapping[str, str] = field(default_factory=lambda: {"log": "the scheme log is for values above zero"})
+    device: bool = False
 
     def __post_init__(self) -> None:
         if not NAME.fullmatch(self.name):

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, get_args
 import numpy as np
 
 from passes.quantization.node_marks import EPSILON, ORIGIN, SCALE, ZERO_POINT, marked
-from passes.quantization.options import QuantizerOptions, Rounding
+from passes.quantization.options import Granularity, QuantizerOptions, Rounding
 from passes.quantization.ranges import DYNAMIC, Fixed, Range
 from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.expr import Expr, Shape, array, constant, filled, op, select
@@ -41,6 +41,7 @@ class Grid(NamedTuple):
         origin: None stands for 0.
         bottom: None stands for 0.
         reciprocal: the derivative of the scale for the upper limit.
+        inverse: the factor that takes a value to its position; None stands for a division by the scale.
     """
 
     scale: Expr
@@ -49,15 +50,21 @@ class Grid(NamedTuple):
     bottom: Expr | None
     top: Expr
     reciprocal: Expr
+    inverse: Expr | None = None
 
     def mapped(self, change: Callable[[Expr], Expr]) -> Grid:
         """Return the grid with every field changed by a function."""
-        zero, origin, bottom = (None if e is None else change(e) for e in (self.zero, self.origin, self.bottom))
-        return Grid(change(self.scale), zero, origin, bottom, change(self.top), change(self.reciprocal))
+
+        def changed(part: Expr | None) -> Expr | None:
+            return None if part is None else change(part)
+
+        zero, origin, bottom, inverse = (changed(part) for part in (self.zero, self.origin, self.bottom, self.inverse))
+        return Grid(change(self.scale), zero, origin, bottom, change(self.top), change(self.reciprocal), inverse)
 
     def position(self, value: Expr) -> Expr:
         """Return the distance of a value from the origin, in units of the scale."""
-        return (value if self.origin is None else value - self.origin) / self.scale
+        distance = value if self.origin is None else value - self.origin
+        return distance / self.scale if self.inverse is None else distance * self.inverse
 
     def level(self, steps: Expr) -> Expr:
         """Return the value that lies so many steps from the origin."""
@@ -75,6 +82,7 @@ class Scheme:
             The random numbers follow from the step, so a run that is resumed continues as if it had not stopped.
             Inference rounds to nearest.
         narrow_range: true for one code fewer than 2^bits; None stands for the scheme's usual.
+        granularity: "per_tensor" for one range where each channel could have its own; None stands for "per_channel".
 
     Raises:
         Error: an option is out of range.
@@ -84,11 +92,13 @@ class Scheme:
     range: Range = DYNAMIC
     rounding: Rounding = QuantizerOptions.rounding
     narrow_range: bool | None = None
+    granularity: Granularity | None = None
     name: ClassVar[str]
     formula: ClassVar[str]
     dtype: ClassVar[str] = FLOAT
     has_low: ClassVar[bool] = False
     usually_narrow: ClassVar[bool] = False
+    device: ClassVar[bool] = False
 
     @property
     def narrow(self) -> bool:
@@ -99,18 +109,28 @@ class Scheme:
         if type(self.bits) is not int or not MIN_BITS <= self.bits <= MAX_BITS:
             raise Error(f"{self.bits!r} bits: a width is a whole number from {MIN_BITS} to {MAX_BITS}")
         if not isinstance(self.range, Range):
-            raise Error(f"range {self.range!r}: it is a Dynamic, Fixed, Ema or Learned")
+            raise Error(f"range {self.range!r}: it is a Dynamic, Fixed, Ema, Learned or Mse")
         if self.narrow_range not in (None, False, True):
             raise Error(f"narrow_range {self.narrow_range!r}: it is True, False or None")
         if self.rounding not in get_args(Rounding):
             raise Error(f"rounding {self.rounding!r}: it is 'nearest' or 'stochastic'")
+        if self.granularity not in (None, *get_args(Granularity)):
+            raise Error(f"granularity {self.granularity!r}: it is 'per_channel' or 'per_tensor'")
 
     def within(self, epsilon: float | None) -> Scheme:  # noqa: ARG002  most schemes need none
         """Return the scheme for values that are used with this epsilon, if there is one."""
         return self
 
-    def defined(self, value: Expr) -> Expr:
-        """Return the mask of the values that are quantised; the others are kept, and do not count for the range."""
+    @property
+    def clips(self) -> bool:
+        """True if a code may lie beyond the last one, so that it has to be clipped."""
+        return True
+
+    def defined(self, value: Expr) -> Expr | None:
+        """Return the mask of the values that are quantised; None for all.
+
+        The others are kept, and do not count for the range.
+        """
         return op("IsFinite", value)
 
     def coordinate(self, value: Expr) -> Expr:
@@ -125,16 +145,16 @@ class Scheme:
         """Return the derivative of a quantised value for its coordinate; None stands for 1."""
         return None
 
-    def extremes(self, value: Expr, defined: Expr, shape: Shape, axes: tuple[int, ...]) -> Limits:
+    def extremes(self, value: Expr, defined: Expr | None, shape: Shape, axes: tuple[int, ...]) -> Limits:
         """Return the least and the greatest of float32 values over some axes; zero counts where some values do not.
 
         Args:
             value: the values.
-            defined: the mask of those that count.
+            defined: the mask of those that count; None for all.
             shape: the shape of the values, if it is known.
             axes: the axes, counted from the end; they stay, with size 1.
         """
-        counted = where(defined, value, 0.0, shape)
+        counted = value if defined is None else where(defined, value, 0.0, shape)
         return Limits(reduced("Min", counted, axes), reduced("Max", counted, axes))
 
     def range_of(self, extremes: Limits) -> Limits:
@@ -354,9 +374,11 @@ class Log(Scheme):
         """Return dv'/dl."""
         return value + self.epsilon
 
-    def extremes(self, value: Expr, defined: Expr, shape: Shape, axes: tuple[int, ...]) -> Limits:
+    def extremes(self, value: Expr, defined: Expr | None, shape: Shape, axes: tuple[int, ...]) -> Limits:
         """Return the least and the greatest of the values that count; infinities if there is none."""
-        low, high = (where(defined, value, x, shape) for x in (float("inf"), float("-inf")))
+        low, high = (
+            value if defined is None else where(defined, value, x, shape) for x in (float("inf"), float("-inf"))
+        )
         return Limits(reduced("Min", low, axes), reduced("Max", high, axes))
 
     def range_of(self, extremes: Limits) -> Limits:

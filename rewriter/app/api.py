@@ -80,6 +80,7 @@ def rewrite(
     range: ByRole[str | Sequence[float]] | None = None,  # noqa: A002  the option's name everywhere else
     range_momentum: ByRole[float] | None = None,
     rounding: ByRole[str] | None = None,
+    granularity: ByRole[str] | None = None,
     narrow_range: ByRole[bool] | None = None,
     quantizer: ByRole[QuantizeFunction | str] | None = None,
     quantize_average: Literal["statistic", "none", "stored"] | None = None,
@@ -104,11 +105,13 @@ def rewrite(
     Args:
         source: a directory with a SavedModel; it is not changed.
         target: where to write; it must not exist, unless `overwrite` is given.
-        bits: the width of every role's codes, 2 to 16, or widths by role (8 for those not named).
+        bits: the width of the codes of every role of batch norms, 2 to 16, or widths by role (8 for those not named).
+            Weights are quantised if an option names them: ``bits={"weight": 8}``.
         scheme: "affine", "symmetric", "power_of_two", "log" (the moving variance only) or "none", or these by role.
-        range: "dynamic", "ema", "learned" or two limits, or these by role.
+        range: "dynamic", "ema", "learned", "mse" (weights only) or two limits, or these by role.
         range_momentum: the momentum of an ema range, 0.99 if not given.
         rounding: "nearest", or "stochastic" in training.
+        granularity: of weights: a range "per_channel" (the default), or one "per_tensor".
         narrow_range: use one code fewer than 2^bits.
         quantizer: a function (vector, context) -> vector in place of a scheme, or its name as "module:function".
         quantize_average: the value that the update of moving averages quantises: a batch's "statistic", the average

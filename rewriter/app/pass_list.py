@@ -9,7 +9,7 @@ from passes import PASSES, PROVIDERS, REWRITE, SWITCHED, loaded, roles
 from passes.options import PassOptions, options_of
 from passes.quantization.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
-from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Mse, Range
 from passes.quantization.schemes import Affine
 from passes.training.layer_options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
@@ -117,8 +117,12 @@ def _range(option: str | Sequence[float], momentum: float | None) -> Range:
     match option:
         case "ema":
             return Ema() if momentum is None else Ema(momentum)
-        case "dynamic" | "learned":
-            return DYNAMIC if option == "dynamic" else Learned()
+        case "dynamic":
+            return DYNAMIC
+        case "learned":
+            return Learned()
+        case "mse":
+            return Mse()
         case [low, high]:
             return Fixed(float(low), float(high))
     raise AssertionError(option)

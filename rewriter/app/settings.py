@@ -25,7 +25,6 @@ from passes.training.options import DeriveOptions, FreezeOptions, LayerOptions, 
 from rewriter.ir import Error
 
 REMEDIES = {
-    "per_channel": "a range for each channel changes nothing, as there is one value for each channel; leave it out",
     "bits": f"a width is a whole number from {MIN_BITS} to {MAX_BITS}; to leave something float, scheme = 'none'",
 }
 """Advice for keys whose value is wrong."""
@@ -133,7 +132,7 @@ class Settings(
             tables |= {f"rules.{number}.{role}": rule.of(role) for role in self.quantized}
         for place, options in tables.items():
             unsuited = roles()[place.rpartition(".")[2]].unsuited
-            for option in (options.get("scheme"), options.get("range")):
+            for option in (options.get("scheme"), options.get("range"), options.get("granularity")):
                 if isinstance(option, str) and option in unsuited:
                     raise ValueError(f"{place}: {unsuited[option]}")
         averages = any(options.get("range") == "ema" for options in tables.values())
@@ -285,7 +284,7 @@ def _sentence(error: Any) -> str:
     key = ".".join(place)
     name = place[-1] if place else ""
     value_text = "" if error["type"] in ("extra_forbidden", "missing") else f" = {error['input']!r:.100}"
-    if name in REMEDIES and error["type"] != "value_error" and (place[1:] or name == "per_channel"):
+    if name in REMEDIES and error["type"] != "value_error" and place[1:]:
         return f"{key}{value_text}: {REMEDIES[name]}"
     if error["type"] == "extra_forbidden":
         tables: dict[str, type[BaseModel]] = {"defaults": Defaults, "rules": RuleOptions}

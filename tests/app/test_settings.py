@@ -140,8 +140,8 @@ def test_a_rule_for_all_leaves_nothing_to_rewrite(model: Paths, tmp_path: Path) 
         ("[defaults.gamma]\nbits = 17", "defaults.gamma.bits = 17: a width is"),
         ("[defaults.gama]\nbits = 4", "defaults.gama: there is no such option; did you mean gamma?"),
         (
-            "[defaults.gamma]\nper_channel = true",
-            "defaults.gamma.per_channel: a range for each channel changes nothing",
+            "[defaults.gamma]\ngranularity = 'per_channel'",
+            "defaults.gamma: a range for each channel changes nothing",
         ),
         ("[defaults]\nrange = [1, 1]", "defaults.range = [1, 1]: "),
         ("[defaults]\nscheme = 'afine'", "defaults.scheme = 'afine': it is to be 'affine', 'symmetric'"),
