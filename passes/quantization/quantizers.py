@@ -76,7 +76,7 @@ class QuantizerSpec:
 
     @property
     def limits_shape(self) -> tuple[int, ...]:
-        """The shape of given limits: [2], or [ranges, 2] where a value of known shape has several; fixed ones are [2]."""
+        """The shape of given limits: [2], or [ranges, 2] where a value has several; fixed ones are [2]."""
         one = self.per_tensor or isinstance(self.scheme.range, Fixed)
         return (2,) if one else (math.prod(self.kept or ()), 2)
 
