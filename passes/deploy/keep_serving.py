@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.batch_norm.batch_norms import batch_norms
-from passes.batch_norm.entries import running_from, trains
 from passes.batch_norm.updates import ASSIGNING
+from passes.control_flow.running_graphs import running_from
+from passes.entries.training import trains
 from passes.quantization.quantizer_marks import TAG
 from rewriter.dataflow import Argument, VariableKey, origins
 from rewriter.edit import AddSignature, Clone, Edit, Keep, Note

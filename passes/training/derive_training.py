@@ -6,22 +6,14 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.batch_norm.entries import (
-    SERVE,
-    TRAIN,
-    TRAIN_SIGNATURE,
-    Alignment,
-    align,
-    capturable,
-    computed,
-    serving_entry,
-    serving_signature,
-    training_trace,
-)
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
+from passes.entries.alignment import Alignment, align, capturable
+from passes.entries.serving import serving_entry, serving_signature
+from passes.entries.training import computed, training_trace
 from passes.quantization.controls import step
+from passes.quantization.training_functions import SERVE, TRAIN, TRAIN_SIGNATURE
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import FunctionClones, Switched, derived_sites, switched_sites
 from passes.training.layer_options import TrainingOptions, TrainingRule

@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.batch_norm.entries import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.batch_norm.moving_statistics import normalise_with_moving
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.controls import control, step
+from passes.quantization.training_functions import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.training.options import FreezeOptions
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.edit import AddVariable, Clone, Dispatch, Edit

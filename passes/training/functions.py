@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress
 from typing import NamedTuple
 
-from passes.batch_norm.entries import HINT, running_from
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.moving_statistics import normalise_with_moving
 from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
+from passes.control_flow.running_graphs import running_from
+from passes.entries.serving import HINT
 from passes.frontend.split_modes import bodies
 from passes.training.frozen_layers import frozen_layers
 from passes.training.layer_options import TrainingOptions

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from passes.batch_norm.batch_norms import names_of_sites
-from passes.batch_norm.entries import entries_of_root
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
 from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
@@ -20,6 +19,7 @@ from passes.deploy.inline_calls import InlineCalls
 from passes.deploy.inline_decided_calls import InlineDecidedCalls
 from passes.deploy.keep_serving import KeepServing, serves
 from passes.deploy.quantized_values import Quantized, tagged
+from passes.entries.serving import entries_of_root
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.by_layer import LayerReason, grouped
 from rewriter.app.finalized import is_finalized

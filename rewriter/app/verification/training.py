@@ -10,8 +10,10 @@ import numpy as np
 import tensorflow as tf
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
-from passes.batch_norm.entries import TRAIN, Alignment, serving_signature
 from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.entries.alignment import Alignment
+from passes.entries.serving import serving_signature
+from passes.quantization.training_functions import TRAIN
 from passes.training.frozen_layers import frozen_means
 from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at
