@@ -83,7 +83,7 @@ def _unfrozen_weights(model: Model, variables: dict[tuple[str, bytes], Variable]
         key = node, value.tobytes()
         if key not in variables:
             used_names = {v.name for v in variables.values()} | {v.name for v in model.variables.values()}
-            name = unused(re.sub(r"/ReadVariableOp(/resource)?$", "/weight", node) or "weight", used_names)
+            name = unused(re.sub(r"(/ReadVariableOp)?(/resource)?$", "/weight", node, count=1), used_names)
             variables[key] = _new(model, name, value, trainable=True)
             yield AddVariable(variables[key])
         yield Rewire(edge, read(variables[key]), use.node)
