@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from passes.quantization.ranges import CANDIDATES
 from passes.quantization.schemes import TINY, Affine, PowerOfTwo, Scheme, Symmetric
 
 F = np.float32
+
+
+def by_channel(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Return the values of each index of some axes, counted from the end, as a row: [channels, n]."""
+    kept = [axis % values.ndim for axis in axes]
+    first = np.transpose(values, (*kept, *(axis for axis in range(values.ndim) if axis not in kept)))
+    return first.reshape(math.prod(first.shape[: len(kept)]), -1)
 
 
 def own_limits(scheme: Scheme, values: np.ndarray) -> np.ndarray:

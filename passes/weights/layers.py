@@ -12,6 +12,7 @@ import numpy as np
 
 from passes.batch_norm.decomposed import INPUT
 from passes.batch_norm.sites import sites
+from passes.quantization.least_error import by_channel
 from passes.weights.kernels import KERNELS, Axes
 from passes.weights.roles import WEIGHT
 from passes.weights.uses import Weight, WeightUse, weight_uses
@@ -61,7 +62,7 @@ class WeightLayer(NamedTuple):
             Error: they are computed with ops that are not known to be harmless.
         """
         terms = [weight.term for weight in self.weights]
-        return [_by_channel(np.asarray(v, np.float32), self.axes) for v in evaluated(model, terms, {}, trust=False)]
+        return [by_channel(np.asarray(v, np.float32), self.axes) for v in evaluated(model, terms, {}, trust=False)]
 
 
 class WeightLayers(NamedTuple):
@@ -99,13 +100,6 @@ def weight_layers(model: Model) -> WeightLayers:
         layers.append(WeightLayer(members, weights, use.axes, channels, normalized))
     number = {identity: i for i, group in enumerate(groups) for identity in group}
     return WeightLayers(tuple(layers), {edge: number[identity] for edge, identity in of_use.items()})
-
-
-def _by_channel(values: np.ndarray, axes: Axes) -> np.ndarray:
-    """Return the values of each channel as a row."""
-    kept = [axis % values.ndim for axis in axes]
-    first = np.transpose(values, (*kept, *(axis for axis in range(values.ndim) if axis not in kept)))
-    return first.reshape(math.prod(first.shape[: len(kept)]), -1)
 
 
 def kernels_before_batch_norms(model: Model) -> frozenset[tuple[str, str]]:
