@@ -1,7 +1,13 @@
-"""The functions of a model that train."""
+"""The functions of a model that train.
+
+A function trains if it counts a step, or if a batch norm may normalise with a batch's statistics in it. In a model
+without batch norms, a function of the source trains if it was traced for training and draws random numbers that serving
+does not draw, such as those of dropout.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from passes.batch_norm.batch_norms import batch_norms
@@ -10,14 +16,23 @@ from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.control_flow.running_graphs import running_from
 from passes.entries.alignment import align
-from passes.entries.serving import entries_of_root
+from passes.entries.serving import entries_of_root, has_batch_norms, serving_entry
+from passes.quantization.training_functions import counting
 from rewriter.dataflow import call_graph
-from rewriter.ir import MAIN, Entry, Model
+from rewriter.ir import MAIN, Entry, Error, Model
 from rewriter.liveness import Assumption
+
+RANDOM = re.compile(r"Random|TruncatedNormal|Multinomial|StatefulUniform|StatefulStandardNormal|StatelessShuffle")
+"""Ops that draw random numbers."""
+
+TRAINING_NAME = re.compile("train")
+"""Beginning of the names of a source's functions that train, where no flag tells."""
 
 
 def trains(model: Model, function: str) -> bool:
-    """Return true if a batch norm may normalise with a batch's statistics when a function runs."""
+    """Return true if a function trains."""
+    if function in model.analysis(counting) or function in model.analysis(_drawing_traces):
+        return True
     running = running_from(model, function)
     return any(
         _trains(s, running) and any(a.runs(s.node) for a in running[s.graph])
@@ -35,13 +50,54 @@ def only_training(model: Model) -> frozenset[str]:
     return frozenset(reached[True] - reached[False] - {MAIN})
 
 
+def draws(model: Model, function: str) -> frozenset[tuple[str, str]]:
+    """Return the (graph, node) of the ops that draw random numbers when a function runs."""
+    return frozenset(
+        (name, node.name)
+        for name, assumptions in running_from(model, function).items()
+        for node in model.graphs[name].nodes.values()
+        if RANDOM.search(node.op) and any(assumed.runs(node.name) for assumed in assumptions)
+    )
+
+
+def _drawing_traces(model: Model) -> frozenset[str]:
+    """Return the functions of the root that train in a model without batch norms, by their random numbers."""
+    if model.analysis(has_batch_norms):
+        return frozenset()
+    traced = [e for e in entries_of_root(model) if any(e.flags) or any(TRAINING_NAME.match(p) for p in e.paths)]
+    if not traced:
+        return frozenset()
+    try:
+        served = draws(model, serving_entry(model).function)
+    except Error:
+        return frozenset()
+    return frozenset(e.function for e in traced if len(draws(model, e.function)) > len(served))
+
+
+def _drawing_trace(model: Model, serving: Entry) -> Entry | None:
+    """Return a function of the source that trains, with the inputs, outputs and variables of serving; or None."""
+
+    def rank(entry: Entry) -> tuple[bool, bool, str]:
+        same_names = [s.name for s in entry.inputs] == [s.name for s in serving.inputs]
+        return "__call__" not in entry.paths, not same_names, entry.function
+
+    traces = [e for e in entries_of_root(model) if e.function in model.analysis(_drawing_traces)]
+    for entry in sorted(traces, key=rank):
+        if set(serving.captures) <= set(entry.captures) and align(model, entry, serving) is not None:
+            return entry
+    return None
+
+
 def training_trace(model: Model, serving: Entry) -> Entry | None:
     """Return a function of the root with the inputs and outputs of serving that trains its batch norms, or None.
 
     Keras 2 saves its model's call with training=True as one. A serving function that takes its mode as an
     argument is one itself. A batch norm that it runs in inference mode is one that the source leaves frozen; serving
-    itself may do so only with batch norms that no function trains.
+    itself may do so only with batch norms that no function trains. In a model without batch norms, it is one that draws
+    random numbers beyond those of serving.
     """
+    if not model.analysis(has_batch_norms):
+        return _drawing_trace(model, serving)
 
     def trained(entry: Entry) -> frozenset[str]:
         return computed(model, entry.function, training=True)

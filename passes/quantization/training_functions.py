@@ -1,8 +1,9 @@
-"""The training functions that a rewrite adds: their names, and the functions of their phases."""
+"""The training functions that a rewrite adds: their names, those that count steps, and those of the second phase."""
 
 from __future__ import annotations
 
-from rewriter.dataflow import call_graph
+from passes.quantization.controls import step
+from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import Model
 
 # From names of this form, TensorFlow's loader strips the prefix and the number.
@@ -13,6 +14,22 @@ SERVE = "__inference_bnqat_serve_0"
 
 FROZEN = "_frozen"
 """Suffix of the names of the functions in which training normalises with frozen statistics."""
+
+
+COUNTING = ("AssignAddVariableOp", "AssignAdd")
+"""Ops that count a step."""
+
+
+def counting(model: Model) -> frozenset[str]:
+    """Return the functions that count a training step, themselves or by a function that they call."""
+    key = VariableKey(step(model).key)
+    calls = model.analysis(call_graph)
+    counters = [
+        graph.name
+        for graph in model.graphs.values()
+        if any(n.op in COUNTING and key in origins(model, graph.name, n.inputs[0]) for n in graph.nodes.values())
+    ]
+    return frozenset().union(*(calls.reaching(name) for name in counters)) | frozenset(counters)
 
 
 def frozen(model: Model) -> frozenset[str]:

@@ -103,7 +103,8 @@ class FunctionClones:
 
     Attributes:
         tops: the functions to clone, by the name of the clone; each with the order of its inputs and outputs.
-        cloned: the graphs to clone; those that others of them call have a name in `names`.
+        cloned: the graphs to clone; those that others of them call have a name in `names`. These are all that training
+            runs, or those that change in training.
         trained: sites that are in training mode in the clones.
         untrainable: sites that were to be in training mode, and cannot.
         frozen: sites that are in inference mode in the clones.
@@ -118,6 +119,8 @@ class FunctionClones:
         options: TrainingOptions,
         switched: Switched,
         outputs: InnerOutputs,
+        *,
+        whole: bool = False,
     ) -> None:
         trained, frozen = switched
         self.model = model
@@ -139,7 +142,12 @@ class FunctionClones:
         updating = {s.graph for s in self.trained}
         self.updating = updating.union(*(self.calls.reaching(g) for g in updating))
         self.cloned = changed.union(*(self.calls.reaching(g) for g in changed)) & reached
-        called = {c.callee for g in self.cloned for c in self.calls.calls.get(g, [])} & self.cloned
+        if whole:
+            run_by_nodes = {body for g in reached for body in bodies(model, model.graphs[g])}
+            self.cloned |= reached - run_by_nodes
+        self.whole = whole
+        callers = reached if whole else self.cloned
+        called = {c.callee for g in callers for c in self.calls.calls.get(g, [])} & self.cloned
         self.names = {g: f"{g}_train" for g in called}
         for name, top in tops.items():
             # A clone with other inputs or outputs than its source cannot take the source's place in a call.
@@ -169,7 +177,7 @@ class FunctionClones:
                 f"no training function can be derived: {self.untrainable[0].node} cannot be trained: {reason}{HINT}"
             )
         clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
-        for name, top in self.tops.items():
+        for name, top in {**(clones if self.whole else {}), **self.tops}.items():
             # Each clone gets bodies of its own: two functions that run the same one cannot both be differentiated.
             own_bodies = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
             names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own_bodies}
