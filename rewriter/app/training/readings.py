@@ -77,8 +77,7 @@ class Readings:
         self.quantizers = tuple(_quantizers(self.source))
         if not self.quantizers:
             raise Error(
-                f"{filepath} has no quantisers to read: those of batch norms are read, unless they are a function of your "
-                "own"
+                f"{filepath} has no quantisers to read: those of batch norms are read, but not a function of your own"
             )
 
     def amount(self) -> float:
