@@ -87,7 +87,8 @@ class _TermGraph:
         """Return the value of a term in the graph; place the term and its inputs if they are new."""
         waiting = [term]
         while waiting:
-            missing = [i for i in self._inputs_to_place(waiting[-1]) if i not in self._placed]
+            placed = waiting[-1] in self._placed
+            missing = [i for i in self._inputs_to_place(waiting[-1]) if i not in self._placed and not placed]
             if missing:
                 waiting += missing
             else:
