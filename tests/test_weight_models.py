@@ -13,6 +13,8 @@ from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
 from tests.models.weights import WEIGHT_MODELS
 from tests.models.weights.case import DEPTHWISE, LAST, ROWS, TRANSPOSED, WeightModel
+from tests.models.weights.keras_models import KERAS
+from tests.models.weights.modules import MODULES
 
 CASES = [pytest.param(model, id=name) for name, model in WEIGHT_MODELS.items()]
 
@@ -67,6 +69,31 @@ def test_it_runs_and_holds_the_expected_weights(model: WeightModel, tmp_path: Pa
     ]
     for weight in model.weights:
         assert weight.name or any(np.prod(shape) == np.prod(weight.shape) and len(shape) > 1 for shape in constants)
+
+
+def without_gradient(model: WeightModel, path: Path) -> set[str]:
+    """Return the names of the weights that have no gradient, or a gradient of zero."""
+    loaded = tf.saved_model.load(str(model.make(path)))  # which keeps the variables
+    serve = loaded.signatures["serving_default"]
+    with tf.GradientTape() as tape:
+        outputs = serve(**{name: tf.constant(x) for name, x in model.draw().items()})
+        loss = sum(tf.reduce_sum(tf.square(value)) for value in outputs.values())
+    gradients = zip(serve.variables, tape.gradient(loss, serve.variables), strict=True)
+    moved = {v.name.removesuffix(":0") for v, g in gradients if g is not None and np.any(tf.convert_to_tensor(g))}
+    return {weight.name for weight in model.weights} - moved
+
+
+@pytest.mark.parametrize("name", [*MODULES, *KERAS])
+def test_a_gradient_reaches_every_weight(name: str, tmp_path: Path) -> None:
+    model = WEIGHT_MODELS[name]
+    if not model.untrained:
+        assert not without_gradient(model, tmp_path / "m")
+        return
+    try:
+        missing = without_gradient(model, tmp_path / "m")
+    except (LookupError, tf.errors.OpError):  # LookupError: an op has no gradient
+        return
+    assert missing
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ class ExpectedWeight(NamedTuple):
         shape: the shape of the op's input; of an embedding, that of the whole table.
         axes: the axes of the op's input each index of which has a range of its own.
         op: the op that takes it.
-        uses: the number of ops of the serving function that take it so, called functions and loops included once.
+        uses: the least number of ops that take it so. Keras traces a cell once more, for its shapes alone.
     """
 
     name: str
@@ -74,12 +74,14 @@ class WeightModel:
         inputs: the default signature's inputs by name.
         weights: the weights that are to be quantised.
         declined: what cannot be.
+        untrained: the reason why TensorFlow computes no gradient of one of the weights on a CPU, if there is one.
     """
 
     make: Callable[[Path], Path]
     inputs: dict[str, InputSpec]
     weights: tuple[ExpectedWeight, ...]
     declined: tuple[DeclinedWeight, ...] = ()
+    untrained: str = ""
 
     def draw(self, seed: int = 0) -> dict[str, np.ndarray]:
         """Return random inputs by name."""

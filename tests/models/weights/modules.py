@@ -43,6 +43,7 @@ def model(
     dtype: Any = tf.float32,
     high: int = 0,
     declined: tuple[DeclinedWeight, ...] = (),
+    untrained: str = "",
 ) -> WeightModel:
     """Return a model of a function.
 
@@ -55,6 +56,7 @@ def model(
         dtype: the variables' type.
         high: where the input is integers, their number.
         declined: what cannot be quantised.
+        untrained: the reason why a weight has no gradient.
     """
     shapes = {w.name: w.shape for w in weights} | (stored or {})
 
@@ -65,7 +67,8 @@ def model(
         tf.saved_model.save(module, str(path), signatures={"serving_default": module.serve})
         return path
 
-    return WeightModel(make, {"x": InputSpec((2, *shape), high, "int32" if high else "float32")}, weights, declined)
+    inputs = {"x": InputSpec((2, *shape), high, "int32" if high else "float32")}
+    return WeightModel(make, inputs, weights, declined, untrained)
 
 
 def conv1d(v: dict[str, tf.Variable], x: tf.Tensor) -> tf.Tensor:
@@ -261,9 +264,17 @@ MODULES: dict[str, WeightModel] = {
     "transposed_3d": model(
         transposed_3d, (3, 4, 4, 2), (W("kernel", (3, 3, 3, 5, 2), TRANSPOSED, "Conv3DBackpropInputV2"),)
     ),
-    "grouped": model(grouped, IMAGE, (W("kernel", (3, 3, 2, 6), LAST, "Conv2D"),)),
+    "grouped": model(
+        grouped,
+        IMAGE,
+        (W("kernel", (3, 3, 2, 6), LAST, "Conv2D"),),
+        untrained="kernels of a CPU have no gradient of grouped convolutions",
+    ),
     "dilated": model(
-        dilated, IMAGE, (W("first", (3, 3, 4, 6), LAST, "Conv2D"), W("second", (3, 3, 6, 5), LAST, "Conv2D"))
+        dilated,
+        IMAGE,
+        (W("first", (3, 3, 4, 6), LAST, "Conv2D"), W("second", (3, 3, 6, 5), LAST, "Conv2D")),
+        untrained="kernels of a CPU have no gradient of dilated convolutions",
     ),
     "conv3d": model(conv3d, (3, 4, 4, 2), (W("kernel", (3, 3, 3, 2, 5), LAST, "Conv3D"),)),
     "depthwise": model(depthwise, IMAGE, (W("kernel", (3, 3, 4, 2), DEPTHWISE, "DepthwiseConv2dNative"),)),
@@ -318,6 +329,7 @@ MODULES: dict[str, WeightModel] = {
             W("second", (3, 3, 8, 8), LAST, "Conv2D"),
             W("head", (1, 1, 8, 4 + CLASSES), LAST, "Conv2D"),
         ),
+        untrained="non-maximum suppression has no gradient",
     ),
     "standardised": model(standardised, IMAGE, (W("kernel", (3, 3, 4, 8), LAST, "Conv2D"),)),
     "spectral": model(spectral, IMAGE, (W("kernel", (3, 3, 4, 8), LAST, "Conv2D"),), ("u", (1, 8))),
@@ -332,7 +344,10 @@ MODULES: dict[str, WeightModel] = {
         stored={"flat": (36, 6), "pointwise": (1, 1, 5, 6)},
     ),
     "in_functions": model(
-        in_functions, IMAGE, tuple(W(name, (3, 3, 4, 4), LAST, "Conv2D") for name in ("first", "second", "up", "down"))
+        in_functions,
+        IMAGE,
+        tuple(W(name, (3, 3, 4, 4), LAST, "Conv2D") for name in ("first", "second", "up", "down")),
+        untrained="only one branch of the conditional is taken",
     ),
     "in_a_loop": model(in_a_loop, IMAGE, (W("kernel", (3, 3, 4, 4), LAST, "Conv2D"),)),
     "dynamic_filter": model(
