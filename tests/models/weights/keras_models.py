@@ -155,6 +155,12 @@ ATTENTION = (
     W("attention/attention_output/kernel", (2, 4, 8), LAST, "Einsum"),
 )
 
+# Keras 3 flattens the heads, and broadcasts a product of matrices in place of an einsum.
+FLATTENED = tuple(
+    W(f"attention/{name}/kernel", (8, 8), LAST, "BatchMatMulV2")
+    for name in ("query", "key", "value", "attention_output")
+)
+
 
 def _recurrent(cell: str, gates: int) -> tuple[ExpectedWeight, ...]:
     return (
@@ -179,7 +185,7 @@ KERAS: dict[str, WeightModel] = {
     "keras3_lstm": WeightModel(_of_keras_3(recurrent("LSTM")), STEPS, _in_net(LSTM)),
     "keras3_gru": WeightModel(_of_keras_3(recurrent("GRU")), STEPS, _in_net(GRU)),
     "keras3_embedding": WeightModel(_of_keras_3(embedded), TOKENS, _in_net(GATHERED)),
-    "keras3_attention": WeightModel(_of_keras_3(None), VECTORS, ATTENTION),
+    "keras3_attention": WeightModel(_of_keras_3(None), VECTORS, FLATTENED),
     "keras2_convolutions": WeightModel(_of_keras_2(convolutional), IMAGE, CONVOLUTIONAL),
     "keras2_convolutions_export": WeightModel(_of_keras_2(convolutional, export_keras), IMAGE, CONVOLUTIONAL),
     "keras2_sequence": WeightModel(_of_keras_2(sequential), SEQUENCE, SEQUENTIAL),
