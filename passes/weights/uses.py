@@ -10,7 +10,7 @@ from typing import NamedTuple
 from passes.quantization.quantizer_marks import TAG
 from passes.weights.kernels import CONVOLUTIONS, GATHERS, KERNELS, OPAQUE, Axes
 from rewriter import constants, ops, protos
-from rewriter.dataflow import consumers, running
+from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Skip
 from rewriter.ir import Edge, Error, Graph, Model, Node, Value
 from rewriter.shapes import Shape, shape_of
@@ -122,7 +122,7 @@ class _Uses:
         candidates = [i for i in KERNELS[node.op](node) if i.position < len(node.inputs)]
         found = [(i, self._weights(graph, node.inputs[i.position])) for i in candidates]
         used = [(i, w) for i, w in found if w]
-        if not used and node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name):
+        if not used and node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name) and self._runs(graph, node):
             yield Skip(graph.name, node.name, "its filter is computed from what the model is given")
         # A product of weights alone computes a weight, which is quantised where a kernel takes it.
         if len(used) < len(node.inputs):
@@ -137,6 +137,13 @@ class _Uses:
                     yield Skip(graph.name, node.name, "the rank of its weight is not known")
                     continue
                 yield WeightUse((edge,), node.name, shape, i.channels(len(shape)), weights)
+
+    def _runs(self, graph: Graph, node: Node) -> bool:
+        """Return true if something calls the function of a node, other than the object that holds it as its helper."""
+        entry = self.model.entries.get(graph.name)
+        held = entry is not None and all("." in path for path in entry.paths)
+        called = self.model.analysis(call_graph).callers.get(graph.name)
+        return bool(self.terms.ways(graph.name, node.inputs)) and not (held and not called)
 
     def _rows(self, graph: Graph, node: Node) -> Iterator[WeightUse | Skip]:
         """Yield the use of the rows that are looked up in a table, a matrix."""
