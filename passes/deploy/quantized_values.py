@@ -10,7 +10,7 @@ import numpy as np
 from tensorflow.core.framework import types_pb2
 from tensorflow.python.framework import tensor_util
 
-from passes.batch_norm.entries import running_from
+from passes.control_flow.running_graphs import running_from
 from passes.quantization.node_marks import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.weights.kernels import GATHERS

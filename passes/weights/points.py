@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from passes.batch_norm.entries import only_training
+from passes.entries.training import only_training
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.roles import Role
 from passes.weights.layers import weight_layers
