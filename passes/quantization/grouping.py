@@ -33,6 +33,7 @@ class Operand(NamedTuple):
         tag: the quantiser's metadata, as JSON.
         statistic: true for a batch's statistic, or for an average that is to be stored.
         run: the node of the main graph that runs in training, if there is one.
+        indices: of rows that are looked up in a table, their indices.
     """
 
     graph: str
@@ -43,6 +44,7 @@ class Operand(NamedTuple):
     tag: str
     statistic: bool
     run: str
+    indices: Expr | None = None
 
 
 class Used(NamedTuple):

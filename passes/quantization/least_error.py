@@ -42,7 +42,7 @@ def least_error_limits(scheme: Scheme, values: np.ndarray) -> np.ndarray:
     least = np.full(len(values), np.inf)
     for k in range(CANDIDATES, 0, -1):
         limits = own * F(k / CANDIDATES)
-        error = np.square(levels(scheme, values, limits) - values).sum(1, dtype=np.float64)
+        error = np.square(levels(scheme, values, limits) - values, dtype=np.float64).sum(1)
         best = np.where((error < least)[:, None], limits, best)
         least = np.minimum(error, least)
     return best

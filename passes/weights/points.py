@@ -57,5 +57,5 @@ class WeightPoints:
                     trained=edge.graph in training,
                     scope=use.node,
                     device=True,
-                    rows=use.table,
+                    lookup=use.indices,
                 )
