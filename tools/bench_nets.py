@@ -75,12 +75,13 @@ def tfmot_weights(model: Any) -> Any:
     import tf_keras
     from tensorflow_model_optimization import quantization
 
-    own = quantization.keras.default_8bit
+    own: Any = quantization.keras.default_8bit
+    default: Any = own.Default8BitQuantizeScheme
     registry = own.Default8BitQuantizeRegistry()
     config_type = type(registry.get_quantize_config(tf_keras.layers.Dense(1)))
     types = {config_type.__name__: config_type}
 
-    class Scheme(own.Default8BitQuantizeScheme):  # type: ignore[misc]
+    class Scheme(default):  # type: ignore[misc]
         """The default, without its transformations, which add quantisers of activations."""
 
         def get_layout_transformer(self) -> Any:
