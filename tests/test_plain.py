@@ -346,6 +346,16 @@ def test_training_is_made_for_roles_that_are_quantised(config: dict[str, Any], b
     assert derive.beyond_batch_norm is beyond
 
 
+@pytest.mark.parametrize(("name", "noted"), [("v1", True), ("module", False)])
+def test_rounding_that_stays_to_nearest_is_said(
+    name: str, noted: bool, plain: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In TensorFlow 1's format, training and serving share the nodes that read a weight."""
+    report = bnqat.rewrite(plain(name), tmp_path / "q", bits={"weight": 8}, rounding="stochastic", dry_run=True)
+    note = "rounding of the role weight is to nearest, as training shares these values with serving"
+    assert (note in report.notes) is noted
+
+
 @pytest.mark.parametrize("name", V1)
 def test_a_graph_of_tensorflow_1(name: str, plain: Callable[[str], Path], tmp_path: Path) -> None:
     report = bnqat.rewrite(plain(name), tmp_path / "q", bits=BITS)
