@@ -52,10 +52,10 @@ def outputs(root: Any) -> dict[str, np.ndarray]:
     served = {}
     for name, signature in root.signatures.items():
         if name != "train":
-            (key, *_) = signature.structured_input_signature[1]
-            mode = {"is_training": tf.constant(value=False)} if key == "is_training" else {}
-            specs = [spec for spec in signature.structured_input_signature[1] if spec != "is_training"]
-            served[name] = next(iter(signature(**dict.fromkeys(specs, batch()), **mode).values())).numpy()
+            specs = set(signature.structured_input_signature[1])
+            mode = {"is_training": tf.constant(value=False)} if "is_training" in specs else {}
+            fed = dict.fromkeys(specs - set(mode), batch())
+            served[name] = next(iter(signature(**fed, **mode).values())).numpy()
     return served
 
 
