@@ -70,6 +70,40 @@ def tfmot(model: Any) -> Any:
     return tensorflow_model_optimization.quantization.keras.quantize_model(model)
 
 
+def tfmot_weights(model: Any) -> Any:
+    """Rewrite a model by TFMOT with the quantisers that its default has for kernels, and no others."""
+    import tf_keras
+    from tensorflow_model_optimization import quantization
+
+    own: Any = quantization.keras.default_8bit
+    default: Any = own.Default8BitQuantizeScheme
+    registry = own.Default8BitQuantizeRegistry()
+    config_type = type(registry.get_quantize_config(tf_keras.layers.Dense(1)))
+    types = {config_type.__name__: config_type}
+
+    class Scheme(default):
+        """The default, without its transformations, which add quantisers of activations."""
+
+        def get_layout_transformer(self) -> Any:
+            return self
+
+        def apply(self, model: Any, config_of_layer: Any) -> tuple[Any, Any]:
+            return model, config_of_layer
+
+    def annotated(layer: Any) -> Any:
+        config = config_type([], [], quantize_output=False)  # else TFMOT quantises outputs that a kernel's layer reads
+        if layer.__class__.__name__ in ("Conv2D", "DepthwiseConv2D", "Dense"):
+            config = registry.get_quantize_config(layer)
+            config.activation_attrs = []
+        types[type(config).__name__] = type(config)
+        return quantization.keras.quantize_annotate_layer(layer, config)
+
+    changed = tf_keras.models.clone_model(model, clone_function=annotated)
+    changed.set_weights(model.get_weights())
+    with tf_keras.utils.custom_object_scope(types):
+        return quantization.keras.quantize_apply(changed, Scheme())
+
+
 def chosen(norm: Norm) -> Callable[[str, Path], None]:
     """Return a writer of a net with hand-written batch norms; the mode is an argument of its only function."""
 
@@ -109,5 +143,6 @@ NETS: dict[str, Callable[[str, Path], None]] = {
     "fused": keras2(lambda model: model),
     "qkeras": keras2(qkeras),
     "tfmot": keras2(tfmot),
+    "tfmot_weights": keras2(tfmot_weights),
 }
 """By form; each writes a net of this name (`MobileNetV2`, `ResNet50`) to a directory."""

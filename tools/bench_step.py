@@ -15,6 +15,8 @@ images with 10 classes. Rows:
 - off, on: rewritten by bnqat, 8 bits, before and after `start_step`; frozen: with frozen moving statistics; stateful
   ranges: moving averages of the limits; changing widths: 8 and 4 bits in turn; a role off: the width of gamma is 0
 - "..., rewritten": what bnqat makes of these models, on
+- weights off, weights on: rewritten by bnqat, weights alone, 8 bits, a range for each channel, before and after
+  `start_step`; weights, TFMOT: the same net by TFMOT, with its own 8-bit quantisers of kernels and nothing else
 
 `--net v1-resource` and `v1-reference` are a net in TensorFlow 1's format, with resource or reference variables, run in
 a V1 session and by `tf.saved_model.load`. Its base is the library's layer, `tf.compat.v1.layers.batch_normalization`
@@ -86,6 +88,11 @@ def _without_gamma(model: Any, number: int) -> None:
         model.quantization.bits.gamma.assign(0)
 
 
+WEIGHTS = {
+    "bits": {"weight": 8},
+    "scheme": dict.fromkeys(("gamma", "beta", "moving_mean", "moving_variance"), "none"),
+}
+
 VARIANTS: Mapping[str, Variant] = {
     BASE: Variant("fused"),
     "fused again": Variant("fused"),
@@ -103,6 +110,9 @@ VARIANTS: Mapping[str, Variant] = {
     "hand-written, rewritten": Variant("by_hand", {}),
     "two subgraphs, rewritten": Variant("two_kernels", {}),
     "Keras 3, rewritten": Variant("keras3", {}),
+    "weights off": Variant("fused", {**WEIGHTS, "start_step": 2**62}),
+    "weights on": Variant("fused", WEIGHTS),
+    "weights, TFMOT": Variant("tfmot_weights"),
 }
 
 
@@ -218,7 +228,11 @@ def _cell(row: Mapping[str, float]) -> str:
     return f"**{median:.3f}** ({low:.3f} to {high:.3f}; {first:.2f}, {third:.2f})"
 
 
-PEERS = {"QKeras": "qkeras", "TFMOT": "tensorflow_model_optimization"}
+PEERS = {
+    "QKeras": "qkeras",
+    "TFMOT": "tensorflow_model_optimization",
+    "weights, TFMOT": "tensorflow_model_optimization",
+}
 """Packages that rows need, from the extra `bench`."""
 
 

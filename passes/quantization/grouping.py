@@ -9,6 +9,7 @@ from passes.control_flow.predicates import reached
 from passes.quantization.custom import TraceRequest
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic
+from rewriter.dataflow import compiled
 from rewriter.expr import Expr, Use
 from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
@@ -84,7 +85,8 @@ def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch 
         graph = model.graphs[name]
         grouped: set[Operand] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
-        if model.object_based and not conditional:
+        # XLA compiles no Optional, in which the gradient of a Case passes what only some branches compute.
+        if model.object_based and not conditional and name not in model.analysis(compiled):
             for group in _shared(model, graph, uses_of_graph):
                 grouped.update(group[0] if isinstance(group, DynamicBatch | TensorBatch) else group)
                 yield group
