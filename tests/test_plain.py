@@ -52,10 +52,10 @@ def outputs(root: Any) -> dict[str, np.ndarray]:
     served = {}
     for name, signature in root.signatures.items():
         if name != "train":
-            (key, *_) = signature.structured_input_signature[1]
-            mode = {"is_training": tf.constant(value=False)} if key == "is_training" else {}
-            specs = [spec for spec in signature.structured_input_signature[1] if spec != "is_training"]
-            served[name] = next(iter(signature(**dict.fromkeys(specs, batch()), **mode).values())).numpy()
+            specs = set(signature.structured_input_signature[1])
+            mode = {"is_training": tf.constant(value=False)} if "is_training" in specs else {}
+            fed = dict.fromkeys(specs - set(mode), batch())
+            served[name] = next(iter(signature(**fed, **mode).values())).numpy()
     return served
 
 
@@ -344,6 +344,16 @@ def test_there_are_no_statistics(plain: Callable[[str], Path], tmp_path: Path) -
 def test_training_is_made_for_roles_that_are_quantised(config: dict[str, Any], beyond: bool) -> None:
     (derive,) = [p for p in pass_list(settings(config, {})) if isinstance(p, DeriveTraining)]
     assert derive.beyond_batch_norm is beyond
+
+
+@pytest.mark.parametrize(("name", "noted"), [("v1", True), ("module", False)])
+def test_rounding_that_stays_to_nearest_is_said(
+    name: str, noted: bool, plain: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In TensorFlow 1's format, training and serving share the nodes that read a weight."""
+    report = bnqat.rewrite(plain(name), tmp_path / "q", bits={"weight": 8}, rounding="stochastic", dry_run=True)
+    note = "rounding of the role weight is to nearest, as training shares these values with serving"
+    assert (note in report.notes) is noted
 
 
 @pytest.mark.parametrize("name", V1)
