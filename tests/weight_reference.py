@@ -110,14 +110,14 @@ def _grid(scheme: str, low: np.ndarray, high: np.ndarray, bits: int, narrow: boo
         inverse = F(1) / scale
     usable = scale >= TINY
     scale, inverse = np.where(usable, scale, F(1)), np.where(usable, inverse, F(1))
-    zero_point = np.floor(-low * inverse + F(0.5)) if scheme == "affine" else np.zeros_like(scale)
+    zero_point = np.round(-low * inverse) if scheme == "affine" else np.zeros_like(scale)
     return _Grid(scale, inverse, np.clip(zero_point, F(bottom), F(top)))
 
 
 def _rounded(x: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-    """Round half up; with noise, up where the noise is below the fraction."""
+    """Round half to even; with noise, up where the noise is below the fraction."""
     if noise is None:
-        nearest: np.ndarray = np.floor(x + F(0.5))
+        nearest: np.ndarray = np.round(x)
         return nearest
     below = np.floor(x)
     up: np.ndarray = below + (noise.astype(F) < x - below).astype(F)
