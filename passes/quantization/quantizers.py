@@ -239,7 +239,7 @@ class OnGrid:
         self.values = values
         self.grid = grid
         self.position = grid.position(values.coordinate)
-        code = _rounded(self.position, noise, half_up=scheme.device)
+        code = _rounded(self.position, noise)
         if grid.zero is not None:
             code = code + grid.zero
         bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
@@ -328,9 +328,9 @@ def _zero(value: Expr) -> Expr:
     return value - stop_gradient(value)
 
 
-def _rounded(position: Expr, noise: Expr | None, *, half_up: bool) -> Expr:
+def _rounded(position: Expr, noise: Expr | None) -> Expr:
     if noise is None:
-        return op("Floor", position + 0.5) if half_up else op("Round", position)
+        return op("Round", position)
     below = op("Floor", position)
     up = op("Less", cast(noise, position.dtype), position - below)
     return below + cast(up, position.dtype)
