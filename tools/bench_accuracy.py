@@ -340,7 +340,7 @@ def measured(make: Callable[[int], Task], systems: Mapping[str, Run], seeds: int
     for bits in widths:
         cells = [[_spread([run[i] for run in accuracies[bits, s]]) for i in (0, 1)] for s in systems]
         table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
-    Console(width=150).print(table)
+    Console(width=180).print(table)
     return {"float": _moments(floats), "systems": {s: _cells(accuracies, s, widths) for s in systems}}
 
 
