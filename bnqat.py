@@ -3,6 +3,7 @@
 ``bnqat.inspect(model)``, ``bnqat.rewrite(source, target)``, ``bnqat.diff(before, after)`` and
 ``bnqat.finalize(source, target)`` read and write models. ``bnqat.verify(before, after)``,
 ``bnqat.reestimate_statistics(model, dataset, steps)`` and ``bnqat.sensitivity(model, inputs)`` run them.
+``bnqat.find_ranges(model)`` searches ranges of weights again while a program trains them.
 ``bnqat.KerasLayer(path)``, ``bnqat.QuantizationLog(layer, log_dir)`` and ``bnqat.ReestimateStatistics(dataset, steps)``
 train them with Keras 3. The passes are objects from `passes`.
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from rewriter.app.api import NothingToRewriteError, inspect, rewrite
     from rewriter.app.diff import diff
     from rewriter.app.finalize import finalize
+    from rewriter.app.find_ranges import find_ranges
     from rewriter.app.reestimate import reestimate_statistics
     from rewriter.app.sensitivity import sensitivity
     from rewriter.app.training.layer import KerasLayer
@@ -34,6 +36,7 @@ __all__ = [
     "ReestimateStatistics",
     "diff",
     "finalize",
+    "find_ranges",
     "inspect",
     "reestimate_statistics",
     "rewrite",
@@ -46,6 +49,7 @@ MODULES = {
     "QuantizationLog": "training.log",
     "ReestimateStatistics": "training.statistics",
     "diff": "diff",
+    "find_ranges": "find_ranges",
     "finalize": "finalize",
     "reestimate_statistics": "reestimate",
     "sensitivity": "sensitivity",

@@ -60,6 +60,10 @@ PROVIDERS: dict[str, tuple[Role, ...]] = {
 """The providers of what `quantize` quantises, as ``module:Class``, and the roles of their values."""
 
 
+GROUPS: Mapping[str, tuple[str, ...]] = {"batch_norm": tuple(role.name for role in QUANTIZED)}
+"""Names that stand for several roles in options."""
+
+
 def roles() -> dict[str, Role]:
     """Return the roles of all providers' values by name."""
     return {role.name: role for of_provider in PROVIDERS.values() for role in of_provider}
@@ -84,7 +88,7 @@ class OrderOptions(PassOptions):
 
     unfreeze_constants: Annotated[
         Flag,
-        Help("Make batch norms' parameters that are constants variables again"),
+        Help("Make batch norms' parameters and weights that are constants variables again"),
     ] = False
     fuse: Annotated[
         Flag,

@@ -97,9 +97,20 @@ class Quantize(ScheduleOptions):
     def _unused_roles(self, families: Iterable[Family]) -> Iterator[Note]:
         """Yield a note on each role that was asked for and that no value has."""
         used = {point.role for family in families for point in family.points}
-        for role in (role for provider in self.providers for role in provider.roles):
-            if not role.always and self.quantizers.get(role.name) is not None and role.name not in used:
-                yield Note(f"no value of the role {role.name} was quantised: the model has none, or none that can be")
+        for name in self.named_roles:
+            if name not in used:
+                yield Note(f"no value of the role {name} was quantised: the model has none, or none that can be")
+
+    @property
+    def named_roles(self) -> list[str]:
+        """The roles that are quantised only as an option or a rule says so."""
+        named = (role for provider in self.providers for role in provider.roles if not role.always)
+        defaults = {role.name: self._default(role) for role in named}
+        return [
+            name
+            for name, default in defaults.items()
+            if default is not None or any(rule.applied(name, default) is not None for rule in self.rules)
+        ]
 
     def _default(self, role: Role) -> Quantizer | None:
         """Return the quantiser of a role where no rule changes it."""

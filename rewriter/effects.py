@@ -5,7 +5,7 @@ from __future__ import annotations
 from rewriter import op_defs, ops
 from rewriter.ir import Graph, Model, Node
 
-HANDLES = ("VarHandleOp", "ReadVariableOp")
+HANDLES = frozenset({"VarHandleOp"}) | ops.READS
 """Stateful ops that change nothing."""
 
 

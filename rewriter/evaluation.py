@@ -19,18 +19,18 @@ from rewriter.terms import PORT, UNKNOWN, VARIABLE, Term
 # fmt: off
 HARMLESS = frozenset(
     {
-        "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "Bitcast", "BitwiseAnd", "BitwiseOr", "BitwiseXor",
-        "BroadcastTo", "Cast", "Ceil", "ClipByValue", "ConcatV2", "Const", "DynamicStitch", "Equal", "Exp",
-        "ExpandDims", "Expm1",
-        "FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars", "FakeQuantWithMinMaxVarsPerChannel", "Fill", "Floor",
-        "FloorDiv", "FloorMod", "GatherV2", "Greater", "GreaterEqual", "IdentityN", "Inv", "Invert", "IsFinite",
-        "IsInf", "IsNan", "LeftShift", "Less", "LessEqual", "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr",
-        "Max", "Maximum", "Mean", "Min", "Minimum", "Mul", "MulNoNan", "Neg", "NotEqual", "OnesLike", "Pack", "Pad",
-        "PadV2", "Pow", "Prod", "QuantizeAndDequantizeV2", "QuantizeAndDequantizeV3", "QuantizeAndDequantizeV4",
-        "Range", "Rank", "ReadVariableOp", "RealDiv", "Reciprocal", "Relu", "Relu6", "Reshape", "RightShift", "Rint",
-        "Round", "Rsqrt", "Select", "SelectV2", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softplus", "Split",
-        "SplitV", "Sqrt", "Square", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum", "Tanh", "Tile",
-        "TopKV2", "Transpose", "Unpack", "UnsortedSegmentMax", "UnsortedSegmentMin", "Where", "ZerosLike",
+        "Abs", "AddN", "AddV2", "All", "Any", "ArgMax", "ArgMin", "BatchMatMulV2", "Bitcast", "BitwiseAnd",
+        "BitwiseOr", "BitwiseXor", "BroadcastTo", "Cast", "Ceil", "ClipByValue", "ConcatV2", "Const", "DynamicStitch",
+        "Equal", "Exp", "ExpandDims", "Expm1", "FakeQuantWithMinMaxArgs", "FakeQuantWithMinMaxVars",
+        "FakeQuantWithMinMaxVarsPerChannel", "Fill", "Floor", "FloorDiv", "FloorMod", "GatherV2", "Greater",
+        "GreaterEqual", "IdentityN", "Inv", "Invert", "IsFinite", "IsInf", "IsNan", "LeftShift", "Less", "LessEqual",
+        "Log", "Log1p", "LogicalAnd", "LogicalNot", "LogicalOr", "MatMul", "Max", "Maximum", "Mean", "Min", "Minimum",
+        "Mul", "MulNoNan", "Neg", "NotEqual", "OnesLike", "Pack", "Pad", "PadV2", "Pow", "Prod",
+        "QuantizeAndDequantizeV2", "QuantizeAndDequantizeV3", "QuantizeAndDequantizeV4", "Range", "Rank",
+        "ReadVariableOp", "RealDiv", "Reciprocal", "Relu", "Relu6", "Reshape", "RightShift", "Rint", "Round", "Rsqrt",
+        "Select", "SelectV2", "Shape", "Sigmoid", "Sign", "Size", "Slice", "Softplus", "Split", "SplitV", "Sqrt",
+        "Square", "SquaredDifference", "Squeeze", "StridedSlice", "Sub", "Sum", "Tanh", "Tile", "TopKV2", "Transpose",
+        "Unpack", "UnsortedSegmentMax", "UnsortedSegmentMin", "Where", "ZerosLike",
     }
 )
 # fmt: on
@@ -87,7 +87,8 @@ class _TermGraph:
         """Return the value of a term in the graph; place the term and its inputs if they are new."""
         waiting = [term]
         while waiting:
-            missing = [i for i in self._inputs_to_place(waiting[-1]) if i not in self._placed]
+            placed = waiting[-1] in self._placed
+            missing = [i for i in self._inputs_to_place(waiting[-1]) if i not in self._placed and not placed]
             if missing:
                 waiting += missing
             else:

@@ -211,6 +211,7 @@ class Entry:
             an asset, a constant).
         paths: its paths in the object graph, such as ``__call__`` or ``signatures.serving_default``.
         keys: if it returns a dict of tensors, the keys in the order of the results; else empty.
+        flags: the Python booleans among the arguments that it was traced with, such as Keras' `training`.
     """
 
     function: str
@@ -219,6 +220,7 @@ class Entry:
     captures: tuple[str | int, ...]
     paths: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
+    flags: tuple[bool, ...] = ()
 
 
 @dataclass(frozen=True)

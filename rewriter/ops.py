@@ -61,6 +61,10 @@ FORWARDS: Mapping[str, int] = dict.fromkeys(
 """Ops whose outputs are, or read, one of their inputs -> the index of that input."""
 
 
+READS = frozenset({"ReadVariableOp", "ResourceGather", "ResourceGatherNd"})
+"""Ops that read variables: they are stateful, but change nothing."""
+
+
 NEXT_ITERATIONS = ("NextIteration", "RefNextIteration")
 """Ops that pass a value on to the next iteration of a loop."""
 

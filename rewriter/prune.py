@@ -19,10 +19,6 @@ from rewriter.dataflow import call_graph, gradient_kinds, referred
 from rewriter.ir import ARG, MAIN, Edge, Entry, Graph, Model, Node, Value
 from rewriter.sweep import held, needed_by
 
-READS = frozenset({"ReadVariableOp"})
-"""Stateful ops that change nothing. If only control inputs refer to one, it is not needed, but the nodes that it waits
-for are."""
-
 CUT = "bnqat/cut"
 """Name of a node that stands for inputs that do not count as uses."""
 
@@ -158,7 +154,7 @@ def without_orphans(model: Model, graph: Graph, candidates: Iterable[str]) -> Gr
     while waiting:
         name = waiting.pop()
         if name in nodes:
-            reading = [u for u in users.get(name, ()) if u in nodes and nodes[u].op in READS and not uses[u]]
+            reading = [u for u in users.get(name, ()) if u in nodes and nodes[u].op in ops.READS and not uses[u]]
             if uses[name] == len(reading):
                 for read in reading:
                     drop(read)
@@ -225,7 +221,7 @@ class _Usage:
         """Find the live nodes of a function, and add its live arguments to `live_arguments`."""
         # A value that a loop's body only passes on is needed if something else needs the argument.
         waiting = [r.value.node for i, r in enumerate(graph.results) if not self._passes_through(graph, i)]
-        waiting += [e.node for e in graph.effects if graph.nodes[e.node].op not in READS or _waits(graph, e.node)]
+        waiting += [e.node for e in graph.effects if graph.nodes[e.node].op not in ops.READS or _waits(graph, e.node)]
         waiting += [a for p, a in enumerate(graph.arguments) if (graph.name, p) in self.live_arguments]
         live: set[str] = set()
         while waiting:
@@ -241,7 +237,7 @@ class _Usage:
         dropped = self._dropped_inputs(node)
         yield from (v.node for index, v in enumerate(node.inputs) if index not in dropped)
         for name in node.after:
-            if graph.nodes[name].op in READS:
+            if graph.nodes[name].op in ops.READS:
                 yield from _awaited(graph, name)
             else:
                 yield name
@@ -353,7 +349,7 @@ def _awaited(graph: Graph, read: str) -> Iterator[str]:
         for name in graph.nodes[waiting.pop()].after:
             if name not in visited:
                 visited.add(name)
-                if graph.nodes[name].op in READS:
+                if graph.nodes[name].op in ops.READS:
                     waiting.append(name)
                 else:
                     yield name

@@ -72,6 +72,6 @@ def _removable(model: Model, node: Node) -> bool:
         inner_nodes = [inner for name in callees for inner in model.graphs[name].nodes.values()]
         return all(inner.op == ARG or _removable(model, inner) for inner in inner_nodes)
     definition = op_defs.registered(node.op)
-    if node.op == "ReadVariableOp":
+    if node.op in ops.READS:
         return True  # stateful, but changes nothing
     return definition is not None and not definition.is_stateful and node.op not in FED

@@ -134,7 +134,7 @@ class Terms:
             captures = [None] * first + list(entry.captures)
             bounds[self._intern_bound({p: self._captured(name, p, captures[p]) for p in sorted(positions)})] = None
         for call in self.calls.callers.get(name, ()):
-            if call.graph == MAIN:
+            if call.graph == MAIN and self.model.object_based:
                 continue  # concrete functions cover its calls: their captures; its other calls save and restore
             caller = self.model.graphs[call.graph]
             node = caller.nodes[call.node]

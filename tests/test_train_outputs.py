@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm.entries import TRAIN
+from passes.quantization.training_functions import TRAIN
 from rewriter.savedmodel.read import load
 from tests import harness
 from tests.models import Trainable, save_module, small_keras

@@ -6,7 +6,6 @@ import contextlib
 import io
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import tensorflow as tf
@@ -76,13 +75,20 @@ def tfmot_weights(model: Any) -> Any:
     import tf_keras
     from tensorflow_model_optimization import quantization
 
-    registry = quantization.keras.default_8bit.Default8BitQuantizeRegistry()
+    own: Any = quantization.keras.default_8bit
+    default: Any = own.Default8BitQuantizeScheme
+    registry = own.Default8BitQuantizeRegistry()
     config_type = type(registry.get_quantize_config(tf_keras.layers.Dense(1)))
     types = {config_type.__name__: config_type}
 
-    # Not the default's transformations, which add quantisers of activations.
-    unchanged = SimpleNamespace(apply=lambda model, config_of_layer: (model, config_of_layer))
-    scheme = SimpleNamespace(get_layout_transformer=lambda: unchanged, get_quantize_registry=lambda: registry)
+    class Scheme(default):
+        """The default, without its transformations, which add quantisers of activations."""
+
+        def get_layout_transformer(self) -> Any:
+            return self
+
+        def apply(self, model: Any, config_of_layer: Any) -> tuple[Any, Any]:
+            return model, config_of_layer
 
     def annotated(layer: Any) -> Any:
         config = config_type([], [], quantize_output=False)  # else TFMOT quantises outputs that a kernel's layer reads
@@ -95,7 +101,7 @@ def tfmot_weights(model: Any) -> Any:
     changed = tf_keras.models.clone_model(model, clone_function=annotated)
     changed.set_weights(model.get_weights())
     with tf_keras.utils.custom_object_scope(types):
-        return quantization.keras.quantize_apply(changed, scheme)
+        return quantization.keras.quantize_apply(changed, Scheme())
 
 
 def chosen(norm: Norm) -> Callable[[str, Path], None]:

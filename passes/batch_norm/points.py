@@ -8,7 +8,6 @@ from functools import partial
 from typing import ClassVar
 
 from passes.batch_norm.batch_norms import channels, moving_average, names_of_sites
-from passes.batch_norm.entries import frozen
 from passes.batch_norm.layers import Layer, layers, layers_of_sites
 from passes.batch_norm.options import Average, AverageOptions
 from passes.batch_norm.roles import BETA, GAMMA, QUANTIZED, ROLES, VARIANCE
@@ -20,6 +19,7 @@ from passes.quantization.insertion import starting_limits
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers, Replacement, Usage, value_at
 from passes.quantization.ranges import Dynamic, Ema, Learned
 from passes.quantization.roles import Role
+from passes.quantization.training_functions import frozen
 from rewriter.dataflow import call_graph
 from rewriter.edit import Edit, Rewire, SetAttr, Skip
 from rewriter.expr import Expr, Use

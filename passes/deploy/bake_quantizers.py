@@ -11,10 +11,11 @@ import numpy as np
 
 from passes.deploy.quantized_values import Quantized, quantized_values, tagged, trusted_values
 from passes.quantization.quantizer_marks import TAG
-from rewriter import op_defs
+from passes.weights.kernels import GATHERS
+from rewriter import op_defs, ops
 from rewriter.dataflow import consumers
 from rewriter.edit import AddVariable, Assign, Edit, Keep, Rewire
-from rewriter.expr import Expr, Use, read
+from rewriter.expr import Expr, Use, handle, read
 from rewriter.ir import Edge, Error, Graph, Model, Value, Variable, unused
 from rewriter.prune import needed_without
 
@@ -52,10 +53,15 @@ class BakeQuantizers:
         for name, node in tagged(model):
             graph = model.graphs[name]
             quantized = by_node.get((name, node), [])
-            if all(entry.variable in plan.baked for entry in quantized):  # also where the quantiser can never run
-                value = _raw(model, graph, node)
-            else:
-                value = read(plan.single(quantized))
+            value = _raw(model, graph, node)
+            if not all(entry.variable in plan.baked for entry in quantized):  # they are, where it can never run
+                stored = plan.single(quantized)
+                table = _table(graph, node)
+                if table is None:
+                    value = read(stored)
+                else:
+                    resource = graph.nodes[table.node].op == "ResourceGather"
+                    yield Rewire(table, handle(stored) if resource else read(stored), node)
             for edge in model.analysis_of(graph, consumers).get(Value(node), ()):
                 yield Rewire(edge, value, node)
         if by_node:
@@ -133,6 +139,17 @@ def _plan(model: Model, quantized: tuple[Quantized, ...]) -> BakePlan:
                 model.new_key(name), name, entry.value.dtype.name, entry.value.shape, path=path, initial=entry.value
             )
     return BakePlan(quantized, baked, new_variables)
+
+
+def _table(graph: Graph, node: str) -> Edge | None:
+    """Return the use of the table of which a quantiser's input is rows that are looked up; None for another one."""
+    value: Value | None = graph.nodes[node].inputs[-1]
+    while value is not None:
+        source = graph.nodes[value.node]
+        if source.op in GATHERS:
+            return Edge(graph.name, source.name, GATHERS[source.op])
+        value = ops.forwarded(source, value.port)
+    return None
 
 
 def _raw(model: Model, graph: Graph, node: str) -> Expr:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from passes.batch_norm.batch_norms import batch_norms
-from passes.batch_norm.entries import running_from, trains
 from passes.batch_norm.updates import ASSIGNING
+from passes.control_flow.running_graphs import running_from
+from passes.entries.serving import has_batch_norms
+from passes.entries.training import trains
 from passes.quantization.quantizer_marks import TAG
 from rewriter.dataflow import Argument, VariableKey, origins
 from rewriter.edit import AddSignature, Clone, Edit, Keep, Note
@@ -25,7 +27,7 @@ _MADE_UP = re.compile(r"unknown(_\d+)?|tensor(_\d+)?")
 
 @dataclass(frozen=True)
 class KeepServing:
-    """Keep the signatures and the root's functions that normalise with the moving statistics alone.
+    """Keep the signatures and the root's functions that serve: they normalise with the moving statistics alone.
 
     Where a plain ``tf.saved_model.save`` left no signature, `serving_default` is made from the root's function `serve`,
     or from its call.
@@ -48,6 +50,11 @@ class KeepServing:
         left_out = [e for e in candidates if e in helpers]
         serving = [e for e in candidates if e not in left_out]
         if not serving:
+            if not model.analysis(has_batch_norms):
+                raise Error(
+                    "no signature and no function of the root only serves: each trains or counts steps; save the model "
+                    "with a signature that serves"
+                )
             raise Error(
                 "no signature and no function of the root normalises with the moving statistics alone: each trains, "
                 "takes its mode as an argument, or changes variables of batch norms; save the model with a signature "
@@ -79,7 +86,8 @@ class KeepServing:
 def serves(model: Model) -> list[Entry]:
     """Return the functions of signatures and of the root that normalise with the moving statistics alone.
 
-    Functions that change a variable of a batch norm or of the quantisation are left out.
+    In a model without batch norms, they are those that do not train. Functions that change a variable of a batch norm
+    or of the quantisation are left out.
     """
     signed = {s.entry for s in model.signatures.values()}
     candidates = [e for e in model.entries.values() if e.function in signed or any("." not in p for p in e.paths)]

@@ -10,15 +10,16 @@ import numpy as np
 from tensorflow.core.framework import types_pb2
 from tensorflow.python.framework import tensor_util
 
-from passes.batch_norm.entries import running_from
+from passes.control_flow.running_graphs import running_from
 from passes.quantization.node_marks import AMOUNT, CODE, EPSILON, ORIGIN, SCALE, WIDTH, ZERO_POINT
 from passes.quantization.quantizer_marks import TAG, tag_of
+from passes.weights.kernels import GATHERS
 from rewriter import op_defs, ops, protos
 from rewriter.constants import LARGEST
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
-from rewriter.terms import PORT, Bound, Term, Terms, cone
+from rewriter.terms import PORT, VARIABLE, Bound, Term, Terms, cone
 
 WHOLE = (types_pb2.DT_INT32, types_pb2.DT_INT64)
 PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
@@ -88,9 +89,20 @@ def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
         for quantizer in parcel:
             terms |= dict.fromkeys((quantizer.value, quantizer.raw, quantizer.width, *quantizer.parts.values()))
         # Whatever the step is, the quantisers are to act: the model may have been saved before they did.
-        amounts = {t: np.array(1, np.float32) for t in cone(terms) if _part(t) == AMOUNT}
-        values.update(zip(terms, evaluated(model, list(terms), amounts, trust=trust), strict=True))
+        given = {t: np.array(1, np.float32) for t in cone(terms) if _part(t) == AMOUNT}
+        # Rows of a table are quantised one by one, so the whole table is in place of those that are looked up.
+        tables = {q.raw: q.table for q in parcel if q.table is not None}
+        for rows, table in zip(
+            tables, evaluated(model, list(tables.values()), {}, trust=trust) if tables else (), strict=True
+        ):
+            given |= {rows: table, rows.inputs[1]: np.arange(len(table), dtype=_index_dtype(rows))}
+        values.update(zip(terms, evaluated(model, list(terms), given, trust=trust), strict=True))
     return tuple(quantizer.quantized(values) for quantizer in quantizers)
+
+
+def _index_dtype(rows: Term) -> str:
+    """Return the dtype of the indices of looked-up rows."""
+    return protos.dtype_name(op_defs.attribute(rows, "Tindices").type)
 
 
 PARCEL = 100
@@ -126,6 +138,17 @@ class _QuantizerTerms(NamedTuple):
     place: _Place
     parts: Mapping[str, Term]
 
+    @property
+    def table(self) -> Term | None:
+        """The table of which the value is rows that are looked up; None for another value."""
+        if self.raw.op not in GATHERS:
+            return None
+        table = self.raw.inputs[GATHERS[self.raw.op]]
+        dtype = self.raw.attrs.get("dtype")
+        return (
+            table if table.op != VARIABLE or dtype is None else Term("ReadVariableOp", (table,), attrs={"dtype": dtype})
+        )
+
     def quantized(self, values: Mapping[Term, np.ndarray]) -> Quantized:
         """Return the quantised value from the values of the terms.
 
@@ -146,7 +169,7 @@ class _QuantizerTerms(NamedTuple):
             self.node,
             self.way,
             self.tag,
-            self.raw.variable,
+            self.raw.variable if self.table is None else self.table.variable,
             values[self.value],
             values[self.raw],
             bits,

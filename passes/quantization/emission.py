@@ -125,7 +125,11 @@ class QuantizerEmitter:
     def _limits(self, operand: Operand) -> Expr:
         """Return the limits of one operand: float32 [2], or [ranges, 2]."""
         if operand.role in self.controls.kept:
-            return self.controls.kept[operand.role].of(operand.layer)
+            limits = self.controls.kept[operand.role].of(operand.layer)
+            by_row = isinstance(operand.spec, QuantizerSpec) and operand.spec.limits_shape != (2,)
+            if operand.indices is None or not by_row:
+                return limits
+            return op("GatherV2", limits, operand.indices, constant(0, "int32"))
         return gathered(self.controls.given_limits, np.array(self.controls.row(operand.role, operand.layer)))
 
     def _tag(self, quantized: Sequence[Expr], vectors: Sequence[Operand]) -> None:

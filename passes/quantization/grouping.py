@@ -9,6 +9,7 @@ from passes.control_flow.predicates import reached
 from passes.quantization.custom import TraceRequest
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic
+from rewriter.dataflow import compiled
 from rewriter.expr import Expr, Use
 from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
@@ -33,6 +34,7 @@ class Operand(NamedTuple):
         tag: the quantiser's metadata, as JSON.
         statistic: true for a batch's statistic, or for an average that is to be stored.
         run: the node of the main graph that runs in training, if there is one.
+        indices: of rows that are looked up in a table, their indices.
     """
 
     graph: str
@@ -43,6 +45,7 @@ class Operand(NamedTuple):
     tag: str
     statistic: bool
     run: str
+    indices: Expr | None = None
 
 
 class Used(NamedTuple):
@@ -82,7 +85,8 @@ def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch 
         graph = model.graphs[name]
         grouped: set[Operand] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
-        if model.object_based and not conditional:
+        # XLA compiles no Optional, in which the gradient of a Case passes what only some branches compute.
+        if model.object_based and not conditional and name not in model.analysis(compiled):
             for group in _shared(model, graph, uses_of_graph):
                 grouped.update(group[0] if isinstance(group, DynamicBatch | TensorBatch) else group)
                 yield group

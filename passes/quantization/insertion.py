@@ -138,9 +138,9 @@ def _why_not_on_device(quantizer: Quantizer, point: QuantizationPoint) -> str:
     if isinstance(quantizer, CustomQuantizer):
         return "functions of your own are for batch norms' vectors; weights have schemes alone"
     follows, whole = isinstance(quantizer.range, Dynamic), quantizer.granularity == "per_tensor"
-    if point.rows and follows and whole:
+    if point.lookup and follows and whole:
         return "rows that are looked up do not tell the range of the whole table; choose mse, learned or two limits"
-    if isinstance(quantizer.range, Learned) and -1 in point.shape and not point.rows:
+    if isinstance(quantizer.range, Learned) and -1 in point.shape and not point.lookup:
         return "its shape is not known, which learned ranges need"
     return ""
 
@@ -178,7 +178,8 @@ class _Operands:
             "use": point.use,
         }
         text, statistic = json.dumps(tag, sort_keys=True), point.use != "parameter"
-        return Operand(point.edge.graph, value, spec, point.role, point.layer, text, statistic, point.run)
+        indices = None if point.lookup is None else self._used(point.lookup)
+        return Operand(point.edge.graph, value, spec, point.role, point.layer, text, statistic, point.run, indices)
 
     def _used(self, edge: Edge) -> Use:
         """Return the value that is used at an edge."""
@@ -200,7 +201,10 @@ def _spec(
         return QuantizerSpec(scheme, shape, point.axes, dtype, point.trained, context).group_key
     axes = point.axes if _channel_axes(quantizer, point) else tuple(range(-len(point.shape), 0))
     relative = layer.normalized and isinstance(quantizer.range, Learned)
-    return QuantizerSpec(on_device(quantizer), shape, axes, dtype, point.trained, context, relative).group_key
+    by_row = point.lookup is not None and axes == (-1,)
+    count = point.shape[-1] * (1 if by_row else layer.channels or 1) if point.lookup else 0
+    spec = QuantizerSpec(on_device(quantizer), shape, axes, dtype, point.trained, context, relative, by_row, count)
+    return spec.group_key
 
 
 def _channel_axes(quantizer: Quantizer, point: QuantizationPoint) -> tuple[int, ...]:

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from passes.quantization.ranges import CANDIDATES
 from passes.quantization.schemes import TINY, Affine, PowerOfTwo, Scheme, Symmetric
 
 F = np.float32
+
+
+def by_channel(values: np.ndarray, axes: tuple[int, ...]) -> np.ndarray:
+    """Return the values of each index of some axes, counted from the end, as a row: [channels, n]."""
+    kept = [axis % values.ndim for axis in axes]
+    first = np.transpose(values, (*kept, *(axis for axis in range(values.ndim) if axis not in kept)))
+    return first.reshape(math.prod(first.shape[: len(kept)]), -1)
 
 
 def own_limits(scheme: Scheme, values: np.ndarray) -> np.ndarray:
@@ -33,7 +42,7 @@ def least_error_limits(scheme: Scheme, values: np.ndarray) -> np.ndarray:
     least = np.full(len(values), np.inf)
     for k in range(CANDIDATES, 0, -1):
         limits = own * F(k / CANDIDATES)
-        error = np.square(levels(scheme, values, limits) - values).sum(1, dtype=np.float64)
+        error = np.square(levels(scheme, values, limits) - values, dtype=np.float64).sum(1)
         best = np.where((error < least)[:, None], limits, best)
         least = np.minimum(error, least)
     return best

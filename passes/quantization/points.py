@@ -84,7 +84,7 @@ class QuantizationPoint:
         scope: the name scope of the nodes that quantise it; by default, that of the node that uses it.
         replacement: from the quantised value to the edits that let it be used; by default, the edge takes it.
         device: true if its codes are those of an integer device (`passes.quantization.device_schemes`).
-        rows: true if it is some rows of a table.
+        lookup: of rows that are looked up in a table, the use of their indices; else None.
     """
 
     edge: Edge
@@ -101,7 +101,7 @@ class QuantizationPoint:
     scope: str = ""
     replacement: Replacement | None = None
     device: bool = False
-    rows: bool = False
+    lookup: Edge | None = None
 
     def __post_init__(self) -> None:
         if any(not -len(self.shape) <= axis < 0 for axis in self.channel_axes):

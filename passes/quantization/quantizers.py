@@ -52,6 +52,8 @@ class QuantizerSpec:
         training: true if it is used in training; matters for stochastic rounding and moving averages alone.
         context: part of the functions' names; each context has functions of its own.
         relative: true if given limits are fractions of the values' own range.
+        by_row: true for rows of a table that have ranges of their own.
+        count: the number of values that share a range, where the shape does not tell it; else 0.
     """
 
     scheme: Scheme
@@ -61,6 +63,8 @@ class QuantizerSpec:
     training: bool = False
     context: str = ""
     relative: bool = False
+    by_row: bool = False
+    count: int = 0
 
     @property
     def stochastic(self) -> bool:
@@ -75,14 +79,22 @@ class QuantizerSpec:
         return tuple(1 if axis in self.axes else self.shape[axis] for axis in range(-len(self.shape), 0))
 
     @property
-    def limits_shape(self) -> tuple[int, ...]:
-        """The shape of given limits: [2], or [ranges, 2] where a value has several; fixed ones are [2]."""
-        one = self.per_tensor or isinstance(self.scheme.range, Fixed)
-        return (2,) if one else (math.prod(self.kept or ()), 2)
+    def limits_shape(self) -> Shape:
+        """The shape of given limits: [2], or [ranges, 2] where a value has several; fixed ones are [2].
+
+        Those of a table's rows are [..., 2] for rows [..., C].
+        """
+        if isinstance(self.scheme.range, Fixed):
+            return (2,)
+        if self.by_row:
+            return None if self.shape is None else (*self.shape[:-1], 2)
+        return (2,) if self.per_tensor else (math.prod(self.kept or ()), 2)
 
     @property
     def sharing(self) -> int | None:
         """The number of values that share a range; None where it is not known."""
+        if self.count:
+            return self.count
         sizes = [None if self.shape is None else self.shape[axis] for axis in self.axes]
         return math.prod(size for size in sizes if size is not None) if None not in sizes else None
 
@@ -110,6 +122,8 @@ class QuantizerSpec:
             parts.append("over_" + "_".join(str(-axis) for axis in self.axes))
         if self.relative:
             parts.append("relative")
+        if self.count:
+            parts.append(f"{'rows' if self.by_row else 'table'}_of_{self.count}")
         return parts
 
     @property
@@ -329,7 +343,7 @@ def cast(value: Expr, dtype: str) -> Expr:
 
 def _split(limits: Expr, spec: QuantizerSpec) -> Limits:
     """Return the two limits in [..., 2], each [..., 1]; those of several ranges in the ranges' shape."""
-    if len(spec.limits_shape) > 1:
+    if not spec.by_row and spec.limits_shape not in (None, (2,)):
         shape = array(np.array(spec.kept, np.int32))
         low, high = (op("Reshape", limit, shape) for limit in _halves(limits))
         return Limits(low, high)

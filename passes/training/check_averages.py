@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE, frozen, serving_entry
 from passes.batch_norm.roles import MEAN, ROLES, VARIANCE
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.batch_norm.updates import ASSIGNING, updates_of
 from passes.control_flow.invocations import Invocation, of_entry, of_signature
+from passes.entries.serving import serving_entry
+from passes.quantization.training_functions import TRAIN, TRAIN_SIGNATURE, frozen
 from rewriter.dataflow import VariableKey
 from rewriter.edit import Edit, Note
 from rewriter.ir import Entry, Error, Model

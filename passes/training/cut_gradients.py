@@ -14,7 +14,7 @@ from typing import ClassVar
 import networkx as nx
 from tensorflow.python.framework import ops as registry
 
-from passes.batch_norm.entries import TRAIN, TRAIN_SIGNATURE
+from passes.quantization.training_functions import TRAIN, TRAIN_SIGNATURE
 from rewriter import op_defs, ops
 from rewriter.dataflow import CallGraph, call_graph
 from rewriter.edit import Edit, Note, Rewire

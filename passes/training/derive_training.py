@@ -6,27 +6,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.batch_norm.entries import (
-    SERVE,
-    TRAIN,
-    TRAIN_SIGNATURE,
-    Alignment,
-    align,
-    capturable,
-    computed,
-    serving_entry,
-    serving_signature,
-    training_trace,
-)
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
+from passes.entries.alignment import Alignment, align, capturable
+from passes.entries.serving import has_batch_norms, no_signature, serving_entry, serving_signature
+from passes.entries.training import computed, draws, training_trace
 from passes.quantization.controls import step
+from passes.quantization.training_functions import SERVE, TRAIN, TRAIN_SIGNATURE
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import FunctionClones, Switched, derived_sites, switched_sites
 from passes.training.layer_options import TrainingOptions, TrainingRule
 from passes.training.main_graph import MainGraphTraining
-from passes.training.notes import derived_notes, frozen_notes, unfrozen_notes
+from passes.training.notes import derived_notes, frozen_notes, unfrozen_notes, unused_notes
 from passes.training.options import DeriveOptions
 from passes.training.outputs import InnerOutputs, inner_tensor, output_names, refuse_used_names
 from rewriter.edit import AddSignature, AddVariable, Clone, Edit, Expose, Note, Run
@@ -43,6 +35,8 @@ class DeriveTraining(DeriveOptions):
 
     Attributes:
         rules: other options for some layers.
+        beyond_batch_norm: true if other values than those of batch norms are quantised. Then a model without batch
+            norms gets a training function too, and what training calls is its own, so that rounding can be stochastic.
 
     Raises:
         Error: an option is out of range.
@@ -51,20 +45,23 @@ class DeriveTraining(DeriveOptions):
     name: ClassVar[str] = "derive-training"
 
     rules: tuple[TrainingRule, ...] = ()
+    beyond_batch_norm: bool = False
 
     def _options(self) -> TrainingOptions:
         return TrainingOptions(self.momentum, self.train_batch_norm, self.rules)
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Derive and expose training, unless there is no batch norm to train or the model has its training already.
+        """Derive and expose training, unless there is nothing to train or the model has its training already.
 
         Raises:
             Error: no function serves, or one that serves cannot be trained; the message says why.
         """
         count = step(model)
-        if count.key in model.variables or not any(s.status == "float" for s in model.analysis(sites)):
+        trainable = self.beyond_batch_norm or any(s.status == "float" for s in model.analysis(sites))
+        if count.key in model.variables or not trainable:
             return
         self._options().refuse_unmatched(model)
+        yield from unused_notes(model, self._options())
         yield AddVariable(count)
         if not model.object_based:
             yield from MainGraphTraining(model, self._options(), self.train_outputs or {}).edits()
@@ -102,7 +99,8 @@ class DeriveTraining(DeriveOptions):
                 f"{switched.trained[0].node} cannot be trained: {trace.function} chooses its mode by an argument, and "
                 "runs it in inference mode in both; leave --train-batch-norm away"
             )
-        yield from unfrozen_notes(model, switched.trained, options)
+        if model.analysis(has_batch_norms):
+            yield from unfrozen_notes(model, switched.trained, options)
         untrained = computed(model, serving.function) - computed(model, trace.function, training=True)
         changed_names = [_names(model, changed_sites) for changed_sites in (switched.trained, switched.frozen)]
         frozen_names = untrained - changed_names[0] | changed_names[1]
@@ -111,17 +109,20 @@ class DeriveTraining(DeriveOptions):
         for name, like in likes.items():
             inputs, results = align(model, trace, like) or Alignment((), ())
             tops[name] = Clone(trace.function, name, inputs=inputs, outputs=results)
-        yield from FunctionClones(model, tops, options, switched, outputs).edits()
+        yield from FunctionClones(model, tops, options, switched, outputs, whole=self.beyond_batch_norm).edits()
         yield from (_count(model, name, frozen_names) for name in likes)
 
     def _derived(self, model: Model, likes: Mapping[str, Entry], outputs: InnerOutputs) -> Iterator[Edit]:
         """Clone serving, with batch norms in training mode."""
         options = self._options()
-        trained_sites = derived_sites(model, [like.function for like in likes.values()], options)
+        functions = [like.function for like in likes.values()]
+        trained_sites = derived_sites(model, functions, options) if model.analysis(has_batch_norms) else []
         tops = {name: Clone(like.function, name) for name, like in likes.items()}
-        clones = FunctionClones(model, tops, options, Switched(trained_sites, []), outputs)
+        switched = Switched(trained_sites, [])
+        clones = FunctionClones(model, tops, options, switched, outputs, whole=self.beyond_batch_norm)
         yield from clones.edits()
-        yield from derived_notes(model, clones.trained, clones.untrainable, options)
+        random = bool(draws(model, likes[TRAIN].function))
+        yield from derived_notes(model, clones.trained, clones.untrainable, options, random=random)
         untrained = computed(model, likes[TRAIN].function) - _names(model, trained_sites)
         yield from frozen_notes(model, sorted(untrained), options)
         # If the signature's function calls the serving one, its clone calls `train`, which counts the step already.
@@ -140,7 +141,7 @@ def _signed(model: Model, trace: Entry | None) -> tuple[Entry | None, str]:
     if "train" in model.signatures:
         return None, "the source has a signature 'train' of its own, which is kept; use the function quantization.train"
     if signature is None:
-        return None, "no signature computes a batch norm, so there is no signature 'train'; use the function train"
+        return None, f"{no_signature(model)}; use the function train"
     entry = model.entries[signature.entry]
     if trace is None:
         return entry, ""

@@ -6,14 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from passes.batch_norm.entries import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.batch_norm.moving_statistics import normalise_with_moving
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.controls import control, step
+from passes.quantization.training_functions import FROZEN, TRAIN, TRAIN_SIGNATURE
 from passes.training.options import FreezeOptions
 from rewriter.dataflow import VariableKey, call_graph, origins
-from rewriter.edit import AddVariable, Clone, Dispatch, Edit
+from rewriter.edit import AddVariable, Clone, Dispatch, Edit, Note
 from rewriter.expr import per_call, read
 from rewriter.ir import Error, Model
 
@@ -33,7 +33,7 @@ class FreezeStatistics(FreezeOptions):
     name: ClassVar[str] = "freeze-statistics"
 
     def edits(self, model: Model) -> Iterable[Edit]:
-        """Add the second phase; yield nothing where no freeze step is wanted, or the model has one already.
+        """Add the second phase, unless no freeze step is wanted, the model has one already or has no batch norm.
 
         Raises:
             Error: there is no training function whose statistics could be frozen; the message says why.
@@ -49,8 +49,12 @@ class FreezeStatistics(FreezeOptions):
                 "there is no training function with two phases to make: a freeze step needs a model in TensorFlow 2's "
                 "format, and the pass derive-training"
             )
-        yield AddVariable(limit)
         calls = model.analysis(call_graph)
+        in_training = set().union(*(calls.reached(name) for name in tops))
+        if not any(site.graph in in_training for site in model.analysis(sites)):
+            yield Note("--freeze-step has no effect, as train computes no batch norm whose statistics could be frozen")
+            return
+        yield AddVariable(limit)
         # A signature may call the function; then the branch is in the function alone.
         tops = [name for name in tops if calls.reached(name).isdisjoint(set(tops) - {name})]
         reached = set().union(*(calls.reached(name) for name in tops))

@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
-from passes.batch_norm.entries import computed, entries_of_root
 from passes.batch_norm.roles import BETA, GAMMA, MEAN
+from passes.entries.serving import entries_of_root
+from passes.entries.training import computed
 from passes.quantization.controls import increment
 from rewriter import protos
 from rewriter.expr import Apply

@@ -6,12 +6,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import compress
 from typing import NamedTuple
 
-from passes.batch_norm.entries import HINT, running_from
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.moving_statistics import normalise_with_moving
 from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
+from passes.control_flow.running_graphs import running_from
+from passes.entries.serving import HINT
 from passes.frontend.split_modes import bodies
 from passes.training.frozen_layers import frozen_layers
 from passes.training.layer_options import TrainingOptions
@@ -102,7 +103,8 @@ class FunctionClones:
 
     Attributes:
         tops: the functions to clone, by the name of the clone; each with the order of its inputs and outputs.
-        cloned: the graphs to clone; those that others of them call have a name in `names`.
+        cloned: the graphs to clone; those that others of them call have a name in `names`. These are all that training
+            runs, or those that change in training.
         trained: sites that are in training mode in the clones.
         untrainable: sites that were to be in training mode, and cannot.
         frozen: sites that are in inference mode in the clones.
@@ -117,6 +119,8 @@ class FunctionClones:
         options: TrainingOptions,
         switched: Switched,
         outputs: InnerOutputs,
+        *,
+        whole: bool = False,
     ) -> None:
         trained, frozen = switched
         self.model = model
@@ -138,7 +142,12 @@ class FunctionClones:
         updating = {s.graph for s in self.trained}
         self.updating = updating.union(*(self.calls.reaching(g) for g in updating))
         self.cloned = changed.union(*(self.calls.reaching(g) for g in changed)) & reached
-        called = {c.callee for g in self.cloned for c in self.calls.calls.get(g, [])} & self.cloned
+        if whole:
+            run_by_nodes = {body for g in reached for body in bodies(model, model.graphs[g])}
+            self.cloned |= reached - run_by_nodes
+        self.whole = whole
+        callers = reached if whole else self.cloned
+        called = {c.callee for g in callers for c in self.calls.calls.get(g, [])} & self.cloned
         self.names = {g: f"{g}_train" for g in called}
         for name, top in tops.items():
             # A clone with other inputs or outputs than its source cannot take the source's place in a call.
@@ -168,7 +177,7 @@ class FunctionClones:
                 f"no training function can be derived: {self.untrainable[0].node} cannot be trained: {reason}{HINT}"
             )
         clones = {name: Clone(graph, name, self.names) for graph, name in self.names.items()}
-        for name, top in self.tops.items():
+        for name, top in {**(clones if self.whole else {}), **self.tops}.items():
             # Each clone gets bodies of its own: two functions that run the same one cannot both be differentiated.
             own_bodies = [body for body in bodies(self.model, self.model.graphs[top.graph]) if body not in self.names]
             names = self.names | {body: f"{body}_{name.removeprefix(PREFIX)}" for body in own_bodies}

@@ -64,10 +64,11 @@ class TrainingOptions(LayerOptions):
         Raises:
             Error: there is such a rule.
         """
-        rule = unmatched(model, self.rules, [bn for layer in model.analysis(layers) for bn in layer.batch_norms])
+        all_layers = model.analysis(layers)
+        rule = unmatched(model, self.rules, [bn for layer in all_layers for bn in layer.batch_norms])
         if rule is not None:
-            first = model.analysis(layers)[0].name
-            raise Error(f"the rule {rule.match!r} matches no layer and no variable; there is {first}, say")
+            known = f"there is {all_layers[0].name}, say" if all_layers else "there is no batch norm"
+            raise Error(f"the rule {rule.match!r} matches no layer and no variable; {known}")
 
     def trains(self, model: Model, layer: Layer, source: bool) -> bool:
         """Return true if a layer is to train; `source` is true if the source trains it.

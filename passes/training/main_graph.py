@@ -11,6 +11,8 @@ from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import STATISTICS, sites
 from passes.batch_norm.updates import updates_of
+from passes.entries.serving import has_batch_norms, no_signature
+from passes.entries.training import RANDOM
 from passes.quantization.controls import increment
 from passes.training.frozen_layers import step_counter
 from passes.training.functions import sites_to_train
@@ -40,7 +42,8 @@ class MainGraphTraining:
     """The signature `train`: the default signature with batch norms in training mode, their updates and the count.
 
     Where the graph itself chooses its mode by a placeholder, `train` is the graph with that placeholder at the
-    value for which batch norms train; else their mode is changed. Only the nodes that differ are copied.
+    value for which batch norms train; else their mode is changed. In a model without batch norms, it is the value for
+    which most random numbers are drawn, such as those of dropout. Only the nodes that differ are copied.
     """
 
     model: Model
@@ -58,12 +61,15 @@ class MainGraphTraining:
         yield from (RunAfter(MAIN, name, (self.count,), COUNT) for name in self.model.collections.get(TRAIN_OP, ()))
         signature = self._signature()
         if signature is None:
-            yield Note("no signature computes a batch norm, so there is no signature 'train'", "train")
+            yield Note(no_signature(self.model), "train")
             return
         if "train" in self.model.signatures:
             yield Note("the source has a signature 'train' of its own, which is kept and counts no steps", "train")
             return
         mode = self._mode(signature)
+        if not self.model.analysis(has_batch_norms):
+            yield from self._without_batch_norms(signature, mode)
+            return
         running = self._running(signature, mode)
         source_trained = [s for s in running if trains(s, mode)]
         candidates = [s for s in running if s.graph == MAIN and s.mode == "inference" and self._trainable(s)]
@@ -99,6 +105,14 @@ class MainGraphTraining:
         yield from frozen_notes(self.model, frozen_names, self.options)
         self.count = step_counter(self.model, frozen_names)
         yield from self._copy(signature, mode, trained, source_trained)
+
+    def _without_batch_norms(self, signature: Signature, mode: Assumption) -> Iterator[Edit]:
+        """Let the signature `train` count a step, with the source's own random numbers where its graph has any."""
+        if mode.values:
+            yield Note(_described(mode), "train")
+        else:
+            yield from derived_notes(self.model, [], [], self.options, random=self._draws(signature, mode) > 0)
+        yield from self._copy(signature, mode, [], [])
 
     def _refuse_freezing(self, source_trained: list[Site]) -> None:
         """Refuse to freeze what the graph itself trains.
@@ -138,20 +152,35 @@ class MainGraphTraining:
         )
 
     def _signature(self) -> Signature | None:
-        """Return the signature to train: the default one if it computes a batch norm, else the first that does."""
+        """Return the signature to train: the default one if it computes a batch norm, else the first that does.
+
+        In a model without batch norms, it is the one that computes with variables.
+        """
         unassumed = Assumption(self.model, self.graph, {})
-        signatures = [s for s in self.model.signatures.values() if self._running(s, unassumed)]
+        signatures = list(self.model.signatures.values())
+        if self.model.analysis(has_batch_norms):
+            signatures = [s for s in signatures if self._running(s, unassumed)]
+        else:
+            holders = {v.node for v in self.model.variables.values()}
+            signatures = [s for s in signatures if not holders.isdisjoint(_needed(s, unassumed))] or signatures
         return min(signatures, key=lambda s: (s.name != "serving_default", s.name), default=None)
+
+    def _draws(self, signature: Signature, mode: Assumption) -> int:
+        """Return the number of ops that draw random numbers for a signature."""
+        needed = _needed(signature, mode)
+        nodes = [self.graph.nodes[name] for name in needed]
+        nodes += [node for name in mode.called(needed) for node in self.model.graphs[name].nodes.values()]
+        return sum(bool(RANDOM.search(node.op)) for node in nodes)
 
     def _running(self, signature: Signature, mode: Assumption) -> list[Site]:
         """Return the sites that a signature needs."""
-        needed = mode.needed(v.node for v in signature.fetches)
+        needed = _needed(signature, mode)
         called = mode.called(needed)
         return [s for s in self.sites if (s.node in needed if s.graph == MAIN else s.graph in called)]
 
     def _mode(self, signature: Signature) -> Assumption:
-        """Return the assumption under which most of a signature's batch norms train; an empty one where none helps."""
-        needed = Assumption(self.model, self.graph, {}).needed(v.node for v in signature.fetches)
+        """Return the assumption under which most of a signature trains; an empty one where none helps."""
+        needed = _needed(signature, Assumption(self.model, self.graph, {}))
         values: dict[Value, bool] = {}
         for name in needed:
             node = self.graph.nodes[name]
@@ -165,8 +194,13 @@ class MainGraphTraining:
         return Assumption(self.model, self.graph, values)
 
     def _training_margin(self, signature: Signature, values: Mapping[Value, bool]) -> int:
-        """Return the number of sites that train under an assumption, less the number of those that do not."""
+        """Return the number of sites that train under an assumption, less the number of those that do not.
+
+        In a model without batch norms, it is the number of ops that draw random numbers.
+        """
         assumed = Assumption(self.model, self.graph, values)
+        if not self.model.analysis(has_batch_norms):
+            return self._draws(signature, assumed)
         running = self._running(signature, assumed)
         return sum(trains(s, assumed) for s in running) - sum(not trains(s, assumed) for s in running)
 
@@ -233,7 +267,7 @@ class MainGraphTraining:
             names = ", ".join(spec.name for spec, _ in feeds)
             yield Note(f"the signature train also takes {names}, which its updates of the moving averages need")
         yield AddSignature("train", MainSignature(signature.name, tuple(fetches), f"{prefix}/outputs", added, feeds))
-        if not source_trained:
+        if not source_trained and self.model.analysis(has_batch_norms):
             yield from derived_notes(self.model, changed, [], self.options)
 
     def _unlinked(self, source_trained: list[Site], mode: Assumption) -> list[str]:
@@ -282,6 +316,11 @@ class MainGraphTraining:
         if self.graph.nodes[holder.node].op in REFERENCES:
             return op("Assign", Use(value.dtype, variable), value)
         return op("AssignVariableOp", Use("resource", variable), value)
+
+
+def _needed(signature: Signature, mode: Assumption) -> Mapping[str, None]:
+    """Return the nodes of the main graph that a signature needs."""
+    return mode.needed(fetched.node for fetched in signature.fetches)
 
 
 def _keys(site: Site) -> set[str]:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from passes.batch_norm.batch_norms import DEFAULT_MOMENTUM
 from passes.batch_norm.layers import layers_of_sites
 from passes.batch_norm.site import Site
+from passes.entries.serving import has_batch_norms
 from passes.training.frozen_layers import frozen_layers
 from passes.training.layer_options import TrainingOptions, weights
 from rewriter.edit import Note
@@ -17,10 +18,19 @@ SHOWN = 3
 
 
 def derived_notes(
-    model: Model, trained: Sequence[Site], untrainable: Sequence[Site], options: TrainingOptions
+    model: Model,
+    trained: Sequence[Site],
+    untrainable: Sequence[Site],
+    options: TrainingOptions,
+    *,
+    random: bool = False,
 ) -> Iterator[Note]:
-    """Yield notes on training that is derived from serving; sites in `untrainable` stay in inference mode."""
-    text = "train is derived from serving: dropout and regularisers of the original are absent"
+    """Yield notes on training that is derived from serving; sites in `untrainable` stay in inference mode.
+
+    If serving itself draws random numbers (`random`), dropout may be among them, and is not called absent.
+    """
+    absent = "regularisers" if random else "dropout and regularisers"
+    text = f"train is derived from serving: {absent} of the original are absent"
     layer_of = model.analysis(layers_of_sites)
     layers = {layer_of[s.graph, s.node].number: layer_of[s.graph, s.node] for s in trained}
     unsaid = [x for x in layers.values() if not any(s.training for bn in x.batch_norms for s in bn.sites)]
@@ -41,6 +51,17 @@ def derived_notes(
     ]
     if ruled:
         yield Note(f"the momentum given for {_listed(_names(model, ruled))} has no influence: the source's own is used")
+
+
+def unused_notes(model: Model, options: TrainingOptions) -> Iterator[Note]:
+    """Yield a note where options for batch norms are given for a model that has none."""
+    if model.analysis(has_batch_norms):
+        return
+    given = {"--momentum": options.momentum is not None, "--train-batch-norm": options.train_batch_norm != "as-source"}
+    names = [name for name, is_given in given.items() if is_given]
+    if names:
+        verb = "has" if len(names) == 1 else "have"
+        yield Note(f"{' and '.join(names)} {verb} no effect, as no batch norm of the model can train")
 
 
 def unfrozen_notes(model: Model, trained: Sequence[Site], options: TrainingOptions) -> Iterator[Note]:

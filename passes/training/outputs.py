@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from passes.batch_norm.entries import align
+from passes.entries.alignment import align
 from rewriter import op_defs, ops, protos
 from rewriter.dataflow import Call, call_graph
 from rewriter.edit import AddResult, Clone, Edit, Reorder, SetAttr

@@ -12,6 +12,7 @@ import numpy as np
 
 from passes.batch_norm.decomposed import INPUT
 from passes.batch_norm.sites import sites
+from passes.quantization.least_error import by_channel
 from passes.weights.kernels import KERNELS, Axes
 from passes.weights.roles import WEIGHT
 from passes.weights.uses import Weight, WeightUse, weight_uses
@@ -63,7 +64,7 @@ class WeightLayer(NamedTuple):
             Error: they are computed with ops that are not known to be harmless.
         """
         terms = [weight.term for weight in self.weights]
-        return [_by_channel(np.asarray(v, np.float32), self.axes) for v in evaluated(model, terms, {}, trust=False)]
+        return [by_channel(np.asarray(v, np.float32), self.axes) for v in evaluated(model, terms, {}, trust=False)]
 
 
 class WeightLayers(NamedTuple):
@@ -93,22 +94,15 @@ def weight_layers(model: Model) -> WeightLayers:
     for group in groups:
         members = tuple(_member(model, by_identity[identity][0], names) for identity in group)
         weight, use = by_identity[group[0]]
-        sizes = [use.shape[axis] for axis in use.axes]
-        channels = math.prod(sizes) if len(group) == 1 and -1 not in sizes and not use.table else None
+        sizes = [use.whole_shape[axis] for axis in use.whole_axes]
+        channels = math.prod(sizes) if len(group) == 1 and -1 not in sizes else None
         weights = tuple(by_identity[i][0] for i in group)
         edges = [u.edges[0] for u in uses if of_use[u.edges[0]] in group]
         shown = [edge for edge in edges if not _only_returned(model, edge)]
         normalized = bool(shown) and all((edge.graph, edge.node) in before_batch_norm for edge in shown)
-        layers.append(WeightLayer(members, weights, use.axes, channels, normalized))
+        layers.append(WeightLayer(members, weights, use.whole_axes, channels, normalized))
     number = {identity: i for i, group in enumerate(groups) for identity in group}
     return WeightLayers(tuple(layers), {edge: number[identity] for edge, identity in of_use.items()})
-
-
-def _by_channel(values: np.ndarray, axes: Axes) -> np.ndarray:
-    """Return the values of each channel as a row."""
-    kept = [axis % values.ndim for axis in axes]
-    first = np.transpose(values, (*kept, *(axis for axis in range(values.ndim) if axis not in kept)))
-    return first.reshape(math.prod(first.shape[: len(kept)]), -1)
 
 
 def kernels_before_batch_norms(model: Model) -> frozenset[tuple[str, str]]:
@@ -172,7 +166,7 @@ class _Identities:
         self._forms: dict[str, set[tuple[Term, Axes]]] = {}
         for use in uses:
             for weight in use.weights:
-                self._forms.setdefault(self._base(weight), set()).add((weight.term, use.axes))
+                self._forms.setdefault(self._base(weight), set()).add((weight.term, use.whole_axes))
 
     def _base(self, weight: Weight) -> str:
         if weight.variable:
@@ -188,21 +182,20 @@ class _Identities:
 
     def _partition(self, use: WeightUse, weight: Weight) -> bytes:
         """Return the channel of each element of the variable, as bytes; what tells it, where that is not known."""
-        axes = repr([use.shape[axis] for axis in use.axes]).encode()
-        if use.table:
-            return b"rows"
-        if not weight.moved or -1 in use.shape:
+        whole, channel_axes = use.whole_shape, use.whole_axes
+        axes = repr([whole[axis] for axis in channel_axes]).encode()
+        if not weight.moved or -1 in whole:
             return axes
         shape = self.model.variables[weight.variable].shape if weight.variable else None
-        if shape is None or -1 in shape or math.prod(shape) != math.prod(use.shape):
+        if shape is None or -1 in shape or math.prod(shape) != math.prod(whole):
             return axes
         places = np.arange(math.prod(shape), dtype=np.float64).reshape(shape)
         try:
             (moved,) = evaluated(self.model, [weight.term], {weight.base: places}, trust=False)
         except Error:
             return axes
-        sizes = [size if axis - len(use.shape) in use.axes else 1 for axis, size in enumerate(use.shape)]
-        channel = np.broadcast_to(np.arange(math.prod(sizes)).reshape(sizes), use.shape)
+        sizes = [size if axis - len(whole) in channel_axes else 1 for axis, size in enumerate(whole)]
+        channel = np.broadcast_to(np.arange(math.prod(sizes)).reshape(sizes), whole)
         in_order = np.empty(math.prod(shape), np.int64)
         in_order[np.asarray(moved, np.int64).ravel()] = channel.ravel()
         return in_order.tobytes()

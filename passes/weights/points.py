@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from passes.batch_norm.entries import only_training
+from passes.entries.training import only_training
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.roles import Role
 from passes.weights.layers import weight_layers
@@ -57,5 +57,5 @@ class WeightPoints:
                     trained=edge.graph in training,
                     scope=use.node,
                     device=True,
-                    rows=use.table,
+                    lookup=use.indices,
                 )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from passes.quantization.quantizer_marks import TAG
 from passes.weights.kernels import CONVOLUTIONS, GATHERS, KERNELS, OPAQUE, Axes
-from rewriter import constants, ops
-from rewriter.dataflow import consumers, running
+from rewriter import constants, ops, protos
+from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Skip
 from rewriter.ir import Edge, Error, Graph, Model, Node, Value
 from rewriter.shapes import Shape, shape_of
@@ -39,7 +39,8 @@ class WeightUse(NamedTuple):
         shape: the shape of the value; -1 is an unknown size.
         axes: the axes that are its channels.
         weights: the weight on each way to call the graph's function.
-        table: true for rows of a table.
+        table: of rows that are looked up, the shape of the table; else None.
+        indices: the use of the rows' indices; None for another weight.
     """
 
     edges: tuple[Edge, ...]
@@ -47,7 +48,18 @@ class WeightUse(NamedTuple):
     shape: Shape
     axes: Axes
     weights: tuple[Weight, ...]
-    table: bool = False
+    table: Shape | None = None
+    indices: Edge | None = None
+
+    @property
+    def whole_shape(self) -> Shape:
+        """The shape of the whole weight."""
+        return self.shape if self.table is None else self.table
+
+    @property
+    def whole_axes(self) -> Axes:
+        """The axes of the whole weight that are its channels: of a table, its rows."""
+        return self.axes if self.table is None else (-2,)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +122,7 @@ class _Uses:
         candidates = [i for i in KERNELS[node.op](node) if i.position < len(node.inputs)]
         found = [(i, self._weights(graph, node.inputs[i.position])) for i in candidates]
         used = [(i, w) for i, w in found if w]
-        if not used and node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name):
+        if not used and node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name) and self._runs(graph, node):
             yield Skip(graph.name, node.name, "its filter is computed from what the model is given")
         # A product of weights alone computes a weight, which is quantised where a kernel takes it.
         if len(used) < len(node.inputs):
@@ -126,11 +138,18 @@ class _Uses:
                     continue
                 yield WeightUse((edge,), node.name, shape, i.channels(len(shape)), weights)
 
+    def _runs(self, graph: Graph, node: Node) -> bool:
+        """Return true if something calls the function of a node, other than the object that holds it as its helper."""
+        entry = self.model.entries.get(graph.name)
+        held = entry is not None and all("." in path for path in entry.paths)
+        called = self.model.analysis(call_graph).callers.get(graph.name)
+        return bool(self.terms.ways(graph.name, node.inputs)) and not (held and not called)
+
     def _rows(self, graph: Graph, node: Node) -> Iterator[WeightUse | Skip]:
         """Yield the use of the rows that are looked up in a table, a matrix."""
         position = GATHERS[node.op]
-        indices = self._weights(graph, node.inputs[1], floats=False)
-        weights = () if indices else self._weights(graph, node.inputs[position])
+        constant_rows = self._weights(graph, node.inputs[1], floats=False)
+        weights = () if constant_rows else self._weights(graph, node.inputs[position])
         edges = tuple(self.model.analysis_of(graph, consumers).get(Value(node.name), ()))
         if not weights or not edges or not self._by_rows(graph, node):
             return
@@ -142,7 +161,16 @@ class _Uses:
         if table is not None and len(table) == MATRIX:
             rows = shape or (-1, -1)
             shape = (*rows[:-1], table[-1])
-            yield WeightUse(edges, node.name, shape, tuple(range(-len(shape), -1)), weights, table=True)
+            axes, indices = tuple(range(-len(shape), -1)), Edge(graph.name, node.name, 1)
+            yield WeightUse(edges, node.name, shape, axes, tuple(self._read(w) for w in weights), table, indices)
+
+    def _read(self, weight: Weight) -> Weight:
+        """Return a weight whose term is a value: the op may take the variable itself."""
+        if weight.term.op != VARIABLE:
+            return weight
+        dtype = protos.dtype_attr(self.model.variables[weight.variable].dtype)
+        term = Term("ReadVariableOp", (weight.term,), attrs={"dtype": dtype})
+        return replace(weight, term=term, base=term)
 
     def _by_rows(self, graph: Graph, node: Node) -> bool:
         """Return true if an op looks up along the first axis."""
@@ -202,14 +230,11 @@ class _Uses:
         return self.data[term]
 
     def _shape(self, graph: Graph, value: Value, weights: tuple[Weight, ...]) -> Shape | None:
-        """Return the shape of a weight: as the graph records it, or else that of the variable."""
-        recorded = shape_of(self.model, graph, value)
-        first = weights[0]
-        if recorded is None or -1 in recorded:
-            held = first.term.inputs[0] if first.term.op == "ReadVariableOp" else first.term
-            stored = self.model.variables[held.of].shape if held.op == VARIABLE else None
-            return stored if stored is not None and -1 not in stored else recorded
-        return recorded
+        """Return the shape of a weight: that of the variable, or else as the graph records it."""
+        term = weights[0].term
+        held = term.inputs[0] if term.op == "ReadVariableOp" else term
+        stored = self.model.variables[held.of].shape if held.op == VARIABLE else None
+        return stored if stored is not None and -1 not in stored else shape_of(self.model, graph, value)
 
 
 def _size(shape: Shape | None) -> int:

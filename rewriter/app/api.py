@@ -126,7 +126,7 @@ def rewrite(
         train_outputs: nodes whose values `train` also returns, by output name; then it returns a dict. A node is named
             as in the function that serves, or in the source's training function if that is used: ``boxes``,
             ``boxes:1``, or with the function it is in, ``__inference_heads_12:boxes``.
-        unfreeze_constants: make batch norms' parameters that are constants variables again.
+        unfreeze_constants: make batch norms' parameters and weights that are constants variables again.
         fuse: let the fused kernel compute batch norms that are in single ops, and run only the chosen mode.
         keep_ref: leave TensorFlow 1's reference variables as they are; then the result can be trained
             in V1 sessions only.

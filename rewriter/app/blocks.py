@@ -14,6 +14,8 @@ from rewriter.app.terminal import printable, say
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
+    from rewriter.app.report_schema import QuantizerReport
+
 WIDTH = 160
 """Characters of a line of a table, if it is not printed to a terminal."""
 
@@ -158,6 +160,17 @@ def widths_text(widths: Sequence[int]) -> str:
     two = 2
     between = " and " if len(widths) == two else " to "
     return f"{between.join(str(bits) for bits in dict.fromkeys((widths[0], widths[-1])))} bits"
+
+
+def quantized_text(quantizers: Iterable[QuantizerReport]) -> str:
+    """Return the quantised values by role, as "weight of 2 layers to 8 bits, bias of 1 layer to 4 bits"."""
+    widths: dict[str, list[int]] = {}
+    for quantizer in quantizers:
+        widths.setdefault(quantizer.role, []).append(quantizer.bits)
+    return ", ".join(
+        f"{role} of {counted(len(of_role), 'layer')} to {widths_text(sorted(of_role))}"
+        for role, of_role in widths.items()
+    )
 
 
 SHOWN = 3

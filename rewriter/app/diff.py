@@ -15,7 +15,8 @@ from rewriter.app.blocks import Line, Report
 from rewriter.app.by_layer import Key
 from rewriter.app.diff_layers import Outcomes, label_of, layer_diffs, parts_of_sites
 from rewriter.app.headline import headline
-from rewriter.app.reports import became_of
+from rewriter.app.report_schema import QuantizerReport
+from rewriter.app.reports import became_of, other_quantizers
 from rewriter.app.show_diff import diff_lines
 from rewriter.app.work import gc_paused
 from rewriter.diff.compare import Comparison, all_keys, compare, with_details
@@ -180,7 +181,9 @@ def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
         signatures_found=len(signatures),
     )
     return DiffReport(
-        headline=headline(after, layers, verdict, len(comparison.changes)),
+        headline=headline(
+            after, layers, verdict, len(comparison.changes), others=_others(before, after), baked=log.baked
+        ),
         verdict=verdict,
         changes=list(comparison.changes),
         layers=layers,
@@ -190,6 +193,12 @@ def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
         users=users_of,
         labels=function_labels([*before.graphs, *after.graphs]),
     )
+
+
+def _others(before: Model, after: Model) -> list[QuantizerReport]:
+    """Return the quantisers of other values than batch norms' that only the model after has."""
+    known = {(q.role, q.layer_name) for q in other_quantizers(before)}
+    return [q for q in other_quantizers(after) if (q.role, q.layer_name) not in known]
 
 
 def _became(comparison: Comparison) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
-from passes.batch_norm.entries import frozen
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
+from passes.quantization.training_functions import frozen
 from rewriter import ops
 from rewriter.app.by_layer import Key
 from rewriter.dataflow import consumers

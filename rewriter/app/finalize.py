@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from passes.batch_norm.batch_norms import names_of_sites
-from passes.batch_norm.entries import entries_of_root
 from passes.batch_norm.sites import sites
 from passes.control_flow.settle_choices import SettleChoices
 from passes.deploy.bake_quantizers import BakePlan, BakeQuantizers, quantized_stores, trusted_stores
@@ -20,11 +19,12 @@ from passes.deploy.inline_calls import InlineCalls
 from passes.deploy.inline_decided_calls import InlineDecidedCalls
 from passes.deploy.keep_serving import KeepServing, serves
 from passes.deploy.quantized_values import Quantized, tagged
+from passes.entries.serving import entries_of_root
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.by_layer import LayerReason, grouped
 from rewriter.app.finalized import is_finalized
 from rewriter.app.guard import check_parameters, refuse_files
-from rewriter.app.lag import lag_notes, untrained_notes
+from rewriter.app.lag import lag_notes, untrained_notes, unused_inputs_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
 from rewriter.app.report_schema import Baked, FinalizeReport, Skipped
 from rewriter.app.reports import versions
@@ -105,7 +105,7 @@ def finalize(
         )
     if inputs is not None:
         refuse_reaching(source, before, trust=trust)
-    statistics_notes = lag_notes(source, before, inputs)
+    statistics_notes = [*lag_notes(source, before, inputs), *unused_inputs_notes(before, inputs)]
     decided, steps = _decided(before, tuple(observers))
     serving_model, more_steps = Pipeline([KeepServing()], tuple(observers)).run(decided)
     steps += more_steps

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping, Sequence
+
 from passes.quantization.controls import control_values
-from rewriter.app.blocks import counted, widths_text
+from rewriter.app.blocks import counted, quantized_text, widths_text
+from rewriter.app.report_schema import QuantizerReport
 from rewriter.diff.report import LayerDiff, Verdict
 from rewriter.ir import Model
 
 
-def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: int) -> str:
+def headline(
+    after: Model,
+    layers: list[LayerDiff],
+    verdict: Verdict,
+    changes: int,
+    *,
+    others: Sequence[QuantizerReport] = (),
+    baked: Mapping[str, Collection[int]] | None = None,
+) -> str:
     """Return one or two sentences that say what differs between two models.
 
     Args:
@@ -16,9 +27,13 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
         layers: the batch norms of both.
         verdict: the comparison in numbers.
         changes: the number of changes.
+        others: the quantisers of other values than batch norms' that only the second model has.
+        baked: name of a layer whose variables hold quantised values for good in the second model -> their widths.
     """
     if not changes:
         return "The two models are the same."
+    if not layers:
+        return _without_batch_norms(after, changes, others, baked or {})
     finalized = [layer for layer in layers if layer.status == "finalised"]
     if finalized:
         widths = f"{'- and '.join(map(str, _widths(finalized)))}-bit"
@@ -40,6 +55,19 @@ def headline(after: Model, layers: list[LayerDiff], verdict: Verdict, changes: i
         )
         text = ", ".join(parts)
     return f"{text}; {_outputs(after, fused=bool(fused))}." if quantized else f"{text}."
+
+
+def _without_batch_norms(
+    after: Model, changes: int, others: Sequence[QuantizerReport], baked: Mapping[str, Collection[int]]
+) -> str:
+    """Return what differs between two models without batch norms."""
+    if others:
+        return f"Quantised: {quantized_text(others)}; {_outputs(after, fused=False)}."
+    if baked:
+        widths = f"{'- and '.join(map(str, sorted(set().union(*map(set, baked.values())))))}-bit"
+        hold = "holds its" if len(baked) == 1 else "hold their"
+        return f"{counted(len(baked), 'layer')} {hold} {widths} values for good: the model is finalised."
+    return f"The models differ in {counted(changes, 'place')}."
 
 
 def _quantized(layers: list[LayerDiff], verdict: Verdict) -> str:

@@ -36,7 +36,8 @@ def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> l
 
     With inputs, the model is loaded, its training function runs them, and their statistics are compared. Without
     inputs, the number of training steps says how much of an average is from before training. If training has used
-    statistics as frozen ones, the weights are trained for them, so nothing is said about them.
+    statistics as frozen ones, the weights are trained for them, so nothing is said about them; nor about a model that
+    holds no batch norm.
 
     Args:
         path: a directory with a rewritten model, trained and saved again or not.
@@ -47,6 +48,8 @@ def lag_notes(path: str | Path, model: Model, inputs: Arrays | None = None) -> l
         Error: the batch's statistics cannot be computed: the training function does not take it, it has too few rows,
             or the averages are of no known form.
     """
+    if not model.analysis(batch_norms):
+        return []
     controls = control_values(model, "step", "freeze_step")
     if controls.get("step", 0) > controls.get("freeze_step", NEVER):
         return []
@@ -63,6 +66,13 @@ def untrained_notes(model: Model) -> list[str]:
         f"the model was trained for {counted(step, 'step')}, and its quantisers start at step {start}: no step of "
         "training has seen a quantised value"
     ]
+
+
+def unused_inputs_notes(model: Model, inputs: Arrays | None) -> list[str]:
+    """Return a sentence if inputs are given for a model that has no statistics to compare."""
+    if inputs is None or model.analysis(batch_norms):
+        return []
+    return ["the inputs have no use, as the model has no batch norm whose statistics could be compared"]
 
 
 def notes_on_statistics(path: str | Path, model: Model, inputs: Arrays | None) -> list[str]:

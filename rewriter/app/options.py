@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 
-from passes import OPTIONS, roles
+from passes import GROUPS, OPTIONS, roles
 from passes.options import Option, options_of
 from passes.quantization.options import QuantizerOptions
 from passes.quantization.roles import MAX_BITS, MIN_BITS
@@ -29,8 +29,8 @@ class ByRole(click.ParamType[Any, Any]):
         pairs = [part.partition("=") for part in value.split(",")] if "=" in value else [("", "", value)]
         by_role: dict[str, Any] = {}
         for role, _, text in ((role.strip(), sign, text.strip()) for role, sign, text in pairs):
-            if "=" in value and role not in roles():
-                self.fail(f"{role!r} is no role; there are {', '.join(roles())}", param, ctx)
+            if "=" in value and role not in {*roles(), *GROUPS}:
+                self.fail(f"{role!r} is no role; there are {', '.join((*roles(), *GROUPS))}", param, ctx)
             if role in by_role:
                 self.fail(f"{value!r} names {role} twice", param, ctx)
             try:

@@ -42,7 +42,10 @@ class Parameter:
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
         bits: the width in force; 0: the quantiser was off.
         narrow_range: true if there is one code fewer than 2^bits.
-        codes: int32; None if there are none: the role was off, or a user's function quantised it.
+        axis: the axis, or axes, of the channels that have ranges of their own, counted from the end, where the kernel
+            takes the values; None for one range.
+        codes: int32, those of weights of the least sufficient dtype, such as int8; None if there are none: the role was
+            off, or a user's function quantised it.
         scale: float32, for log float64.
         zero_point: the code of zero.
         origin, epsilon: constants of the scheme log; None for other schemes.
@@ -58,6 +61,7 @@ class Parameter:
     scheme: str
     bits: int
     narrow_range: bool
+    axis: int | list[int] | None
     codes: np.ndarray | None
     scale: Numbers | None
     zero_point: Numbers | None
@@ -88,7 +92,8 @@ def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
         scheme=tag["scheme"],
         bits=quantized.bits,
         narrow_range=bool(tag["narrow_range"]),
-        codes=codes,
+        axis=tag["axis"],
+        codes=codes if codes is None or codes.ndim == 1 else _least_dtype(codes),
         scale=_number_or_array(parts.get(SCALE)),
         zero_point=None if codes is None else _number_or_array(zero_point),
         origin=_number_or_array(parts.get(ORIGIN)),
@@ -97,6 +102,13 @@ def parameter(variable: str, key: str, quantized: Quantized) -> Parameter:
         value=value,
         error=change / norm if norm else 0.0,
     )
+
+
+def _least_dtype(codes: np.ndarray) -> np.ndarray:
+    """Return codes in the smallest signed or unsigned dtype that holds them."""
+    low, high = (int(extreme) for extreme in (codes.min(initial=0), codes.max(initial=0)))
+    kinds = ("int8", "uint8", "int16", "uint16", "int32")
+    return codes.astype(next(k for k in kinds if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
 
 
 def _number_or_array(array: np.ndarray | None) -> Numbers | None:

@@ -11,6 +11,7 @@ from passes.quantization.choice import Rule
 from passes.quantization.custom import CustomQuantizer, Quantizer
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Mse, Range
 from passes.quantization.schemes import Affine
+from passes.quantize import Quantize
 from passes.training.layer_options import TrainingRule
 from rewriter.app.names import OPTIONS_OF
 from rewriter.app.settings import Defaults, RuleOptions, Settings
@@ -58,10 +59,13 @@ def _own_options(of: type[Any], options: Settings) -> dict[str, Any]:
     return {option.name: getattr(options, option.name) for option in own}
 
 
-def _training_rules(options: Settings) -> dict[str, Any]:
+def _training(options: Settings) -> dict[str, Any]:
     rules = [TrainingRule(r.match, r.momentum, r.train_batch_norm) for r in options.rules]
-    # A rule of quantisers alone may be for layers that hold no batch norm.
-    return {"rules": tuple(rule for rule in rules if (rule.momentum, rule.train_batch_norm) != (None, None))}
+    return {
+        # A rule of quantisers alone may be for layers that hold no batch norm.
+        "rules": tuple(rule for rule in rules if (rule.momentum, rule.train_batch_norm) != (None, None)),
+        "beyond_batch_norm": bool(Quantize(**_quantizers(options)).named_roles),
+    }
 
 
 def _quantizers(options: Settings) -> dict[str, Any]:
@@ -78,7 +82,7 @@ def _quantizers(options: Settings) -> dict[str, Any]:
 
 
 FROM_TABLES: Mapping[str, Callable[[Settings], dict[str, Any]]] = {
-    "derive-training": _training_rules,
+    "derive-training": _training,
     "quantize": _quantizers,
 }
 """Further arguments of passes' constructors, from the configuration's tables `defaults` and `rules`."""

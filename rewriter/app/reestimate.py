@@ -200,6 +200,8 @@ def _averages(model: Any) -> tuple[list[MovingAverage], bool]:
         stores_quantized = any(
             tag.get("use") == "average" for site in saved.analysis(sites) for tag in site.binding.quantized
         )
+    if not saved.analysis(batch_norms):
+        raise Error("the model holds no batch norm, so there are no moving statistics to re-estimate")
     if not averages:
         raise Error("no moving statistics that the training function updates were found")
     return list(averages.values()), stores_quantized

@@ -15,6 +15,7 @@ from passes.quantization.quantizer_marks import tag_of
 from passes.quantize import Quantize
 from passes.training.freeze_statistics import FreezeStatistics
 from passes.training.layer_options import MOMENTUM
+from rewriter.app.blocks import quantized_text
 from rewriter.app.by_layer import Key, LayerReason, grouped, outcomes, reasons_of
 from rewriter.app.report_schema import (
     BatchNormReport,
@@ -72,10 +73,7 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     """Return a sentence that says why there is nothing to rewrite."""
     layers = model.analysis(batch_norms)
     if not layers:
-        return (
-            f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
-            "so there is nothing to rewrite"
-        )
+        return _why_nothing_else(source, model, steps)
     all_sites = model.analysis(sites)
     which = "the batch norm" if len(layers) == 1 else f"all {len(layers)} batch norms"
     if all(s.binding.quantized for s in all_sites):
@@ -100,6 +98,27 @@ def why_nothing(source: str | Path, model: Model, steps: list[Step]) -> str:
     if skipped_count < len(layers):  # the others need no change by these passes
         which, cannot = f"{skipped_count} of the {len(layers)} batch norms", "cannot"
     return f"{which} of {source} {cannot} be rewritten: {groups[0].reason}{more}"
+
+
+def _why_nothing_else(source: str | Path, model: Model, steps: list[Step]) -> str:
+    """Return a sentence that says why there is nothing to rewrite in a model without batch norms."""
+    roles = [role for step in steps if isinstance(step.by, Quantize) for role in step.by.named_roles]
+    present = other_quantizers(model)
+    if present and {q.role for q in present}.issuperset(roles):
+        return f"{source} is quantised already ({quantized_text(present)}); there is nothing to add"
+    reasons = [reason for step in steps if isinstance(step.by, Quantize) for reason in _layer_reasons(step)]
+    named = " or ".join(roles)
+    if reasons:
+        groups = grouped((model,), reasons)
+        more = f" (other reasons: {len(groups) - 1})" if len(groups) > 1 else ""
+        return f"no value of the role {named} of {source} can be quantised: {groups[0].reason}{more}"
+    if roles:
+        return f"{source} holds no batch norm and no value of the role {named}, so there is nothing to rewrite"
+    quantizing = any(isinstance(step.by, Quantize) for step in steps)
+    return (
+        f"{source} holds no batch norm, neither a FusedBatchNorm op nor one in single ops with moving statistics, "
+        f"so there is nothing to rewrite{'; --bits weight=8 quantises weights' if quantizing else ''}"
+    )
 
 
 def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:

@@ -15,7 +15,7 @@ import regex
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, field_validator, model_validator
 from pydantic_core import InitErrorDetails
 
-from passes import OrderOptions, roles
+from passes import GROUPS, OrderOptions, roles
 from passes.batch_norm.options import AverageOptions
 from passes.frontend.options import ReferenceOptions
 from passes.options import options_of, refusal
@@ -218,6 +218,7 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
         raise Error(f"config is a TOML file's path or a dict, not {config!r}")
     where = "" if config is None or isinstance(config, Mapping) else f"{config}: "
     file_options = {} if config is None else dict(config) if isinstance(config, Mapping) else _read_toml(Path(config))
+    file_options = _with_roles(file_options)
     checked(file_options, where)
     direct = {k: v for k, v in given.items() if v is not None}
     for option in OF_TRAINING & direct.keys():
@@ -230,7 +231,7 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
         if option not in direct:
             continue
         value = direct.pop(option)
-        by_role = value if isinstance(value, Mapping) else dict.fromkeys(usual, value)
+        by_role = _by_role(value) if isinstance(value, Mapping) else dict.fromkeys(usual, value)
         unknown = set(by_role) - set(roles())
         if unknown:
             raise Error(f"{option}: {min(unknown)!r} is no role; there are {', '.join(roles())}")
@@ -240,9 +241,37 @@ def settings(config: str | Path | Mapping[str, Any] | None, given: Mapping[str, 
     return checked({**file_options, **direct, "defaults": defaults})
 
 
+def _by_role(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values by role; that of a group is for each of its roles that has none of its own."""
+    of_groups = {role: value for name, value in values.items() for role in GROUPS.get(name, ())}
+    return {**of_groups, **{name: value for name, value in values.items() if name not in GROUPS}}
+
+
+def _with_roles(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a file with tables of single roles in place of those of groups."""
+
+    def expanded(table: Any) -> Any:
+        if not isinstance(table, Mapping) or not set(table) & set(GROUPS):
+            return table
+        result = {name: value for name, value in table.items() if name not in GROUPS}
+        for name in (name for name in table if name in GROUPS):
+            for role in GROUPS[name]:
+                own = result.get(role, {})
+                both = isinstance(own, Mapping) and isinstance(table[name], Mapping)
+                result[role] = {**table[name], **own} if both else table[name]
+        return result
+
+    rules = options.get("rules", ())
+    return {
+        **options,
+        **({"defaults": expanded(options["defaults"])} if "defaults" in options else {}),
+        **({"rules": [expanded(rule) for rule in rules]} if isinstance(rules, list | tuple) and rules else {}),
+    }
+
+
 def _usual(defaults: Mapping[str, Any], rules: Iterable[Mapping[str, Any]], direct: Mapping[str, Any]) -> list[str]:
     """Return the roles that an option without a role is for: the usual ones, and those that another option names."""
-    mappings = (direct[option] for option in OF_QUANTIZER if isinstance(direct.get(option), Mapping))
+    mappings = (_by_role(direct[option]) for option in OF_QUANTIZER if isinstance(direct.get(option), Mapping))
     named = {*defaults, *(key for table in (*rules, *mappings) for key in table)}
     return [role.name for role in roles().values() if role.always or role.name in named]
 

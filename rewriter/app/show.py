@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import Block, Column, Line, Table, columns, counted, layers_named, listed
+from rewriter.app.blocks import Block, Column, Line, Table, columns, counted, layers_named, listed, quantized_text
 from rewriter.app.relative_error import error_text
 
 if TYPE_CHECKING:
@@ -29,11 +29,13 @@ def inspection_blocks(report: Inspection, *, sites: bool = False) -> Iterator[Bl
         yield from _site_lines(report) if sites else _layer_lines(report)
     else:
         yield Line("no batch norm found")
-    yield from _quantizers(report.quantizers)
+    yield from _quantizers(report.quantizers, "what else is quantised" if report.batch_norms else "what is quantised")
 
 
 def inspection_headline(report: Inspection) -> str:
-    """Return the number of batch norms, and how many have each status."""
+    """Return the number of batch norms, and how many have each status; or what else is quantised."""
+    if report.quantizers and not report.batch_norms:
+        return f"quantised: {quantized_text(report.quantizers)}"
     statuses = Counter(bn.status for bn in report.batch_norms)
     parts = ", ".join(f"{count} {status}" for status, count in statuses.items())
     return f"{counted(len(report.batch_norms), 'batch norm')}{': ' if parts else ''}{parts}"
@@ -81,7 +83,7 @@ def _site_lines(report: Inspection) -> Iterator[Line]:
             yield Line(f"cannot be rewritten: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
 
 
-def _quantizers(quantizers: Sequence[QuantizerReport]) -> Iterator[Table]:
+def _quantizers(quantizers: Sequence[QuantizerReport], title: str) -> Iterator[Table]:
     """Yield a table of the quantised values that are not a batch norm's, by layer and role, if there are any."""
     if quantizers:
         heads = [
@@ -90,7 +92,7 @@ def _quantizers(quantizers: Sequence[QuantizerReport]) -> Iterator[Table]:
             *columns("bits", "places", justify="right"),
         ]
         rows = [(q.layer_name, q.role, q.scheme, q.range, str(q.bits), str(len(q.places))) for q in quantizers]
-        yield Table(heads, rows, "what else is quantised")
+        yield Table(heads, rows, title)
 
 
 def _values(batch_norms: Sequence[BatchNormReport]) -> Iterator[Table]:

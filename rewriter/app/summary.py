@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import Line, Table, columns, counted, layers_named, widths_text
+from rewriter.app.blocks import Line, Table, columns, counted, layers_named, quantized_text, widths_text
 
 if TYPE_CHECKING:
     from rewriter.app.report_schema import RewriteReport, SkippedLayers
@@ -17,7 +17,9 @@ LINES = 8
 
 
 def rewrite_headline(report: RewriteReport) -> str:
-    """Return the numbers of batch norms that were rewritten and found, and their widths."""
+    """Return the numbers of batch norms that were rewritten and found, and their widths; or what else was quantised."""
+    if report.quantizers and not report.layers:
+        return f"quantised: {quantized_text(report.quantizers)}"
     number = sum(layer.status == "rewritten" for layer in report.layers)
     widths = f", {widths_text(report.bits)}" if report.bits else ""
     return f"{number} of {counted(len(report.layers), 'batch norm')} {_verb(report)}{widths}"
@@ -80,15 +82,13 @@ def _found(report: RewriteReport) -> str:
 
 
 def _other_values(report: RewriteReport) -> Iterator[str]:
-    by_role = Counter(q.role for q in report.quantizers)
-    if by_role:
-        layers = ", ".join(f"{role} of {counted(count, 'layer')}" for role, count in by_role.items())
-        yield f"also quantised: {layers}"
+    if report.quantizers:
+        yield f"{'also ' if report.layers else ''}quantised: {quantized_text(report.quantizers)}"
 
 
 def _skipped(report: RewriteReport, group: SkippedLayers) -> str:
     """Return a line on the layers that were left as they are for one reason."""
-    other = counted(group.others, "value") + ("" if group.by else " of other layers")
+    other = counted(group.others, "value") + ("" if group.by or not report.layers else " of other layers")
     which = layers_named(group.layers) or other
     if group.by:
         return f"{group.by} left {which} as before: {group.reason}"

@@ -15,7 +15,7 @@ import numpy as np
 from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import Argument, call_graph, follow
 from rewriter.draft import Draft
-from rewriter.expr import Use, handle, op, read
+from rewriter.expr import Apply, Use, array, handle, op, read
 from rewriter.ir import MAIN, Endpoint, Error, Graph, Model, Node, Spec, Value, Variable
 
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
@@ -55,6 +55,11 @@ def _first_node(graph: Graph, op_name: str) -> Node:
     if not nodes:
         raise Error(f"the saver's function {graph.name} has no {op_name}")
     return nodes[0]
+
+
+def _restores(restore: Graph) -> bool:
+    """Return true if a saver's function restores a variable; else none is left of those that it did."""
+    return any(node.op == "RestoreV2" for node in restore.nodes.values())
 
 
 def strings(graph: Graph, node: Node, position: int = 1) -> list[bytes]:
@@ -100,6 +105,8 @@ def restored(model: Model, restore: Graph) -> dict[str, int]:
         model: the model.
         restore: its function that restores.
     """
+    if not _restores(restore):
+        return {}
     node = _first_node(restore, "RestoreV2")
     keys = strings(restore, node)
     positions = {}
@@ -203,7 +210,19 @@ def _extend_save(graph: Graph, added: list[Variable]) -> Graph:
     return draft.finish()
 
 
+def _restore_nothing(restore: Graph) -> Apply:
+    """Return a RestoreV2 that reads no tensor yet, from the file that a saver's function is given."""
+    names, slices = (array(np.array([], object)) for _ in range(2))
+    return Apply(
+        "", "RestoreV2", (Use("string", Value(restore.arguments[0])), names, slices), {"dtypes": protos.attr([])}
+    )
+
+
 def _extend_restore(graph: Graph, added: list[Variable]) -> Graph:
+    if not _restores(graph):
+        empty = Draft(graph, entry=False)
+        empty.place(_restore_nothing(graph), "restore")
+        graph = empty.finish()
     draft = Draft(graph, entry=False)
     node = _first_node(graph, "RestoreV2")
     first = len(op_defs.attribute(node, "dtypes").list.type)

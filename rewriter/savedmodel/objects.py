@@ -76,7 +76,8 @@ def read_entries(objects: Any, graphs: Mapping[str, Graph], variables: Mapping[i
         keys = _keys(proto.output_signature) if len(outputs) == len(graph.results) else ()
         if len(outputs) != len(graph.results):
             outputs = tuple(Spec(r.name, r.dtype, None) for r in graph.results)
-        entries[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys)
+        flags = tuple(_flags(proto.canonicalized_input_signature))
+        entries[name] = Entry(name, inputs, outputs, captures, tuple(paths.get(name, ())), keys, flags)
     return entries
 
 
@@ -85,6 +86,19 @@ def _keys(value: Any) -> tuple[str, ...]:
     fields = value.dict_value.fields
     plain = all(fields[key].WhichOneof("kind") in ("tensor_spec_value", "bounded_tensor_spec_value") for key in fields)
     return tuple(sorted(fields)) if plain else ()
+
+
+def _flags(value: Any) -> Iterator[bool]:
+    """Yield the Python booleans among a function's arguments, which stand beside its tensors."""
+    kind = value.WhichOneof("kind")
+    if kind == "bool_value":
+        yield value.bool_value
+    elif kind == "dict_value":
+        for key in sorted(value.dict_value.fields):
+            yield from _flags(value.dict_value.fields[key])
+    elif kind in ("tuple_value", "list_value"):
+        for item in getattr(value, kind).values:
+            yield from _flags(item)
 
 
 def _paths(objects: Any) -> dict[str, list[str]]:

@@ -15,9 +15,9 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 
 import bnqat
-from passes.batch_norm.entries import TRAIN
 from passes.batch_norm.sites import sites
 from passes.quantization.controls import increment, step
+from passes.quantization.training_functions import TRAIN
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.app.verification.running import session_of
 from rewriter.edit import Edit, Rewire, Run

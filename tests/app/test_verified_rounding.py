@@ -14,8 +14,8 @@ import tensorflow as tf
 import tf_keras
 
 import bnqat
-from passes.batch_norm.entries import FROZEN
 from passes.batch_norm.sites import FUSED
+from passes.quantization.training_functions import FROZEN
 from rewriter import op_defs, protos
 from rewriter.app.verification.claims import FAILS, HOLDS, NOT_APPLICABLE, Claim, Verification, verify
 from rewriter.app.verification.rounding import CHAOS, CONDITIONING, ROUNDING, rounding

@@ -56,7 +56,7 @@ class _Quantizer(NamedTuple):
 
 
 class Readings:
-    """Reader of a loaded model's quantisers; those that are a user's own function are left out.
+    """Reader of a loaded model's quantisers of batch norms; those that are a user's own function are left out.
 
     Args:
         model: the model as `tf.saved_model.load` returned it.
@@ -76,7 +76,9 @@ class Readings:
         self.variables = variables_by_key(model.quantization.train.concrete_functions[0], self.entry)
         self.quantizers = tuple(_quantizers(self.source))
         if not self.quantizers:
-            raise Error(f"{filepath} has no quantisers to read; those of a function of your own are not read")
+            raise Error(
+                f"{filepath} has no quantisers to read: those of batch norms are read, but not a function of your own"
+            )
 
     def amount(self) -> float:
         """Return the blend weight: 0 before the start step, 1 from the ramp's end on."""

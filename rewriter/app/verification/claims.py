@@ -261,7 +261,7 @@ def statistics_move(serving: Serving, trained: Trained) -> Claim:
         return Claim(name, FAILS, trained.failure)
     if trained.absent:
         return Claim(name, NOT_APPLICABLE, trained.absent)
-    if not trained.statistics and not trained.frozen:
+    if trained.batch_norms and not trained.statistics and not trained.frozen:
         return Claim(name, FAILS, "the training function trains no batch norm")
     if trained.still:
         unmoved, all_of = len(trained.still), trained.statistics
@@ -275,7 +275,10 @@ def statistics_move(serving: Serving, trained: Trained) -> Claim:
 
 
 def gradients_reach(trained: Trained) -> Claim:
-    """Check that a finite gradient reaches every gamma and beta that is trained."""
+    """Check that a finite gradient reaches every gamma and beta that is trained.
+
+    If other values are quantised, one has to reach every variable that it reaches with quantisers off.
+    """
     name = "gradients"
     if trained.failure or trained.absent:
         return Claim(name, FAILS if trained.failure else NOT_APPLICABLE, trained.failure or trained.absent)
@@ -283,20 +286,32 @@ def gradients_reach(trained: Trained) -> Claim:
         if trained.alike:
             return Claim(name, NOT_APPLICABLE, f"the source cannot be differentiated either: {trained.differentiated}")
         return Claim(name, FAILS, trained.differentiated)
-    if not trained.gradients:
+    if not trained.gradients and not trained.others and not trained.lost:
         frozen = "the training function leaves all batch norms frozen"
-        why = "no output is a float, or there is no gamma and no beta that is trained"
+        why = "no output is a float, or no variable is trained"
         return Claim(name, NOT_APPLICABLE, frozen if trained.frozen and not trained.statistics else why)
-    for variable, gradient in trained.gradients:
+    wrong = _wrong_gradient(trained)
+    if wrong:
+        return Claim(name, FAILS, wrong)
+    parts = [_count(len(trained.gradients), "gamma or beta", "gammas and betas")] if trained.gradients else []
+    parts += [_count(trained.others, "other variable" if parts else "variable")] if trained.others else []
+    return Claim(name, HOLDS, f"finite for {' and '.join(parts)}")
+
+
+def _wrong_gradient(trained: Trained) -> str:
+    """Return what is wrong with a gradient; empty if nothing is."""
+    if trained.lost:
+        return f"none for {trained.lost[0]}, which has one with quantisers off"
+    for variable, gradient in trained.gradients or ():
         if gradient is None:
-            return Claim(name, FAILS, f"none for {variable}")
+            return f"none for {variable}"
         values = tf.convert_to_tensor(gradient).numpy()
         if not np.isfinite(values).all():
-            return Claim(name, FAILS, f"not finite for {variable}")
+            return f"not finite for {variable}"
         # A loaded function returns zeros if no path leads from its outputs to the variable.
         if not values.any():
-            return Claim(name, FAILS, f"zero for {variable}, which has no influence then")
-    return Claim(name, HOLDS, f"finite for {_count(len(trained.gradients), 'gamma or beta', 'gammas and betas')}")
+            return f"zero for {variable}, which has no influence then"
+    return ""
 
 
 def kernels_of_inference(pair: Pair, serving: Serving) -> Claim:

@@ -12,7 +12,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.python.saved_model.loader_impl import parse_saved_model
 
-from passes.batch_norm.entries import Alignment, align, computed, serving_entry, training_trace
+from passes.entries.alignment import Alignment, align
+from passes.entries.serving import serving_entry
+from passes.entries.training import computed, training_trace
 from passes.training.frozen_layers import frozen_means, moving_means
 from rewriter.app.arrays import Arrays
 from rewriter.app.verification.functions import Trainer, keyworded, variable_at

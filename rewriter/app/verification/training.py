@@ -10,14 +10,18 @@ import numpy as np
 import tensorflow as tf
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
-from passes.batch_norm.entries import TRAIN, Alignment, serving_signature
 from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
+from passes.deploy.quantized_values import tagged
+from passes.entries.alignment import Alignment
+from passes.entries.serving import has_batch_norms, serving_signature
+from passes.quantization.quantizer_marks import tag_of
+from passes.quantization.training_functions import TRAIN
 from passes.training.frozen_layers import frozen_means
 from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
 from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random, rows, session_of
-from rewriter.app.verification.serving import FREEZE, RAMP, START, STEP, Pair
+from rewriter.app.verification.serving import CONTROLS, FREEZE, RAMP, START, STEP, Pair
 from rewriter.app.verification.source_training import (
     Differences,
     LoadedTrainer,
@@ -44,6 +48,7 @@ class Trained:
         loads: true if plain loading takes the result.
         failure: the error in loading or in the call.
         steps: the number of steps that the call counted.
+        batch_norms: true if the source has batch norms that could train.
         statistics: the number of moving statistics of the batch norms that it trains.
         frozen: the number of batch norms that the result leaves frozen in training, as an option or the source says.
         still: the names of the moving statistics that the call did not change.
@@ -51,6 +56,9 @@ class Trained:
         alike: true if the source's own signatures cannot be differentiated either, in the same way.
         gradients: the gradients of every gamma and beta, by name; None for one that none reaches. No list if no output
             is a float.
+        others: if other values than batch norms' are quantised, the number of other trainable variables that a finite
+            gradient reaches.
+        lost: the names of those that one reaches only with quantisers off.
         kernels: the executed kernels, with those of gradients if the call can be differentiated.
         source_kernels: the kernels that the source's own training function executes; None if it has none.
         source_failure: the error in running that function.
@@ -68,12 +76,15 @@ class Trained:
     loads: bool = True
     failure: str = ""
     steps: int = 0
+    batch_norms: bool = True
     statistics: int = 0
     frozen: int = 0
     still: tuple[str, ...] = ()
     differentiated: str = ""
     alike: bool = False
     gradients: list[tuple[str, Any]] | None = None
+    others: int = 0
+    lost: tuple[str, ...] = ()
     kernels: Kernels | None = None
     source_kernels: Kernels | None = None
     source_failure: str = ""
@@ -143,11 +154,12 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         elif v.name.startswith(FREEZE):
             v.assign(OFF)
     parameters, statistics = trained_variables(pair, root)
+    others = _other_variables(pair, function, parameters)
     steps = [v for v in function.variables if v.name.startswith(STEP)]
 
     def call(fed: dict[str, np.ndarray]) -> tuple[list[Any] | None, list[np.ndarray], int]:
         before, count = [v.numpy() for v in statistics], sum(int(v) for v in steps)
-        grads = gradients(function, parameters, fed) if differentiate else None
+        grads = gradients(function, [*parameters, *others], fed) if differentiate else None
         if not differentiate:
             function.call(**fed)
         return grads, before, sum(int(v) for v in steps) - count
@@ -161,11 +173,15 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
     for _ in range(TRIES):
         # Stochastic depth may have left out a block for the whole batch.
         if grads is not None and not all(_reaches(gradient) for gradient in grads):
-            grads_again = gradients(function, parameters, fed) or grads
+            grads_again = gradients(function, [*parameters, *others], fed) or grads
             grads = [g if _reaches(g) else again for g, again in zip(grads, grads_again, strict=True)]
-    named_gradients = None if grads is None else [(v.name, g) for v, g in zip(parameters, grads, strict=True)]
+    named_gradients = None if grads is None else [(v.name, g) for v, g in zip(parameters, grads, strict=False)]
+    reached = [_reaches(g) and _finite(g) for g in (grads or ())[len(parameters) :]]
     done = Trained(
         steps=steps_counted,
+        batch_norms=pair.source.analysis(has_batch_norms),
+        others=sum(reached),
+        lost=_lost(function, [v for v, is_reached in zip(others, reached, strict=False) if not is_reached], fed),
         statistics=len(statistics),
         frozen=len(frozen_means(pair.result)),
         still=still,
@@ -174,6 +190,32 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         rows=rows(fed),
     )
     return _Run(done, {name: fed[name] for name in function.specs}, root)
+
+
+def _other_variables(pair: Pair, function: Trainer, parameters: list[Any]) -> list[Any]:
+    """Return the trainable variables beside gammas and betas; none if only batch norms are quantised."""
+    roles = {tag_of(pair.result.graphs[graph].nodes[node])["role"] for graph, node in tagged(pair.result)}
+    known = {id(v) for v in parameters}
+    trainable = [v for v in function.variables if v.trainable and id(v) not in known and v.dtype.is_floating]
+    return [v for v in trainable if not v.name.startswith(CONTROLS)] if roles.difference(ROLES) else []
+
+
+def _lost(function: Trainer, variables: list[Any], fed: dict[str, np.ndarray]) -> tuple[str, ...]:
+    """Return the names of those variables that a finite gradient reaches with quantisers off."""
+    starts = [v for v in function.variables if v.name.startswith(START)]
+    if not variables or not starts:
+        return ()
+    for start in starts:
+        start.assign(OFF)
+    float_gradients = gradients(function, variables, fed) or [None] * len(variables)
+    for start in starts:
+        start.assign(0)
+    return tuple(v.name for v, g in zip(variables, float_gradients, strict=True) if _reaches(g) and _finite(g))
+
+
+def _finite(gradient: Any) -> bool:
+    """Return true if a gradient is finite everywhere."""
+    return bool(np.isfinite(tf.convert_to_tensor(gradient).numpy()).all())
 
 
 def _reaches(gradient: Any) -> bool:

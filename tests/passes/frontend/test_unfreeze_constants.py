@@ -27,14 +27,25 @@ def test_constants_become_variables_with_their_values(name: str, model: Paths, t
     }
     report = bnqat.rewrite(model(name), tmp_path / "out", unfreeze_constants=True, start_step=2**40)
     assert report.sites_rewritten == 2
-    assert len(report.variables_added) == 8 + 11
+    weights = {"frozen": 2, "frozen_v1": 3}[name]
+    assert len(report.variables_added) == 8 + weights + 11
     loaded = tf.saved_model.load(str(tmp_path / "out"))
     all_variables = loaded.variables if name == "frozen_v1" else loaded.quantization.variables
     variables = {v.name: v for v in all_variables if "quantization" not in v.name}
-    assert len(variables) == 8
+    assert len(variables) == 8 + weights
     for variable in variables.values():
         assert variable.numpy().tobytes() in constants
-        assert variable.trainable == ("gamma" in variable.name or "beta" in variable.name)
+        assert variable.trainable == ("moving" not in variable.name)
+
+
+@pytest.mark.parametrize("name", ["frozen", "frozen_v1"])
+def test_constant_weights_are_trained(name: str, model: Paths, tmp_path: Path) -> None:
+    bnqat.rewrite(model(name), tmp_path / "out", unfreeze_constants=True, bits={"weight": 4})
+    with_weights = [q.layer_name for q in bnqat.inspect(tmp_path / "out").quantizers if q.role == "weight"]
+    assert len(with_weights) == {"frozen": 2, "frozen_v1": 3}[name]
+    after = load(tmp_path / "out")
+    names = {v.name for v in after.variables.values() if v.trainable}
+    assert set(with_weights) <= names
 
 
 def test_without_the_option_the_advice_is_given(model: Paths, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from passes.batch_norm.entries import only_training
+from passes.entries.training import only_training
 from passes.quantization.points import QuantizationPoint, QuantizedLayer, Quantizers
 from passes.quantization.roles import Role
 from rewriter.dataflow import VariableKey, origins

@@ -11,7 +11,8 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm.entries import TRAIN, serving_signature
+from passes.entries.serving import serving_signature
+from passes.quantization.training_functions import TRAIN
 from passes.training.derive_training import DeriveTraining
 from rewriter.dataflow import VariableKey, call_graph, origins
 from rewriter.ir import Error

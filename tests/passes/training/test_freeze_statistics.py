@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import bnqat
-from passes.batch_norm.entries import TRAIN
 from passes.batch_norm.sites import sites
+from passes.quantization.training_functions import TRAIN
 from passes.training.derive_training import DeriveTraining
 from passes.training.freeze_statistics import FreezeStatistics
 from rewriter.ir import MAIN, Entry, Error, Graph, Model, Spec, Variable
