@@ -33,6 +33,7 @@ CLIPPING = ("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu
         "docs/passes.md",
         "docs/quantisation.md",
         "docs/report.md",
+        "docs/weights.md",
     ],
 )
 def test_blocks_run_in_order(
@@ -41,7 +42,7 @@ def test_blocks_run_in_order(
     (tmp_path / "float_model").symlink_to(model("module"))
     shutil.copytree(rewritten("module", start_step=5), tmp_path / "qat_model")  # which a block overwrites
     blocks = BLOCK.findall((ROOT / name).read_text(encoding="utf-8"))
-    assert len(blocks) == {"docs/passes.md": 2, "docs/quantisation.md": 3}.get(name, 1)
+    assert len(blocks) == {"docs/passes.md": 2, "docs/quantisation.md": 3, "docs/weights.md": 2}.get(name, 1)
     for block in blocks:
         file = FILE.match(block)
         if file:
