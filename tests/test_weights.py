@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,14 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from passes.entries.serving import entries_of_root
+from passes.weights.kernels import CONVOLUTIONS
 from passes.weights.layers import weight_layers
-from passes.weights.uses import weight_uses
+from passes.weights.uses import GRADIENT_SCOPE, weight_uses
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN
 from rewriter.savedmodel.read import load
+from tests.models.all import ALL
 from tests.models.weights import WEIGHT_MODELS
 from tests.models.weights.case import WeightModel
 
@@ -160,3 +165,17 @@ def stored(path: Path) -> dict[str, np.ndarray]:
     """Return the values of a SavedModel's variables by name."""
     model = load(path)
     return {v.name: np.asarray(model.value_of(key)) for key, v in model.variables.items()}
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_every_convolution_of_the_other_models_has_a_weight(name: str, model: Callable[[str], Path]) -> None:
+    source = load(model(name))
+    uses, skips = source.analysis(weight_uses)
+    assert not skips
+    taken = {(use.edges[0].graph, use.node) for use in uses}
+    calls = source.analysis(call_graph)
+    served = {MAIN, *(s.entry for s in source.signatures.values()), *(e.function for e in entries_of_root(source))}
+    for graph in sorted({g for top in served if top in source.graphs for g in calls.reached(top)}):
+        for node in source.graphs[graph].nodes.values():
+            if node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name):
+                assert (graph, node.name) in taken
