@@ -93,6 +93,7 @@ def test_a_model_is_rewritten_trained_and_finalised(name: str, plain: Callable[[
     for tuned in ("q", "tuned"):
         report_final = bnqat.finalize(tmp_path / tuned, tmp_path / f"{tuned}_f")
         assert {row.role for row in report_final.baked} == set(BITS)
+        assert sorted(row.values for row in report_final.baked) == [3, 8, 24, 48]
         final = tf.saved_model.load(str(tmp_path / f"{tuned}_f"))
         assert_same(outputs(final), outputs(tf.saved_model.load(str(tmp_path / tuned))))
         kept = load(tmp_path / f"{tuned}_f")
@@ -308,11 +309,13 @@ def test_the_signature_with_variables_is_trained(names: dict[str, str], trained:
 
 
 def test_options_for_batch_norms_have_no_effect(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"momentum": 0.5, "train_batch_norm": "none", "freeze_step": 3}
+    options: dict[str, Any] = {"momentum": 0.5, "train_batch_norm": "none", "freeze_step": 3, "start_step": 5}
     report = bnqat.rewrite(plain("module"), tmp_path / "q", bits={"weight": 8}, **options)
     assert "--momentum and --train-batch-norm have no effect, as no batch norm of the model can train" in report.notes
     no_freezing = "--freeze-step has no effect, as train computes no batch norm whose statistics could be frozen"
     assert no_freezing in report.notes
+    assert not [note for note in report.notes if note.startswith("statistics are frozen")]
+    assert "freeze_step" not in report.schedule
     assert not hasattr(tf.saved_model.load(str(tmp_path / "q")).quantization, "freeze_step")
     rule = {"match": "kernel", "momentum": 0.5}
     with pytest.raises(bnqat.Error, match="the rule 'kernel' matches no layer and no variable; there is no batch norm"):
