@@ -106,8 +106,8 @@ def _grid(scheme: str, low: np.ndarray, high: np.ndarray, bits: int, narrow: boo
         largest = np.maximum(high, -low)
         scale, inverse = largest / F(top), F(top) / largest
     else:
-        scale = np.maximum(high / F(top), -low / F(-bottom))
-        inverse = F(1) / scale
+        above, below = high / F(top), low / F(bottom)
+        scale, inverse = np.maximum(above, below), np.where(above >= below, F(top) / high, F(bottom) / low)
     usable = scale >= TINY
     scale, inverse = np.where(usable, scale, F(1)), np.where(usable, inverse, F(1))
     zero_point = np.round(-low * inverse) if scheme == "affine" else np.zeros_like(scale)

@@ -57,8 +57,9 @@ class DeviceArithmetic(Scheme):
 class DeviceSymmetric(DeviceArithmetic, Symmetric):
     """`Symmetric` with n bits and t = 2^(n-1) - 1: s = m / t; q = clip(round(v (t / m)), -t, t); v' = q s.
 
-    m is the largest magnitude, or the given limit. Without the narrow range, s = max(hi / t, lo / -2^(n-1)), and
-    positions are v (1 / s). Where s is zero or subnormal, it counts as 1.
+    m is the largest magnitude, or the given limit. Without the narrow range, codes begin at b = -2^(n-1),
+    s = max(hi / t, lo / b), and positions are v (t / hi) or v (b / lo), as the one or the other has the greater scale.
+    Where s is zero or subnormal, it counts as 1, and so does its inverse.
     """
 
     @property
@@ -80,8 +81,10 @@ class DeviceSymmetric(DeviceArithmetic, Symmetric):
             size = op("Maximum", limits.high, -limits.low)
             scale, inverse = size / top, top / size
         else:
-            scale = op("Maximum", limits.high / top, limits.low / bottom)
-            inverse = constant(1.0, self.dtype) / scale
+            above, below = limits.high / top, limits.low / bottom
+            scale = op("Maximum", above, below)
+            # Not 1 / s, as XLA turns a product with that into a quotient.
+            inverse = select(above >= below, top / limits.high, bottom / limits.low)
         scale, inverse = _or_ones(scale, inverse)
         reciprocal = self._by_width(bits, lambda n: 1 / self.codes(n)[1])
         return Grid(scale, None, None, bottom, top, reciprocal, inverse)

@@ -64,7 +64,7 @@ def levels(scheme: Scheme, values: np.ndarray, limits: np.ndarray) -> np.ndarray
             scale, inverse = size / top, top / size
         else:
             scale = np.maximum(high / top, low / bottom)
-            inverse = F(1) / scale
+            inverse = np.where(high / top >= low / bottom, top / high, bottom / low)
         usable = scale >= TINY
         scale, inverse = np.where(usable, scale, F(1)), np.where(usable, inverse, F(1))
         if isinstance(scheme, Affine):

@@ -274,7 +274,9 @@ class Differentiable(OnGrid):
                 raise AssertionError("limits are given, or the values' own")
             return both
         own = Limits(*(stop_gradient(limit) for limit in self.own))
-        return Limits(op("Abs", self.given.low) * own.low, op("Abs", self.given.high) * own.high)
+        low, high = op("Abs", self.given.low) * own.low, op("Abs", self.given.high) * own.high
+        # Zero changes nothing here, but no product may meet a sum directly: XLA would round the span of both once.
+        return Limits(op("Minimum", low, 0.0), op("Maximum", high, 0.0))
 
     def through(self, amount: Expr | None = None) -> Expr:
         """Return the result, blended with the raw values by `amount`, or wholly quantised, with its gradients."""
@@ -303,7 +305,8 @@ class Differentiable(OnGrid):
         factor = scheme.step_gradient_factor(self.bits, sharing) * amount
         factor = factor if slope is None else factor * slope
         if self.given is not None and self.own is not None:  # one fraction scales both limits
-            size = op("Maximum", self.own.high - self.own.low if scheme.has_low else self.own.high, TINY)
+            low, high = self.own.low, self.own.high  # of one sign, a weight has a limit that is zero
+            size = op("Maximum", high - low if scheme.has_low else op("Maximum", high, -low), TINY)
             return _zero(self.given.high) * self._factor(of_high / stop_gradient(size), factor)
         result = _zero(self.limits.high) * self._factor(of_high, factor)
         if scheme.has_low:
