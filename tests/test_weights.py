@@ -20,7 +20,7 @@ from rewriter.ir import MAIN
 from rewriter.savedmodel.read import load
 from tests.models.all import ALL
 from tests.models.weights import WEIGHT_MODELS
-from tests.models.weights.case import WeightModel
+from tests.models.weights.case import WeightModel, drawn
 
 MODELS = {name: model for name, model in WEIGHT_MODELS.items() if model.weights}
 WITHOUT_VARIABLES = {
@@ -181,3 +181,26 @@ def test_every_convolution_of_the_other_models_has_a_weight(name: str, model: Pa
         for node in source.graphs[graph].nodes.values():
             if node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name):
                 assert (graph, node.name) in taken
+
+
+class Product(tf.Module):
+    """One function that multiplies by a weight, and by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = drawn("kernel", 4, 4)
+        self.head = drawn("head", 4, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 4), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        product = tf.function(tf.matmul)
+        return tf.matmul(product(product(x, self.kernel), tf.transpose(x)), self.head)
+
+
+def test_a_function_that_takes_a_weight_once_is_named(tmp_path: Path) -> None:
+    module = Product()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.serve)
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", bits={"weight": 4})
+    assert [q.layer_name for q in report.quantizers] == ["head"]
+    reasons = {skip.reason for skip in report.skipped}
+    assert reasons == {"its function is called with a weight, and with what the model is given"}
