@@ -354,9 +354,12 @@ def _split(limits: Expr, spec: QuantizerSpec) -> Limits:
 
 
 def _halves(limits: Expr) -> Limits:
-    attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
-    low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
-    return Limits(low, Port(limits.dtype, low, 1))
+    # Not Split, whose gradient takes the axis from the forward function: XLA then holds all that this function is given
+    # for constants, and compiles a training step anew for each value.
+    attrs = {"num": attr(2), "T": dtype_attr(limits.dtype), "axis": attr(-1)}
+    low = Apply(limits.dtype, "Unpack", (limits,), attrs)
+    halves = (op("ExpandDims", half, constant(-1, "int32")) for half in (low, Port(limits.dtype, low, 1)))
+    return Limits(*halves)
 
 
 def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:

@@ -111,7 +111,7 @@ def eager_function(function: Function, inputs: Sequence[Any]) -> list[Any]:
         if node.op == "Const":
             values[node.name] = [tf.constant(tf.make_ndarray(node.attrs["value"].tensor))]
         else:
-            count = node.attrs["num_split"].i if node.op == "Split" else 1
+            count = node.attrs["num"].i if node.op == "Unpack" else 1
             values[node.name] = execute.execute(node.op.encode(), count, operands, attrs, context.context())
     return [values[result.value.node][result.value.port] for result in graph.results]
 
