@@ -83,7 +83,7 @@ def quantized_biases(path: Path, bits: dict[str, int]) -> dict[str, np.ndarray]:
 
 def test_biases_are_quantised_by_the_reference(source: Path, tmp_path: Path) -> None:
     result = run("rewrite", source, tmp_path / "q", "--bits", "bias=4").output
-    assert "also quantised: bias of 2 layers" in result
+    assert "also quantised: 2 biases to 4 bits" in result
     root = tf.saved_model.load(str(tmp_path / "q"))
     expected = quantized_biases(source, {"first": 4, "second": 4})
     for function in (root.serve, root.quantization.train):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, cast
@@ -152,7 +153,12 @@ class Report:
 
 def counted(number: int, noun: str) -> str:
     """Return a number and its noun, like "1 site" or "2 sites"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number} {noun}" if number == 1 else f"{number} {plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Return the plural of a noun, such as a role's name: "weights", "biases"."""
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def widths_text(widths: Sequence[int]) -> str:
@@ -163,14 +169,25 @@ def widths_text(widths: Sequence[int]) -> str:
 
 
 def quantized_text(quantizers: Iterable[QuantizerReport]) -> str:
-    """Return the quantised values by role, as "weight of 2 layers to 8 bits, bias of 1 layer to 4 bits"."""
+    """Return the quantised values by role, as "2 weights to 8 bits, 1 bias to 4 bits"."""
     widths: dict[str, list[int]] = {}
+    numbers: Counter[str] = Counter()
     for quantizer in quantizers:
         widths.setdefault(quantizer.role, []).append(quantizer.bits)
+        numbers[quantizer.role] += members(quantizer.layer_name)
     return ", ".join(
-        f"{role} of {counted(len(of_role), 'layer')} to {widths_text(sorted(of_role))}"
-        for role, of_role in widths.items()
+        f"{counted(numbers[role], noun_of(role))} to {widths_text(sorted(of_role))}" for role, of_role in widths.items()
     )
+
+
+def members(layer_name: str) -> int:
+    """Return the number of layers that a name means: several that share a function are joined with "+"."""
+    return layer_name.count("+") + 1
+
+
+def noun_of(role: str) -> str:
+    """Return a role's name as a noun."""
+    return role.replace("_", " ")
 
 
 SHOWN = 3

@@ -57,7 +57,7 @@ def inspect(*, model: Path, as_json: bool, page: Path | None, verbose: bool, tag
 @click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Write to this file.")
 @click.option("--values", is_flag=True, help="Compare the values of variables, too.")
 @click.option("--full", is_flag=True, help="Describe added and removed nodes; let the page hold every node.")
-@click.option("--site", help="What --format svg draws: a batch norm's or a node's name, or function:node.")
+@click.option("--site", help="What --format svg draws: a layer's or a node's name, or function:node.")
 @click.option("--hops", type=click.IntRange(1, 3), default=1, show_default=True, help="How far --format svg goes.")
 @click.option("--exit-code", is_flag=True, help="Exit with 1 if the models differ.")
 @click.option("-v", "--verbose", is_flag=True, help="List every op, place and change.")

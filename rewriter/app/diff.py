@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.roles import ROLES
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import quantized, sites
 from rewriter.app.blocks import Line, Report
 from rewriter.app.by_layer import Key
 from rewriter.app.diff_layers import Outcomes, label_of, layer_diffs, parts_of_sites
+from rewriter.app.diff_values import ValueDiffs
 from rewriter.app.headline import headline
-from rewriter.app.report_schema import QuantizerReport
-from rewriter.app.reports import became_of, other_quantizers
+from rewriter.app.reports import became_of
 from rewriter.app.show_diff import diff_lines
 from rewriter.app.work import gc_paused
 from rewriter.diff.compare import Comparison, all_keys, compare, with_details
@@ -82,7 +83,7 @@ class Diff(Report):
         return picture_svg(around(union, node, parts), union, hops)
 
     def site(self, name: str) -> tuple[str, str]:
-        """Return the (graph, node) that a name means: a batch norm's, a node's, or ``function:node``.
+        """Return the (graph, node) that a name means: a layer's, a node's, or ``function:node``.
 
         Raises:
             Error: there is no such place.
@@ -95,7 +96,7 @@ class Diff(Report):
         graph, _, node = name.rpartition(":")
         if node in self.comparison.after.graphs.get(graph, Graph("", {})).nodes:
             return graph, node
-        raise Error(f"there is no batch norm, and no node that changed, of the name {name}; bnqat diff lists them")
+        raise Error(f"there is no layer, and no node that changed, of the name {name}; bnqat diff lists them")
 
     def _repr_html_(self) -> str:
         return frame(self.to_html())
@@ -167,7 +168,11 @@ def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
     broken = {c.name for c in comparison.changes if c.kind == SIGNATURE and c.what != "added" and _changes_interface(c)}
     heirs = {k: [sites_after[j] for j in keys] for k, keys in became.items()}
     users_of = users(after)
-    layers = list(layer_diffs(comparison, Outcomes(rewritten, heirs, reasons, log.baked, users_of)))
+    baked_norms = _widths_of_batch_norms(log)
+    layers = list(layer_diffs(comparison, Outcomes(rewritten, heirs, reasons, baked_norms, users_of)))
+    values = ValueDiffs(comparison, users_of)
+    others = [*values.quantized(log.baked), *values.skipped(reasons)]
+    skipped_places = Counter(site.reason for layer in others for site in layer.sites if site.status == "skipped")
     verdict = Verdict(
         batch_norms=len(before.analysis(batch_norms)),
         batch_norms_quantized=sum(layer.status == "quantised" for layer in layers),
@@ -181,24 +186,25 @@ def _report(comparison: Comparison, log: Log, *, recorded: bool) -> DiffReport:
         signatures_found=len(signatures),
     )
     return DiffReport(
-        headline=headline(
-            after, layers, verdict, len(comparison.changes), others=_others(before, after), baked=log.baked
-        ),
+        headline=headline(after, [*layers, *others], verdict, len(comparison.changes)),
         verdict=verdict,
         changes=list(comparison.changes),
-        layers=layers,
+        layers=[*layers, *others],
         ops=_ops(before, after),
         renamed={old: new for old, new in comparison.pairs.items() if old != new},
-        skipped=dict(skipped),
+        skipped=dict(skipped + skipped_places),
         users=users_of,
         labels=function_labels([*before.graphs, *after.graphs]),
     )
 
 
-def _others(before: Model, after: Model) -> list[QuantizerReport]:
-    """Return the quantisers of other values than batch norms' that only the model after has."""
-    known = {(q.role, q.layer_name) for q in other_quantizers(before)}
-    return [q for q in other_quantizers(after) if (q.role, q.layer_name) not in known]
+def _widths_of_batch_norms(log: Log) -> Mapping[str, set[int]]:
+    """Return the name of each batch norm whose variables hold quantised values for good, and their widths."""
+    widths: dict[str, set[int]] = {}
+    for (name, role), of_role in log.baked.items():
+        if role in ROLES:
+            widths.setdefault(name, set()).update(of_role)
+    return widths
 
 
 def _became(comparison: Comparison) -> tuple[Mapping[Key, list[Key]], Mapping[Key, Site]]:

@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from passes import roles
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
+from passes.quantization.device_schemes import DEVICE
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
 from passes.quantization.training_functions import frozen
@@ -56,7 +58,7 @@ def layer_diffs(comparison: Comparison, outcomes: Outcomes) -> Iterator[LayerDif
             *(_site(comparison, outcomes, s, "same" if key in was else "added", variables) for key, s in now.items()),
             *(_site(comparison, outcomes, s, "removed", variables) for s in removed),
         ]
-        main_first = sorted(site_diffs, key=lambda s: (s.what == "removed", _obscurity(after, s), s.mode == "training"))
+        main_first = sorted(site_diffs, key=lambda s: by_importance(after, s))
         sites_before = {(s.graph, s.node): s for s in old[name].sites} if name in old else {}
         # Constants that became variables give the layer another name, so its sites are followed, too.
         heirs = [heir for key in sites_before for heir in outcomes.became[key]]
@@ -71,9 +73,13 @@ def _became_kernel(site: Site, heirs: Sequence[Site]) -> bool:
     return site.kind == "decomposed" and bool(heirs) and all(heir.kind == "fused" for heir in heirs)
 
 
-def _obscurity(model: Model, site: SiteDiff) -> int:
-    """Return 0 for a site that a signature runs, 1 for one that a function of the model object runs, else 2."""
-    return 0 if not model.signatures.keys().isdisjoint(site.users) else 1 if site.users else 2
+def by_importance(model: Model, site: SiteDiff) -> tuple[bool, int, bool]:
+    """Return a sort key: sites that a signature runs come first, then those that a function of the model object runs.
+
+    Those of inference precede those of training.
+    """
+    runner = 0 if not model.signatures.keys().isdisjoint(site.users) else 1 if site.users else 2
+    return site.what == "removed", runner, site.mode == "training"
 
 
 def _variables(model: Model, bn: BatchNorm | None) -> dict[str, str]:
@@ -123,29 +129,38 @@ def _inputs(comparison: Comparison, site: Site, what: str, variables: Mapping[st
                 for past in _past_quantizer(model, edge):
                     edges.setdefault(past, (role, use))
     for edge, (role, use) in edges.items():
-        graph = model.graphs[edge.graph]
-        node = graph.nodes[edge.node]
-        value = node.inputs[edge.position]
-        graph_before = None if what == "removed" else comparison.graph_before(edge.graph)
-        node_before = node if what == "removed" else None if graph_before is None else graph_before.nodes.get(edge.node)
-        value_before = (
-            node_before.inputs[edge.position]
-            if node_before is not None and node_before.op == node.op and edge.position < len(node_before.inputs)
-            else None
-        )
-        producer = graph.nodes[value.node]
-        yield InputDiff(
-            role,
-            use,
-            edge.graph,
-            edge.node,
-            port_name(model, node, edge.position),
-            None if value_before is None else value_name(value_before),
-            None if what == "removed" else value_name(value),
-            formula_of(producer),
-            value_name(producer.inputs[-1]) if TAG in producer.attrs else "",
-            variables.get(role, "") if use == "input" else "",
-        )
+        variable = variables.get(role, "") if use == "input" else ""
+        yield input_diff(comparison, edge, role, use, variable, removed=what == "removed")
+
+
+def input_diff(
+    comparison: Comparison, edge: Edge, role: str, use: str, variable: str, *, removed: bool = False
+) -> InputDiff:
+    """Return an input of the model after, or of the model before if it was removed."""
+    model = comparison.before if removed else comparison.after
+    graph = model.graphs[edge.graph]
+    node = graph.nodes[edge.node]
+    value = node.inputs[edge.position]
+    graph_before = None if removed else comparison.graph_before(edge.graph)
+    node_before = node if removed else None if graph_before is None else graph_before.nodes.get(edge.node)
+    value_before = (
+        node_before.inputs[edge.position]
+        if node_before is not None and node_before.op == node.op and edge.position < len(node_before.inputs)
+        else None
+    )
+    producer = graph.nodes[value.node]
+    return InputDiff(
+        role,
+        use,
+        edge.graph,
+        edge.node,
+        port_name(model, node, edge.position),
+        None if value_before is None else value_name(value_before),
+        None if removed else value_name(value),
+        formula_of(producer),
+        value_name(producer.inputs[-1]) if TAG in producer.attrs else "",
+        variable,
+    )
 
 
 def _past_quantizer(model: Model, edge: Edge) -> Iterator[Edge]:
@@ -168,7 +183,13 @@ def formula_of(node: Node) -> str:
     scheme = SCHEMES.get(tag["scheme"])
     if scheme is None:
         return f"{tag['scheme']}(v)"
-    return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}"
+    role = roles().get(tag["role"])
+    if role is not None and role.device:
+        scheme = DEVICE[scheme]
+    axis = tag["axis"]
+    axes = [axis] if isinstance(axis, int) else axis or []
+    channels = f", per channel (ax{'i' if len(axes) == 1 else 'e'}s {', '.join(map(str, axes))})" if axes else ""
+    return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}{channels}"
 
 
 def label_of(node: Node) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import Line, counted
+from rewriter.app.blocks import Line, counted, members, noun_of
 from rewriter.app.terminal import printable
-from rewriter.diff.report import NODE
+from rewriter.diff.report import BATCH_NORM, NODE
 
 if TYPE_CHECKING:
-    from rewriter.diff.report import Change, DiffReport, LayerDiff
+    from rewriter.diff.report import Change, DiffReport, InputDiff, LayerDiff, SiteDiff
 
 SIGNS = {"added": ("+", "green"), "removed": ("-", "red"), "changed": ("~", "yellow"), "missing": ("?", "magenta")}
 SHORT = 120
@@ -73,14 +73,15 @@ def _others(report: DiffReport) -> Iterator[Line]:
 
 def _layers(report: DiffReport, *, verbose: bool) -> Iterator[Line]:
     """Yield the layers of one summary together, with the quantisers that they share."""
-    groups: dict[tuple[str, tuple[tuple[str, str, str], ...]], list[LayerDiff]] = {}
+    groups: dict[tuple[str, str, tuple[tuple[str, str, str], ...]], list[LayerDiff]] = {}
     for layer in report.layers:
-        groups.setdefault((_summary(layer), tuple(_quantizers(layer))), []).append(layer)
+        groups.setdefault((layer.kind, _summary(layer), tuple(_quantizers(layer))), []).append(layer)
     if groups:
         yield Line("")
         yield Line("layers", bold=True)
-    for (summary, quantizers), layers in groups.items():
-        yield Line(f"  {counted(len(layers), 'batch norm')}: {summary}")
+    for (kind, summary, quantizers), layers in groups.items():
+        number = len(layers) if kind == BATCH_NORM else sum(members(layer.name) for layer in layers)
+        yield Line(f"  {counted(number, noun_of(kind))}: {summary}")
         for role, formula, port in quantizers:
             yield Line(f"    {role} ─ {formula} ─▶ {port}")
         if verbose:
@@ -104,7 +105,7 @@ def _quantizers(layer: LayerDiff) -> dict[tuple[str, str, str], None]:
         (
             entering.role if entering.use == "input" else f"{entering.role} of a batch",
             entering.formula,
-            entering.port if entering.use == "input" else "average",
+            "average" if entering.use == "statistic" else _port(layer, site, entering),
         )
         for use in ("input", "statistic")
         for site in layer.sites
@@ -114,12 +115,20 @@ def _quantizers(layer: LayerDiff) -> dict[tuple[str, str, str], None]:
     )
 
 
+def _port(layer: LayerDiff, site: SiteDiff, entering: InputDiff) -> str:
+    """Return the name of an input; of an op that takes another value than a batch norm's, also the op."""
+    if layer.kind == BATCH_NORM:
+        return entering.port
+    return f"{entering.port} of {site.kind}" if entering.node == site.node else f"what uses the rows of {site.kind}"
+
+
 def _sites(layer: LayerDiff) -> Iterator[Line]:
     yield Line(f"    {layer.name}")
     for site in layer.sites:
         what = "" if site.what == "same" else f"{site.what}, "
         reason = f": {site.reason}" if site.reason else ""
-        place = f"{site.node} in {site.graph or 'the main graph'}"
+        op = "" if layer.kind == BATCH_NORM else f" ({site.kind})"
+        place = f"{site.node}{op} in {site.graph or 'the main graph'}"
         yield Line(f"      {what}{site.mode}, {site.status}{reason}: {place}")
 
 

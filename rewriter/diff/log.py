@@ -153,20 +153,21 @@ class Log(NamedTuple):
 
     Attributes:
         skipped: (graph, node) of a site that a rewrite skipped -> the reason.
-        baked: name of a layer whose variables hold quantised values, as `finalize` leaves them -> their widths.
+        baked: name of a layer whose variables hold quantised values, as `finalize` leaves them, and role of these ->
+            their widths.
     """
 
     skipped: Mapping[tuple[str, str], str]
-    baked: Mapping[str, set[int]]
+    baked: Mapping[tuple[str, str], set[int]]
 
 
 def read_log(file: Path) -> Log:
     """Return what the log of a rewrite or of `finalize` says; nothing if there is none, or if it is damaged."""
     try:
         log = json.loads(file.read_text(encoding="utf-8"))
-        baked: dict[str, set[int]] = {}
+        baked: dict[tuple[str, str], set[int]] = {}
         for row in log.get("baked", ()):
-            baked.setdefault(str(row["layer_name"]), set()).add(int(row["bits"]))
+            baked.setdefault((str(row["layer_name"]), str(row["role"])), set()).add(int(row["bits"]))
         return Log({(s["graph"], s["node"]): str(s["reason"]) for s in log.get("skipped", ())}, baked)
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Log({}, {})

@@ -16,6 +16,9 @@ ChangeState = Literal["added", "removed", "changed", "missing"]
 """State of a change; "missing" means that a rewrite's record has the change, and the models do not."""
 
 
+BATCH_NORM = "batch norm"
+"""The kind of a layer that is a batch norm; that of another is the role of its values, such as "weight"."""
+
 LayerStatus = Literal["quantised", "partly", "finalised", "no longer quantised", "as before", "skipped", "new"]
 
 
@@ -67,7 +70,7 @@ class InputDiff:
     """One input of a site in two models.
 
     Attributes:
-        role: "x", "gamma", "beta", "moving_mean" or "moving_variance".
+        role: "x", "gamma", "beta", "moving_mean" or "moving_variance"; of another value, its role, such as "weight".
         use: "input" of the site, or "statistic" on its way to a moving average.
         graph: the graph of the node that takes the input.
         node: that node.
@@ -93,9 +96,10 @@ class InputDiff:
 
 @dataclass(frozen=True)
 class SiteDiff:
-    """A site in two models.
+    """A site in two models, or an op that takes another quantised value.
 
     Attributes:
+        kind: ``fused`` or ``decomposed``; of an op that takes another value, the op, such as ``Conv2D``.
         what: "same" if both models have the site, otherwise "added" or "removed".
         status: in the model after (in the one before, if it was removed): ``float``, ``quantised`` or ``skipped``.
         reason: the reason why it was skipped.
@@ -115,22 +119,24 @@ class SiteDiff:
 
 @dataclass(frozen=True)
 class LayerDiff:
-    """A batch norm in two models, by its name.
+    """A batch norm, or another value that is or was to be quantised, in two models, by its name.
 
     Attributes:
-        sites: its sites; those that a signature runs come first.
+        sites: its sites, or the ops that take the value; those that a signature runs come first.
         status: ``quantised`` in the model after only, in all places or in some (``partly``); ``finalised``, with
             quantised values in its variables; ``no longer quantised``; ``as before``; ``skipped``, i.e. float in both;
             or ``new``, if only the model after has it.
         bits: the widths of its quantisers in the model after, or of its finalised values, each once.
         fused: true if single ops computed it before and the fused kernel does after.
+        kind: "batch norm", or the value's role, such as "weight".
     """
 
     name: str
     sites: list[SiteDiff]
     status: LayerStatus
     bits: list[int]
-    fused: bool
+    fused: bool = False
+    kind: str = BATCH_NORM
 
 
 @dataclass(frozen=True)
@@ -171,7 +177,7 @@ class DiffReport:
         changes: all changes; those that no record explains come first.
         ops: op -> its number of nodes before and after.
         renamed: paired functions with different names: name before -> name after.
-        skipped: reason -> number of sites skipped for it.
+        skipped: reason -> number of sites, and of ops that take other values, skipped for it.
         users: graph of the model after -> the signatures and the functions of the model object that run it.
         labels: graph -> its name as its author wrote it.
     """

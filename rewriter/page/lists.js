@@ -11,7 +11,8 @@ function el(tag, properties, ...children) {
 }
 
 const MANY = 300;
-const plural = (n, noun) => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
+const nouns = (noun) => `${noun.replaceAll("_", " ")}${/(s|x|ch|sh)$/.test(noun) ? "es" : "s"}`;
+const plural = (n, noun) => `${n.toLocaleString("en")} ${n === 1 ? noun.replaceAll("_", " ") : nouns(noun)}`;
 
 /** Facts below the first sentence: a mark, the fact in bold, and what more there is to say of it. */
 function fact(id, state, value, more) {
@@ -36,7 +37,8 @@ function showVerdict() {
   const left = REPORT.layers.filter((layer) => layer.status === "skipped" || layer.status === "partly");
   if (left.length) {
     const reasons = Object.keys(REPORT.skipped);
-    facts.append(fact("skipped", "bad", `${plural(left.length, "batch norm")} not quantised${left.some((l) => l.status === "partly") ? " everywhere" : ""}`, reasons.join("; ")));
+    const kinds = [...new Set(left.map((layer) => layer.kind))].map((kind) => plural(left.filter((l) => l.kind === kind).length, kind));
+    facts.append(fact("skipped", "bad", `${namedList(kinds)} not quantised${left.some((l) => l.status === "partly") ? " everywhere" : ""}`, reasons.join("; ")));
   }
   const variables = CHANGES.filter((c) => c.kind === "variable");
   if (variables.length) {
@@ -161,7 +163,7 @@ function layerEntry(layer) {
   const chips = [layer.bits.length ? `${layer.bits.join(", ")}-bit` : "", layer.fused ? "fused" : "", layer.status in LAYER_NOTE ? LAYER_NOTE[layer.status] : layer.status].filter(Boolean);
   const button = el("button", {
     class: "layer", "aria-expanded": "false", "data-layer": layer.name,
-    onclick: () => { toggle(); if (!box.hidden) box.querySelector("[data-key]").click(); },
+    onclick: () => { toggle(); if (!box.hidden) box.querySelector("[data-key]")?.click(); },
   }, el("span", {}, mark(LAYER_SIGN[layer.status]), layer.name), el("span", { class: "chips" }, ...chips.map((chip) => el("span", { class: "chip" }, chip))));
   if (REPORT.layers.length === 1) toggle();
   return [button, box];
@@ -175,7 +177,7 @@ function showList(filter, pattern) {
     const found = STOPS.filter((s) => !filter || filter(s)).filter((s) => !pattern || matches(s, pattern));
     const more = pattern ? nodesMatching(pattern, new Set(found.map(stopKey))).filter((s) => !filter || filter(s)) : [];
     const all = [...found, ...more];
-    heading(plural(all.length, "match").replace("matchs", "matches"));
+    heading(plural(all.length, "match"));
     box.append(listOf(all, (s) => stopButton(s, s.name || placeName(s.graph), s.site ? s.site.layer : s.kind === "node" ? placeName(s.graph) : s.kind)));
     visible = all;
     return;
@@ -185,9 +187,9 @@ function showList(filter, pattern) {
     heading("other changes");
     box.append(listOf(OTHER, (c) => stopButton({ kind: c.kind, graph: c.graph, name: c.name, what: c.what, other: true }, c.name, c.kind)));
   }
-  if (REPORT.layers.length) {
-    heading("batch norms");
-    box.append(listOf(REPORT.layers, layerEntry));
+  for (const kind of new Set(REPORT.layers.map((layer) => layer.kind))) {
+    heading(nouns(kind));
+    box.append(listOf(REPORT.layers.filter((layer) => layer.kind === kind), layerEntry));
   }
   const byGraph = new Map();
   for (const c of CHANGES) {

@@ -20,8 +20,8 @@ function inputRow(site, i) {
 
 function showPanel(panel) {
   for (const site of current.kind === "node" ? SITES_AT.get(keyOf(current.graph, current.name)) || [] : []) {
-    const kernel = site.kind === "fused" ? "the fused kernel" : "single ops";
-    panel.append(el("h3", {}, `${site.layer}: ${site.status}, computed by ${kernel}${site.reason ? `; ${site.reason}` : ""}`));
+    const how = { fused: "computed by the fused kernel", decomposed: "computed by single ops" }[site.kind] || `taken by ${site.kind}`;
+    panel.append(el("h3", {}, `${site.layer}: ${site.status}, ${how}${site.reason ? `; ${site.reason}` : ""}`));
     panel.append(rows(["value", "comes from, before", "comes from, after", "rounded by", "goes into"], site.inputs.map((i) => inputRow(site, i))));
   }
   const own = CHANGES.filter((c) => c.kind === current.kind && c.graph === current.graph && c.name === current.name);

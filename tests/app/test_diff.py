@@ -180,7 +180,7 @@ def test_svg_of_one_site(model: Paths, rewritten: Paths, tmp_path: Path) -> None
     wrong = run(a, b, "--format", "svg", "--site", "nothing")
     assert (
         wrong.exit_code,
-        "there is no batch norm, and no node that changed, of the name nothing" in wrong.stderr,
+        "there is no layer, and no node that changed, of the name nothing" in wrong.stderr,
     ) == (2, True)
 
 
