@@ -194,7 +194,7 @@ class Product(tf.Module):
     @tf.function(input_signature=[tf.TensorSpec((4, 4), name="x")])
     def serve(self, x: tf.Tensor) -> tf.Tensor:
         product = tf.function(tf.matmul)
-        return tf.matmul(product(product(x, self.kernel), tf.transpose(x)), self.head)
+        return tf.matmul(product(product(x, self.kernel.read_value()), tf.transpose(x)), self.head)
 
 
 def test_a_function_that_takes_a_weight_once_is_named(tmp_path: Path) -> None:
