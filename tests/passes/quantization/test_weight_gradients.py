@@ -65,7 +65,9 @@ def limit_gradients(t: Drawn, amount: float) -> tuple[np.ndarray, np.ndarray]:
     if t.spec.relative:
         low, high = (np.expand_dims(limit.astype(np.float64), reduced) for limit in t.own)
         size = high - low if t.spec.scheme.has_low else np.maximum(high, -low)
-        of_high, magnitude = (np.divide(part, size, out=np.zeros_like(e), where=size > 0) for part in (of_high, magnitude))
+        of_high, magnitude = (
+            np.divide(part, size, out=np.zeros_like(e), where=size > 0) for part in (of_high, magnitude)
+        )
     elif t.spec.scheme.has_low:
         of_low = 1.0 - reference.inside - of_high
     upstream = factor * upstream_of(t.spec)
