@@ -62,7 +62,6 @@ class DeviceSymmetric(DeviceArithmetic, Symmetric):
     Where s is zero or subnormal, it counts as 1, and so does its inverse.
     """
 
-    formula: ClassVar[str] = "floor(v/s + 1/2)·s"
 
     @property
     def clips(self) -> bool:
@@ -99,7 +98,6 @@ class DeviceAffine(DeviceArithmetic, Affine):
     q = clip(round(v i) + z, 0, t); v' = (q - z) s. Where s is zero or subnormal, s and i count as 1.
     """
 
-    formula: ClassVar[str] = "floor(v/s + 1/2)·s"
 
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """Return the levels for float32 limits and int32 bits [..., 1]."""
@@ -115,7 +113,6 @@ class DeviceAffine(DeviceArithmetic, Affine):
 class DevicePowerOfTwo(DeviceArithmetic, PowerOfTwo):
     """`PowerOfTwo`; its scale is a power of two, so its quotients are exact."""
 
-    formula: ClassVar[str] = "floor(v/s + 1/2)·s, s = 2^k"
 
 
 DEVICE: dict[type[Scheme], type[Scheme]] = {
