@@ -62,7 +62,6 @@ class DeviceSymmetric(DeviceArithmetic, Symmetric):
     Where s is zero or subnormal, it counts as 1, and so does its inverse.
     """
 
-
     @property
     def clips(self) -> bool:
         """False if the range follows the values and no code can lie beyond the last one."""
@@ -98,7 +97,6 @@ class DeviceAffine(DeviceArithmetic, Affine):
     q = clip(round(v i) + z, 0, t); v' = (q - z) s. Where s is zero or subnormal, s and i count as 1.
     """
 
-
     def grid(self, limits: Limits, bits: Expr) -> Grid:
         """Return the levels for float32 limits and int32 bits [..., 1]."""
         top = self.top(bits)
@@ -112,7 +110,6 @@ class DeviceAffine(DeviceArithmetic, Affine):
 @dataclass(frozen=True)
 class DevicePowerOfTwo(DeviceArithmetic, PowerOfTwo):
     """`PowerOfTwo`; its scale is a power of two, so its quotients are exact."""
-
 
 
 DEVICE: dict[type[Scheme], type[Scheme]] = {
