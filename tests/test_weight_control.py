@@ -1,4 +1,4 @@
-"""Quantised weights in whole models: widths, ramps, rules and ranges, against the source with weights of the reference."""
+"""Quantised weights in whole models, against the source with the reference's weights: widths, ramps, rules, ranges."""
 
 from __future__ import annotations
 

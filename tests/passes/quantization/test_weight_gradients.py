@@ -131,6 +131,7 @@ VECTOR = QuantizerSpec(Affine(range=Learned()), (5,), training=True).group_key
 def test_a_compiled_gradient_takes_nothing_for_a_constant(spec: QuantizerSpec) -> None:
     """Otherwise XLA compiles a training step anew for each value of a weight."""
     assert spec.shape is not None
+    assert spec.limits_shape is not None
     v = np.random.default_rng(0).normal(0, 1, spec.shape).astype(F)
     inputs = function_inputs(spec, v, 4, limits=np.broadcast_to(np.array([-1, 1], F), spec.limits_shape))
     serve = saved(spec)
