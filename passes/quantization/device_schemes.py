@@ -7,9 +7,9 @@ converted model, whose arithmetic differs in two points (docs/numerics.md):
 - values are not looked at one by one: a weight is finite. NaN stays NaN; a channel with an infinity becomes NaN.
 
 The divisors come from tables by the width, which is a variable. A constant divisor would become a product. Positions
-are rounded by ``Round``, half to even. TensorFlow's fake quantisers round half up, by ``floor(x + 1/2)``, but XLA takes
-``v i + 1/2`` with one rounding where the CPU has such an instruction: 24 % of the codes half-way between two levels
-differ then at 2 bits, and 4 % at 4.
+are rounded by ``Round``, half to even. TensorFlow's fake quantisers round half up, by ``floor(x + 1/2)``, but XLA
+computes ``v i + 1/2`` with one rounding where the CPU has such an instruction: of weights half-way between two levels,
+24 % had another code at 2 bits, and 4 % at 4.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ import tensorflow as tf
 
 from passes.quantization.batched import GENERAL
 from passes.quantization.quantizers import QuantizerSpec
-from passes.quantization.ranges import Dynamic, Learned
+from passes.quantization.ranges import Dynamic, Learned, Mse
+from passes.quantization.schemes import Affine
 from tests.passes.quantization.weight_runs import (
     KERNEL,
     SCHEMES,
@@ -23,6 +24,7 @@ from tests.passes.quantization.weight_runs import (
     specs_of,
     tensor_inputs,
 )
+from tests.passes.quantizer_runs import function_inputs, saved
 
 F = np.float32
 ON = 1
@@ -35,18 +37,15 @@ def upstream_of(spec: QuantizerSpec) -> np.ndarray:
 def gradients(specs: tuple[QuantizerSpec, ...], mode: int, inputs: list[tf.Tensor], *, jit: bool = False) -> list[Any]:
     """Return the gradients of each input for the sum of the results times `upstream_of`; None where there is none."""
     serve = saved_tensors(specs, mode)
-    variables = [tf.Variable(value) for value in inputs]
 
-    def of_inputs() -> list[Any]:
-        # Read from variables, as in a model: what is given to a compiled function may count as a constant there.
-        given = [tf.convert_to_tensor(variable) for variable in variables]
+    def of_inputs(*given: tf.Tensor) -> list[Any]:
         with tf.GradientTape() as tape:
             tape.watch(given)
             results = serve(*given)
             loss = tf.add_n([tf.reduce_sum(r * upstream_of(s)) for r, s in zip(results, specs, strict=True)])
         return list(tape.gradient(loss, given, unconnected_gradients=tf.UnconnectedGradients.ZERO))
 
-    return [g.numpy() for g in tf.function(of_inputs, jit_compile=jit, autograph=False)()]
+    return [g.numpy() for g in tf.function(of_inputs, jit_compile=jit, autograph=False)(*inputs)]
 
 
 def limit_gradients(t: Drawn, amount: float) -> tuple[np.ndarray, np.ndarray]:
@@ -123,3 +122,27 @@ def test_a_channel_without_positive_weights_learns_like_others() -> None:
         negative = [t._replace(weight=-np.abs(t.weight)) for t in tensors]
         for of_limit in gradients(specs, ON, tensor_inputs(negative))[2:4]:
             assert 0 < np.abs(of_limit).max() < 1e3
+
+
+VECTOR = QuantizerSpec(Affine(range=Learned()), (5,), training=True).group_key
+
+
+@pytest.mark.parametrize("spec", [spec_of("symmetric", (-1,), Learned()), spec_of("affine", (), Mse()), VECTOR])
+def test_a_compiled_gradient_takes_nothing_for_a_constant(spec: QuantizerSpec) -> None:
+    """Otherwise XLA compiles a training step anew for each value of a weight."""
+    assert spec.shape is not None
+    assert spec.limits_shape is not None
+    v = np.random.default_rng(0).normal(0, 1, spec.shape).astype(F)
+    inputs = function_inputs(spec, v, 4, limits=np.broadcast_to(np.array([-1, 1], F), spec.limits_shape))
+    serve = saved(spec)
+
+    def of_value(*given: tf.Tensor) -> Any:
+        with tf.GradientTape() as tape:
+            tape.watch(given[2:])
+            loss = tf.reduce_sum(serve(*given))
+        return tape.gradient(loss, given[2:])
+
+    compiled = tf.function(of_value, jit_compile=True, autograph=False)
+    text = compiled.experimental_get_compiler_ir(*inputs)(stage="hlo")
+    arguments = text.partition("entry_computation_layout={(")[2].partition(")->")[0]
+    assert arguments.count("[") == len(inputs), arguments
