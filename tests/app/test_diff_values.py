@@ -2,49 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
-import numpy as np
 import pytest
-import tensorflow as tf
 from playwright.sync_api import Browser
 
 import bnqat
 from rewriter.app.diff import Diff
 from rewriter.diff.report import LayerDiff
 from tests.browsing import opened
-from tests.models import FusedBatchNorm, save_module
+from tests.models.normalized import save_normalized
 from tests.models.weights import WEIGHT_MODELS
 
 ON = "the quantisers are on, so outputs differ."
 FLOAT_NORMS = {"batch_norm": "none"}
 
 
-class Normalized(tf.Module):
-    """Convolution, batch norm, and a product with a matrix."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        rng = np.random.default_rng(5)
-        self.kernel = tf.Variable(rng.normal(0, 0.3, (3, 3, 3, 8)).astype(np.float32), name="kernel")
-        self.norm = FusedBatchNorm(8)
-        self.matrix = tf.Variable(rng.normal(0, 1, (8, 5)).astype(np.float32), name="matrix")
-
-    @tf.function(input_signature=[tf.TensorSpec((None, 6, 6, 3), name="x")])
-    def serve(self, x: tf.Tensor) -> tf.Tensor:
-        hidden = tf.nn.relu(self.norm(tf.nn.conv2d(x, self.kernel, 1, "SAME"), training=False))
-        return tf.reduce_mean(hidden, [1, 2]) @ self.matrix
-
-
-Made = Callable[..., Path]
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_module(Normalized(), tmp_path_factory.mktemp("normalized") / "m")
+    return save_normalized(tmp_path_factory.mktemp("normalized") / "m")
 
 
 @pytest.fixture(scope="module")

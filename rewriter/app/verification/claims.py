@@ -16,7 +16,7 @@ from passes.batch_norm.sites import sites
 from passes.quantization.controls import has_quantizers
 from rewriter import op_defs
 from rewriter.app.arrays import refuse_not_finite, uniform_values
-from rewriter.app.blocks import Block, Report
+from rewriter.app.blocks import Block, Report, counted, listed, noun_of
 from rewriter.app.finalized import is_finalized
 from rewriter.app.lag import notes_on_statistics
 from rewriter.app.show_runs import verification_blocks, verification_headline
@@ -277,7 +277,8 @@ def statistics_move(serving: Serving, trained: Trained) -> Claim:
 def gradients_reach(trained: Trained) -> Claim:
     """Check that a finite gradient reaches every gamma and beta that is trained.
 
-    If other values are quantised, one has to reach every variable that it reaches with quantisers off.
+    If other values are quantised, such as weights, one has to reach every variable that it reaches with quantisers off,
+    and every quantised one that it reaches in the source.
     """
     name = "gradients"
     if trained.failure or trained.absent:
@@ -286,22 +287,26 @@ def gradients_reach(trained: Trained) -> Claim:
         if trained.alike:
             return Claim(name, NOT_APPLICABLE, f"the source cannot be differentiated either: {trained.differentiated}")
         return Claim(name, FAILS, trained.differentiated)
-    if not trained.gradients and not trained.others and not trained.lost:
-        frozen = "the training function leaves all batch norms frozen"
-        why = "no output is a float, or no variable is trained"
-        return Claim(name, NOT_APPLICABLE, frozen if trained.frozen and not trained.statistics else why)
     wrong = _wrong_gradient(trained)
     if wrong:
         return Claim(name, FAILS, wrong)
+    others = trained.others
     parts = [_count(len(trained.gradients), "gamma or beta", "gammas and betas")] if trained.gradients else []
-    parts += [_count(trained.others, "other variable" if parts else "variable")] if trained.others else []
-    return Claim(name, HOLDS, f"finite for {' and '.join(parts)}")
+    parts += [counted(number, noun_of(role)) for role, number in others.quantized.items()]
+    parts += [counted(others.others, "other variable" if parts else "variable")] if others.others else []
+    never = f"none reaches {listed(others.never)}, in the source either" if others.never else ""
+    if not parts:
+        frozen = "the training function leaves all batch norms frozen"
+        why = never or "no output is a float, or no variable is trained"
+        return Claim(name, NOT_APPLICABLE, frozen if trained.frozen and not trained.statistics else why)
+    first = f"{', '.join(parts[:-1])} and " if parts[:-1] else ""
+    return Claim(name, HOLDS, f"finite for {first}{parts[-1]}{'; ' if never else ''}{never}")
 
 
 def _wrong_gradient(trained: Trained) -> str:
     """Return what is wrong with a gradient; empty if nothing is."""
-    if trained.lost:
-        return f"none for {trained.lost[0]}, which has one with quantisers off"
+    if trained.others.lost:
+        return trained.others.lost[0]
     for variable, gradient in trained.gradients or ():
         if gradient is None:
             return f"none for {variable}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,9 @@ def keyworded(concrete: Any) -> Trainer:
     structure = concrete.structured_input_signature
     leaves = tf.nest.flatten(structure)
     specs: dict[str, Any] = {}
+    # A function that TensorFlow wrapped, such as a frozen graph, states no shapes; its graph has them.
+    shapes = {tensor.name.partition(":")[0]: tensor.shape for tensor in concrete.inputs}
+    leaves = [_shaped(leaf, shapes) if isinstance(leaf, tf.TensorSpec) else leaf for leaf in leaves]
     names_of_leaves = [_add_spec(leaf, specs) if isinstance(leaf, tf.TensorSpec) else None for leaf in leaves]
 
     def call(**fed: Any) -> Any:
@@ -46,6 +49,12 @@ def keyworded(concrete: Any) -> Trainer:
         return concrete(*positional, **keywords)
 
     return Trainer(call, specs, list(concrete.graph.trainable_variables))
+
+
+def _shaped(spec: Any, shapes: Mapping[str, Any]) -> Any:
+    """Return a spec with its graph's shape, if it states none."""
+    known = spec.shape.rank is not None or spec.name not in shapes
+    return spec if known else tf.TensorSpec(shapes[spec.name], spec.dtype, spec.name)
 
 
 def _add_spec(spec: Any, specs: dict[str, Any]) -> str:

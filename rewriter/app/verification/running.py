@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 SIZES = (2, 4, 32, 224, 15600)
 """Sizes that are tried for an unknown dimension other than the batch, until the model runs; the last suits audio."""
+LARGEST_SIDE = 224
+"""Largest size of one of several unknown dimensions, which would not fit into memory otherwise."""
 
 BATCH = 3
 OFF = 2**62
@@ -66,9 +68,12 @@ def feeds(specs: Mapping[str, Any], size: int, seed: int = 0, flags: bool = Fals
 
 
 def _shape(shape: tf.TensorShape, batch: int, size: int) -> list[int]:
+    side = min(size, LARGEST_SIDE)
     if shape.rank is None:
-        return [batch, size, size, 3]
+        return [batch, side, side, 3]
     first = [s or batch for s in shape[:1]]
+    if shape[1:].as_list().count(None) > 1:
+        return [*first, *(s or side for s in shape[1:])]
     return [*first, *(s or size for s in shape[1:])]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,17 +11,16 @@ import tensorflow as tf
 
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.roles import BETA, GAMMA, MEAN, ROLES, VARIANCE
-from passes.deploy.quantized_values import tagged
 from passes.entries.alignment import Alignment
 from passes.entries.serving import has_batch_norms, serving_signature
-from passes.quantization.quantizer_marks import tag_of
 from passes.quantization.training_functions import TRAIN
 from passes.training.frozen_layers import frozen_means
 from rewriter.app.arrays import Arrays, fitted, unfit
 from rewriter.app.verification.functions import Trainer, gradients, keyworded, loss, trainer, variable_at
+from rewriter.app.verification.gradients import Reached, other_variables, reached, reaches
 from rewriter.app.verification.kernels import Kernels, Placed, placed, placed_by, with_kernels
 from rewriter.app.verification.running import OFF, attempt, loaded, loaded_source, on_random, rows, session_of
-from rewriter.app.verification.serving import CONTROLS, FREEZE, RAMP, START, STEP, Pair
+from rewriter.app.verification.serving import FREEZE, RAMP, START, STEP, Pair
 from rewriter.app.verification.source_training import (
     Differences,
     LoadedTrainer,
@@ -56,9 +55,7 @@ class Trained:
         alike: true if the source's own signatures cannot be differentiated either, in the same way.
         gradients: the gradients of every gamma and beta, by name; None for one that none reaches. No list if no output
             is a float.
-        others: if other values than batch norms' are quantised, the number of other trainable variables that a finite
-            gradient reaches.
-        lost: the names of those that one reaches only with quantisers off.
+        others: the other trainable variables, if other values than batch norms' are quantised.
         kernels: the executed kernels, with those of gradients if the call can be differentiated.
         source_kernels: the kernels that the source's own training function executes; None if it has none.
         source_failure: the error in running that function.
@@ -83,8 +80,7 @@ class Trained:
     differentiated: str = ""
     alike: bool = False
     gradients: list[tuple[str, Any]] | None = None
-    others: int = 0
-    lost: tuple[str, ...] = ()
+    others: Reached = field(default_factory=Reached)
     kernels: Kernels | None = None
     source_kernels: Kernels | None = None
     source_failure: str = ""
@@ -154,7 +150,7 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         elif v.name.startswith(FREEZE):
             v.assign(OFF)
     parameters, statistics = trained_variables(pair, root)
-    others = _other_variables(pair, function, parameters)
+    others = other_variables(pair, function, parameters)
     steps = [v for v in function.variables if v.name.startswith(STEP)]
 
     def call(fed: dict[str, np.ndarray]) -> tuple[list[Any] | None, list[np.ndarray], int]:
@@ -172,16 +168,14 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
     still = tuple(v.name for v, old in zip(statistics, before, strict=True) if np.array_equal(old, v.numpy()))
     for _ in range(TRIES):
         # Stochastic depth may have left out a block for the whole batch.
-        if grads is not None and not all(_reaches(gradient) for gradient in grads):
+        if grads is not None and not all(reaches(gradient) for gradient in grads):
             grads_again = gradients(function, [*parameters, *others], fed) or grads
-            grads = [g if _reaches(g) else again for g, again in zip(grads, grads_again, strict=True)]
+            grads = [g if reaches(g) else again for g, again in zip(grads, grads_again, strict=True)]
     named_gradients = None if grads is None else [(v.name, g) for v, g in zip(parameters, grads, strict=False)]
-    reached = [_reaches(g) and _finite(g) for g in (grads or ())[len(parameters) :]]
     done = Trained(
         steps=steps_counted,
         batch_norms=pair.source.analysis(has_batch_norms),
-        others=sum(reached),
-        lost=_lost(function, [v for v, is_reached in zip(others, reached, strict=False) if not is_reached], fed),
+        others=Reached() if grads is None else reached(pair, function, others, grads[len(parameters) :], fed),
         statistics=len(statistics),
         frozen=len(frozen_means(pair.result)),
         still=still,
@@ -190,37 +184,6 @@ def _run(pair: Pair, root: Any, inputs: Arrays | None, seed: int, differentiate:
         rows=rows(fed),
     )
     return _Run(done, {name: fed[name] for name in function.specs}, root)
-
-
-def _other_variables(pair: Pair, function: Trainer, parameters: list[Any]) -> list[Any]:
-    """Return the trainable variables beside gammas and betas; none if only batch norms are quantised."""
-    roles = {tag_of(pair.result.graphs[graph].nodes[node])["role"] for graph, node in tagged(pair.result)}
-    known = {id(v) for v in parameters}
-    trainable = [v for v in function.variables if v.trainable and id(v) not in known and v.dtype.is_floating]
-    return [v for v in trainable if not v.name.startswith(CONTROLS)] if roles.difference(ROLES) else []
-
-
-def _lost(function: Trainer, variables: list[Any], fed: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """Return the names of those variables that a finite gradient reaches with quantisers off."""
-    starts = [v for v in function.variables if v.name.startswith(START)]
-    if not variables or not starts:
-        return ()
-    for start in starts:
-        start.assign(OFF)
-    float_gradients = gradients(function, variables, fed) or [None] * len(variables)
-    for start in starts:
-        start.assign(0)
-    return tuple(v.name for v, g in zip(variables, float_gradients, strict=True) if _reaches(g) and _finite(g))
-
-
-def _finite(gradient: Any) -> bool:
-    """Return true if a gradient is finite everywhere."""
-    return bool(np.isfinite(tf.convert_to_tensor(gradient).numpy()).all())
-
-
-def _reaches(gradient: Any) -> bool:
-    """Return true if a gradient exists and is not zero everywhere."""
-    return gradient is not None and bool(tf.convert_to_tensor(gradient).numpy().any())
 
 
 def _reached(pair: Pair, given: Arrays) -> int | None:
