@@ -141,21 +141,6 @@ def call_graph(model: Model) -> CallGraph:
     return CallGraph(callers, calls, frozenset(opaque), digraph)
 
 
-def compiled(model: Model) -> frozenset[str]:
-    """Return the functions that XLA compiles, as `tf.function(jit_compile=True)` asks for, and all that they call."""
-    calls = model.analysis(call_graph)
-    marked = {
-        name
-        for name, graph in model.graphs.items()
-        if COMPILED in graph.attrs and graph.attrs[COMPILED].b and name != MAIN
-    }
-    return frozenset().union(*(calls.reached(name) for name in marked))
-
-
-COMPILED = "_XlaMustCompile"
-"""Attribute of a function, and of its calls, that XLA is to compile."""
-
-
 def running(model: Model) -> frozenset[str]:
     """Return the graphs that can run: main graph, concrete functions, all their callees, opaque functions."""
     calls = model.analysis(call_graph)

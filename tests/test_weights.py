@@ -204,3 +204,28 @@ def test_a_function_that_takes_a_weight_once_is_named(tmp_path: Path) -> None:
     assert [q.layer_name for q in report.quantizers] == ["head"]
     reasons = {skip.reason for skip in report.skipped}
     assert reasons == {"its function is called with a weight, and with what the model is given"}
+
+
+@pytest.mark.parametrize("range_", ["dynamic", "mse", "learned"])
+def test_a_compiled_training_step(range_: str, weight_model: Paths, tmp_path: Path) -> None:
+    """XLA compiles a step, its gradients and a ramp included; the gradients are those of the plain step."""
+    model = MODELS["conv1d"]
+    path = rewritten(weight_model("conv1d"), tmp_path / "q", range={"weight": range_}, ramp_steps=4)
+    loaded = tf.saved_model.load(str(path))
+    variables = loaded.quantization.trainable_variables
+    (x,) = model.draw().values()
+
+    def step() -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(loaded.quantization.train(x) ** 2)
+        return tape.gradient(loss, variables)  # type: ignore[no-any-return]
+
+    plain, compiled = tf.function(step), tf.function(step, jit_compile=True)
+    for number in (2, 10):  # in the ramp, and after it
+        results = []
+        for run_step in (plain, compiled):
+            loaded.quantization.step.assign(number)
+            results.append(run_step())
+        for a, b in zip(*results, strict=True):
+            np.testing.assert_allclose(a, b, rtol=0, atol=1e-4 * np.abs(a).max())
+            assert np.abs(a).max() > 0

@@ -140,7 +140,7 @@ def batch_function(specs: tuple[QuantizerSpec, ...], mode: int) -> Function:
         raw = row.joined([vectors[i] for i in row.places])
         quantizer = _RowQuantizer(row, raw, widths)
         quantized = quantizer.partly(noise.get(row), amount) if mode == GENERAL else quantizer.fully(noise.get(row))
-        for i, result in zip(row.places, row.split(_straight_through(raw, quantized)), strict=True):
+        for i, result in zip(row.places, row.split(straight_through(raw, quantized)), strict=True):
             results[i] = result
     shapes = [
         (),
@@ -216,8 +216,8 @@ class _RowQuantizer:
         return values if mark is None else marked(mark.s.decode(), values)
 
 
-def _straight_through(raw: Expr, quantized: Expr) -> Expr:
-    """Return the quantised values [values], bit for bit, with the gradient of the raw ones.
+def straight_through(raw: Expr, quantized: Expr) -> Expr:
+    """Return quantised values of any shape as [values], bit for bit, with the gradient of the raw ones.
 
     If two inputs have the same index, DynamicStitch keeps the last one, but its gradient goes to both.
     """

@@ -22,7 +22,7 @@ from passes.quantization.quantizers import (
 )
 from passes.quantization.ranges import Dynamic
 from passes.quantization.schemes import FLOAT
-from passes.quantization.tensors import tensor_function, with_limits
+from passes.quantization.tensors import tensor_function
 from rewriter import ops, protos
 from rewriter.edit import Edit, Run, RunAfter
 from rewriter.expr import Apply, Expr, Function, Port, array, case, constant, handle, op
@@ -113,13 +113,16 @@ class QuantizerEmitter:
         # int64: a function's int32 arguments are expected in host memory, and Case on a GPU copies none there.
         bits = op("Cast", gathered(self.controls.bits, rows), DstT=Dtype("int64"))
         with_specs = list(zip(tensors, specs, strict=True))
-        limits = [self._limits(tensor) for tensor, spec in with_specs if with_limits(spec)]
+        limits = [self._limits(tensor) for tensor, spec in with_specs if spec.limited]
         noise = [
             self._noise(array(np.array(spec.shape, np.int32)), tensor) for tensor, spec in with_specs if spec.stochastic
         ]
         arguments = (self.controls.amount, bits, *limits, *noise, *(t.value for t in tensors))
-        branches = [self._function(tensor_function, specs, i) for i in range(GENERAL + 1)]
-        call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
+        if limits:  # where codes are clipped, XLA compiles no gradient of a Case
+            call = self._function(tensor_function, specs, GENERAL)(*arguments, name="quantized")
+        else:
+            branches = [self._function(tensor_function, specs, i) for i in range(GENERAL + 1)]
+            call = case(self.controls.execution_mode, branches, arguments, "quantized", **{ops.GENERAL_BRANCH: GENERAL})
         self._tag([call if not i else Port(t.value.dtype, call, i) for i, t in enumerate(tensors)], tensors)
 
     def _limits(self, operand: Operand) -> Expr:

@@ -9,7 +9,6 @@ from passes.control_flow.predicates import reached
 from passes.quantization.custom import TraceRequest
 from passes.quantization.quantizers import QuantizerSpec
 from passes.quantization.ranges import Dynamic
-from rewriter.dataflow import compiled
 from rewriter.expr import Expr, Use
 from rewriter.ir import Graph, Model, Value
 from rewriter.shapes import shape_of
@@ -85,8 +84,7 @@ def groups(model: Model, uses: Iterable[Used]) -> Iterator[Group | DynamicBatch 
         graph = model.graphs[name]
         grouped: set[Operand] = set()
         conditional = any(node.op in CONDITIONAL for node in graph.nodes.values())
-        # XLA compiles no Optional, in which the gradient of a Case passes what only some branches compute.
-        if model.object_based and not conditional and name not in model.analysis(compiled):
+        if model.object_based and not conditional:
             for group in _shared(model, graph, uses_of_graph):
                 grouped.update(group[0] if isinstance(group, DynamicBatch | TensorBatch) else group)
                 yield group
@@ -120,8 +118,11 @@ def _joint(
                 tensors[vector] = None
         elif _is_vector(model, graph, value, vector.spec):
             specs.setdefault(vector.spec, {})[vector] = None
-    if tensors:
-        yield TensorBatch(tuple(tensors))
+    # Those whose codes are not clipped can share a Case, of which XLA compiles the gradient.
+    for clipped in (False, True):
+        batch = tuple(t for t in tensors if isinstance(t.spec, QuantizerSpec) and t.spec.limited is clipped)
+        if batch:
+            yield TensorBatch(batch)
     dynamic = [v for spec, vectors in specs.items() if isinstance(spec.scheme.range, Dynamic) for v in vectors]
     # For a single layer, choosing the execution mode costs more than it saves.
     several = len({vector.layer for vector in dynamic}) > 1

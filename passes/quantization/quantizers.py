@@ -108,6 +108,11 @@ class QuantizerSpec:
         return None if self.shape is None else (rows, *self.shape) if rows else self.shape
 
     @property
+    def limited(self) -> bool:
+        """True if it is given limits; else they are those of the values."""
+        return not isinstance(self.scheme.range, Dynamic)
+
+    @property
     def observed(self) -> bool:
         """True if its range follows the values that it quantises, in variables."""
         return self.training and isinstance(self.scheme.range, Ema)
