@@ -90,6 +90,8 @@ class Quantize(ScheduleOptions):
                 "nothing counts steps, as there is no training function: a start step and a ramp wait for a program "
                 "that assigns quantization.step, ema ranges stay as they are, and rounding is to nearest"
             )
+        elif families:
+            yield from self._rounded_to_nearest(families)
         if families:
             yield from insertion(model, families, Schedule(self.start_step, self.ramp_steps, self._bits))
             yield from later
@@ -100,6 +102,18 @@ class Quantize(ScheduleOptions):
         for name in self.named_roles:
             if name not in used:
                 yield Note(f"no value of the role {name} was quantised: the model has none, or none that can be")
+
+    def _rounded_to_nearest(self, families: Iterable[Family]) -> Iterator[Note]:
+        """Yield a note on each role whose rounding was to be stochastic, if no function for training alone has it."""
+        named, stochastic = self.named_roles, dict[str, list[bool]]()
+        for family in families:
+            for point in family.points:
+                quantizer = family.quantizers[point.role][point.layer]
+                if point.role in named and quantizer is not None and quantizer.rounding == "stochastic":
+                    stochastic.setdefault(point.role, []).append(point.trained)
+        for role, trained in stochastic.items():
+            if not any(trained):
+                yield Note(f"rounding of the role {role} is to nearest, as training shares these values with serving")
 
     @property
     def named_roles(self) -> list[str]:

@@ -93,6 +93,14 @@ def model(shared: Path) -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
+def weight_model(shared: Path) -> Callable[[str], Path]:
+    """Path of a model with weights by name, written when first asked for."""
+    from tests.models.weights import WEIGHT_MODELS
+
+    return lambda name: once(shared / "weights" / name, WEIGHT_MODELS[name].make)
+
+
+@pytest.fixture(scope="session")
 def rewritten(model: Callable[[str], Path], shared: Path) -> Callable[..., Path]:
     """Path of a rewritten model by name and options, written when first asked for."""
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import bnqat
+import passes
+from passes.weights.kernels import KERNELS
+from rewriter.savedmodel.read import load
 from tests.conftest import PUBLIC
 from tests.reliability.forks import Server
 from tests.test_contract import PLAIN_USER
@@ -74,9 +77,34 @@ def test_whoever_has_only_tensorflow_loads_trains_and_saves_the_result(
     if name in KERAS:
         loading = plain_forks.python(PLAIN_LOAD, source)
         assert loading.out == "fails\n", loading.err[-500:]
-    bnqat.rewrite(source, tmp_path / "out", bits=4)
+    bnqat.rewrite(source, tmp_path / "out", bits=dict.fromkeys(passes.roles(), 4))
     done = plain_forks.python(V1_USER if name in V1 else PLAIN_USER, tmp_path / "out", tmp_path / "again")
     assert done.out == "fine\n", done.err[-2000:]
+
+
+WEIGHTS = {
+    "ArmDeveloperEcosystem+ml-image-classification-example-for-openmv+1": 28,
+    "FlorianColombo+xtrack+1": 29,
+    "JetBrains+KotlinDL+1": 5,
+    "MaybeShewill-CV+CRNN_Tensorflow+1": 12,
+    "idealo+image-quality-assessment+1": 28,
+    "intel-analytics+analytics-zoo+1": 3,
+    "kupcimat+tello+1": 53,
+    "mlcommons+tiny+1": 10,
+    "spotify+basic-pitch+1": 9,
+}
+"""The number of weights of each model: filters and matrices, and the constants that basic-pitch transforms with."""
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_every_weight_is_quantised(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    report = bnqat.rewrite(
+        public(name, request), tmp_path / "q", bits={"weight": 8}, scheme={"batch_norm": "none"}, dry_run=True
+    )
+    assert len([q for q in report.quantizers if q.role == "weight"]) == WEIGHTS[name]
+    source = load(public(name, request))
+    ops = {source.graphs[s.graph].nodes[s.node].op for s in report.skipped if s.node in source.graphs[s.graph].nodes}
+    assert not ops & KERNELS.keys()
 
 
 def public(name: str, request: pytest.FixtureRequest) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests import reference
+from tests import reference, weight_reference
 from tests.reliability.forks import Call, Server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,6 +33,7 @@ CLIPPING = ("rewrite", "float_model", "clipped", "--passes", "clip_relu:ClipRelu
         "docs/passes.md",
         "docs/quantisation.md",
         "docs/report.md",
+        "docs/weights.md",
     ],
 )
 def test_blocks_run_in_order(
@@ -41,7 +42,8 @@ def test_blocks_run_in_order(
     (tmp_path / "float_model").symlink_to(model("module"))
     shutil.copytree(rewritten("module", start_step=5), tmp_path / "qat_model")  # which a block overwrites
     blocks = BLOCK.findall((ROOT / name).read_text(encoding="utf-8"))
-    assert len(blocks) == {"docs/passes.md": 2, "docs/quantisation.md": 3}.get(name, 1)
+    several = {"docs/numerics.md": 2, "docs/passes.md": 2, "docs/quantisation.md": 3, "docs/weights.md": 2}
+    assert len(blocks) == several.get(name, 1)
     for block in blocks:
         file = FILE.match(block)
         if file:
@@ -80,6 +82,18 @@ def test_the_arithmetic_by_hand_is_the_references(bits: int, tmp_path: Path) -> 
         v = rng.normal(offset, 1, 64).astype(np.float32)
         assert by_hand(v, bits).dtype == np.float32
         np.testing.assert_array_equal(by_hand(v, bits), reference.affine(v, bits))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8, 16])
+def test_the_arithmetic_of_weights_by_hand_is_the_references(bits: int, tmp_path: Path) -> None:
+    block = BLOCK.findall((ROOT / "docs/numerics.md").read_text(encoding="utf-8"))[1]
+    (tmp_path / "by_hand.py").write_text(block, encoding="utf-8")
+    by_hand = runpy.run_path(str(tmp_path / "by_hand.py"))["symmetric"]
+    w = np.random.default_rng(bits).normal(0, 0.3, (3, 3, 8, 16)).astype(np.float32)
+    w[..., 0] = 0
+    expected = weight_reference.quantize_weight("symmetric", w, bits, (-1,)).value
+    assert by_hand(w, bits).dtype == np.float32
+    np.testing.assert_array_equal(by_hand(w, bits), expected)
 
 
 def test_links_lead_somewhere() -> None:

@@ -9,7 +9,10 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from tests import weight_reference as reference
+from tests.models.weights.case import DEPTHWISE, LAST
 from tests.test_deployment import FLOAT, INTEGERS, converted, run
+from tests.test_weights import stored
 
 ROBUST = ("vww96", "mlcommons+tiny+1")
 """The visual wake words and the keyword spotting; the others take noise to values that integers are too coarse for."""
@@ -18,7 +21,9 @@ ROBUST = ("vww96", "mlcommons+tiny+1")
 @pytest.mark.filterwarnings("ignore:.*tf.lite.Interpreter is deprecated")  # the converter's own use of it
 @pytest.mark.mlperf_tiny
 def test_a_reference_model_goes_all_the_way(mlperf_tiny: Path, tmp_path: Path) -> None:
-    report = bnqat.rewrite(mlperf_tiny, tmp_path / "target")
+    report = bnqat.rewrite(mlperf_tiny, tmp_path / "target", bits={"weight": 8})
+    weights = {q.layer_name for q in report.quantizers}
+    assert len(weights) == {"ad01": 10, "vww96": 28}.get(mlperf_tiny.name, 10)
     names = {bn.name for bn in bnqat.inspect(mlperf_tiny).batch_norms}
     assert report.sites_found == report.sites_rewritten > 0
     verified = bnqat.verify(mlperf_tiny, tmp_path / "target")
@@ -49,7 +54,11 @@ def test_a_reference_model_goes_all_the_way(mlperf_tiny: Path, tmp_path: Path) -
 
     tf.saved_model.save(model, str(tmp_path / "tuned"), signatures={"serving_default": serve})
     baked = bnqat.finalize(tmp_path / "tuned", tmp_path / "final").baked
-    assert {b.layer_name for b in baked} == names
+    assert {b.layer_name for b in baked} == names | weights
+    held, deployed = stored(tmp_path / "tuned"), stored(tmp_path / "final")
+    for name in weights:
+        expected = reference.quantize_weight("symmetric", held[name], 8, DEPTHWISE if "depthwise" in name else LAST)
+        np.testing.assert_array_equal(deployed[name], expected.value)
     final = tf.saved_model.load(str(tmp_path / "final")).signatures["serving_default"]
     np.testing.assert_array_equal(final(**{key: x})[output], tuned)
 

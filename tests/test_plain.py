@@ -52,10 +52,10 @@ def outputs(root: Any) -> dict[str, np.ndarray]:
     served = {}
     for name, signature in root.signatures.items():
         if name != "train":
-            names = signature.structured_input_signature[1]  # in any order
-            mode = {"is_training": tf.constant(value=False)} if "is_training" in names else {}
-            specs = [name for name in names if name != "is_training"]
-            served[name] = next(iter(signature(**dict.fromkeys(specs, batch()), **mode).values())).numpy()
+            specs = set(signature.structured_input_signature[1])
+            mode = {"is_training": tf.constant(value=False)} if "is_training" in specs else {}
+            fed = dict.fromkeys(specs - set(mode), batch())
+            served[name] = next(iter(signature(**fed, **mode).values())).numpy()
     return served
 
 
@@ -93,6 +93,7 @@ def test_a_model_is_rewritten_trained_and_finalised(name: str, plain: Callable[[
     for tuned in ("q", "tuned"):
         report_final = bnqat.finalize(tmp_path / tuned, tmp_path / f"{tuned}_f")
         assert {row.role for row in report_final.baked} == set(BITS)
+        assert sorted(row.values for row in report_final.baked) == [3, 8, 24, 48]
         final = tf.saved_model.load(str(tmp_path / f"{tuned}_f"))
         assert_same(outputs(final), outputs(tf.saved_model.load(str(tmp_path / tuned))))
         kept = load(tmp_path / f"{tuned}_f")
@@ -107,7 +108,7 @@ def test_verify_holds(name: str, plain: Callable[[str], Path], tmp_path: Path) -
     assert verification.ok, str(verification)
     assert {claims[c].status for c in ("signatures", "off", "on", "statistics", "gradients")} == {"holds"}
     assert claims["statistics"].detail.startswith("a call of the training function counts one step; no run of ")
-    assert claims["gradients"].detail == "finite for 2 weights and 2 biases"
+    assert claims["gradients"].detail == "finite for 4 variables"
 
 
 @pytest.mark.parametrize("name", [*V2, *V1])
@@ -121,7 +122,7 @@ def test_refusals(name: str, plain: Callable[[str], Path], tmp_path: Path) -> No
     for options in ({"bits": {"weight": 4}}, {}):
         with pytest.raises(
             bnqat.NothingToRewriteError,
-            match=r"q is quantised already \(2 weights to 4 bits\); there is nothing to add",
+            match=r"q is quantised already \(weight of 2 layers to 4 bits\); there is nothing to add",
         ):
             bnqat.rewrite(tmp_path / "q", tmp_path / "none", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "none").exists()
@@ -162,7 +163,7 @@ def test_a_role_that_no_value_has(make: type[Plain], sentence: str, tmp_path: Pa
 
 
 def test_reports_speak_of_what_is_quantised(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    text = "quantised: 2 weights to 8 bits, 2 biases to 4 bits"
+    text = "quantised: weight of 2 layers to 8 bits, bias of 2 layers to 4 bits"
     report = bnqat.rewrite(plain("module"), tmp_path / "q", bits={"weight": 8, "bias": 4}, start_step=5)
     assert str(report).splitlines()[:3] == [
         "no batch norm found",
@@ -174,16 +175,12 @@ def test_reports_speak_of_what_is_quantised(plain: Callable[[str], Path], tmp_pa
     assert inspection.headline == f"q, {text}"
     assert "what is quantised" in str(inspection)
     compared = bnqat.diff(plain("module"), tmp_path / "q")
-    assert compared.headline == (
-        "2 weights were quantised to 8 bits; 2 biases were quantised to 4 bits; "
-        "outputs are unchanged until step 5 of training."
-    )
+    assert compared.headline == f"Q{text[1:]}; outputs are unchanged until step 5 of training."
     assert compared.report.verdict.other_changes == 0
     bnqat.finalize(tmp_path / "q", tmp_path / "f")
     finalized = bnqat.diff(plain("module"), tmp_path / "f").headline
-    assert finalized == "2 weights and 2 biases hold their 4- and 8-bit values for good: the model is finalised."
-    released = bnqat.diff(tmp_path / "q", plain("module")).headline
-    assert released == "2 weights and 2 biases are no longer quantised."
+    assert finalized == "4 layers hold their 4- and 8-bit values for good: the model is finalised."
+    assert bnqat.diff(tmp_path / "q", plain("module")).headline.startswith("The models differ in ")
     rows = bnqat.sensitivity(tmp_path / "q", {"x": batch().numpy()}, bits=[8, 2]).rows
     assert sorted(row.role for row in rows) == ["bias", "bias", "weight", "weight"]
     assert all(row.error[2] > row.error[8] > 0 for row in rows)
@@ -312,11 +309,13 @@ def test_the_signature_with_variables_is_trained(names: dict[str, str], trained:
 
 
 def test_options_for_batch_norms_have_no_effect(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    options: dict[str, Any] = {"momentum": 0.5, "train_batch_norm": "none", "freeze_step": 3}
+    options: dict[str, Any] = {"momentum": 0.5, "train_batch_norm": "none", "freeze_step": 3, "start_step": 5}
     report = bnqat.rewrite(plain("module"), tmp_path / "q", bits={"weight": 8}, **options)
     assert "--momentum and --train-batch-norm have no effect, as no batch norm of the model can train" in report.notes
     no_freezing = "--freeze-step has no effect, as train computes no batch norm whose statistics could be frozen"
     assert no_freezing in report.notes
+    assert not [note for note in report.notes if note.startswith("statistics are frozen")]
+    assert "freeze_step" not in report.schedule
     assert not hasattr(tf.saved_model.load(str(tmp_path / "q")).quantization, "freeze_step")
     rule = {"match": "kernel", "momentum": 0.5}
     with pytest.raises(bnqat.Error, match="the rule 'kernel' matches no layer and no variable; there is no batch norm"):
@@ -348,6 +347,16 @@ def test_there_are_no_statistics(plain: Callable[[str], Path], tmp_path: Path) -
 def test_training_is_made_for_roles_that_are_quantised(config: dict[str, Any], beyond: bool) -> None:
     (derive,) = [p for p in pass_list(settings(config, {})) if isinstance(p, DeriveTraining)]
     assert derive.beyond_batch_norm is beyond
+
+
+@pytest.mark.parametrize(("name", "noted"), [("v1", True), ("module", False)])
+def test_rounding_that_stays_to_nearest_is_said(
+    name: str, noted: bool, plain: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """In TensorFlow 1's format, training and serving share the nodes that read a weight."""
+    report = bnqat.rewrite(plain(name), tmp_path / "q", bits={"weight": 8}, rounding="stochastic", dry_run=True)
+    note = "rounding of the role weight is to nearest, as training shares these values with serving"
+    assert (note in report.notes) is noted
 
 
 @pytest.mark.parametrize("name", V1)

@@ -16,8 +16,6 @@ from tests.models.weights.case import DEPTHWISE, LAST, ROWS, TRANSPOSED, WeightM
 from tests.models.weights.keras_models import KERAS
 from tests.models.weights.modules import MODULES
 
-CASES = [pytest.param(model, id=name) for name, model in WEIGHT_MODELS.items()]
-
 
 def meta_graph(path: Path) -> Any:
     saved = SavedModel()
@@ -46,20 +44,20 @@ def stored(path: Path, graph: Any) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@pytest.mark.parametrize("model", CASES)
-def test_it_runs_and_holds_the_expected_weights(model: WeightModel, tmp_path: Path) -> None:
-    path = model.make(tmp_path / "m")
+@pytest.mark.parametrize("name", WEIGHT_MODELS)
+def test_it_runs_and_holds_the_expected_weights(name: str, weight_model: Callable[[str], Path]) -> None:
+    model, path = WEIGHT_MODELS[name], weight_model(name)
     loaded = tf.saved_model.load(str(path))
-    outputs = loaded.signatures["serving_default"](**{name: tf.constant(x) for name, x in model.draw().items()})
+    outputs = loaded.signatures["serving_default"](**{key: tf.constant(x) for key, x in model.draw().items()})
     for value in outputs.values():
         assert np.isfinite(value.numpy()).all()
         assert np.abs(value.numpy()).max() > 0
     graph = meta_graph(path)
     shapes, ops = stored(path, graph), {node.op for node in nodes(graph)}
     expected = [(w.name, w.op) for w in model.weights] + [(d.name, d.op) for d in model.declined]
-    for name, op in expected:
+    for variable, op in expected:
         assert op in ops
-        assert not name or name in shapes
+        assert not variable or variable in shapes
     for weight in model.weights:
         assert all(-len(weight.shape) <= axis < 0 for axis in weight.axes)
         if weight.name:
@@ -73,7 +71,7 @@ def test_it_runs_and_holds_the_expected_weights(model: WeightModel, tmp_path: Pa
 
 def without_gradient(model: WeightModel, path: Path) -> set[str]:
     """Return the names of the weights that have no gradient, or a gradient of zero."""
-    loaded = tf.saved_model.load(str(model.make(path)))  # which keeps the variables
+    loaded = tf.saved_model.load(str(path))  # which keeps the variables
     serve = loaded.signatures["serving_default"]
     with tf.GradientTape() as tape:
         outputs = serve(**{name: tf.constant(x) for name, x in model.draw().items()})
@@ -84,13 +82,13 @@ def without_gradient(model: WeightModel, path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", [*MODULES, *KERAS])
-def test_a_gradient_reaches_every_weight(name: str, tmp_path: Path) -> None:
+def test_a_gradient_reaches_every_weight(name: str, weight_model: Callable[[str], Path]) -> None:
     model = WEIGHT_MODELS[name]
     if not model.untrained:
-        assert not without_gradient(model, tmp_path / "m")
+        assert not without_gradient(model, weight_model(name))
         return
     try:
-        missing = without_gradient(model, tmp_path / "m")
+        missing = without_gradient(model, weight_model(name))
     except (LookupError, tf.errors.OpError):  # LookupError: an op has no gradient
         return
     assert missing

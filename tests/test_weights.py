@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,18 @@ import pytest
 import tensorflow as tf
 
 import bnqat
+from passes.entries.serving import entries_of_root
+from passes.weights.kernels import CONVOLUTIONS
 from passes.weights.layers import weight_layers
-from passes.weights.uses import weight_uses
+from passes.weights.uses import GRADIENT_SCOPE, weight_uses
+from rewriter.dataflow import call_graph
+from rewriter.ir import MAIN
 from rewriter.savedmodel.read import load
+from tests.models.all import ALL
 from tests.models.weights import WEIGHT_MODELS
-from tests.models.weights.case import WeightModel
+from tests.models.weights.case import WeightModel, drawn
 
 MODELS = {name: model for name, model in WEIGHT_MODELS.items() if model.weights}
-CASES = [pytest.param(name, model, id=name) for name, model in MODELS.items()]
 WITHOUT_VARIABLES = {
     "mixed_bfloat16",
     "mixed_float16",
@@ -30,6 +34,8 @@ WITHOUT_VARIABLES = {
 }
 """Models whose weights are cast, transformed, constant or used in two ways: other variables hold them quantised."""
 NEVER = 2**40
+
+Paths = Callable[[str], Path]
 
 Results = Mapping[str, np.ndarray]
 
@@ -51,9 +57,9 @@ def rewritten(source: Path, target: Path, **options: Any) -> Path:
     return target
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, id=name) for name, model in MODELS.items()])
-def test_what_is_quantised_and_what_is_declined(model: WeightModel, tmp_path: Path) -> None:
-    source = load(model.make(tmp_path / "m"))
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_quantised_and_what_is_declined(name: str, weight_model: Paths) -> None:
+    model, source = MODELS[name], load(weight_model(name))
     uses, skips = source.analysis(weight_uses)
     layers, numbers = source.analysis(weight_layers)
     found: dict[tuple[str, tuple[int, ...], tuple[int, ...]], set[int]] = {}
@@ -69,9 +75,9 @@ def test_what_is_quantised_and_what_is_declined(model: WeightModel, tmp_path: Pa
     assert bool(skips) == bool(model.declined), [s.reason for s in skips]
 
 
-@pytest.mark.parametrize(("name", "model"), CASES)
-def test_off_and_on_and_finalised(name: str, model: WeightModel, tmp_path: Path) -> None:
-    source = model.make(tmp_path / "m")
+@pytest.mark.parametrize("name", MODELS)
+def test_off_and_on_and_finalised(name: str, weight_model: Paths, tmp_path: Path) -> None:
+    model, source = MODELS[name], weight_model(name)
     before = run(source, model)
     assert same(run(rewritten(source, tmp_path / "off", start_step=NEVER), model), before)
     quantized = rewritten(source, tmp_path / "on")
@@ -96,10 +102,11 @@ IN_SESSIONS = {"v1_weights_loop", "v1_weights_loop_references"}
 """Models whose loops TensorFlow differentiates in V1 sessions alone."""
 
 
-@pytest.mark.parametrize("model", [pytest.param(m, id=name) for name, m in TRAINED.items() if name not in IN_SESSIONS])
-def test_training_moves_every_weight(model: WeightModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [name for name in TRAINED if name not in IN_SESSIONS])
+def test_training_moves_every_weight(name: str, weight_model: Paths, tmp_path: Path) -> None:
     """A gradient reaches every weight through its quantiser, and one call counts one step."""
-    loaded = tf.saved_model.load(str(rewritten(model.make(tmp_path / "m"), tmp_path / "q", unfreeze_constants=True)))
+    model = TRAINED[name]
+    loaded = tf.saved_model.load(str(rewritten(weight_model(name), tmp_path / "q", unfreeze_constants=True)))
     train = loaded.signatures["train"]
     variables = {v.name.removesuffix(":0"): v for v in train.graph.variables}
     weights = {name: v for name, v in variables.items() if name in {w.name for w in model.weights} and v.trainable}
@@ -111,19 +118,19 @@ def test_training_moves_every_weight(model: WeightModel, tmp_path: Path) -> None
             tape.watch(list(weights.values()))
             loss = tf.add_n([tf.reduce_sum(tf.cast(y, tf.float32) ** 2) for y in train(**inputs).values()])
         assert int(variables["quantization/step"]) == step + 1
-        for (name, weight), gradient in zip(weights.items(), tape.gradient(loss, list(weights.values())), strict=True):
+        for (key, weight), gradient in zip(weights.items(), tape.gradient(loss, list(weights.values())), strict=True):
             dense = tf.convert_to_tensor(gradient).numpy().astype(np.float32)
-            assert np.isfinite(dense).all(), name
+            assert np.isfinite(dense).all(), key
             before = weight.numpy()
             weight.assign_sub(tf.cast(1e-2 / max(np.abs(dense).max(), 1e-9) * dense, weight.dtype))
-            reached[name] = max(reached[name], float(np.abs(weight.numpy() - before).max()))
+            reached[key] = max(reached[key], float(np.abs(weight.numpy() - before).max()))
     assert all(reached.values()), reached
 
 
 @pytest.mark.parametrize("name", sorted(IN_SESSIONS))
-def test_gradients_of_loops_in_sessions(name: str, tmp_path: Path) -> None:
+def test_gradients_of_loops_in_sessions(name: str, weight_model: Paths, tmp_path: Path) -> None:
     model = MODELS[name]
-    path = rewritten(model.make(tmp_path / "m"), tmp_path / "q")
+    path = rewritten(weight_model(name), tmp_path / "q")
     with tf.Graph().as_default() as graph, tf.compat.v1.Session() as session:
         meta = tf.compat.v1.saved_model.load(session, ["serve"], str(path))
         signature = meta.signature_def["train"]
@@ -160,3 +167,40 @@ def stored(path: Path) -> dict[str, np.ndarray]:
     """Return the values of a SavedModel's variables by name."""
     model = load(path)
     return {v.name: np.asarray(model.value_of(key)) for key, v in model.variables.items()}
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_every_convolution_of_the_other_models_has_a_weight(name: str, model: Paths) -> None:
+    source = load(model(name))
+    uses, skips = source.analysis(weight_uses)
+    assert not skips
+    taken = {(use.edges[0].graph, use.node) for use in uses}
+    calls = source.analysis(call_graph)
+    served = {MAIN, *(s.entry for s in source.signatures.values()), *(e.function for e in entries_of_root(source))}
+    for graph in sorted({g for top in served if top in source.graphs for g in calls.reached(top)}):
+        for node in source.graphs[graph].nodes.values():
+            if node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name):
+                assert (graph, node.name) in taken
+
+
+class Product(tf.Module):
+    """One function that multiplies by a weight, and by what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel = drawn("kernel", 4, 4)
+        self.head = drawn("head", 4, 3)
+
+    @tf.function(input_signature=[tf.TensorSpec((4, 4), name="x")])
+    def serve(self, x: tf.Tensor) -> tf.Tensor:
+        product = tf.function(tf.matmul)
+        return tf.matmul(product(product(x, self.kernel.read_value()), tf.transpose(x)), self.head)
+
+
+def test_a_function_that_takes_a_weight_once_is_named(tmp_path: Path) -> None:
+    module = Product()
+    tf.saved_model.save(module, str(tmp_path / "m"), signatures=module.serve)
+    report = bnqat.rewrite(tmp_path / "m", tmp_path / "q", bits={"weight": 4})
+    assert [q.layer_name for q in report.quantizers] == ["head"]
+    reasons = {skip.reason for skip in report.skipped}
+    assert reasons == {"its function is called with a weight, and with what the model is given"}

@@ -1,7 +1,8 @@
 """Fake-quantised weights in NumPy: the canonical arithmetic of an integer device, and that of TensorFlow's own ops.
 
 Everything is float32, with one rounding for each operation. Nothing is shared with the product. Subnormal numbers
-are not flushed to zero, as some kernels do it, so neither weights nor limits should be subnormal.
+are not flushed to zero, as some kernels do it, so neither weights nor limits should be subnormal. Weights are finite,
+as the product takes them to be: it looks for no NaN and no infinities.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ class QuantizedWeight(NamedTuple):
     """A fake-quantised weight and what belongs to it.
 
     Attributes:
-        value: the quantised weight, float32, of the weight's shape; NaN and infinities are unchanged.
-        codes: the integer codes, int32, of the weight's shape; where the weight is not finite, that of zero.
+        value: the quantised weight, float32, of the weight's shape.
+        codes: the integer codes, int32, of the weight's shape.
         scale: the scales, float32, of the shape of the axes kept.
         zero_point: the code of zero, int32, of the same shape.
         inside: true where the code is not clipped: there the gradient for the weight is 1, else 0. A range that
@@ -75,9 +76,9 @@ def _aligned(limit: np.ndarray, v: np.ndarray, axes_kept: tuple[int, ...]) -> np
 
 
 def weight_limits(v: np.ndarray, axes_kept: tuple[int, ...]) -> Limits:
-    """Return the extremes of a weight's finite values and zero, by index of the axes kept."""
-    reduced, finite = _reduced_axes(v, axes_kept), np.where(np.isfinite(v), v, F(0))
-    return Limits(finite.min(reduced, initial=F(0)), finite.max(reduced, initial=F(0)))
+    """Return the extremes of a weight's values and zero, by index of the axes kept."""
+    reduced = _reduced_axes(v, axes_kept)
+    return Limits(v.min(reduced, initial=F(0)), v.max(reduced, initial=F(0)))
 
 
 def _power_of_two_scale(low: np.ndarray, high: np.ndarray, bottom: int, top: int) -> np.ndarray:
@@ -105,18 +106,18 @@ def _grid(scheme: str, low: np.ndarray, high: np.ndarray, bits: int, narrow: boo
         largest = np.maximum(high, -low)
         scale, inverse = largest / F(top), F(top) / largest
     else:
-        scale = np.maximum(high / F(top), -low / F(-bottom))
-        inverse = F(1) / scale
+        above, below = high / F(top), low / F(bottom)
+        scale, inverse = np.maximum(above, below), np.where(above >= below, F(top) / high, F(bottom) / low)
     usable = scale >= TINY
     scale, inverse = np.where(usable, scale, F(1)), np.where(usable, inverse, F(1))
-    zero_point = np.floor(-low * inverse + F(0.5)) if scheme == "affine" else np.zeros_like(scale)
+    zero_point = np.round(-low * inverse) if scheme == "affine" else np.zeros_like(scale)
     return _Grid(scale, inverse, np.clip(zero_point, F(bottom), F(top)))
 
 
 def _rounded(x: np.ndarray, noise: np.ndarray | None) -> np.ndarray:
-    """Round half up; with noise, up where the noise is below the fraction."""
+    """Round half to even; with noise, up where the noise is below the fraction."""
     if noise is None:
-        nearest: np.ndarray = np.floor(x + F(0.5))
+        nearest: np.ndarray = np.round(x)
         return nearest
     below = np.floor(x)
     up: np.ndarray = below + (noise.astype(F) < x - below).astype(F)
@@ -145,9 +146,15 @@ def quantize_weight(
         limits: the limits; an array m stands for -m and m; None for those of the values.
         noise: for stochastic rounding, numbers of [0, 1) of the weight's shape: up where one is below the fraction.
         factor: the factor of a learned limit's gradient.
+
+    Raises:
+        TypeError: the weight is not float32.
+        ValueError: a value is not finite.
     """
     if v.dtype != F:
         raise TypeError(v.dtype)
+    if not np.isfinite(v).all():
+        raise ValueError("a weight is finite")
     if limits is None:
         limits = weight_limits(v, axes_kept)
     elif not isinstance(limits, Limits):
@@ -156,8 +163,7 @@ def quantize_weight(
     bottom, top = (F(code) for code in lowest_and_highest_code(scheme, bits, narrow))
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         grid = _grid(scheme, low, high, bits, narrow)
-    finite = np.isfinite(v)
-    x = np.where(finite, v, F(0)) * grid.inverse
+    x = v * grid.inverse
     raw = _rounded(x, noise) + grid.zero_point
     code = np.clip(raw, bottom, top)
     steps = code - grid.zero_point
@@ -165,12 +171,12 @@ def quantize_weight(
     missed = (steps - x * inside.astype(F)) * F(factor)
     reduced = _reduced_axes(v, axes_kept)
     return QuantizedWeight(
-        value=np.where(finite, steps * grid.scale, v),
+        value=steps * grid.scale,
         codes=code.astype(np.int32),
         scale=grid.scale.squeeze(reduced),
         zero_point=grid.zero_point.squeeze(reduced).astype(np.int32),
         inside=inside,
-        of_high=np.where(finite, missed, F(0)),
+        of_high=missed,
     )
 
 
@@ -198,8 +204,7 @@ def mse_limits(
         fraction = F(k / candidates)
         limits = Limits(own.low * fraction, own.high * fraction)
         value = quantize_weight(scheme, v, bits, axes_kept, narrow=narrow, limits=limits).value
-        difference = np.where(np.isfinite(v), value.astype(np.float64) - v, 0)
-        error = np.square(difference).sum(_reduced_axes(v, axes_kept))
+        error = np.square(value.astype(np.float64) - v).sum(_reduced_axes(v, axes_kept))
         better = error < least
         best = Limits(*(np.where(better, new, old) for new, old in zip(limits, best, strict=True)))
         least = np.where(better, error, least)

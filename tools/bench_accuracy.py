@@ -1,6 +1,6 @@
 """Accuracy against bits: float, right after rewriting, and after equal fine-tuning; ours beside QKeras.
 
-    python -m tools.bench_accuracy [--task digits clutter] [--seeds 3] [--bits 8 6 4 3 2]
+    python -m tools.bench_accuracy [--weights] [--task digits clutter] [--seeds 3] [--bits 8 6 4 3 2]
 
 Needs the extra `bench`. For each seed a float net is trained. Every other row starts from its weights: quantised, and
 then fine-tuned with the same batches in the same order, for the same number of epochs, with the same optimizer. Half
@@ -13,9 +13,14 @@ Tasks:
   the right of a 12 x 16 canvas, where they may overlap, under noise of standard deviation 0.1; the class is the digit
   on the left. 4000 to train, of the digits that train, and 4000 to test, of the others.
 
-Ours: the scheme named, for gamma, beta and moving mean, and `log` for the moving variance, with dynamic ranges;
-`learned`: affine with learned scales of gamma and beta. QKeras: `po2`, powers of two as in its layer's defaults, with
-the number of bits; `fixed`: fixed point with as many integer bits as each of the float net's vectors needs.
+Batch norm, ours: the scheme named, for gamma, beta and moving mean, and `log` for the moving variance, with dynamic
+ranges; `learned`: affine with learned scales of gamma and beta. QKeras: `po2`, powers of two as in its layer's
+defaults, with the number of bits; `fixed`: fixed point with as many integer bits as each of the float net's vectors
+needs.
+
+With `--weights`, all kernels are quantised in place of batch norm. Ours: symmetric, a range of the kind named for each
+channel. QKeras: `quantized_bits`; `auto`: a scale for each channel that follows the greatest weight; `auto_po2`, its
+default: a power of two for each channel that follows the least squared error; `fixed`: fixed point, as for batch norm.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import gc
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,14 +106,19 @@ def _pairs(x: np.ndarray, y: np.ndarray, count: int, rng: np.random.Generator) -
 TASKS = {"digits": digits, "clutter": clutter}
 
 
-def net(task: Task, normalization: Callable[[int], Any]) -> Any:
+def net(
+    task: Task,
+    normalization: Callable[[int], Any],
+    convolution: Callable[..., Any] = keras.layers.Conv2D,
+    dense: Callable[..., Any] = keras.layers.Dense,
+) -> Any:
     """Convolutions with batch norm; `normalization` makes the layer for a convolution's number."""
     x = inputs = keras.Input(task.train[0].shape[1:])
     for number, channels in enumerate(task.channels):
-        x = keras.layers.Conv2D(channels, 3, 2 if number else 1, "same", use_bias=False)(x)
+        x = convolution(channels, 3, 2 if number else 1, "same", use_bias=False)(x)
         x = keras.layers.ReLU()(normalization(number)(x))
     x = keras.layers.Flatten()(x)
-    return keras.Model(inputs, keras.layers.Dense(task.classes)(x))
+    return keras.Model(inputs, dense(task.classes)(x))
 
 
 def float_layer(_: int, momentum: float = 0.95) -> Any:
@@ -123,7 +133,7 @@ def fit(
     images, labels = task.train
     starts = range(0, len(images) - BATCH + 1, BATCH)
     total = epochs * len(starts)
-    optimizer = tf.keras.optimizers.Adam(tf.keras.optimizers.schedules.CosineDecay(rate, total))
+    optimizer = keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(rate, total))
     rng = np.random.default_rng(seed)
     optimizer.build(variables)
 
@@ -165,13 +175,18 @@ class Start(NamedTuple):
         return self.task.epochs[1] * (len(self.task.train[0]) // BATCH)
 
 
-def ours(options: dict[str, Any]) -> Callable[[Start, int], tuple[float, float]]:
-    """Return a function that measures accuracy right after rewriting, and after fine-tuning."""
+Run = Callable[[Start, int], tuple[float, float]]
+"""Measures accuracy in percent at a width: right after quantising, and after fine-tuning."""
+
+
+def ours(options: dict[str, Any], role: str | None = None) -> Run:
+    """Return a measurement of bnqat with options; the width is that of one role, or of batch norm's."""
 
     def run(start: Start, bits: int) -> tuple[float, float]:
         with tempfile.TemporaryDirectory() as folder:
             target = Path(folder) / "qat"
-            bnqat.rewrite(start.saved, target, bits=bits, freeze_step=start.total // 2, **options)
+            widths = bits if role is None else {role: bits}
+            bnqat.rewrite(start.saved, target, bits=widths, freeze_step=start.total // 2, **options)
             model = tf.saved_model.load(str(target))
             before = accuracy(model.serve, start.task)
             train, variables = model.quantization.train, list(model.quantization.trainable_variables)
@@ -181,8 +196,8 @@ def ours(options: dict[str, Any]) -> Callable[[Start, int], tuple[float, float]]
     return run
 
 
-def qkeras(kind: str) -> Callable[[Start, int], tuple[float, float]]:
-    """Return a function that measures accuracy with QKeras' layer, right after quantising and after fine-tuning."""
+def qkeras(kind: str) -> Run:
+    """Return a measurement of QKeras' batch norm."""
 
     def run(start: Start, bits: int) -> tuple[float, float]:
         from qkeras import QBatchNormalization
@@ -193,15 +208,36 @@ def qkeras(kind: str) -> Callable[[Start, int], tuple[float, float]]:
             quantizers = _qkeras_quantizers(kind, bits, [w.numpy() for w in norms[number].weights])
             return QBatchNormalization(momentum=0.95, epsilon=1e-3, **quantizers)
 
-        model = net(start.task, layer)
-        model.set_weights(start.net.get_weights())
-        serve = tf.function(partial(model, training=False))
-        before = accuracy(serve, start.task)
-        phases = [partial(model, training=True), partial(model, training=False)]
-        fit(phases, model.trainable_variables, start.task, epochs=start.task.epochs[1], rate=1e-3, seed=start.seed)
-        return before, accuracy(serve, start.task)
+        return _tuned(net(start.task, layer), start)
 
     return run
+
+
+def qkeras_weights(kind: str) -> Run:
+    """Return a measurement of QKeras' `quantized_bits` for kernels."""
+
+    def run(start: Start, bits: int) -> tuple[float, float]:
+        from qkeras import QConv2D, QDense
+
+        kernels = [w.numpy() for w in start.net.trainable_weights if "kernel" in w.name]
+        quantizers = iter([_qkeras_kernel_quantizer(kind, bits, kernel) for kernel in kernels])
+
+        def layer(of: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *sizes, **options: of(*sizes, kernel_quantizer=next(quantizers), **options)
+
+        return _tuned(net(start.task, float_layer, layer(QConv2D), layer(QDense)), start)
+
+    return run
+
+
+def _tuned(model: Any, start: Start) -> tuple[float, float]:
+    """Return accuracies with the float net's weights, and after fine-tuning."""
+    model.set_weights(start.net.get_weights())
+    serve = tf.function(partial(model, training=False))
+    before = accuracy(serve, start.task)
+    phases = [partial(model, training=True), partial(model, training=False)]
+    fit(phases, model.trainable_variables, start.task, epochs=start.task.epochs[1], rate=1e-3, seed=start.seed)
+    return before, accuracy(serve, start.task)
 
 
 def _qkeras_quantizers(kind: str, bits: int, weights: list[np.ndarray]) -> dict[str, str]:
@@ -210,19 +246,37 @@ def _qkeras_quantizers(kind: str, bits: int, weights: list[np.ndarray]) -> dict[
         signed, positive = f"quantized_po2({bits})", f"quantized_relu_po2({bits})"
         variance = f"quantized_relu_po2({bits}, quadratic_approximation=True)"
         return dict(zip(names, (positive, signed, signed, variance), strict=True))
-    integers = [max(0, int(np.ceil(np.log2(np.abs(w).max())))) for w in weights]
+    integers = [_integer_bits(w) for w in weights]
     linear = [f"quantized_bits({bits}, {n}, alpha=1)" for n in integers[:3]]
     return dict(zip(names, (*linear, f"quantized_relu({bits}, {integers[3]})"), strict=True))
 
 
+def _qkeras_kernel_quantizer(kind: str, bits: int, kernel: np.ndarray) -> str:
+    if kind == "fixed":
+        return f"quantized_bits({bits}, {_integer_bits(kernel)}, alpha=1)"
+    return f"quantized_bits({bits}, 0, alpha='{kind}')"
+
+
+def _integer_bits(values: np.ndarray) -> int:
+    return max(0, int(np.ceil(np.log2(np.abs(values).max()))))
+
+
 LINEAR = ("gamma", "beta", "moving_mean")
-SYSTEMS = {
+BATCH_NORM: dict[str, Run] = {
     "affine": ours({}),
     "symmetric": ours({"scheme": dict.fromkeys(LINEAR, "symmetric")}),
     "power_of_two": ours({"scheme": dict.fromkeys(LINEAR, "power_of_two")}),
     "learned": ours({"range": {"gamma": "learned", "beta": "learned"}}),
     "QKeras po2": qkeras("po2"),
     "QKeras fixed": qkeras("fixed"),
+}
+FLOAT_BATCH_NORM = dict.fromkeys(ROLES, "none")
+WEIGHTS: dict[str, Run] = {
+    **{
+        kind: ours({"scheme": FLOAT_BATCH_NORM, "range": {"weight": kind}}, "weight")
+        for kind in ("dynamic", "mse", "learned")
+    },
+    **{f"QKeras {kind}": qkeras_weights(kind) for kind in ("auto", "auto_po2", "fixed")},
 }
 
 
@@ -254,34 +308,40 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4, 3, 2])
     parser.add_argument("--json", type=Path, help="write means and standard deviations to this file")
-    parser.add_argument("--system", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
+    parser.add_argument("--weights", action="store_true", help="quantise kernels in place of batch norm")
+    parser.add_argument("--system", nargs="+", help="columns; all, if not given")
     options = parser.parse_args()
-    console = Console(width=150)
-    measured = {}
-    for name in options.task:
-        accuracies: dict[tuple[int, str], list[tuple[float, float]]] = {}
-        floats = []
-        with tempfile.TemporaryDirectory() as folder:
-            for start in starts(TASKS[name], options.seeds, Path(folder)):
-                floats.append(accuracy(partial(start.net, training=False), start.task))
-                runs = [(bits, system) for bits in options.bits for system in options.system]
-                for bits, system in track(runs, f"{name}, seed {start.seed}", transient=True):
-                    accuracies.setdefault((bits, system), []).append(SYSTEMS[system](start, bits))
-                    gc.collect()  # models and their functions refer to each other
-        table = Table(title=f"{name}: float {_spread(floats)} %; right after -> fine-tuned, {options.seeds} seeds")
-        table.add_column("bits", justify="right")
-        for system in options.system:
-            table.add_column(system, justify="right")
-        for bits in options.bits:
-            cells = [[_spread([run[i] for run in accuracies[bits, s]]) for i in (0, 1)] for s in options.system]
-            table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
-        console.print(table)
-        measured[name] = {
-            "float": _moments(floats),
-            "systems": {s: _cells(accuracies, s, options.bits) for s in options.system},
-        }
+    systems = WEIGHTS if options.weights else BATCH_NORM
+    for system in options.system or ():
+        if system not in systems:
+            parser.error(f"there is no system {system!r}; there are {', '.join(systems)}")
+    if options.system:
+        systems = {system: systems[system] for system in options.system}
+    results = {name: measured(TASKS[name], systems, options.seeds, options.bits) for name in options.task}
     if options.json is not None:
-        options.json.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+def measured(make: Callable[[int], Task], systems: Mapping[str, Run], seeds: int, widths: list[int]) -> dict[str, Any]:
+    """Print a task's table, and return its moments."""
+    accuracies: dict[tuple[int, str], list[tuple[float, float]]] = {}
+    floats = []
+    with tempfile.TemporaryDirectory() as folder:
+        for start in starts(make, seeds, Path(folder)):
+            floats.append(accuracy(partial(start.net, training=False), start.task))
+            runs = [(bits, system) for bits in widths for system in systems]
+            for bits, system in track(runs, f"{make.__name__}, seed {start.seed}", transient=True):
+                accuracies.setdefault((bits, system), []).append(systems[system](start, bits))
+                gc.collect()  # models and their functions refer to each other
+    table = Table(title=f"{make.__name__}: float {_spread(floats)} %; right after -> fine-tuned, {seeds} seeds")
+    table.add_column("bits", justify="right")
+    for system in systems:
+        table.add_column(system, justify="right")
+    for bits in widths:
+        cells = [[_spread([run[i] for run in accuracies[bits, s]]) for i in (0, 1)] for s in systems]
+        table.add_row(str(bits), *(f"{before} -> {after}" for before, after in cells))
+    Console(width=180).print(table)
+    return {"float": _moments(floats), "systems": {s: _cells(accuracies, s, widths) for s in systems}}
 
 
 def _cells(

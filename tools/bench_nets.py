@@ -81,7 +81,7 @@ def tfmot_weights(model: Any) -> Any:
     config_type = type(registry.get_quantize_config(tf_keras.layers.Dense(1)))
     types = {config_type.__name__: config_type}
 
-    class Scheme(default):  # type: ignore[misc]
+    class Scheme(default):
         """The default, without its transformations, which add quantisers of activations."""
 
         def get_layout_transformer(self) -> Any:

@@ -64,12 +64,12 @@ def levels(scheme: Scheme, values: np.ndarray, limits: np.ndarray) -> np.ndarray
             scale, inverse = size / top, top / size
         else:
             scale = np.maximum(high / top, low / bottom)
-            inverse = F(1) / scale
+            inverse = np.where(high / top >= low / bottom, top / high, bottom / low)
         usable = scale >= TINY
         scale, inverse = np.where(usable, scale, F(1)), np.where(usable, inverse, F(1))
         if isinstance(scheme, Affine):
-            zero = np.floor(-low * inverse + F(0.5))
-        code = np.clip(np.floor(values * inverse + F(0.5)) + zero, bottom, top)
+            zero = np.round(-low * inverse)
+        code = np.clip(np.round(values * inverse) + zero, bottom, top)
         result: np.ndarray = (code - zero) * scale
     return result
 

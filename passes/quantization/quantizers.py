@@ -239,7 +239,7 @@ class OnGrid:
         self.values = values
         self.grid = grid
         self.position = grid.position(values.coordinate)
-        code = _rounded(self.position, noise, half_up=scheme.device)
+        code = _rounded(self.position, noise)
         if grid.zero is not None:
             code = code + grid.zero
         bottom = constant(0.0, scheme.dtype) if grid.bottom is None else grid.bottom
@@ -274,7 +274,9 @@ class Differentiable(OnGrid):
                 raise AssertionError("limits are given, or the values' own")
             return both
         own = Limits(*(stop_gradient(limit) for limit in self.own))
-        return Limits(op("Abs", self.given.low) * own.low, op("Abs", self.given.high) * own.high)
+        low, high = op("Abs", self.given.low) * own.low, op("Abs", self.given.high) * own.high
+        # Zero changes nothing here, but no product may meet a sum directly: XLA would round the span of both once.
+        return Limits(op("Minimum", low, 0.0), op("Maximum", high, 0.0))
 
     def through(self, amount: Expr | None = None) -> Expr:
         """Return the result, blended with the raw values by `amount`, or wholly quantised, with its gradients."""
@@ -303,7 +305,8 @@ class Differentiable(OnGrid):
         factor = scheme.step_gradient_factor(self.bits, sharing) * amount
         factor = factor if slope is None else factor * slope
         if self.given is not None and self.own is not None:  # one fraction scales both limits
-            size = op("Maximum", self.own.high - self.own.low if scheme.has_low else self.own.high, TINY)
+            low, high = self.own.low, self.own.high  # of one sign, a weight has a limit that is zero
+            size = op("Maximum", high - low if scheme.has_low else op("Maximum", high, -low), TINY)
             return _zero(self.given.high) * self._factor(of_high / stop_gradient(size), factor)
         result = _zero(self.limits.high) * self._factor(of_high, factor)
         if scheme.has_low:
@@ -328,9 +331,9 @@ def _zero(value: Expr) -> Expr:
     return value - stop_gradient(value)
 
 
-def _rounded(position: Expr, noise: Expr | None, *, half_up: bool) -> Expr:
+def _rounded(position: Expr, noise: Expr | None) -> Expr:
     if noise is None:
-        return op("Floor", position + 0.5) if half_up else op("Round", position)
+        return op("Round", position)
     below = op("Floor", position)
     up = op("Less", cast(noise, position.dtype), position - below)
     return below + cast(up, position.dtype)
@@ -351,9 +354,12 @@ def _split(limits: Expr, spec: QuantizerSpec) -> Limits:
 
 
 def _halves(limits: Expr) -> Limits:
-    attrs = {"num_split": attr(2), "T": dtype_attr(limits.dtype)}
-    low = Apply(limits.dtype, "Split", (constant(-1, "int32"), limits), attrs)
-    return Limits(low, Port(limits.dtype, low, 1))
+    # Not Split, whose gradient takes the axis from the forward function: XLA then holds all that this function is given
+    # for constants, and compiles a training step anew for each value.
+    attrs = {"num": attr(2), "T": dtype_attr(limits.dtype), "axis": attr(-1)}
+    low = Apply(limits.dtype, "Unpack", (limits,), attrs)
+    halves = (op("ExpandDims", half, constant(-1, "int32")) for half in (low, Port(limits.dtype, low, 1)))
+    return Limits(*halves)
 
 
 def range_update_function(spec: QuantizerSpec, rows: int = 0) -> Function:

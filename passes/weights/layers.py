@@ -17,8 +17,9 @@ from passes.weights.kernels import KERNELS, Axes
 from passes.weights.roles import WEIGHT
 from passes.weights.uses import Weight, WeightUse, weight_uses
 from rewriter import ops
+from rewriter.dataflow import consumers
 from rewriter.evaluation import evaluated
-from rewriter.ir import Edge, Error, Model, Names
+from rewriter.ir import Edge, Error, Model, Names, Value
 from rewriter.terms import Term
 
 Identity = tuple[str, bytes]
@@ -41,7 +42,8 @@ class WeightLayer(NamedTuple):
         weights: a weight of each member, as a kernel takes it.
         axes: the axes that are its channels, there.
         channels: the number of channels; None where several weights share the layer, or it is not known.
-        normalized: true if a batch norm follows every kernel that takes it.
+        normalized: true if a batch norm follows every kernel that takes it, as far as functions show. A function that
+            only returns what its kernel computes shows nothing: a Keras 2 save has one for each layer.
     """
 
     members: tuple[WeightMember, ...]
@@ -96,7 +98,8 @@ def weight_layers(model: Model) -> WeightLayers:
         channels = math.prod(sizes) if len(group) == 1 and -1 not in sizes else None
         weights = tuple(by_identity[i][0] for i in group)
         edges = [u.edges[0] for u in uses if of_use[u.edges[0]] in group]
-        normalized = all((edge.graph, edge.node) in before_batch_norm for edge in edges)
+        shown = [edge for edge in edges if not _only_returned(model, edge)]
+        normalized = bool(shown) and all((edge.graph, edge.node) in before_batch_norm for edge in shown)
         layers.append(WeightLayer(members, weights, use.whole_axes, channels, normalized))
     number = {identity: i for i, group in enumerate(groups) for identity in group}
     return WeightLayers(tuple(layers), {edge: number[identity] for edge, identity in of_use.items()})
@@ -117,6 +120,23 @@ def kernels_before_batch_norms(model: Model) -> frozenset[tuple[str, str]]:
             passes_on = node.op in PASSING and node.inputs
             value = node.inputs[0] if passes_on else ops.forwarded(node, value.port)
     return frozenset(kernels)
+
+
+def _only_returned(model: Model, edge: Edge) -> bool:
+    """Return true if the function of a kernel returns its result, perhaps with a bias added, and uses it nowhere."""
+    graph = model.graphs[edge.graph]
+    uses = model.analysis_of(graph, consumers)
+    values, returned = [Value(edge.node)], False
+    while values:
+        for use in uses.get(values.pop(), ()):
+            if not use.node:
+                returned = True
+                continue
+            node = graph.nodes[use.node]
+            if use.position or not (node.op in PASSING or ops.forwarded(node, 0)):
+                return False
+            values.append(Value(node.name))
+    return returned
 
 
 PASSING = frozenset({"BatchToSpaceND", "BiasAdd", "Reshape", "Squeeze", "Transpose"})

@@ -123,7 +123,11 @@ class _Uses:
     def _inputs(self, graph: Graph, node: Node) -> Iterator[WeightUse | Skip]:
         """Yield the use of a kernel's weight."""
         candidates = [i for i in KERNELS[node.op](node) if i.position < len(node.inputs)]
-        found = [(i, self._weights(graph, node.inputs[i.position])) for i in candidates]
+        try:
+            found = [(i, self._weights(graph, node.inputs[i.position])) for i in candidates]
+        except Error as e:
+            yield Skip(graph.name, node.name, str(e))
+            return
         used = [(i, w) for i, w in found if w]
         if not used and node.op in CONVOLUTIONS and not GRADIENT_SCOPE.search(node.name) and self._runs(graph, node):
             yield Skip(graph.name, node.name, "its filter is computed from what the model is given")
@@ -151,8 +155,12 @@ class _Uses:
     def _rows(self, graph: Graph, node: Node) -> Iterator[WeightUse | Skip]:
         """Yield the use of the rows that are looked up in a table, a matrix."""
         position = GATHERS[node.op]
-        constant_rows = self._weights(graph, node.inputs[1], floats=False)
-        weights = () if constant_rows else self._weights(graph, node.inputs[position])
+        try:
+            constant_rows = self._weights(graph, node.inputs[1], floats=False)
+            weights = () if constant_rows else self._weights(graph, node.inputs[position])
+        except Error as e:
+            yield Skip(graph.name, node.name, str(e))
+            return
         edges = tuple(self.model.analysis_of(graph, consumers).get(Value(node.name), ()))
         if not weights or not edges or not self._by_rows(graph, node):
             return
@@ -183,12 +191,16 @@ class _Uses:
         return node.op != "GatherV2" or (axis is not None and not axis.any())
 
     def _weights(self, graph: Graph, value: Value, *, floats: bool = True) -> tuple[Weight, ...]:
-        """Return the weight that a value is on each way to call its function; none if it is none on one of them."""
-        try:
-            terms = [self.terms.on(graph.name, value, way) for way in self.terms.ways(graph.name, [value])]
-        except Error:
-            return ()
-        if not terms or any(self._is_data(term) for term in terms):
+        """Return the weight that a value is on each way to call its function; none if it is none.
+
+        Raises:
+            Error: it is one in some calls only, or functions call each other in too many ways to tell.
+        """
+        terms = [self.terms.on(graph.name, value, way) for way in self.terms.ways(graph.name, [value])]
+        data = [self._is_data(term) for term in terms]
+        if floats and any(data) and not all(data):
+            raise Error("its function is called with a weight, and with what the model is given")
+        if not terms or any(data):
             return ()
         weights = [self._weight(term) for term in dict.fromkeys(terms)]
         return tuple(w for w in weights if w is not None) if None not in weights or not floats else ()

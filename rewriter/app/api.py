@@ -167,7 +167,8 @@ def rewrite(
     report = report_of(before, after, steps)
     quantizing = any(isinstance(p, Quantize) for p in pipeline_passes)
     first_notes = [FINALIZED] if is_finalized(source) else []
-    report = replace(report, notes=[*first_notes, *report.notes, *(options.notes if quantizing else [])])
+    last_notes = options.notes if quantizing and "freeze_step" in report.schedule else []
+    report = replace(report, notes=[*first_notes, *report.notes, *last_notes])
     unchanged = (after.graphs, after.variables) == (before.graphs, before.variables)
     if unchanged or (quantizing and not report.sites_rewritten and not report.quantizers):
         raise NothingToRewriteError(why_nothing(source, before, steps))

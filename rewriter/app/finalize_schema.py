@@ -21,7 +21,7 @@ class Baked:
         role: role of the variable, such as "gamma".
         scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
         bits: the width in force. With 0 the quantiser was off, and the values are as trained.
-        channels: number of values.
+        values: number of values.
         error: the norm of the rounding error, divided by that of the values before; 0 if these are 0.
         added: true if the variable is new, because the old one is also used without a quantiser, or in two ways.
     """
@@ -31,7 +31,7 @@ class Baked:
     role: str
     scheme: str
     bits: int
-    channels: int
+    values: int
     error: float
     added: bool
 

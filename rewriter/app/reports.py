@@ -30,7 +30,7 @@ from rewriter.app.report_schema import (
     Tensor,
 )
 from rewriter.dataflow import call_graph, running
-from rewriter.edit import AddSignature, Expose, Note
+from rewriter.edit import AddSignature, AddVariable, Expose, Note
 from rewriter.ir import MAIN, Model, Signature
 from rewriter.pipeline import Step
 from rewriter.protos import text
@@ -204,9 +204,13 @@ def _schedule(steps: Iterable[Step]) -> dict[str, int]:
     for step in steps:
         if isinstance(step.by, Quantize):
             schedule |= {"start_step": step.by.start_step, "ramp_steps": step.by.ramp_steps}
-        elif isinstance(step.by, FreezeStatistics) and step.by.freeze_step is not None:
+        elif isinstance(step.by, FreezeStatistics) and step.by.freeze_step is not None and _adds_variable(step):
             schedule["freeze_step"] = step.by.freeze_step
     return schedule
+
+
+def _adds_variable(step: Step) -> bool:
+    return any(isinstance(edit, AddVariable) for edit in step.edits)
 
 
 def _train_function(steps: Iterable[Step]) -> str:

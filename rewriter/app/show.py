@@ -17,12 +17,12 @@ def finalize_blocks(report: FinalizeReport, *, sites: bool = False) -> Iterator[
     heads = [
         *columns("variable", folded=True),
         *columns("role", "scheme"),
-        *columns("bits", "channels", "error", justify="right"),
+        *columns("bits", "values", "error", justify="right"),
     ]
     yield Table(
         heads,
         [
-            (row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.channels), error_text(row.error))
+            (row.variable, row.role, row.scheme, str(row.bits or "off"), str(row.values), error_text(row.error))
             for row in report.baked
         ],
     )

@@ -107,6 +107,10 @@ def checkpoint_keys(trackables: Any, stored: Iterable[str]) -> set[str]:
     return {key for key in stored if key in names or key.rpartition("-")[0] in names}
 
 
+def _takes_resource(function: Graph, position: int) -> bool:
+    return op_defs.argument_dtype(function.nodes[function.arguments[position]]) == "resource"
+
+
 def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
     """Return a model whose saver saves and restores these tensors alone.
 
@@ -120,10 +124,14 @@ def shrink_saver(model: Model, saver_def: Any, keys: Collection[str]) -> Model:
     save = _without_tensors(model, model.graphs[saver.save], kept_keys)
     restore = _without_tensors(model, model.graphs[saver.restore], kept_keys)
     nodes = dict(model.graphs[MAIN].nodes)
-    for call, positions in ((saver.save_node, saved(model, save)), (saver.restore_node, restored(model, restore))):
+    for call, function, positions in (
+        (saver.save_node, save, saved(model, save)),
+        (saver.restore_node, restore, restored(model, restore)),
+    ):
         inputs = list(nodes[call].inputs)
         for key, value in bound_values(model).items():
-            if isinstance(key, str) and key in positions:
+            # Older versions of TensorFlow read the variables outside of the function that saves them.
+            if isinstance(key, str) and key in positions and _takes_resource(function, positions[key]):
                 inputs[positions[key]] = value
         nodes[call] = replace(nodes[call], inputs=tuple(inputs))
     main = replace(model.graphs[MAIN], nodes=nodes)

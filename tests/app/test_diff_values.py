@@ -59,12 +59,12 @@ def test_weights_beside_a_batch_norm(source: Path, quantized: Path) -> None:
         assert (training.kind, training.what, training.mode, training.users) == (op, "added", "training", ["train"])
         (entering,) = serving.inputs
         assert (entering.role, entering.port, entering.variable) == ("weight", port, name)
-        assert entering.formula == "symmetric, 4 bits: floor(v/s + 1/2)·s, per channel (axis -1)"
+        assert entering.formula == "symmetric, 4 bits: round(v/s)·s, per channel (axis -1)"
         assert entering.old == entering.quantized
         assert entering.new not in ("", entering.old)
     lines = str(diff).splitlines()
     assert "  1 weight: quantised, 4-bit" in lines
-    formula = "symmetric, 4 bits: floor(v/s + 1/2)·s, per channel (axis -1)"
+    formula = "symmetric, 4 bits: round(v/s)·s, per channel (axis -1)"
     assert f"    weight ─ {formula} ─▶ filter of Conv2D" in lines
     assert f"    weight ─ {formula} ─▶ b of MatMul" in lines
 
@@ -105,7 +105,7 @@ def test_channels_along_other_axes_and_rows_that_are_looked_up(tmp_path: Path) -
     table = weights(diff)["table"]
     assert [site.kind for site in table.sites] == ["ResourceGather", "MatMul"] * 2
     formulas = [entering.formula.partition(": ")[2] for site in table.sites[:2] for entering in site.inputs]
-    assert formulas == [f"floor(v/s + 1/2)·s, per channel ({axes})" for axes in ("axes -3, -2", "axis -2")]
+    assert formulas == [f"round(v/s)·s, per channel ({axes})" for axes in ("axes -3, -2", "axis -2")]
 
 
 def test_weights_that_share_a_function_are_counted_one_by_one(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_picture_of_a_weight(source: Path, quantized: Path) -> None:
     assert (graph, node) == diff.site(f"{graph}:{node}") == diff.site(node)
     text = "\n".join(e.text or "" for e in ET.fromstring(diff.to_svg(graph, node)).iter())  # noqa: S314  our own
     assert "weight ─ symmetric, 4 bits" in text
-    assert "floor(v/s + 1/2)·s, per channel (axis -1)" in text
+    assert "round(v/s)·s, per channel (axis -1)" in text
 
 
 def test_the_page_lists_and_draws_weights(source: Path, quantized: Path, browser: Browser, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_the_page_lists_and_draws_weights(source: Path, quantized: Path, browser
         button.click()
         assert shown.stop()["name"] == "Conv2D"
         assert shown.page.locator("#panel h3").first.text_content() == "kernel: quantised, taken by Conv2D"
-        formula = "symmetric, 4 bits: floor(v/s + 1/2)·s, per channel (axis -1)"
+        formula = "symmetric, 4 bits: round(v/s)·s, per channel (axis -1)"
         assert shown.page.locator("td.formula").all_text_contents() == [formula]
         drawn = shown.page.locator('.pane[data-side="after"] [data-formula]')
         assert [label.get_attribute("data-formula") for label in drawn.all()] == [f"weight ─ {formula}"]

@@ -17,13 +17,13 @@ from tensorflow.python.eager import context, execute
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function, range_update_function
 from rewriter.draft import define
 from rewriter.edit import Define, Edit, Rewire
-from rewriter.expr import Function, Use
+from rewriter.expr import Function, Port, Use
 from rewriter.ir import ARG, Edge, Model, Value
 from rewriter.pipeline import Pipeline
 from rewriter.savedmodel.read import load
 from rewriter.savedmodel.write import save
 
-DTYPES = {"float32": tf.float32, "half": tf.float16, "int32": tf.int32}
+DTYPES = {"float32": tf.float32, "half": tf.float16, "int32": tf.int32, "int64": tf.int64}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,9 @@ class Put:
         pairs = zip(self.function.parameters, model.graphs[entry.function].arguments, strict=True)
         inputs = [Use(parameter.dtype, Value(argument)) for parameter, argument in pairs]
         yield Define(self.function)
-        yield Rewire(Edge(entry.function, "", 0), self.function(*inputs), "test")
+        call = self.function(*inputs)
+        for i, result in enumerate(self.function.results):
+            yield Rewire(Edge(entry.function, "", i), Port(result.dtype, call, i) if i else call, "test")
 
 
 @cache
@@ -49,10 +51,15 @@ def _folder() -> Path:
 
 
 @cache
-def _source(specs: tuple[tf.TensorSpec, ...]) -> Model:
+def _source(specs: tuple[tf.TensorSpec, ...], results: int) -> Model:
     """Return a model that TensorFlow saved, whose `serve` returns the last of its arguments."""
     module = tf.Module()
-    module.serve = tf.function(lambda *inputs: tf.identity(inputs[-1]), input_signature=specs, autograph=False)
+
+    def last(*inputs: tf.Tensor) -> Any:
+        outputs = [tf.identity(value) for value in inputs[-results:]]
+        return outputs if results > 1 else outputs[0]
+
+    module.serve = tf.function(last, input_signature=specs, autograph=False)
     path = Path(tempfile.mkdtemp(dir=_folder())) / "source"
     tf.saved_model.save(module, str(path))
     return load(path)
@@ -61,14 +68,18 @@ def _source(specs: tuple[tf.TensorSpec, ...]) -> Model:
 @cache
 def saved(spec: QuantizerSpec, rows: int = 0, observe: bool = False) -> Any:
     """Return a spec's function, loaded from a real SavedModel; it takes the control inputs and the value."""
-    function = (range_update_function if observe else fake_quantize_function)(spec, rows)
+    return saved_function((range_update_function if observe else fake_quantize_function)(spec, rows))
+
+
+def saved_function(function: Function) -> Any:
+    """Return a function, loaded from a real SavedModel; it gives a list of its results if there are several."""
     specs = tuple(
         tf.TensorSpec([None] if shape is None else shape, DTYPES[p.dtype])
         for p, shape in zip(function.parameters, function.shapes, strict=True)
     )
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "target"
-        save(Pipeline([Put(function)]).run(_source(specs))[0], target)
+        save(Pipeline([Put(function)]).run(_source(specs, len(function.results)))[0], target)
         loaded = tf.saved_model.load(str(target))
     loaded.serve.owner = loaded
     return loaded.serve
@@ -83,7 +94,12 @@ def compiled(spec: QuantizerSpec, jit: bool = True, rows: int = 0) -> Any:
 
 def eager(spec: QuantizerSpec, inputs: Sequence[Any]) -> Any:
     """Run a spec's function op by op, without a graph."""
-    graph = define(fake_quantize_function(spec))
+    return eager_function(fake_quantize_function(spec), inputs)[0]
+
+
+def eager_function(function: Function, inputs: Sequence[Any]) -> list[Any]:
+    """Run a function op by op, without a graph, and return its results."""
+    graph = define(function)
     values = dict(zip(graph.arguments, ([tf.convert_to_tensor(i)] for i in inputs), strict=True))
     waiting = [n for n in graph.nodes.values() if n.op != ARG]
     while waiting:
@@ -95,10 +111,9 @@ def eager(spec: QuantizerSpec, inputs: Sequence[Any]) -> Any:
         if node.op == "Const":
             values[node.name] = [tf.constant(tf.make_ndarray(node.attrs["value"].tensor))]
         else:
-            count = node.attrs["num_split"].i if node.op == "Split" else 1
+            count = node.attrs["num"].i if node.op == "Unpack" else 1
             values[node.name] = execute.execute(node.op.encode(), count, operands, attrs, context.context())
-    (result,) = graph.results
-    return values[result.value.node][result.value.port]
+    return [values[result.value.node][result.value.port] for result in graph.results]
 
 
 def _plain(proto: Any) -> Any:

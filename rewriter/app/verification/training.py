@@ -266,7 +266,7 @@ def _fails_alike(pair: Pair, failure: str) -> bool:
             inputs = {k: tf.constant(v) for k, v in fed.items()}
             tape.watch([t for t in inputs.values() if t.dtype.is_floating])
             value = loss(function.call(**inputs))
-        return tape.gradient(value, list(inputs.values()))
+        return tape.gradient(value, [*inputs.values(), *function.variables])
 
     def failures() -> list[str]:
         with loaded_source(pair.before) as root:

@@ -22,11 +22,11 @@ def array(*values: float) -> np.ndarray:
 
 
 def test_symmetric_by_hand() -> None:
-    # m = 7 and L = 7: s = 1, so that positions are the values themselves; half is rounded up.
+    # m = 7 and L = 7: s = 1, so that positions are the values themselves; half is rounded to even.
     v = array(-7, -2.5, -0.5, 0.49, 0.5, 2.5, 6.5)
     quantized = quantize_weight("symmetric", v, 4, ())
-    np.testing.assert_array_equal(quantized.codes, [-7, -2, 0, 0, 1, 3, 7])
-    np.testing.assert_array_equal(quantized.value, array(-7, -2, 0, 0, 1, 3, 7))
+    np.testing.assert_array_equal(quantized.codes, [-7, -2, 0, 0, 0, 2, 6])
+    np.testing.assert_array_equal(quantized.value, array(-7, -2, 0, 0, 0, 2, 6))
     assert [float(quantized.scale), int(quantized.zero_point)] == [1, 0]
     assert quantized.inside.all()
 
@@ -46,9 +46,9 @@ def test_affine_by_hand() -> None:
 
 
 def test_affine_clips_where_code_and_zero_point_are_rounded_up() -> None:
-    # [-1.5, 1.5] with two bits: s = 1, z = floor(1.5 + 0.5) = 2, and 1.5 is rounded to 2: the fifth code.
+    # [-1.5, 1.5] with two bits: s = 1, z = round(1.5) = 2, and 1.5 is rounded to 2: the fifth code.
     quantized = quantize_weight("affine", array(-1.5, 1.5), 2, ())
-    np.testing.assert_array_equal(quantized.codes, [1, 3])
+    np.testing.assert_array_equal(quantized.codes, [0, 3])
     np.testing.assert_array_equal(quantized.inside, [True, False])
 
 
@@ -81,14 +81,10 @@ def test_each_index_of_the_axes_kept_has_a_range_of_its_own() -> None:
             assert (whole.scale[index], whole.zero_point[index]) == (part.scale, part.zero_point)
 
 
-@pytest.mark.parametrize("scheme", ["symmetric", "affine", "power_of_two"])
-def test_values_that_are_not_finite_are_kept_and_do_not_count(scheme: str) -> None:
-    v = array(np.nan, -2, np.inf, 1.3, -np.inf)
-    quantized = quantize_weight(scheme, v, 8, ())
-    finite = np.isfinite(v)
-    np.testing.assert_array_equal(quantized.value[~finite], v[~finite])
-    np.testing.assert_array_equal(quantized.value[finite], quantize_weight(scheme, v[finite], 8, ()).value)
-    assert not quantized.of_high[~finite].any()
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_are_finite(value: float) -> None:
+    with pytest.raises(ValueError, match="a weight is finite"):
+        quantize_weight("symmetric", array(1, value), 8, ())
 
 
 @pytest.mark.parametrize("scheme", ["symmetric", "affine", "power_of_two"])
@@ -105,7 +101,7 @@ def test_given_limits_clip_and_stop_the_gradient() -> None:
     np.testing.assert_array_equal(quantized.inside, [False, True, True, False])
     # d v' / d s: the code less the position inside, the code outside.
     np.testing.assert_allclose(quantized.of_high, 0.5 * array(-7, 0.25, 7 - 7.4, 7), rtol=1e-6)
-    one_sided = quantize_weight("affine", array(-1, 0.5, 4), 2, (), limits=Limits(array(0)[0], array(3)[0]))
+    one_sided = quantize_weight("affine", array(-1, 0.6, 4), 2, (), limits=Limits(array(0)[0], array(3)[0]))
     np.testing.assert_array_equal(one_sided.codes, [0, 1, 3])
     np.testing.assert_array_equal(one_sided.inside, [False, True, False])
 
@@ -232,7 +228,7 @@ def near_ties(bits: int, seed: int = 0) -> np.ndarray:
     return np.concatenate([m[None], (halves * (m.astype(np.float64) / top)).astype(F)])
 
 
-# Measured: of normally distributed weights, the ops give other codes for none to 2e-5 at up to 8 bits, for 1.3e-3 at
+# Measured: of normally distributed weights, the ops give other codes for none to 2e-5 at up to 8 bits, for 1.7e-3 at
 # 16 bits: their positions count from the lower limit, and lose the last places that a position from zero has.
 @pytest.mark.parametrize(("bits", "least", "most"), [(4, 0, 1e-5), (8, 0, 1e-4), (12, 1e-5, 5e-4), (16, 5e-4, 5e-3)])
 def test_ops_give_almost_the_codes_of_the_canonical_form(bits: int, least: float, most: float) -> None:
@@ -244,22 +240,23 @@ def test_ops_give_almost_the_codes_of_the_canonical_form(bits: int, least: float
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_exact_ties_have_the_codes_of_the_canonical_form(bits: int) -> None:
+def test_ops_round_exact_ties_up_and_the_canonical_form_to_even(bits: int) -> None:
     top = 2 ** (bits - 1) - 1
     v = np.append(np.arange(-top, top) + 0.5, top).astype(F)[:, None] * F(2.0**-5)
     canonical, by_channel, divided = symmetric_codes(v, bits)
-    np.testing.assert_array_equal(canonical[:-1, 0], np.arange(-top, top) + 1)  # half up, on both sides of zero
-    np.testing.assert_array_equal(by_channel, canonical)
-    np.testing.assert_array_equal(divided, canonical)
+    below = np.arange(-top, top)
+    np.testing.assert_array_equal(canonical[:-1, 0], below + below % 2)
+    np.testing.assert_array_equal(by_channel[:-1, 0], below + 1)
+    np.testing.assert_array_equal(divided[:-1, 0], below + 1)
 
 
-# Measured: 8 and 4 % of other codes at 2 bits, 20 and 18 % at 4, 21 and 21 % at 8: each form rounds positions that lie
-# half-way in its own way.
-@pytest.mark.parametrize(("bits", "least", "most"), [(2, 0.02, 0.2), (4, 0.1, 0.3), (8, 0.1, 0.35)])
-def test_ties_under_a_scale_that_was_rounded_have_other_codes(bits: int, least: float, most: float) -> None:
+# Measured: 42 and 46 % of other codes at 2 bits, 49 and 48 % at 4, 47 and 48 % at 8: the ops round half up, and each
+# form has other last places.
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_ties_under_a_scale_that_was_rounded_have_other_codes(bits: int) -> None:
     canonical, by_channel, divided = symmetric_codes(near_ties(bits), bits)
     for codes in (by_channel, divided):
-        assert least < (codes != canonical).mean() < most
+        assert 0.4 < (codes != canonical).mean() < 0.5
         assert np.abs(codes - canonical).max() == 1
 
 
