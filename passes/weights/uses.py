@@ -22,6 +22,9 @@ MOVES = frozenset({*constants.VIEWS, "Cast", "StridedSlice", "Transpose"})
 SOURCE_QUANTIZERS = re.compile("FakeQuant|QuantizeAndDequantize|Dequantize|UniformDequantize")
 """Ops by which a source that was quantised already gives a weight."""
 
+ALREADY_QUANTIZED = "already quantised"
+"""The reason why a weight with a quantiser is left as it is."""
+
 GRADIENT_SCOPE = re.compile(r"(^|/)(gradient_tape|gradients(_\d+)?|[^/]*_grad)(/|$)")
 """Name scopes in which TensorFlow places the nodes of gradients."""
 
@@ -162,7 +165,7 @@ class _Uses:
         if not weights or not edges or not self._by_rows(graph, node):
             return
         if any(_marked(graph, edge) for edge in edges):
-            yield Skip(graph.name, node.name, "already quantised")
+            yield Skip(graph.name, node.name, ALREADY_QUANTIZED)
             return
         shape = shape_of(self.model, graph, Value(node.name))
         table = self._shape(graph, node.inputs[position], weights)
@@ -261,7 +264,7 @@ def _quantized(graph: Graph, value: Value) -> str:
     while True:
         node = graph.nodes[value.node]
         if TAG in node.attrs:
-            return "already quantised"
+            return ALREADY_QUANTIZED
         if SOURCE_QUANTIZERS.match(node.op):
             return f"the source quantises it by {node.op}"
         passed = node.inputs[0] if node.op in MOVES and node.inputs else ops.forwarded(node, value.port)

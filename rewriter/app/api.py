@@ -19,6 +19,7 @@ from rewriter.app.report_schema import Inspection, RewriteReport
 from rewriter.app.reports import describe, describe_signature, other_quantizers, report_of, why_nothing
 from rewriter.app.settings import OF_QUANTIZER, Settings, settings
 from rewriter.app.values import values_of
+from rewriter.app.weights import skipped_weights, weights_of
 from rewriter.app.work import gc_paused
 from rewriter.diff.log import LOG, RECORD
 from rewriter.ir import Error
@@ -45,7 +46,7 @@ class NothingToRewriteError(Error):
 
 @gc_paused()
 def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspection:
-    """Return the signatures and batch norms of a SavedModel, and the values of their variables.
+    """Return the signatures, batch norms and weights of a SavedModel, and the values of their variables.
 
     Nothing in the model is executed. bnqat's own quantisers compute the error that rounding each variable would make.
 
@@ -67,7 +68,15 @@ def inspect(model: str | Path, *, tags: Collection[str] | None = None) -> Inspec
         for bn in layers
     ]
     skipped = grouped([saved_model], unchangeable(described))
-    return Inspection(signatures, described, Path(model).resolve().name, other_quantizers(saved_model), skipped)
+    return Inspection(
+        signatures,
+        described,
+        Path(model).resolve().name,
+        other_quantizers(saved_model),
+        skipped,
+        weights_of(saved_model),
+        grouped([saved_model], skipped_weights(saved_model)),
+    )
 
 
 @gc_paused()

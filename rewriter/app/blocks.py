@@ -200,6 +200,6 @@ def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:SHOWN]) + more
 
 
-def layers_named(names: Sequence[str]) -> str:
+def layers_named(names: Sequence[str], noun: str = "batch norm") -> str:
     """Return the names of a few layers; of many, also their number."""
-    return f"{counted(len(names), 'batch norm')} ({listed(names)})" if len(names) > SHOWN else listed(names)
+    return f"{counted(len(names), noun)} ({listed(names)})" if len(names) > SHOWN else listed(names)

@@ -13,8 +13,8 @@ from passes.quantization.roles import MAX_BITS, MIN_BITS
 from rewriter.app.blocks import print_blocks, text_of
 from rewriter.app.guard import refuse_files, report_errors, write_file
 from rewriter.app.options import RUN_TRUSTED, TAGS, width
-from rewriter.app.show import inspection_blocks
 from rewriter.app.show_diff import diff_lines
+from rewriter.app.show_inspection import inspection_blocks
 from rewriter.app.waiting import waiting
 from rewriter.ir import Error
 from rewriter.savedmodel.source import require_model
@@ -27,10 +27,10 @@ SUFFIXES = {"text": ".txt", "json": ".json", "html": ".html", "svg": ".svg"}
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--html", "page", type=click.Path(path_type=Path, dir_okay=False), help="Write the report as a page.")
-@click.option("-v", "--verbose", is_flag=True, help="Count and list sites, too.")
+@click.option("-v", "--verbose", is_flag=True, help="Count and list sites, and list all weights.")
 @TAGS
 def inspect(*, model: Path, as_json: bool, page: Path | None, verbose: bool, tags: list[str] | None) -> None:
-    """Show the batch norms of MODEL, what is in them, and which of them can be rewritten."""
+    """Show the batch norms and weights of MODEL, what is in them, and which of them can be rewritten."""
 
     def check() -> None:
         require_model(model)

@@ -22,11 +22,12 @@ from passes.deploy.quantized_values import Quantized, tagged
 from passes.entries.serving import entries_of_root
 from rewriter.app.api import NothingToRewriteError
 from rewriter.app.by_layer import LayerReason, grouped
+from rewriter.app.finalize_schema import Baked, FinalizeReport
 from rewriter.app.finalized import is_finalized
 from rewriter.app.guard import check_parameters, refuse_files
 from rewriter.app.lag import lag_notes, untrained_notes, unused_inputs_notes
 from rewriter.app.parameters import Parameter, parameter, write_parameters
-from rewriter.app.report_schema import Baked, FinalizeReport, Skipped
+from rewriter.app.report_schema import Skipped
 from rewriter.app.reports import versions
 from rewriter.app.work import gc_paused
 from rewriter.dataflow import call_graph

@@ -1,4 +1,4 @@
-"""Reports of inspecting, rewriting and finalising: one schema, as dataclasses and as JSON."""
+"""Reports of inspecting and rewriting: one schema, as dataclasses and as JSON."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from rewriter.app.blocks import Block, Report, html_of
 from rewriter.app.relative_error import HEAT_LABELS, error_text, heat
-from rewriter.app.show import finalize_blocks, finalize_headline, inspection_blocks, inspection_headline
+from rewriter.app.show_inspection import inspection_blocks, inspection_headline, shape_text, weights_total
 from rewriter.app.summary import layers_table, rewrite_headline, rewrite_summary
 from rewriter.diff.report import SCHEMA_VERSION
 from rewriter.ir import Spec
@@ -119,6 +119,34 @@ class BatchNormReport:
 
 
 @dataclass(frozen=True)
+class WeightReport:
+    """One weight that is not quantised: the filter, matrix or table of an op.
+
+    Attributes:
+        name: name of its variable, or of the constant's node.
+        ops: the ops that take it, such as ``Conv2D``.
+        shape: its shape where they take it; null for unknown sizes.
+        axes: the axes that are its channels, counted from the end.
+        channels: the number of channels; null if it is not known.
+        parameters: the number of values; null if it is not known.
+        places: (graph, node) of the ops that take it.
+        not_finite: number of values that are NaN or infinite.
+        expected_error: by bit width, the norm of the error of the default quantiser, divided by that of the values;
+            empty if the checkpoint has no values.
+    """
+
+    name: str
+    ops: list[str]
+    shape: list[int | None]
+    axes: list[int]
+    channels: int | None
+    parameters: int | None
+    places: list[tuple[str, str]]
+    not_finite: int
+    expected_error: dict[int, float]
+
+
+@dataclass(frozen=True)
 class QuantizerReport:
     """Quantisers of one layer's values of one role, other than those of batch norms.
 
@@ -159,9 +187,13 @@ class SkippedLayers:
 
 @dataclass(frozen=True, repr=False)
 class Inspection(Report):
-    """The signatures and batch norms of a model, and what else is quantised; `title` is the name of its directory.
+    """The signatures, batch norms and weights of a model, and what else is quantised.
 
-    `skipped_layers` has the layers that cannot be rewritten, by reason.
+    Attributes:
+        title: the name of its directory.
+        skipped_layers: the batch norms that cannot be rewritten, by reason.
+        weights: the weights that are not quantised.
+        skipped_weights: the ops whose weights cannot be quantised, by reason.
     """
 
     signatures: dict[str, SignatureReport]
@@ -169,11 +201,13 @@ class Inspection(Report):
     title: str = ""
     quantizers: list[QuantizerReport] = field(default_factory=list)
     skipped_layers: list[SkippedLayers] = field(default_factory=list)
+    weights: list[WeightReport] = field(default_factory=list)
+    skipped_weights: list[SkippedLayers] = field(default_factory=list)
     schema_version: int = SCHEMA_VERSION
 
     @property
     def headline(self) -> str:
-        """The name of the directory, and the numbers of batch norms by status."""
+        """The name of the directory, the numbers of batch norms by status, and those of weights and their values."""
         return f"{self.title}, {inspection_headline(self)}"
 
     def blocks(self) -> Iterable[Block]:
@@ -195,6 +229,9 @@ class Inspection(Report):
             error_text=error_text,
             heat=heat,
             heat_labels=HEAT_LABELS,
+            shape_text=shape_text,
+            totals=weights_total(self),
+            widths=list(next((w.expected_error for w in self.weights if w.expected_error), {})),
         )
 
     def _repr_html_(self) -> str:
@@ -321,77 +358,3 @@ class RewriteReport(Report):
 
     def _repr_html_(self) -> str:
         return html_of([*self.blocks(), layers_table(self)])
-
-
-@dataclass(frozen=True)
-class Baked:
-    """One variable that holds quantised values now.
-
-    Attributes:
-        variable: name of the variable.
-        layer_name: name of the layer, or names of several layers, joined with "+".
-        role: role of the variable, such as "gamma".
-        scheme: ``affine``, ``symmetric``, ``power_of_two``, ``log``, or the name of the user's own function.
-        bits: the width in force. With 0 the quantiser was off, and the values are as trained.
-        values: number of values.
-        error: the norm of the rounding error, divided by that of the values before; 0 if these are 0.
-        added: true if the variable is new, because the old one is also used without a quantiser, or in two ways.
-    """
-
-    variable: str
-    layer_name: str
-    role: str
-    scheme: str
-    bits: int
-    values: int
-    error: float
-    added: bool
-
-
-@dataclass(frozen=True, repr=False)
-class FinalizeReport(Report):
-    """The result of finalising a fine-tuned model.
-
-    Attributes:
-        baked: the variables that hold quantised values.
-        folded: batch norms that were folded into the convolution before them, as (graph, node).
-        not_folded: batch norms that were not folded, and the reasons.
-        signatures: names of the result's signatures.
-        variables_removed: names of the removed variables.
-        functions_before: number of functions of the source.
-        functions: number of functions of the result.
-        notes: sentences for the user.
-        other_changes: other changes that were necessary.
-        versions: versions of bnqat and TensorFlow.
-        folded_layers: names of the folded batch norms; each is named once, in however many functions it is folded.
-        left: batch norms that were not folded, by reason.
-        params: the file with the parameters, and empty if there is none; not in the JSON text.
-        target: where the result was written, and empty for a dry run; not in the JSON text.
-    """
-
-    PLACES = ("params", "target")
-
-    baked: list[Baked]
-    folded: list[tuple[str, str]]
-    not_folded: list[Skipped]
-    signatures: list[str]
-    variables_removed: list[str]
-    functions_before: int
-    functions: int
-    notes: list[str]
-    other_changes: list[str]
-    versions: dict[str, str]
-    folded_layers: list[str] = field(default_factory=list)
-    skipped_layers: list[SkippedLayers] = field(default_factory=list)
-    params: str = ""
-    target: str = ""
-    schema_version: int = SCHEMA_VERSION
-
-    @property
-    def headline(self) -> str:
-        """The numbers of quantised variables and of folded layers."""
-        return finalize_headline(self)
-
-    def blocks(self) -> Iterable[Block]:
-        """Return what the command prints."""
-        return finalize_blocks(self)

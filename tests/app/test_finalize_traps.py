@@ -15,7 +15,7 @@ from tensorflow.core.protobuf import saved_model_pb2
 
 import bnqat
 from rewriter.app.cli import main
-from rewriter.app.report_schema import FinalizeReport
+from rewriter.app.finalize_schema import FinalizeReport
 from tests import harness
 from tests.app.test_finalize import assert_plain, assert_same, served
 from tests.conftest import once

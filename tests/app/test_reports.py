@@ -18,7 +18,8 @@ from playwright.sync_api import Browser
 import bnqat
 from rewriter.app.blocks import Report
 from rewriter.app.cli import main
-from rewriter.app.report_schema import FinalizeReport, Inspection, RewriteReport, SkippedLayers
+from rewriter.app.finalize_schema import FinalizeReport
+from rewriter.app.report_schema import Inspection, RewriteReport, SkippedLayers
 from rewriter.app.sensitivity import Sensitivity, SensitivityRow
 from rewriter.app.verification.claims import FAILS, HOLDS, Claim, Verification
 from tests.browsing import opened
@@ -63,7 +64,7 @@ REPRS = {
     "RewriteReport": "<RewriteReport: 2 of 2 batch norms quantised, 8 bits>",
     "FinalizeReport": "<FinalizeReport: 8 variables quantised for good, 2 batch norms folded>",
     "Diff": "<Diff: 2 batch norms were quantised to 4 bits; the quantisers are on, so outputs differ.>",
-    "Inspection": r"<Inspection: .+, 2 batch norms: 2 quantised>",
+    "Inspection": r"<Inspection: .+, 2 batch norms: 2 quantised; 2 weights, 1,368 values>",
     "Verification": "<Verification: 8 claims, 7 hold, 1 does not apply>",
     "Sensitivity": "<Sensitivity: 8 quantisers at 8, 2 bits, 4 inputs>",
 }
@@ -139,7 +140,8 @@ def test_names_are_plain_text(reports: Reports, tmp_path: Path, browser: Browser
 def test_tensorflow_is_not_needed() -> None:
     code = """
 import sys
-from rewriter.app.report_schema import FinalizeReport, Inspection, RewriteReport
+from rewriter.app.finalize_schema import FinalizeReport
+from rewriter.app.report_schema import Inspection, RewriteReport
 reports = [
     Inspection({}, [], "model"),
     RewriteReport(0, 0, 0, 0, [], [], [], [], [], [], {}, {}),

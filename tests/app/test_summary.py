@@ -50,7 +50,7 @@ def test_one_of_everything_has_eight_lines() -> None:
     )
     assert str(full).splitlines() == [
         "3 batch norms found, 2 quantised to 4 bits, 1 left in float",
-        "also quantised: bias of 1 layer to 8 bits",
+        "also quantised: 1 bias to 8 bits",
         "left in float, norm_2: it computes in float64",
         "note: statistics are frozen",
         DERIVED,

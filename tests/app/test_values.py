@@ -96,7 +96,8 @@ def test_a_table_json_and_a_page(model: Paths, tmp_path: Path, browser: Browser)
         assert tab.requests == [page.as_uri()]
         assert tab.page.locator(".layer").count() == 2
         tiles = tab.page.locator(".tile").all_inner_texts()
-        assert [tile.split("\n")[:2] for tile in tiles] == [["batch norms", "2"], ["float", "2"], ["sites", "10"]]
+        numbers = dict(tile.split("\n")[:2] for tile in tiles)
+        assert numbers == {"batch norms": "2", "float": "2", "weights": str(len(report["weights"])), "sites": "10"}
         assert tiles[-1].endswith("can use a batch's statistics")
         cells = tab.page.locator(".layer").first.locator("tbody tr").first.locator("td").all_inner_texts()
         assert cells[:2] == ["gamma", report["batch_norms"][0]["variables"]["gamma"]]
@@ -121,7 +122,7 @@ def test_names_on_the_page_are_text(tmp_path: Path, browser: Browser) -> None:
     with opened(browser, page) as tab:
         assert tab.page.locator("img").count() == 0
         assert hostile in tab.page.locator("main").inner_text()
-        assert tab.page.title() == "net2: batch norms"
+        assert tab.page.title() == "net2: batch norms and weights"
 
 
 def test_a_page_cannot_be_written_into_the_model(model: Paths) -> None:
