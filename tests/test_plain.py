@@ -108,7 +108,7 @@ def test_verify_holds(name: str, plain: Callable[[str], Path], tmp_path: Path) -
     assert verification.ok, str(verification)
     assert {claims[c].status for c in ("signatures", "off", "on", "statistics", "gradients")} == {"holds"}
     assert claims["statistics"].detail.startswith("a call of the training function counts one step; no run of ")
-    assert claims["gradients"].detail == "finite for 4 variables"
+    assert claims["gradients"].detail == "finite for 2 weights and 2 biases"
 
 
 @pytest.mark.parametrize("name", [*V2, *V1])
@@ -122,7 +122,7 @@ def test_refusals(name: str, plain: Callable[[str], Path], tmp_path: Path) -> No
     for options in ({"bits": {"weight": 4}}, {}):
         with pytest.raises(
             bnqat.NothingToRewriteError,
-            match=r"q is quantised already \(weight of 2 layers to 4 bits\); there is nothing to add",
+            match=r"q is quantised already \(2 weights to 4 bits\); there is nothing to add",
         ):
             bnqat.rewrite(tmp_path / "q", tmp_path / "none", **options)  # type: ignore[arg-type]
     assert not (tmp_path / "none").exists()
@@ -163,7 +163,7 @@ def test_a_role_that_no_value_has(make: type[Plain], sentence: str, tmp_path: Pa
 
 
 def test_reports_speak_of_what_is_quantised(plain: Callable[[str], Path], tmp_path: Path) -> None:
-    text = "quantised: weight of 2 layers to 8 bits, bias of 2 layers to 4 bits"
+    text = "quantised: 2 weights to 8 bits, 2 biases to 4 bits"
     report = bnqat.rewrite(plain("module"), tmp_path / "q", bits={"weight": 8, "bias": 4}, start_step=5)
     assert str(report).splitlines()[:3] == [
         "no batch norm found",
@@ -175,12 +175,16 @@ def test_reports_speak_of_what_is_quantised(plain: Callable[[str], Path], tmp_pa
     assert inspection.headline == f"q, {text}"
     assert "what is quantised" in str(inspection)
     compared = bnqat.diff(plain("module"), tmp_path / "q")
-    assert compared.headline == f"Q{text[1:]}; outputs are unchanged until step 5 of training."
+    assert compared.headline == (
+        "2 weights were quantised to 8 bits; 2 biases were quantised to 4 bits; "
+        "outputs are unchanged until step 5 of training."
+    )
     assert compared.report.verdict.other_changes == 0
     bnqat.finalize(tmp_path / "q", tmp_path / "f")
     finalized = bnqat.diff(plain("module"), tmp_path / "f").headline
-    assert finalized == "4 layers hold their 4- and 8-bit values for good: the model is finalised."
-    assert bnqat.diff(tmp_path / "q", plain("module")).headline.startswith("The models differ in ")
+    assert finalized == "2 weights and 2 biases hold their 4- and 8-bit values for good: the model is finalised."
+    released = bnqat.diff(tmp_path / "q", plain("module")).headline
+    assert released == "2 weights and 2 biases are no longer quantised."
     rows = bnqat.sensitivity(tmp_path / "q", {"x": batch().numpy()}, bits=[8, 2]).rows
     assert sorted(row.role for row in rows) == ["bias", "bias", "weight", "weight"]
     assert all(row.error[2] > row.error[8] > 0 for row in rows)

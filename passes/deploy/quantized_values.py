@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,8 +81,23 @@ def trusted_values(model: Model) -> tuple[Quantized, ...]:
     return _values(model, trust=True)
 
 
-def _values(model: Model, *, trust: bool) -> tuple[Quantized, ...]:
-    quantizers = list(_quantizer_terms(model, Terms(model)))
+def some_values(model: Model, wanted: Callable[[str, Mapping[str, Any]], bool]) -> tuple[Quantized, ...]:
+    """Return the quantised values of some quantisers.
+
+    Args:
+        model: the model.
+        wanted: returns true for the graph and the metadata of such a quantiser.
+
+    Raises:
+        Error: as `quantized_values`.
+    """
+    return _values(model, trust=False, wanted=wanted)
+
+
+def _values(
+    model: Model, *, trust: bool, wanted: Callable[[str, Mapping[str, Any]], bool] = lambda *_: True
+) -> tuple[Quantized, ...]:
+    quantizers = list(_quantizer_terms(model, Terms(model), wanted))
     values: dict[Term, np.ndarray] = {}
     for parcel in _parcels(quantizers):
         terms: dict[Term, None] = {}
@@ -191,15 +206,17 @@ class _QuantizerTerms(NamedTuple):
         return numbers if whole else numbers[[0]]
 
 
-def _quantizer_terms(model: Model, terms: Terms) -> Iterator[_QuantizerTerms]:
+def _quantizer_terms(
+    model: Model, terms: Terms, wanted: Callable[[str, Mapping[str, Any]], bool]
+) -> Iterator[_QuantizerTerms]:
     reached: dict[str, list[Assumption]] = {}
     for entry in model.entries:
         for name, assumptions in running_from(model, entry).items():
             reached.setdefault(name, []).extend(assumptions)
     known_parts: dict[Term, _Parts] = {}
     for name, node in tagged(model):
-        if any(assumed.runs(node) for assumed in reached.get(name, ())):
-            tag = tag_of(model.graphs[name].nodes[node])
+        tag = tag_of(model.graphs[name].nodes[node])
+        if wanted(name, tag) and any(assumed.runs(node) for assumed in reached.get(name, ())):
             raw = model.graphs[name].nodes[node].inputs[-1]
             for way in terms.ways(name, [Value(node)]):
                 value = terms.on(name, Value(node), way)

@@ -185,6 +185,20 @@ def members(layer_name: str) -> int:
     return layer_name.count("+") + 1
 
 
+def quantizers_table(quantizers: Iterable[QuantizerReport], title: str) -> Table:
+    """Return a row for each quantised value that is not a batch norm's, by layer and role."""
+    heads = [
+        *columns("layer", folded=True),
+        *columns("role", "scheme", "range", "granularity"),
+        *columns("bits", "places", justify="right"),
+    ]
+    rows = [
+        (q.layer_name, q.role, q.scheme, q.range, q.granularity.replace("_", " "), str(q.bits), str(len(q.places)))
+        for q in quantizers
+    ]
+    return Table(heads, rows, title)
+
+
 def noun_of(role: str) -> str:
     """Return a role's name as a noun."""
     return role.replace("_", " ")

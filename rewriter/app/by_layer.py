@@ -20,12 +20,14 @@ class LayerReason(NamedTuple):
         layer: the layer's name; "" for a value that is no layer's.
         by: the pass that left it; "" for the one that quantises.
         partly: true if other sites of the layer were rewritten.
+        op: of a value that is no layer's, the name of the op that takes it.
     """
 
     layer: str
     reason: str
     by: str = ""
     partly: bool = False
+    op: str = ""
 
 
 def outcomes(
@@ -101,6 +103,7 @@ def _skipped(groups: Mapping[tuple[str, bool, bool, str], Sequence[LayerReason]]
             others=0 if is_layer else len(members),
             partly=partly,
             by=by,
+            ops=list(dict.fromkeys(member.op for member in members if member.op)),
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewriter.app.blocks import Block, Report, html_of
+from rewriter.app.blocks import Block, Report, html_of, quantizers_table
 from rewriter.app.relative_error import HEAT_LABELS, error_text, heat
 from rewriter.app.show_inspection import inspection_blocks, inspection_headline, shape_text, weights_total
 from rewriter.app.summary import layers_table, rewrite_headline, rewrite_summary
@@ -156,6 +156,9 @@ class QuantizerReport:
         bits: the initial width.
         range: ``dynamic``, ``fixed``, ``ema`` or ``learned``.
         places: (graph, node) of the quantisers.
+        axis: the axis of the channels, or several axes, counted from the end, if each channel has a range of its own;
+            of a table whose rows are looked up, those of the rows.
+        granularity: ``per_channel``, or ``per_tensor`` for one range.
     """
 
     role: str
@@ -164,6 +167,8 @@ class QuantizerReport:
     bits: int
     range: str
     places: list[tuple[str, str]]
+    axis: int | list[int] | None = None
+    granularity: str = "per_tensor"
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,7 @@ class SkippedLayers:
         others: number of values that are no batch norm's, if the reason is about such values.
         partly: true if other sites of these layers were rewritten.
         by: the pass that left them; empty for the one that quantises.
+        ops: names of the ops that take such values.
     """
 
     reason: str
@@ -183,6 +189,7 @@ class SkippedLayers:
     others: int = 0
     partly: bool = False
     by: str = ""
+    ops: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, repr=False)
@@ -357,4 +364,6 @@ class RewriteReport(Report):
         return rewrite_summary(self)
 
     def _repr_html_(self) -> str:
-        return html_of([*self.blocks(), layers_table(self)])
+        tables = [layers_table(self)] if self.layers else []
+        tables += [quantizers_table(self.quantizers, "what else is quantised")] if self.quantizers else []
+        return html_of([*self.blocks(), *tables])

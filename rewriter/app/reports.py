@@ -143,7 +143,7 @@ def report_of(before: Model, after: Model, steps: list[Step]) -> RewriteReport:
     layers = outcomes(before, rewritten, reasons, fused)
     skipped = [*(Skipped(*k, reasons[k]) for k in sites_before if k not in rewritten), *_skipped_beside(steps)]
     other_steps = [step for step in steps if not isinstance(step.by, Quantize)]
-    others = [LayerReason("", s.reason) for s in skipped if (s.graph, s.node) not in sites_before]
+    others = [LayerReason("", s.reason, op=s.node) for s in skipped if (s.graph, s.node) not in sites_before]
     others += [reason for step in other_steps for reason in _layer_reasons(step)]
     notes = [edit for step in steps for edit in step.edits if isinstance(edit, Note)]
     return RewriteReport(
@@ -236,8 +236,12 @@ def other_quantizers(model: Model) -> list[QuantizerReport]:
     for graph, node in tagged(model):
         tag = tag_of(model.graphs[graph].nodes[node])
         if tag["role"] not in ROLES:
-            new = QuantizerReport(tag["role"], tag["layer_name"], tag["scheme"], tag["bits"], tag["range"], [])
-            reports.setdefault((new.role, tag["layer"]), new).places.append((graph, node))
+            key = (tag["role"], tag["layer"])
+            if key not in reports:
+                granularity = "per_tensor" if tag["axis"] is None else "per_channel"
+                facts = (tag["layer_name"], tag["scheme"], tag["bits"], tag["range"])
+                reports[key] = QuantizerReport(tag["role"], *facts, [], tag["axis"], granularity)
+            reports[key].places.append((graph, node))
     return list(reports.values())
 
 

@@ -153,7 +153,14 @@ def _quantizers(model: str | Path, saved_model: Model) -> dict[tuple[int, str], 
         raise Error(f"{model} has no quantisers of known widths; rewrite it with bnqat rewrite")
     # A role that the registry does not know is one of a provider that is not here; it comes last.
     order = [*roles(), *sorted({role for _, role in names} - roles().keys())]
-    return dict(sorted(names.items(), key=lambda item: (item[0][0], order.index(item[0][1]))))
+    # Each provider numbers its layers from 0, so batch norms come first, and then the layers of each other role.
+    return dict(sorted(names.items(), key=lambda item: _place(item[0], order)))
+
+
+def _place(key: tuple[int, str], order: Sequence[str]) -> tuple[int, int, int]:
+    """Return the sort key of a quantiser."""
+    layer, role = key
+    return 0 if role in ROLES else 1 + order.index(role), layer, order.index(role)
 
 
 def _widths(root: Any) -> dict[str, Any]:

@@ -6,11 +6,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from rewriter.app.blocks import Block, Column, Line, Table, columns, counted, layers_named, quantized_text
+from rewriter.app.blocks import (
+    Block,
+    Column,
+    Line,
+    Table,
+    columns,
+    counted,
+    layers_named,
+    quantized_text,
+    quantizers_table,
+)
 from rewriter.app.relative_error import error_text
 
 if TYPE_CHECKING:
-    from rewriter.app.report_schema import BatchNormReport, Inspection, QuantizerReport, WeightReport
+    from rewriter.app.report_schema import BatchNormReport, Inspection, WeightReport
 
 BARS = " ▁▂▃▄▅▆▇█"
 
@@ -38,7 +48,10 @@ def inspection_blocks(report: Inspection, *, sites: bool = False) -> Iterator[Bl
     else:
         yield Line("no batch norm found")
     yield from _weights(report, verbose=sites)
-    yield from _quantizers(report.quantizers, "what else is quantised" if report.batch_norms else "what is quantised")
+    if report.quantizers:
+        yield quantizers_table(
+            report.quantizers, "what else is quantised" if report.batch_norms else "what is quantised"
+        )
 
 
 def inspection_headline(report: Inspection) -> str:
@@ -96,18 +109,6 @@ def _site_lines(report: Inspection) -> Iterator[Line]:
     for site in sites.values():
         if site.reason:
             yield Line(f"cannot be rewritten: {site.node} in {site.graph or 'the main graph'}: {site.reason}")
-
-
-def _quantizers(quantizers: Sequence[QuantizerReport], title: str) -> Iterator[Table]:
-    """Yield a table of the quantised values that are not a batch norm's, by layer and role, if there are any."""
-    if quantizers:
-        heads = [
-            *columns("layer", folded=True),
-            *columns("role", "scheme", "range"),
-            *columns("bits", "places", justify="right"),
-        ]
-        rows = [(q.layer_name, q.role, q.scheme, q.range, str(q.bits), str(len(q.places))) for q in quantizers]
-        yield Table(heads, rows, title)
 
 
 def _values(batch_norms: Sequence[BatchNormReport]) -> Iterator[Table]:

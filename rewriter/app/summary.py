@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rewriter.app.blocks import Line, Table, columns, counted, layers_named, quantized_text, widths_text
@@ -22,7 +22,8 @@ def rewrite_headline(report: RewriteReport) -> str:
         return f"quantised: {quantized_text(report.quantizers)}"
     number = sum(layer.status == "rewritten" for layer in report.layers)
     widths = f", {widths_text(report.bits)}" if report.bits else ""
-    return f"{number} of {counted(len(report.layers), 'batch norm')} {_verb(report)}{widths}"
+    others = f"; {quantized_text(report.quantizers)}" if report.quantizers else ""
+    return f"{number} of {counted(len(report.layers), 'batch norm')} {_verb(report)}{widths}{others}"
 
 
 def rewrite_summary(report: RewriteReport) -> list[Line]:
@@ -30,7 +31,7 @@ def rewrite_summary(report: RewriteReport) -> list[Line]:
     first = [_found(report), *_other_values(report)]
     last = [*_train(report), *_schedule(report), *_next(report)]
     room = LINES - len(first) - len(last) - 1
-    reasons = [_skipped(report, group) for group in report.skipped_layers if not group.by]
+    reasons = [_skipped(report, group) for group in _both_kinds_first(report.skipped_layers)]
     others = [f"note: {note}" for note in _decisions(report)]
     others += [_skipped(report, group) for group in report.skipped_layers if group.by]
     # One of the others has a place even where there are many reasons.
@@ -86,10 +87,18 @@ def _other_values(report: RewriteReport) -> Iterator[str]:
         yield f"{'also ' if report.layers else ''}quantised: {quantized_text(report.quantizers)}"
 
 
+def _both_kinds_first(groups: Sequence[SkippedLayers]) -> list[SkippedLayers]:
+    """Return the reasons of the pass that quantises: first one of batch norms and one of other values."""
+    own = [group for group in groups if not group.by]
+    first = [next((g for g in own if bool(g.layers) == is_layer), None) for is_layer in (True, False)]
+    firsts = [group for group in first if group is not None]
+    return [*firsts, *(group for group in own if group not in firsts)]
+
+
 def _skipped(report: RewriteReport, group: SkippedLayers) -> str:
     """Return a line on the layers that were left as they are for one reason."""
     other = counted(group.others, "value") + ("" if group.by or not report.layers else " of other layers")
-    which = layers_named(group.layers) or other
+    which = layers_named(group.layers) or layers_named(group.ops, "op") or other
     if group.by:
         return f"{group.by} left {which} as before: {group.reason}"
     how = "left in float" if report.schedule else "left as before"

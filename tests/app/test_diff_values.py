@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
 import pytest
 from playwright.sync_api import Browser
 
@@ -132,6 +134,32 @@ def test_what_was_left_float_has_its_reason(tmp_path: Path) -> None:
         [("Conv2D", "skipped", reason)] * 2,
     )
     assert f"not quantised in 2 places: {reason}" in str(diff).splitlines()
+
+
+def test_the_report_of_the_rewrite_has_axes_and_names_what_is_left(tmp_path: Path) -> None:
+    source = WEIGHT_MODELS["dynamic_filter"].make(tmp_path / "m")
+    report = bnqat.rewrite(source, tmp_path / "q", bits={"weight": 4})
+    assert [(q.layer_name, q.axis, q.granularity) for q in report.quantizers] == [("hyper", -1, "per_channel")]
+    (left,) = report.skipped_layers
+    assert (left.reason, left.layers, left.ops, left.others) == (
+        "its filter is computed from what the model is given",
+        [],
+        ["Conv2D"],
+        2,
+    )
+    assert f"left in float, Conv2D: {left.reason}" in str(report).splitlines()
+    whole = bnqat.rewrite(source, tmp_path / "w", bits={"weight": 4}, granularity={"weight": "per_tensor"})
+    assert [(q.axis, q.granularity) for q in whole.quantizers] == [(None, "per_tensor")]
+    documented = (Path(__file__).parents[2] / "docs" / "report.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in documented for name in (*asdict(whole.quantizers[0]), *asdict(left)))
+
+
+def test_sensitivity_has_batch_norms_first(quantized: Path) -> None:
+    inputs = {"x": np.random.default_rng(0).normal(0, 1, (4, 6, 6, 3)).astype(np.float32)}
+    rows = bnqat.sensitivity(quantized, inputs, bits=[8, 2]).rows
+    assert [(row.name, row.role) for row in rows[-2:]] == [("kernel", "weight"), ("matrix", "weight")]
+    assert {row.role for row in rows[:-2]} == {"gamma", "beta", "moving_mean", "moving_variance"}
+    assert all(row.error[2] > row.error[8] > 0 for row in rows[-2:])
 
 
 def test_a_picture_of_a_weight(source: Path, quantized: Path) -> None:

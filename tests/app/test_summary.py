@@ -90,6 +90,19 @@ def test_many_reasons_and_notes_are_counted(number: int, notes: int, declined: i
     assert ", 9 left in float" in lines[0]
 
 
+def test_ops_that_take_a_float_weight_are_named_whatever_else_is_left() -> None:
+    left = [SkippedLayers(f"reason {i}", [f"norm_{i}"]) for i in range(9)]
+    left += [SkippedLayers("it is a result", [], others=8, ops=[f"conv_{i}" for i in range(4)])]
+    weights = [QuantizerReport("weight", name, "symmetric", 4, "dynamic", []) for name in ("a", "b+c")]
+    many = report(layers=layers(20, 9), bits=[8], skipped_layers=left, train="train", quantizers=weights)
+    lines = str(many).splitlines()
+    assert lines[1] == "also quantised: 3 weights to 4 bits"
+    assert "left in float, norm_0: reason 0" in lines
+    assert "left in float, 4 ops (conv_0, conv_1, conv_2 and 1 more): it is a result" in lines
+    assert many.headline == "20 of 29 batch norms quantised, 8 bits; 3 weights to 4 bits"
+    assert "what else is quantised" in many._repr_html_()
+
+
 def test_names_and_parts() -> None:
     some = report(
         layers=layers(1, 5, 1),
@@ -103,8 +116,8 @@ def test_names_and_parts() -> None:
     assert str(some).splitlines()[:4] == [
         "7 batch norms found, 1 quantised to 2 to 8 bits, 1 in part, 5 left in float",
         "left in float, 5 batch norms (norm_1, norm_2, norm_3 and 2 more): one",
-        "left in float in part, norm_6: two",
         "left in float, 4 values of other layers: three",
+        "left in float in part, norm_6: two",
     ]
     assert repr(some) == "<RewriteReport: 1 of 7 batch norms quantised, 2 to 8 bits>"
 

@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import bnqat
 from rewriter.app.training.readings import Readings
-from tests import harness, reference
+from tests import harness, reference, weight_reference
 
 # Keras calls NumPy 2 with variables whose `__array__` has no `copy`, whenever it saves weights of any model.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -320,6 +320,30 @@ def test_what_is_logged(rewritten: Paths, tmp_path: Path) -> None:
                 expected = np.linalg.norm(q - v) / np.linalg.norm(v)
             assert last["error"] == pytest.approx(expected, rel=1e-4)
             assert last["error"] > 0
+
+
+@pytest.mark.parametrize("range_", ["dynamic", "learned"])
+def test_weights_are_logged_as_they_are_now(range_: str, rewritten: Paths, tmp_path: Path) -> None:
+    path = rewritten("module", bits={"weight": 3}, scheme={"batch_norm": "none"}, range={"weight": range_})
+    layer, model = wrapped(path, keras.optimizers.SGD(1e-2))
+    layer.quantization.layer_bits.weight.assign([5, -1])
+    first = [kernel.numpy() for kernel in layer.model.kernels]
+    fit(model, epochs=1, callbacks=[bnqat.QuantizationLog(layer, tmp_path)])
+    logged = events(tmp_path / "quantization")
+    names = {tag.removesuffix("/weight/bits") for tag in logged if tag.endswith("/weight/bits")}
+    assert len(logged) == 2 + 4 * len(names) == 10
+    for name, before, kernel, bits in zip(sorted(names), first, layer.model.kernels, (5, 3), strict=True):
+        last = {what: logged[f"{name}/weight/{what}"][0] for what in ("bits", "low", "high", "error")}
+        value = kernel.numpy()
+        assert not np.array_equal(value, before)
+        assert last["bits"] == bits
+        assert last["low"] == -last["high"] < 0
+        if range_ == "dynamic":
+            assert last["high"] == pytest.approx(np.abs(value).max(), rel=1e-6)
+            quantized = weight_reference.quantize_weight("symmetric", value, bits, (-1,)).value
+            error = np.linalg.norm(quantized - value) / np.linalg.norm(value)
+            assert last["error"] == pytest.approx(error, rel=1e-5)
+        assert 0 < last["error"] < 1
 
 
 @pytest.mark.parametrize("name", ["keras_save", "keras3", "nested", "frozen", "form_v3_half"])

@@ -17,10 +17,11 @@ class QuantizationLog(keras.callbacks.Callback):
     """Writes the state of a layer's quantisers to a TensorBoard log, at the end of every epoch.
 
     The scalars are `step` (training calls so far) and `amount` (blend weight: 0 is float, 1 is quantised), and for
-    each batch norm and role:
+    each layer and role, such as `gamma` of a batch norm, or `weight`:
 
     - `<name>/<role>/bits`: the width in force, 0: off;
-    - `/low` and `/high`: the limits between which levels lie; for the scheme `log`, those of log(v + epsilon);
+    - `/low` and `/high`: the limits between which levels lie, of all channels; for the scheme `log`, those of
+      log(v + epsilon);
     - `/error`: the norm of the variable's quantisation error, relative to the norm of the variable, even if quantisers
       do not act yet. For the moving variance: the root of the mean squared relative error of 1 / sqrt(v + epsilon).
 

@@ -1,7 +1,8 @@
 """Readings of a loaded model's quantisers: their blend weight, widths, limits and errors.
 
 Control values are computed as the training function computes them: that part of its graph is run on the values of its
-variables. Quantised values are those of bnqat's own functions.
+variables. Quantised values of batch norms are those of bnqat's own functions; those of others, such as weights, are
+computed by the quantisers of the functions that serve.
 """
 
 from __future__ import annotations
@@ -14,8 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from passes.batch_norm.batch_norms import batch_norms
+from passes.batch_norm.roles import ROLES
+from passes.deploy.quantized_values import Quantized, some_values, tagged
+from passes.entries.training import only_training
+from passes.quantization.node_marks import ORIGIN, SCALE, ZERO_POINT
+from passes.quantization.quantizer_marks import tag_of
 from passes.quantization.quantizers import QuantizerSpec, fake_quantize_function
 from passes.quantization.ranges import DYNAMIC, Ema, Fixed, Learned, Range
+from passes.quantization.roles import MIN_BITS
 from passes.quantization.schemes import SCHEMES
 from rewriter import op_defs
 from rewriter.app.loaded import variables_by_key
@@ -34,7 +41,7 @@ class Reading(NamedTuple):
 
     Attributes:
         bits: the width in force, 0: off.
-        low: the lowest level; for the scheme log, that of log(v + epsilon).
+        low: the lowest level, of all channels; for the scheme log, that of log(v + epsilon).
         high: the highest level, likewise.
         error: the error of the quantised variable, as `ValuesReport.expected_error` defines it, at blend weight 1.
     """
@@ -56,7 +63,7 @@ class _Quantizer(NamedTuple):
 
 
 class Readings:
-    """Reader of a loaded model's quantisers of batch norms; those that are a user's own function are left out.
+    """Reader of a loaded model's quantisers; those that are a user's own function are left out.
 
     Args:
         model: the model as `tf.saved_model.load` returned it.
@@ -75,17 +82,20 @@ class Readings:
         self.entry = self.source.entries[functions.get("quantization.train") or functions["train"]]
         self.variables = variables_by_key(model.quantization.train.concrete_functions[0], self.entry)
         self.quantizers = tuple(_quantizers(self.source))
-        if not self.quantizers:
-            raise Error(
-                f"{filepath} has no quantisers to read: those of batch norms are read, but not a function of your own"
-            )
+        tags = [tag_of(self.source.graphs[graph].nodes[node]) for graph, node in tagged(self.source)]
+        self.has_others = any(tag["role"] not in ROLES and tag["scheme"] in SCHEMES for tag in tags)
+        if not self.quantizers and not self.has_others:
+            raise Error(f"{filepath} has no quantisers to read; a function of your own is not read")
 
     def amount(self) -> float:
         """Return the blend weight: 0 before the start step, 1 from the ramp's end on."""
         return float(self._computed("quantization_amount"))
 
     def __call__(self) -> dict[tuple[str, str], Reading]:
-        """Return the readings by the batch norm's name and the role."""
+        """Return the readings by the layer's name and the role."""
+        return {**(self._batch_norms() if self.quantizers else {}), **(self._others() if self.has_others else {})}
+
+    def _batch_norms(self) -> dict[tuple[str, str], Reading]:
         bits = self._computed("quantization_bits")
         has_limits = any(q.spec.scheme.range is not DYNAMIC for q in self.quantizers)
         all_limits = self._computed("quantization_limits") if has_limits else np.zeros((len(bits), 2), np.float32)
@@ -104,6 +114,16 @@ class Readings:
             for q, row, v, (low, high), after in zip(group, rows, vectors, limits, quantized, strict=True):
                 readings[q.batch_norm, q.role] = Reading(int(bits[row]), float(low), float(high), error(spec, v, after))
         return {(q.batch_norm, q.role): readings[q.batch_norm, q.role] for q in self.quantizers}
+
+    def _others(self) -> dict[tuple[str, str], Reading]:
+        """Return the readings of weights, and of other values that are no batch norm's."""
+        live = replace(self.source, assigned={key: v.numpy() for key, v in self.variables.items()})
+        training = live.analysis(only_training)
+        found: dict[tuple[str, str], dict[str, Quantized]] = {}
+        for value in some_values(live, lambda graph, tag: tag["role"] not in ROLES and graph not in training):
+            if SCALE in value.parts and value.tag["scheme"] in SCHEMES:
+                found.setdefault((value.tag["layer_name"], value.tag["role"]), {}).setdefault(value.variable, value)
+        return {key: _reading(list(values.values())) for key, values in found.items()}
 
     def _computed(self, name: str) -> np.ndarray:
         """Return the value that the training function computes in a name scope, from its variables alone."""
@@ -133,6 +153,23 @@ class Readings:
             if len(ends) == 1:
                 return graph, ends[0]
         raise Error(f"{self.path} does not read its control variables as bnqat wrote it; rewrite the float model again")
+
+
+def _reading(values: list[Quantized]) -> Reading:
+    """Return the reading of the values of one layer: one variable, or several that share a function."""
+    levels = []
+    for value in values:
+        scheme, zero = SCHEMES[value.tag["scheme"]], value.parts.get(ZERO_POINT, 0)
+        # A quantiser that is off has the levels of the least width.
+        codes = scheme(narrow_range=value.tag["narrow_range"]).codes(max(value.bits, MIN_BITS))
+        levels += [(code - zero) * value.parts[SCALE] + value.parts.get(ORIGIN, 0) for code in codes]
+    before = np.concatenate([value.raw.ravel() for value in values]).astype(np.float64)
+    after = np.concatenate([value.value.ravel() for value in values]).astype(np.float64)
+    finite = np.isfinite(before)
+    norm = float(np.linalg.norm(before[finite]))
+    difference = float(np.linalg.norm(after[finite] - before[finite]))
+    low, high = (float(extreme([extreme(level) for level in levels])) for extreme in (np.min, np.max))
+    return Reading(values[0].bits, low, high, difference / norm if norm else 0.0)
 
 
 def _quantizers(model: Model) -> Iterator[_Quantizer]:
