@@ -6,11 +6,9 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from passes import roles
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.quantization.device_schemes import DEVICE
 from passes.quantization.quantizer_marks import TAG, tag_of
 from passes.quantization.schemes import SCHEMES
 from passes.quantization.training_functions import frozen
@@ -183,9 +181,6 @@ def formula_of(node: Node) -> str:
     scheme = SCHEMES.get(tag["scheme"])
     if scheme is None:
         return f"{tag['scheme']}(v)"
-    role = roles().get(tag["role"])
-    if role is not None and role.device:
-        scheme = DEVICE[scheme]
     axis = tag["axis"]
     axes = [axis] if isinstance(axis, int) else axis or []
     channels = f", per channel (ax{'i' if len(axes) == 1 else 'e'}s {', '.join(map(str, axes))})" if axes else ""
