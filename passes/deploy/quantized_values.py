@@ -115,6 +115,15 @@ def _values(
     return tuple(quantizer.quantized(values) for quantizer in quantizers)
 
 
+def table_of(rows: Term) -> Term | None:
+    """Return the table of which a value is rows that are looked up; None for another value."""
+    if rows.op not in GATHERS:
+        return None
+    table = rows.inputs[GATHERS[rows.op]]
+    dtype = rows.attrs.get("dtype")
+    return table if table.op != VARIABLE or dtype is None else Term("ReadVariableOp", (table,), attrs={"dtype": dtype})
+
+
 def _index_dtype(rows: Term) -> str:
     """Return the dtype of the indices of looked-up rows."""
     return protos.dtype_name(op_defs.attribute(rows, "Tindices").type)
@@ -156,13 +165,7 @@ class _QuantizerTerms(NamedTuple):
     @property
     def table(self) -> Term | None:
         """The table of which the value is rows that are looked up; None for another value."""
-        if self.raw.op not in GATHERS:
-            return None
-        table = self.raw.inputs[GATHERS[self.raw.op]]
-        dtype = self.raw.attrs.get("dtype")
-        return (
-            table if table.op != VARIABLE or dtype is None else Term("ReadVariableOp", (table,), attrs={"dtype": dtype})
-        )
+        return table_of(self.raw)
 
     def quantized(self, values: Mapping[Term, np.ndarray]) -> Quantized:
         """Return the quantised value from the values of the terms.

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from passes.deploy.quantized_values import tagged
+from passes.deploy.quantized_values import table_of, tagged
 from passes.quantization.device_schemes import on_device
 from passes.quantization.least_error import by_channel, least_error_limits
 from passes.quantization.quantizer_marks import tag_of
@@ -72,7 +72,10 @@ def _places(model: Model) -> dict[str, dict[int, _Place]]:
         tag = tag_of(node)
         if tag["range"] == Mse.name and tag["layer"] not in places.setdefault(tag["role"], {}):
             ways = terms.ways(graph, [node.inputs[-1]])
-            values = dict.fromkeys(terms.on(graph, node.inputs[-1], way) for way in ways)
+            rows = [terms.on(graph, node.inputs[-1], way) for way in ways]
+            values = dict.fromkeys(table_of(term) or term for term in rows)
+            if any(table_of(term) for term in rows) and tag["axis"] is not None:
+                tag = {**tag, "axis": -2}  # the rows of the whole table
             places[tag["role"]][tag["layer"]] = _Place(tag, tuple(values))
     return {role: dict(sorted(of_role.items())) for role, of_role in places.items() if of_role}
 
