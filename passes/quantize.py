@@ -62,10 +62,12 @@ class Quantize(ScheduleOptions):
         Raises:
             Error: options or rules do not fit the model, or it was rewritten when it had other layers.
         """
-        families = [self._family(model, provider) for provider in self.providers]
+        # What nobody asks for is not looked for: to find all weights takes longer than to rewrite the batch norms.
+        asked = [provider for provider in self.providers if any(map(self._may_quantize, provider.roles))]
+        families = [self._family(model, provider) for provider in asked]
         self._refuse_unmatched(model, families)
         later: list[Edit] = []
-        for provider, family in zip(self.providers, families, strict=True):
+        for provider, family in zip(asked, families, strict=True):
             for role in provider.roles:
                 _refuse_unsuited(role, family.quantizers[role.name])
             for item in provider.points(model, family.quantizers):
@@ -130,6 +132,10 @@ class Quantize(ScheduleOptions):
         """Return the quantiser of a role where no rule changes it."""
         usual = SCHEMES[role.scheme]() if role.always else None
         return self.quantizers.get(role.name, usual)
+
+    def _may_quantize(self, role: Role) -> bool:
+        """Return true if a role has a quantiser somewhere: by itself, or by a rule."""
+        return self._default(role) is not None or any(rule.options.get(role.name) for rule in self.rules)
 
     @property
     def _bits(self) -> dict[str, int]:
