@@ -82,7 +82,7 @@ class KeptRanges:
     def __post_init__(self) -> None:
         self.variables: dict[str, Variable] = {}
         self._first: dict[int, int] = {}
-        blocks = [self._given(Fixed), self._searched(), self._learned()]
+        blocks = [self._given(), self._searched(), self._learned()]
         held = [block for block in blocks if block is not None]
         count = sum(len(k.limits) for k in self.kept.values())
         self._all: PerCall | None = (
@@ -108,8 +108,8 @@ class KeptRanges:
     def _layers(self, range_: type) -> list[int]:
         return [layer for layer, kept in self.kept.items() if isinstance(kept.scheme.range, range_)]
 
-    def _given(self, range_: type) -> Expr | None:
-        layers = self._layers(range_)
+    def _given(self) -> Expr | None:
+        layers = self._layers(Fixed)
         return array(self._place(layers)) if layers else None
 
     def _searched(self) -> Expr | None:

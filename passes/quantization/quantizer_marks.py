@@ -29,6 +29,12 @@ FIELDS: Mapping[str, type | UnionType] = {
 }
 
 
+def channel_axes(tag: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the axes, counted from the end, of the channels that have ranges of their own."""
+    axis = tag["axis"]
+    return (axis,) if isinstance(axis, int) else tuple(axis or ())
+
+
 def tag_of(node: Node) -> Mapping[str, Any]:
     """Return the metadata of the quantiser that a node is.
 

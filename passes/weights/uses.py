@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Skip
 from rewriter.ir import Edge, Error, Graph, Model, Node, Value
 from rewriter.shapes import Shape, shape_of
-from rewriter.terms import VARIABLE, Term, Terms
+from rewriter.terms import VARIABLE, Term, Terms, cone
 
 MOVES = frozenset({*constants.VIEWS, "Cast", "StridedSlice", "Transpose"})
 """Ops between a variable and its use that leave it the same weight, in another form."""
@@ -202,10 +203,9 @@ class _Uses:
             raise Error("its function is called with a weight, and with what the model is given")
         if not terms or any(data):
             return ()
-        weights = [self._weight(term) for term in dict.fromkeys(terms)]
-        return tuple(w for w in weights if w is not None) if None not in weights or not floats else ()
+        return tuple(self._weight(term) for term in dict.fromkeys(terms))
 
-    def _weight(self, term: Term) -> Weight | None:
+    def _weight(self, term: Term) -> Weight:
         if term not in self.weights:
             base = term
             while base.op in MOVES and base.inputs:
@@ -217,16 +217,8 @@ class _Uses:
 
     def _largest(self, base: Term) -> str:
         """Return the key of the largest variable that a value is computed from; "" if there is none."""
-        waiting, seen = [base], {base}
-        keys: set[str] = set()
-        for term in waiting:
-            if term.op == VARIABLE:
-                keys.add(term.of)
-            new = [inner for inner in term.inputs if inner not in seen]
-            seen.update(new)
-            waiting += new
-        sizes = {key: _size(self.model.variables[key].shape) for key in keys}
-        return max(sorted(keys), key=lambda key: (self.model.variables[key].trainable, sizes[key]), default="")
+        held = {term.of: self.model.variables[term.of] for term in cone([base]) if term.op == VARIABLE}
+        return max(sorted(held), key=lambda k: (held[k].trainable, math.prod(held[k].shape or (0,))), default="")
 
     def _is_data(self, term: Term) -> bool:
         """Return true if a term depends on something that a caller of the model supplies."""
@@ -250,13 +242,6 @@ class _Uses:
         held = term.inputs[0] if term.op == "ReadVariableOp" else term
         stored = self.model.variables[held.of].shape if held.op == VARIABLE else None
         return stored if stored is not None and -1 not in stored else shape_of(self.model, graph, value)
-
-
-def _size(shape: Shape | None) -> int:
-    size = 1
-    for n in shape or (0,):
-        size *= n
-    return size
 
 
 def _quantized(graph: Graph, value: Value) -> str:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from passes.batch_norm.batch_norms import BatchNorm, batch_norms
 from passes.batch_norm.site import Site
 from passes.batch_norm.sites import sites
-from passes.quantization.quantizer_marks import TAG, tag_of
+from passes.quantization.quantizer_marks import TAG, channel_axes, tag_of
 from passes.quantization.schemes import SCHEMES
 from passes.quantization.training_functions import frozen
 from rewriter import ops
@@ -181,8 +181,7 @@ def formula_of(node: Node) -> str:
     scheme = SCHEMES.get(tag["scheme"])
     if scheme is None:
         return f"{tag['scheme']}(v)"
-    axis = tag["axis"]
-    axes = [axis] if isinstance(axis, int) else axis or []
+    axes = channel_axes(tag)
     channels = f", per channel (ax{'i' if len(axes) == 1 else 'e'}s {', '.join(map(str, axes))})" if axes else ""
     return f"{tag['scheme']}, {tag['bits']} bits: {scheme.formula}{channels}"
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 from passes.deploy.quantized_values import table_of, tagged
 from passes.quantization.device_schemes import on_device
 from passes.quantization.least_error import by_channel, least_error_limits
-from passes.quantization.quantizer_marks import tag_of
+from passes.quantization.quantizer_marks import channel_axes, tag_of
 from passes.quantization.ranges import Mse
 from passes.quantization.roles import MIN_BITS
 from passes.quantization.schemes import SCHEMES
@@ -88,10 +88,8 @@ def _limits(model: Model, role: str, places: Mapping[int, _Place]) -> np.ndarray
     for layer, (tag, values) in places.items():
         bits = int(of_layers[layer]) if of_layers[layer] >= 0 else int(of_role)
         scheme = SCHEMES[tag["scheme"]](range=Mse(), narrow_range=tag["narrow_range"])
-        axes = tag["axis"] if isinstance(tag["axis"], list) else [] if tag["axis"] is None else [tag["axis"]]
-        members = [
-            by_channel(np.asarray(v, np.float32), tuple(axes)) for v in evaluated(model, values, {}, trust=False)
-        ]
+        axes = channel_axes(tag)
+        members = [by_channel(np.asarray(v, np.float32), axes) for v in evaluated(model, values, {}, trust=False)]
         rows = members[0] if axes else np.concatenate(members, 1)
         found.append(least_error_limits(on_device(replace(scheme, bits=max(bits, MIN_BITS))), rows))
     return np.concatenate(found)
