@@ -19,7 +19,7 @@ from rewriter.constants import LARGEST
 from rewriter.evaluation import evaluated
 from rewriter.ir import Error, Model, Value
 from rewriter.liveness import Assumption
-from rewriter.terms import PORT, VARIABLE, Bound, Term, Terms, cone
+from rewriter.terms import PORT, Bound, Term, Terms, cone
 
 WHOLE = (types_pb2.DT_INT32, types_pb2.DT_INT64)
 PARTS = (CODE, SCALE, ZERO_POINT, ORIGIN, EPSILON)
@@ -120,8 +120,9 @@ def table_of(rows: Term) -> Term | None:
     if rows.op not in GATHERS:
         return None
     table = rows.inputs[GATHERS[rows.op]]
-    dtype = rows.attrs.get("dtype")
-    return table if table.op != VARIABLE or dtype is None else Term("ReadVariableOp", (table,), attrs={"dtype": dtype})
+    if rows.op != "ResourceGather":
+        return table
+    return Term("ReadVariableOp", (table,), attrs={"dtype": op_defs.attribute(rows, "dtype")})
 
 
 def _index_dtype(rows: Term) -> str:

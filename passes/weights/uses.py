@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from passes.quantization.quantizer_marks import TAG
 from passes.weights.kernels import CONVOLUTIONS, GATHERS, KERNELS, OPAQUE, Axes
-from rewriter import constants, ops, protos
+from rewriter import constants, op_defs, ops, protos
 from rewriter.dataflow import call_graph, consumers, running
 from rewriter.edit import Skip
 from rewriter.ir import Edge, Error, Graph, Model, Node, Value
@@ -186,7 +186,7 @@ class _Uses:
 
     def _by_rows(self, graph: Graph, node: Node) -> bool:
         """Return true if an op looks up along the first axis."""
-        if "batch_dims" in node.attrs and node.attrs["batch_dims"].i:
+        if node.op != "Gather" and op_defs.attribute(node, "batch_dims").i:
             return False
         axis = constants.constant_of(graph, node.inputs[2]) if node.op == "GatherV2" else None
         return node.op != "GatherV2" or (axis is not None and not axis.any())
