@@ -189,7 +189,8 @@ class _QuantizerTerms(NamedTuple):
             self.way,
             self.tag,
             self.raw.variable if self.table is None else self.table.variable,
-            values[self.value],
+            # Two forms of a quantiser may differ in the sign of zeros; one variable holds the values of both.
+            values[self.value] + values[self.value].dtype.type(0),
             values[self.raw],
             bits,
             parts,
