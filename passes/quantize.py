@@ -134,8 +134,9 @@ class Quantize(ScheduleOptions):
         return self.quantizers.get(role.name, usual)
 
     def _may_quantize(self, role: Role) -> bool:
-        """Return true if a role has a quantiser somewhere: by itself, or by a rule."""
-        return self._default(role) is not None or any(rule.options.get(role.name) for rule in self.rules)
+        """Return true if a role has a quantiser somewhere, or is expected to have one, so that a reason is due."""
+        named = self.quantizers.get(role.name) is not None
+        return role.always or named or any(rule.options.get(role.name) for rule in self.rules)
 
     @property
     def _bits(self) -> dict[str, int]:
